@@ -1,0 +1,29 @@
+"""Errors that a user can act on: one line, naming what is wrong, where, and what to do.
+
+The command line prints them as ``error: ...`` and exits with status 2; every other exception is a
+defect of this package and keeps its traceback.
+"""
+
+
+class ScaleFoldError(Exception):
+    """Base of all errors caused by input, configuration or environment."""
+
+
+class ConfigError(ScaleFoldError):
+    """A configuration file has an unknown key, a wrong type or an impossible combination."""
+
+
+class DataError(ScaleFoldError):
+    """A raw file, a store or a sample is missing, malformed or inconsistent."""
+
+
+class CheckpointError(ScaleFoldError):
+    """A checkpoint has the wrong hash, layout, names or shapes."""
+
+
+class LogError(ScaleFoldError):
+    """An MLPerf log or result folder cannot be read or breaks a rule."""
+
+
+class TrainingError(ScaleFoldError):
+    """Training cannot continue, for example because a loss is not finite."""

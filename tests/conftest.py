@@ -1,0 +1,35 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def find_shared() -> Path | None:
+    """Folder with the reference material: ``$SCALEFOLD_SHARED`` or ``../shared`` beside the checkout."""
+    candidates = [os.environ.get("SCALEFOLD_SHARED"), str(REPOSITORY.parent / "shared")]
+    return next((Path(c) for c in candidates if c and (Path(c) / "golden").is_dir()), None)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The reference material, or a skip that says how to provide it."""
+    folder = find_shared()
+    if folder is None:
+        pytest.skip("reference material absent: set SCALEFOLD_SHARED to a folder with golden/, data/ and spec/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_dir(shared_dir: Path) -> Path:
+    """Numbers that the MLCommons reference produced."""
+    return shared_dir / "golden"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """Root of the checkout."""
+    return REPOSITORY
