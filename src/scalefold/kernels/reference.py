@@ -1,0 +1,248 @@
+"""Every operation of the model in plain PyTorch: the definition that faster versions are tested against.
+
+Shapes use the paper's letters: B batch, S rows (sequences, or pair rows i), N residues, H heads, D head width,
+c channels. Tensors may have any strides: transposed views are passed instead of transposed copies. Statistics,
+softmax and sums over scores are taken in fp32 whatever the storage type; results return in the type of the input.
+Residual operations return ``x + dropout * update``; ``dropout`` is a ready fp32 multiplicative mask that broadcasts
+over the update (kept entries hold 1 / (1 - rate)), or None.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LAYER_NORM_EPS = 1e-5
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Normalise the last dimension. x: [*, c]; weight, bias: [c] -> [*, c]."""
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, LAYER_NORM_EPS)
+
+
+def layer_norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """Several projections of one layer norm. x: [*, c]; weights: [c_i, c] each -> tuple of [*, c_i]."""
+    normed = layer_norm(x, norm_weight, norm_bias)
+    return tuple(F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float) -> Tensor:
+    """Softmax attention along N within every row (core of Supplement Algorithms 7, 8, 13, 14).
+
+    q, k, v: [B, S, N, H, D], unscaled; mask over keys: [B, S, N], 1 = keep; bias: [B, H, N, N], the same for all
+    rows, or None -> [B, S, N, H, D]. Logits = q.k / sqrt(D) + (mask - 1) * inf + bias, in this order and in fp32:
+    a row without any key left then weighs all keys alike, as the reference does.
+    """
+    scale = q.shape[-1] ** -0.5
+    logits = torch.einsum("bsqhd,bskhd->bshqk", q.float() * scale, k.float())
+    logits = logits + (mask.float() - 1.0)[:, :, None, None, :] * inf
+    if bias is not None:
+        logits = logits + bias.float()[:, None]
+    weights = torch.softmax(logits, dim=-1)
+    return torch.einsum("bshqk,bskhd->bsqhd", weights.to(v.dtype), v).to(q.dtype)
+
+
+def add_residual(x: Tensor, update: Tensor, dropout: Tensor | None) -> Tensor:
+    """x + dropout * update, in the type of x; the product is taken in fp32 (a bf16 mask scales by 1.336, not 1.333)."""
+    return x + update if dropout is None else (x + update * dropout).to(x.dtype)
+
+
+def gated_output(
+    x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None
+) -> Tensor:
+    """x + dropout * (W (sigmoid(gate) * o) + b), the end of every gated attention.
+
+    x: [*, c]; o: [*, H, D]; gate (logits): [*, H * D]; weight: [c, H * D]; bias: [c] -> [*, c].
+    """
+    gated = torch.sigmoid(gate) * o.flatten(-2)
+    return add_residual(x, F.linear(gated, weight, bias), dropout)
+
+
+def transition(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor
+) -> Tensor:
+    """x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9 and 15). x: [*, c]; weight_1: [n c, c] -> [*, c]."""
+    hidden = F.relu(F.linear(layer_norm(x, norm_weight, norm_bias), weight_1, bias_1))
+    return x + F.linear(hidden, weight_2, bias_2)
+
+
+def outer_product_project(
+    m: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The two masked projections a, b of Supplement Algorithm 10. m: [B, S, N, c_m]; mask: [B, S, N] -> [B, S, N, c]."""
+    normed = layer_norm(m, norm_weight, norm_bias)
+    keep = mask[..., None].to(m.dtype)
+    return F.linear(normed, weight_1, bias_1) * keep, F.linear(normed, weight_2, bias_2) * keep
+
+
+def outer_product_update(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """z + (W vec(sum_s a_si (x) b_sj) + bias) / norm_ij (Supplement Algorithm 10).
+
+    z: [B, I, J, c_z]; a: [B, S, I, c]; b: [B, S, J, c]; norm: [B, I, J], the fp32 count of common rows plus eps;
+    weight: [c_z, c * c] with the channel of a as the slow index -> [B, I, J, c_z].
+    """
+    outer = torch.einsum("bsic,bsjd->bijcd", a, b).flatten(-2)
+    update = F.linear(outer, weight, bias).float() / norm[..., None]
+    return (z + update).to(z.dtype)
+
+
+def triangle_project(
+    z: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor,
+    weight_a_gate: Tensor,
+    bias_a_gate: Tensor,
+    weight_b: Tensor,
+    bias_b: Tensor,
+    weight_b_gate: Tensor,
+    bias_b_gate: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gated, masked operands of the triangle multiplication, channels first (Supplement Algorithms 11, 12, lines 1-2).
+
+    z: [B, I, J, c_z]; mask: [B, I, J]; weights: [c, c_z] -> a, b: [B, c, I, J].
+    """
+    normed = layer_norm(z, norm_weight, norm_bias)
+    keep = mask[..., None].to(z.dtype)
+    a = torch.sigmoid(F.linear(normed, weight_a_gate, bias_a_gate)) * F.linear(normed, weight_a, bias_a) * keep
+    b = torch.sigmoid(F.linear(normed, weight_b_gate, bias_b_gate)) * F.linear(normed, weight_b, bias_b) * keep
+    return a.permute(0, 3, 1, 2).contiguous(), b.permute(0, 3, 1, 2).contiguous()
+
+
+def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
+    """x_ij = sum_k a_ik b_jk (outgoing) or sum_k a_ki b_kj (incoming), per channel. a, b: [B, c, N, N] -> [B, c, N, N]."""
+    return a @ b.transpose(-1, -2) if outgoing else a.transpose(-1, -2) @ b
+
+
+def triangle_output(
+    z: Tensor,
+    x: Tensor,
+    norm_in_weight: Tensor,
+    norm_in_bias: Tensor,
+    norm_out_weight: Tensor,
+    norm_out_bias: Tensor,
+    weight_z: Tensor,
+    bias_z: Tensor,
+    weight_g: Tensor,
+    bias_g: Tensor,
+    dropout: Tensor | None,
+) -> Tensor:
+    """z + dropout * sigmoid(W_g LN_in(z) + b_g) * (W_z LN_out(x) + b_z) (Supplement Algorithms 11, 12, lines 3-4).
+
+    z: [B, I, J, c_z]; x: [B, c, I, J], channels first; weight_z: [c_z, c]; weight_g: [c_z, c_z] -> [B, I, J, c_z].
+    """
+    gate = torch.sigmoid(F.linear(layer_norm(z, norm_in_weight, norm_in_bias), weight_g, bias_g))
+    value = F.linear(layer_norm(x.permute(0, 2, 3, 1), norm_out_weight, norm_out_bias), weight_z, bias_z)
+    return add_residual(z, gate * value, dropout)
+
+
+def global_attention(
+    m: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    weight_v: Tensor,
+    weight_g: Tensor,
+    bias_g: Tensor,
+    weight_o: Tensor,
+    bias_o: Tensor,
+    num_heads: int,
+    inf: float,
+    eps: float,
+) -> Tensor:
+    """m + global column attention (Supplement Algorithm 19): one mean query per column, one shared key/value head.
+
+    m: [B, S, N, c]; mask: [B, S, N]; weight_q, weight_g: [H * D, c]; weight_k, weight_v: [D, c];
+    weight_o: [c, H * D] -> [B, S, N, c]. Softmax over the S sequences of each residue column.
+    """
+    normed = layer_norm(m, norm_weight, norm_bias)
+    keep = mask.float()
+    mean = (normed.float() * keep[..., None]).sum(1) / (keep.sum(1) + eps)[..., None]
+    head_width = weight_k.shape[0]
+    q = F.linear(mean.to(m.dtype), weight_q).float() * head_width**-0.5
+    k, v = F.linear(normed, weight_k), F.linear(normed, weight_v)
+    logits = torch.einsum("bnhd,bsnd->bnhs", q.unflatten(-1, (num_heads, head_width)), k.float())
+    logits = logits + ((keep - 1.0) * inf).transpose(1, 2)[:, :, None]
+    o = torch.einsum("bnhs,bsnd->bnhd", torch.softmax(logits, dim=-1).to(v.dtype), v)
+    gate = F.linear(normed, weight_g, bias_g)
+    return gated_output(m, o[:, None].expand(-1, m.shape[1], -1, -1, -1), gate, weight_o, bias_o, None)
+
+
+def invariant_point_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_points: Tensor,
+    k_points: Tensor,
+    v_points: Tensor,
+    bias: Tensor,
+    z: Tensor,
+    point_weights: Tensor,
+    mask: Tensor,
+    inf: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of Supplement Algorithm 22 between residues with frames; all in fp32.
+
+    q, k: [B, N, H, D]; v: [B, N, H, D]; q_points, k_points: [B, N, H, P_q, 3] and v_points: [B, N, H, P_v, 3] in the
+    global frame; bias: [B, N, N, H]; z: [B, N, N, c_z]; point_weights: [H], softplus(gamma) * sqrt(1 / (3 * 9 P_q / 2));
+    mask: [B, N] -> o [B, N, H, D], o_points (global frame) [B, N, H, P_v, 3], o_pair [B, N, H, c_z].
+    """
+    logits = torch.einsum("bihd,bjhd->bhij", q, k) * (3.0 * q.shape[-1]) ** -0.5
+    logits = logits + bias.permute(0, 3, 1, 2) * (1.0 / 3.0) ** 0.5
+    distance_sq = (q_points[:, :, None] - k_points[:, None]).square().sum(-1).sum(-1)
+    logits = logits - 0.5 * (distance_sq * point_weights).permute(0, 3, 1, 2)
+    pair_mask = mask[:, :, None] * mask[:, None, :]
+    weights = torch.softmax(logits + (pair_mask - 1.0)[:, None] * inf, dim=-1)
+    o = torch.einsum("bhij,bjhd->bihd", weights, v)
+    o_points = torch.einsum("bhij,bjhpx->bihpx", weights, v_points)
+    o_pair = torch.einsum("bhij,bijc->bihc", weights, z)
+    return o, o_points, o_pair
+
+
+def dropout_mask(shape: Sequence[int], rate: float, device: torch.device) -> Tensor:
+    """Multiplicative fp32 mask: 0 with probability ``rate``, else 1 / (1 - rate), from the device's default generator."""
+    return (torch.rand(tuple(shape), device=device) >= rate).float() / (1.0 - rate)
+
+
+def adam_swa(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    averaged: Tensor,
+    scalars: Tensor,
+    beta_1: float,
+    beta_2: float,
+    eps: float,
+    swa_decay: float,
+) -> None:
+    """Clipped Adam step and weight averaging, in place on flat fp32 buffers.
+
+    param, exp_avg, exp_avg_sq, averaged: fp32 [n]; grad: fp32 or bf16 [n], not clipped yet. ``scalars`` is a device
+    tensor fp32 [5], so that a captured graph reads new values at each replay: clip coefficient, learning rate,
+    1 - beta_1^t, sqrt(1 - beta_2^t), and 1 where the average must copy instead of average (first update), else 0.
+    m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr / (1-b1^t) * m / (sqrt(v) / sqrt(1-b2^t) + eps);
+    avg = copy ? p : avg + (1 - decay) (p - avg).   Spec: benchmark training specification, sections 3 and 4.
+    """
+    clip, lr, correction_1, correction_2_sqrt, copy = scalars.unbind()
+    g = grad.float() * clip
+    exp_avg.lerp_(g, 1.0 - beta_1)
+    exp_avg_sq.mul_(beta_2).addcmul_(g, g, value=1.0 - beta_2)
+    denominator = exp_avg_sq.sqrt().div_(correction_2_sqrt).add_(eps)
+    param.sub_(exp_avg / denominator * (lr / correction_1))
+    weight = torch.where(copy > 0, torch.ones_like(copy), torch.full_like(copy, 1.0 - swa_decay))
+    averaged.lerp_(param, weight)
