@@ -1,0 +1,132 @@
+"""metrics.jsonl: what is written comes back, whatever interrupts the run."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalefold.errors import LogError
+from scalefold.report.record import EvalRow, Record, StepRow, read_metrics
+
+
+def write_run(run_dir, steps, **record_kwargs):
+    with Record(run_dir, rank0=True, **record_kwargs) as record:
+        record.run(config="tiny", world_size=1)
+        record.start_clock()
+        for step in steps:
+            record.step(StepRow(step=step, loss=10.0 - step, terms={"fape": 0.5 / step}, samples=4 * step, step_ms=5.0))
+            if step % 2 == 0:
+                record.evaluation(EvalRow(step=step, samples=4 * step, lddt_ca=0.1 * step, seconds=1.5))
+    return run_dir / "metrics.jsonl"
+
+
+def test_written_values_come_back_as_columns(tmp_path):
+    with Record(tmp_path, rank0=True) as record:
+        record.run(config="eos", world_size=2080, environment={"torch": "2.11"})
+        row = {"lr": 1e-3, "grad_norm": 0.2, "step_ms": 412.0, "data_ms": 3.0, "passes": 2, "peak_gib": 71.4}
+        row |= {"samples": 256, "time_s": 9.0}
+        record.step(StepRow(step=1, loss=1.873, terms={"fape": 0.412}, phases_ms={"fwd": 148.0}, **row))
+        record.step(StepRow(step=2, loss=np.float32(1.5), terms={"fape": 0.4, "chi": 0.1}))
+        record.evaluation(
+            EvalRow(step=2, samples=512, lddt_ca=0.781, seconds=25.4, time_s=60.0, chains={"7abc_A": 0.9})
+        )
+        record.event("hand_over", step=2, stall_ms=12.0)
+    metrics = read_metrics(tmp_path)
+    assert metrics.run == {"config": "eos", "world_size": 2080, "environment": {"torch": "2.11"}}
+    assert metrics.step.tolist() == [1, 2]
+    assert metrics.loss.tolist() == [1.873, 1.5]
+    for name, value in row.items():
+        assert getattr(metrics, name)[0] == value
+        assert math.isnan(getattr(metrics, name)[1])
+    assert metrics.terms["fape"].tolist() == [0.412, 0.4]
+    assert math.isnan(metrics.terms["chi"][0])
+    assert metrics.phases_ms["fwd"][0] == 148.0
+    assert metrics.eval_lddt_ca.tolist() == [0.781]
+    assert metrics.eval_time_s.tolist() == [60.0]
+    assert metrics.eval_chains == [{"7abc_A": 0.9}]
+    assert metrics.events[0]["name"] == "hand_over"
+    assert metrics.events[0]["stall_ms"] == 12.0
+
+
+def test_each_line_is_on_disk_before_the_call_returns(tmp_path):
+    record = Record(tmp_path, rank0=True)
+    record.step(StepRow(step=1, loss=2.0))
+    assert read_metrics(tmp_path).loss.tolist() == [2.0]
+    record.close()
+
+
+def test_a_resumed_run_drops_exactly_the_steps_that_will_be_repeated(tmp_path):
+    write_run(tmp_path, range(1, 8))
+    write_run(tmp_path, range(5, 10), resume_step=4)
+    metrics = read_metrics(tmp_path)
+    assert metrics.step.tolist() == list(range(1, 10))
+    assert metrics.eval_step.tolist() == [2, 4, 6, 8]
+    assert [e["name"] for e in metrics.events] == ["resume"]
+    assert np.all(np.diff(metrics.time_s) >= 0), "the clock continues where the kept part ended"
+
+
+def test_a_fresh_run_sets_an_older_record_aside(tmp_path):
+    write_run(tmp_path, [1, 2, 3])
+    write_run(tmp_path, [1])
+    assert read_metrics(tmp_path).step.tolist() == [1]
+    assert read_metrics(tmp_path / "metrics.1.jsonl").step.tolist() == [1, 2, 3]
+
+
+def test_an_incomplete_last_line_of_a_killed_run_is_ignored_and_removed_by_the_resume(tmp_path):
+    path = write_run(tmp_path, [1, 2, 3])
+    path.write_bytes(path.read_bytes()[:-9])
+    assert read_metrics(path).step.tolist() == [1, 2]
+    write_run(tmp_path, [3], resume_step=2)
+    assert read_metrics(path).step.tolist() == [1, 2, 3]
+
+
+@settings(deadline=None)
+@given(cut=st.integers(min_value=0, max_value=2000))
+def test_a_file_cut_at_any_byte_is_readable(cut, tmp_path_factory):
+    path = write_run(tmp_path_factory.mktemp("cut"), range(1, 9))
+    whole = read_metrics(path).step.tolist()
+    path.write_bytes(path.read_bytes()[:cut])
+    assert read_metrics(path).step.tolist() == whole[: len(read_metrics(path).step)]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with Record(tmp_path / "run", rank0=False) as record:
+        record.start_clock()
+        record.run(config="x")
+        record.step(StepRow(step=1, loss=1.0))
+        record.evaluation(EvalRow(step=1, samples=1, lddt_ca=0.5))
+        record.event("x")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_file_strict_json_and_reads_back_as_nan(tmp_path):
+    with Record(tmp_path, rank0=True) as record:
+        record.step(StepRow(step=1, loss=math.nan, terms={"fape": math.inf}, grad_norm=-math.inf))
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
+    metrics = read_metrics(tmp_path)
+    assert np.isnan([metrics.loss[0], metrics.terms["fape"][0], metrics.grad_norm[0]]).all()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{broken", "metrics.jsonl:2: not a JSON object"),
+        ('{"kind": "stop"}', "metrics.jsonl:2: no record"),
+        ("[1, 2]", "metrics.jsonl:2: no record"),
+        ('{"kind": "step", "loss": 1.0}', "metrics.jsonl:2: step record without 'step'"),
+        ('{"kind": "eval", "step": 1, "samples": 4}', "metrics.jsonl:2: eval record without 'lddt_ca'"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line, message):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run"}\n' + line + '\n{"kind": "run"}\n')
+    with pytest.raises(LogError, match=message):
+        read_metrics(tmp_path)
+
+
+def test_a_missing_file_is_one_clear_error(tmp_path):
+    with pytest.raises(LogError, match="cannot read metrics"):
+        read_metrics(tmp_path)
