@@ -50,9 +50,7 @@ def add_residual(x: Tensor, update: Tensor, dropout: Tensor | None) -> Tensor:
     return x + update if dropout is None else (x + update * dropout).to(x.dtype)
 
 
-def gated_output(
-    x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None
-) -> Tensor:
+def gated_output(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None) -> Tensor:
     """x + dropout * (W (sigmoid(gate) * o) + b), the end of every gated attention.
 
     x: [*, c]; o: [*, H, D]; gate (logits): [*, H * D]; weight: [c, H * D]; bias: [c] -> [*, c].
@@ -62,9 +60,15 @@ def gated_output(
 
 
 def transition(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
 ) -> Tensor:
-    """x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9 and 15). x: [*, c]; weight_1: [n c, c] -> [*, c]."""
+    """x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15). x: [*, c]; weight_1: [n c, c] -> [*, c]."""
     hidden = F.relu(F.linear(layer_norm(x, norm_weight, norm_bias), weight_1, bias_1))
     return x + F.linear(hidden, weight_2, bias_2)
 
@@ -79,7 +83,7 @@ def outer_product_project(
     weight_2: Tensor,
     bias_2: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The two masked projections a, b of Supplement Algorithm 10. m: [B, S, N, c_m]; mask: [B, S, N] -> [B, S, N, c]."""
+    """Masked projections a, b of Supplement Algorithm 10. m: [B, S, N, c_m]; mask: [B, S, N] -> [B, S, N, c]."""
     normed = layer_norm(m, norm_weight, norm_bias)
     keep = mask[..., None].to(m.dtype)
     return F.linear(normed, weight_1, bias_1) * keep, F.linear(normed, weight_2, bias_2) * keep
@@ -122,7 +126,7 @@ def triangle_project(
 
 
 def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
-    """x_ij = sum_k a_ik b_jk (outgoing) or sum_k a_ki b_kj (incoming), per channel. a, b: [B, c, N, N] -> [B, c, N, N]."""
+    """x_ij = sum_k a_ik b_jk (outgoing) or sum_k a_ki b_kj (incoming) per channel. a, b: [B, c, N, N] -> same."""
     return a @ b.transpose(-1, -2) if outgoing else a.transpose(-1, -2) @ b
 
 
@@ -198,7 +202,7 @@ def invariant_point_attention(
     """Attention of Supplement Algorithm 22 between residues with frames; all in fp32.
 
     q, k: [B, N, H, D]; v: [B, N, H, D]; q_points, k_points: [B, N, H, P_q, 3] and v_points: [B, N, H, P_v, 3] in the
-    global frame; bias: [B, N, N, H]; z: [B, N, N, c_z]; point_weights: [H], softplus(gamma) * sqrt(1 / (3 * 9 P_q / 2));
+    global frame; bias: [B, N, N, H]; z: [B, N, N, c_z]; point_weights: [H], softplus(gamma) * sqrt(2 / (27 P_q));
     mask: [B, N] -> o [B, N, H, D], o_points (global frame) [B, N, H, P_v, 3], o_pair [B, N, H, c_z].
     """
     logits = torch.einsum("bihd,bjhd->bhij", q, k) * (3.0 * q.shape[-1]) ** -0.5
@@ -214,7 +218,7 @@ def invariant_point_attention(
 
 
 def dropout_mask(shape: Sequence[int], rate: float, device: torch.device) -> Tensor:
-    """Multiplicative fp32 mask: 0 with probability ``rate``, else 1 / (1 - rate), from the device's default generator."""
+    """fp32 mask: 0 with probability ``rate``, else 1 / (1 - rate), from the device's default generator."""
     return (torch.rand(tuple(shape), device=device) >= rate).float() / (1.0 - rate)
 
 
