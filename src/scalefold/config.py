@@ -1,0 +1,475 @@
+"""One YAML file per system becomes one strict, frozen ``Config``; every value knows where it came from.
+
+A file may name one parent with ``base:``; its keys override the parent's, ``key.sub=value`` overrides from the command
+line override both. Unknown keys, wrong types and impossible combinations raise ``ConfigError`` with file and line.
+Keys take the word of the MLPerf log wherever one exists, so that log and YAML read alike.
+"""
+
+import difflib
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from scalefold.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A strict, immutable part of the configuration."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class TemplateConfig(Section):
+    """Template pair stack and pointwise attention (Supplement Algorithms 16 and 17)."""
+
+    num_blocks: int = Field(2, ge=1)
+    c_hidden_tri_att: int = Field(16, ge=1)
+    num_heads_tri: int = Field(4, ge=1)
+    c_hidden_tri_mul: int = Field(64, ge=1)
+    transition_n: int = Field(2, ge=1)
+    dropout: float = Field(0.25, ge=0.0, lt=1.0)
+    c_hidden_pointwise: int = Field(16, ge=1)
+    num_heads_pointwise: int = Field(4, ge=1)
+
+
+class EvoformerConfig(Section):
+    """One stack of Evoformer-like blocks (Supplement Algorithms 6 and 18)."""
+
+    num_blocks: int = Field(48, ge=1)
+    c_hidden_msa_att: int = Field(32, ge=1)
+    num_heads_msa: int = Field(8, ge=1)
+    c_hidden_opm: int = Field(32, ge=1)
+    c_hidden_tri_att: int = Field(32, ge=1)
+    num_heads_tri: int = Field(4, ge=1)
+    c_hidden_tri_mul: int = Field(128, ge=1)
+    transition_n: int = Field(4, ge=1)
+    msa_dropout: float = Field(0.15, ge=0.0, lt=1.0)
+    pair_dropout: float = Field(0.25, ge=0.0, lt=1.0)
+
+
+class ExtraMsaConfig(EvoformerConfig):
+    """The extra MSA stack: the same block with fewer, narrower heads."""
+
+    num_blocks: int = Field(4, ge=1)
+    c_hidden_msa_att: int = Field(8, ge=1)
+
+
+class StructureConfig(Section):
+    """Structure module (Supplement Algorithms 20 to 24); weights are shared by its iterations."""
+
+    num_blocks: int = Field(8, ge=1)
+    c_hidden_ipa: int = Field(16, ge=1)
+    num_heads_ipa: int = Field(12, ge=1)
+    num_qk_points: int = Field(4, ge=1)
+    num_v_points: int = Field(8, ge=1)
+    c_hidden_angle_resnet: int = Field(128, ge=1)
+    num_angle_resnet_blocks: int = Field(2, ge=0)
+    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+
+
+class HeadsConfig(Section):
+    """Auxiliary heads (Supplement 1.9.6 to 1.9.10)."""
+
+    c_hidden_plddt: int = Field(128, ge=1)
+    num_plddt_bins: int = Field(50, ge=2)
+    num_distogram_bins: int = Field(64, ge=2)
+    num_msa_classes: int = 23
+    num_atoms: int = 37
+
+
+class ModelConfig(Section):
+    """Sizes of the model; the defaults are the benchmark's 93,229,082 parameters."""
+
+    c_m: int = Field(256, ge=1)
+    c_z: int = Field(128, ge=1)
+    c_s: int = Field(384, ge=1)
+    c_t: int = Field(64, ge=1)
+    c_e: int = Field(64, ge=1)
+    relpos_k: int = Field(32, ge=1)
+    templates_enabled: bool = True
+    template: TemplateConfig = TemplateConfig()
+    extra_msa: ExtraMsaConfig = ExtraMsaConfig()
+    evoformer: EvoformerConfig = EvoformerConfig()
+    structure: StructureConfig = StructureConfig()
+    heads: HeadsConfig = HeadsConfig()
+
+
+class LossConfig(Section):
+    """Weights of the loss terms; the benchmark fixes all of them."""
+
+    fape_loss_weight: float = 1.0
+    fape_loss_backbone_weight: float = 0.5
+    fape_loss_sidechain_weight: float = 0.5
+    supervised_chi_loss_weight: float = 1.0
+    distogram_loss_weight: float = 0.3
+    masked_msa_loss_weight: float = 2.0
+    plddt_loss_weight: float = 0.01
+    experimentally_resolved_loss_weight: float = 0.0
+    violation_loss_weight: float = 0.0
+
+
+class ExecutionConfig(Section):
+    """How the mathematics is executed; nothing here changes what is computed beyond rounding."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "tf32", "bf16"] = "bf16"
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    cuda_graphs: bool = True
+    activation_checkpointing: bool = False
+    deterministic: bool = False
+    cpu_threads: int | None = Field(None, ge=1)
+    warm_up_steps: int = Field(2, ge=0)
+
+
+class ParallelConfig(Section):
+    """Who does what: nodes x gpus_per_node ranks, the last ``num_eval_ranks`` of which evaluate."""
+
+    nodes: int = Field(1, ge=1)
+    gpus_per_node: int = Field(1, ge=0)
+    ranks_per_node: int | None = Field(None, ge=1)
+    dap_size: Literal[1, 2, 4, 8] = 1
+    num_eval_ranks: int = Field(0, ge=0)
+    startup_timeout_s: int = Field(1800, ge=1)
+    step_timeout_s: int = Field(600, ge=1)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of one run: one per GPU, or ``ranks_per_node`` per node on CPU systems."""
+        return self.nodes * (self.ranks_per_node or max(self.gpus_per_node, 1))
+
+    @property
+    def num_train_ranks(self) -> int:
+        """Processes that train."""
+        return self.world_size - self.num_eval_ranks
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel replicas: training ranks over ranks per replica."""
+        return self.num_train_ranks // self.dap_size
+
+
+class DataConfig(Section):
+    """Where samples come from and how a record becomes features."""
+
+    store_dir: Path = Path("data/store")
+    dataloader: Literal["pt", "pq"] = "pt"
+    num_workers: int = Field(4, ge=0)
+    prefetch_factor: int = Field(4, ge=1)
+    num_eval_workers: int = Field(2, ge=0)
+    pin_memory: bool = True
+    train_max_pdb_release_date: str = Field("2021-09-16", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    val_min_cameo_submission_date: str = Field("2021-09-17", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    val_max_cameo_submission_date: str = Field("2021-12-11", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    val_max_sequence_length: int = Field(700, ge=1)
+    require_alignments: bool = False
+    train_sequence_crop_size: int = Field(256, ge=1)
+    max_msa_clusters: int = Field(124, ge=1)
+    max_extra_msa: int = Field(1024, ge=1)
+    max_templates: int = Field(4, ge=0)
+    num_recycling_iters: int = Field(3, ge=0)
+    shuffle_top_k_prefiltered: int = Field(20, ge=0)
+    masked_msa_replace_fraction: float = Field(0.15, ge=0.0, le=1.0)
+    masked_msa_profile_prob: float = Field(0.1, ge=0.0, le=1.0)
+    masked_msa_same_prob: float = Field(0.1, ge=0.0, le=1.0)
+    masked_msa_uniform_prob: float = Field(0.1, ge=0.0, le=1.0)
+    use_clamped_fape_probability: float = Field(0.9, ge=0.0, le=1.0)
+
+
+class TrainingConfig(Section):
+    """The optimisation problem; names and defaults are those of the MLPerf log.
+
+    ``global_batch_size`` counts samples per (micro-)iteration over all data-parallel replicas and does not include
+    gradient accumulation; ``val_every_iters`` and ``num_train_iters`` count the same iterations, as the reference does.
+    """
+
+    seed: int | None = None
+    global_batch_size: int = Field(128, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    num_train_iters: int = Field(2000, ge=1)
+    val_every_iters: int = Field(40, ge=1)
+    target_avg_lddt_ca_value: float = Field(0.8, gt=0.0, le=1.0)
+    init_checkpoint: Path | None = None
+    init_checkpoint_sha256sum: str | None = None
+    opt_base_learning_rate: float = Field(1e-3, ge=0.0)
+    opt_learning_rate_warmup_init: float = Field(1e-5, ge=0.0)
+    opt_learning_rate_warmup_steps: int = Field(0, ge=0)
+    opt_adam_beta_1: float = Field(0.9, ge=0.0, lt=1.0)
+    opt_adam_beta_2: float = Field(0.999, ge=0.0, lt=1.0)
+    opt_adam_epsilon: float = Field(1e-6, gt=0.0)
+    opt_gradient_clip_norm: float = Field(0.1, gt=0.0)
+    swa_decay_rate: float = Field(0.9, ge=0.0, lt=1.0)
+
+
+class RunConfig(Section):
+    """What a run leaves behind."""
+
+    run_dir: Path = Path("runs/run")
+    log_every_iters: int = Field(1, ge=1)
+    checkpoint_every_iters: int = Field(0, ge=0)
+    keep_checkpoints: int = Field(2, ge=1)
+    report: bool = True
+
+
+class SubmissionConfig(Section):
+    """Facts about the submitter that the log must state; placeholders are refused by ``scalefold check``."""
+
+    org: str = ""
+    platform: str = ""
+    division: Literal["closed", "open"] = "closed"
+    status: Literal["cloud", "onprem", "preview", "research"] = "onprem"
+
+
+class LaunchConfig(Section):
+    """How the job starts under Slurm; see ``scalefold launch``."""
+
+    launcher: Literal["slurm", "torchrun"] = "slurm"
+    partition: str | None = None
+    account: str | None = None
+    time_limit_min: int = Field(60, ge=1)
+    mpi: Literal["none", "pmix", "pmi2"] = "none"
+    container_image: str | None = None
+    container_mounts: tuple[str, ...] = ()
+    venv: str | None = None
+    modules: tuple[str, ...] = ()
+    repeats: int = Field(1, ge=1)
+    instances: int = Field(1, ge=1)
+    exclusive: bool = True
+    cpus_per_task: int | None = Field(None, ge=1)
+    gpu_binding: Literal["none", "closest"] = "closest"
+    numa_binding: Literal["none", "socket", "reversed"] = "socket"
+    drop_caches_command: str | None = None
+    nccl_test_command: str | None = None
+    triton_cache_dir: str = "/tmp/scalefold-triton-${SLURM_JOB_ID:-local}"
+    environment: dict[str, str] = {}
+    requeue: bool = True
+    signal_grace_s: int = Field(120, ge=0)
+
+
+class Config(Section):
+    """Everything one run needs to know."""
+
+    system: str
+    description: str = ""
+    expected_minutes: str = ""
+    expected_peak_gib: str = ""
+    submission: SubmissionConfig = SubmissionConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    run: RunConfig = RunConfig()
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def check_combinations(self) -> "Config":
+        """Refuse combinations that cannot run, before any GPU is touched."""
+        for problem in combination_problems(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def local_batch_size(self) -> int:
+        """Samples per data-parallel replica and iteration."""
+        return self.training.global_batch_size // self.parallel.dp_size
+
+
+def combination_problems(config: Config) -> list[str]:
+    """Human sentences, one per impossible combination of keys."""
+    p, t, d = config.parallel, config.training, config.data
+    problems = []
+    if p.num_train_ranks < p.dap_size or p.num_train_ranks % p.dap_size:
+        problems.append(
+            f"parallel: {p.world_size} ranks minus num_eval_ranks {p.num_eval_ranks} must be a positive "
+            f"multiple of dap_size {p.dap_size}"
+        )
+    elif t.global_batch_size % p.dp_size:
+        problems.append(
+            f"training.global_batch_size {t.global_batch_size} must be a multiple of the {p.dp_size} "
+            "data-parallel replicas (ranks that train / dap_size)"
+        )
+    k = t.gradient_accumulation_steps
+    for name, value in (
+        ("training.val_every_iters", t.val_every_iters),
+        ("run.checkpoint_every_iters", config.run.checkpoint_every_iters),
+    ):
+        if value % k:
+            problems.append(f"{name} {value} must be a multiple of training.gradient_accumulation_steps {k}")
+    if d.masked_msa_profile_prob + d.masked_msa_same_prob + d.masked_msa_uniform_prob > 1.0:
+        problems.append("data.masked_msa_*_prob: the three probabilities add up to more than 1")
+    if d.dataloader == "pq" and config.execution.deterministic:
+        problems.append(
+            "execution.deterministic needs data.dataloader: pt (pq delivers samples in the order of readiness)"
+        )
+    return problems
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: file and line, or the command line."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line else self.file
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A validated configuration with the origin of every value that is not a default."""
+
+    config: Config
+    origins: dict[str, Origin]
+
+
+def load_config(file: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> LoadedConfig:
+    """Read ``file`` with its parents, apply ``key.sub=value`` overrides, validate.
+
+    Raises:
+        ConfigError: naming file, line and key of the first problem, and the nearest known key.
+    """
+    values, origins = _read_with_parents(Path(file), seen=())
+    for override in overrides:
+        _apply_override(values, origins, override)
+    _refuse_unknown_keys(values, origins)
+    try:
+        return LoadedConfig(Config.model_validate(values), origins)
+    except ValidationError as error:
+        raise ConfigError(_first_problem(error, origins, file)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML, without ``base``: loading it gives the same Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def describe_config(loaded: LoadedConfig) -> list[tuple[str, str, str]]:
+    """Every value as (key, value, origin) rows, ``default`` where no file says anything."""
+    rows = _flatten(loaded.config.model_dump(mode="json"))
+    return [(key, _plain(value), str(loaded.origins.get(key, "default"))) for key, value in rows]
+
+
+def _plain(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()
+
+
+def _parent_origin(key: str, origins: dict[str, Origin]) -> Origin | str:
+    parents = [key.rsplit(".", n)[0] for n in range(1, key.count(".") + 1)]
+    return next((origins[parent] for parent in parents if parent in origins), "default")
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            rows += _flatten(value, f"{prefix}{key}.")
+        else:
+            rows.append((prefix + key, value))
+    return rows
+
+
+def _read_with_parents(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Origin]]:
+    if file.resolve() in seen:
+        raise ConfigError(f"{file}: base: names a file that is already its own child")
+    values, origins = _read_yaml(file)
+    base = values.pop("base", None)
+    origins.pop("base", None)
+    if base is None:
+        return values, origins
+    parent, parent_origins = _read_with_parents(file.parent / str(base), (*seen, file.resolve()))
+    return _merge(parent, values), parent_origins | origins
+
+
+def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
+    try:
+        text = file.read_text()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot read the configuration: {error.strerror}") from None
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: must hold `key: value` lines, found {type(values).__name__}")
+    origins: dict[str, Origin] = {}
+    _collect_lines(node, "", str(file), origins)
+    return values, origins
+
+
+def _collect_lines(node: Any, prefix: str, file: str, origins: dict[str, Origin]) -> None:
+    for key_node, value_node in node.value:
+        path = f"{prefix}{key_node.value}"
+        if path in origins:
+            raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: key `{path}` is given twice")
+        origins[path] = Origin(file, key_node.start_mark.line + 1)
+        if isinstance(value_node, yaml.MappingNode):
+            _collect_lines(value_node, f"{path}.", file, origins)
+
+
+def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(parent)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], origins: dict[str, Origin], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"override `{override}` must look like key.sub=value")
+    *parents, last = key.strip().split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"override `{override}`: `{parent}` is a value, not a section")
+    target[last] = yaml.safe_load(text)
+    origins[key.strip()] = Origin("command line", 0)
+
+
+def _refuse_unknown_keys(values: dict[str, Any], origins: dict[str, Origin]) -> None:
+    known = _known_keys(Config)
+    for key, _ in _flatten(values):
+        if key in known or any(key.startswith(f"{free}.") for free in known if known[free]):
+            continue
+        prefix, _, name = key.rpartition(".")
+        while prefix and prefix not in known and not any(k.startswith(f"{prefix}.") for k in known):
+            prefix, _, name = prefix.rpartition(".")
+        bad = f"{prefix}.{name}" if prefix else name
+        sections = {".".join(k.split(".")[: n + 1]) for k in known for n in range(k.count("."))}
+        near = difflib.get_close_matches(bad, [*known, *sections], n=1, cutoff=0.0)
+        raise ConfigError(
+            f"{origins.get(key) or origins.get(bad)}: unknown key `{bad}`; the nearest known key is `{near[0]}`"
+        )
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> dict[str, bool]:
+    """Every legal leaf key -> whether it is a free-form mapping."""
+    keys: dict[str, bool] = {}
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and issubclass(kind, BaseModel):
+            keys |= _known_keys(kind, f"{prefix}{name}.")
+        else:
+            keys[prefix + name] = get_origin(kind) is dict or any(get_origin(a) is dict for a in get_args(kind))
+    return keys
+
+
+def _first_problem(error: ValidationError, origins: dict[str, Origin], file: Path | str) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not key:
+        return f"{file}: {message}"
+    origin = origins.get(key) or _parent_origin(key, origins)
+    return f"{origin if origin != 'default' else file}: {key}: {message} (found {problem.get('input')!r})"

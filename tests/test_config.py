@@ -1,0 +1,100 @@
+"""Configuration files: strict keys, one parent, origins, and errors that name file, line and nearest key."""
+
+from pathlib import Path
+
+import pytest
+
+from scalefold.config import describe_config, dump_config, load_config
+from scalefold.errors import ConfigError
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write(tmp_path / "base.yaml", "system: base\ntraining:\n  global_batch_size: 8\n  num_train_iters: 10\n")
+
+
+def test_a_child_overrides_its_parent_and_the_command_line_overrides_both(tmp_path: Path, base: Path) -> None:
+    child = write(tmp_path / "child.yaml", "base: base.yaml\nsystem: child\ntraining:\n  global_batch_size: 4\n")
+    loaded = load_config(child, ["training.num_train_iters=7"])
+    assert (loaded.config.system, loaded.config.training.global_batch_size) == ("child", 4)
+    assert loaded.config.training.num_train_iters == 7
+    origins = {key: origin for key, _, origin in describe_config(loaded)}
+    assert origins["training.global_batch_size"] == f"{child}:4"
+    assert origins["training.num_train_iters"] == "command line"
+    assert origins["training.val_every_iters"] == "default"
+
+
+def test_an_unknown_key_names_file_line_and_nearest_key(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.yaml", "system: x\ntraining:\n  gobal_batch_size: 4\n")
+    with pytest.raises(
+        ConfigError, match=r"x\.yaml:3: unknown key `training.gobal_batch_size`.*`training.global_batch_size`"
+    ):
+        load_config(file)
+
+
+def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.yaml", "system: x\ntrainig: {seed: 1}\n")
+    with pytest.raises(ConfigError, match=r"x\.yaml:2: unknown key `trainig`"):
+        load_config(file)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("system: x\ntraining: {global_batch_size: many}\n", r"x\.yaml:2: training.global_batch_size"),
+        ("system: x\nsystem: y\n", r"x\.yaml:2: key `system` is given twice"),
+        ("system: [x\n", r"x\.yaml:\d: not valid YAML"),
+        ("base: x.yaml\n", "already its own child"),
+        ("- 1\n", "must hold `key: value` lines"),
+        ("system: x\nparallel: {dap_size: 3}\n", r"parallel.dap_size"),
+        ("system: x\nparallel: {gpus_per_node: 8, dap_size: 8, num_eval_ranks: 1}\n", "multiple of dap_size 8"),
+        ("system: x\nparallel: {gpus_per_node: 3}\n", "global_batch_size 128 must be a multiple of the 3"),
+        ("system: x\ntraining: {gradient_accumulation_steps: 3}\n", "val_every_iters 40 must be a multiple"),
+        (
+            "system: x\nexecution: {deterministic: true}\ndata: {dataloader: pq}\n",
+            "deterministic needs data.dataloader: pt",
+        ),
+        ("system: x\ndata: {masked_msa_same_prob: 0.9}\n", "add up to more than 1"),
+    ],
+)
+def test_a_bad_file_gives_one_line_that_says_where(tmp_path: Path, text: str, message: str) -> None:
+    file = write(tmp_path / "x.yaml", text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_an_override_without_value_is_refused(base: Path) -> None:
+    with pytest.raises(ConfigError, match="must look like"):
+        load_config(base, ["training.seed"])
+
+
+def test_the_resolved_file_loads_to_the_same_config(tmp_path: Path, base: Path) -> None:
+    config = load_config(base, ["launch.environment.NCCL_DEBUG=INFO", "training.seed=3"]).config
+    again = load_config(write(tmp_path / "resolved.yaml", dump_config(config))).config
+    assert again == config
+    assert again.launch.environment == {"NCCL_DEBUG": "INFO"}
+
+
+def test_batch_and_rank_arithmetic(tmp_path: Path) -> None:
+    parallel = "{nodes: 260, gpus_per_node: 8, dap_size: 8, num_eval_ranks: 32}"
+    text = f"system: eos\nparallel: {parallel}\ntraining: {{global_batch_size: 256}}\n"
+    config = load_config(write(tmp_path / "eos.yaml", text)).config
+    assert (config.parallel.world_size, config.parallel.dp_size, config.local_batch_size) == (2080, 256, 1)
+
+
+def test_every_shipped_config_loads(repository: Path) -> None:
+    files = sorted((repository / "configs").glob("*.yaml"))
+    assert files
+    for file in files:
+        assert load_config(file).config.system
