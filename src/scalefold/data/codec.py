@@ -1,0 +1,184 @@
+"""Numpy arrays to compressed bytes and back: the record format inside the shards of a store.
+
+A record is ``<uint32 header length><JSON header><section bytes>...``. The header holds small facts under ``"facts"``
+and one ``[name, dtype, shape, num_bytes, coding]`` per section, so one section is decoded without touching the others.
+
+Measured on 24 million letters of real alignments (bytes per letter, decode ns per letter): row-major deflate 0.176
+and 3.5, column-major deflate 0.25 and 5.7, column-major LZMA 0.21 and 19.5, packed 5 bits 0.625. Row-major deflate is
+both the smallest and the fastest, because neighbouring rows are homologous and share long runs.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from scalefold.errors import DataError
+
+_HEADER_LENGTH = struct.Struct("<I")
+_DEFLATE_LEVEL = 6
+_CODINGS = ("deflate", "shuffle", "delta")
+
+
+def _shuffle(array: np.ndarray) -> bytes:
+    """Bytes of equal significance beside each other, which deflate compresses better."""
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint8).reshape(flat.size, flat.itemsize).T.tobytes()
+
+
+def _unshuffle(data: bytes, dtype: np.dtype) -> np.ndarray:
+    planes = np.frombuffer(data, dtype=np.uint8).reshape(dtype.itemsize, -1)
+    return np.ascontiguousarray(planes.T).reshape(-1).view(dtype)
+
+
+def _encode(array: np.ndarray, coding: str) -> bytes:
+    if coding == "delta":  # along the first axis; integer arithmetic wraps, so the inverse is exact
+        array = np.diff(array, axis=0, prepend=np.zeros((1, *array.shape[1:]), dtype=array.dtype))
+    raw = np.ascontiguousarray(array).tobytes() if coding == "deflate" else _shuffle(array)
+    return zlib.compress(raw, _DEFLATE_LEVEL)
+
+
+def _decode(data: bytes | memoryview, dtype: np.dtype, shape: list[int], coding: str) -> np.ndarray:
+    raw = zlib.decompress(data)
+    if coding == "deflate":
+        return np.frombuffer(raw, dtype=dtype).reshape(shape)
+    array = _unshuffle(raw, dtype).reshape(shape)
+    return np.cumsum(array, axis=0, dtype=dtype) if coding == "delta" else array
+
+
+def pack(facts: Mapping[str, object], sections: Mapping[str, tuple[np.ndarray, str]]) -> bytes:
+    """One record from small JSON-able ``facts`` and named ``(array, coding)`` sections.
+
+    Codings: ``deflate`` (bytes as they are), ``shuffle`` (by byte significance), ``delta`` (integers; differences
+    along the first axis, then shuffle).
+    """
+    entries, payloads = [], []
+    for name, (array, coding) in sections.items():
+        if coding not in _CODINGS:
+            raise ValueError(f"coding {coding!r} is not one of {_CODINGS}")
+        payload = _encode(array, coding)
+        entries.append([name, array.dtype.str, list(array.shape), len(payload), coding])
+        payloads.append(payload)
+    header = json.dumps({"facts": dict(facts), "sections": entries}, separators=(",", ":")).encode()
+    return b"".join([_HEADER_LENGTH.pack(len(header)), header, *payloads])
+
+
+class Record:
+    """A packed record whose sections are decoded on access.
+
+    Raises :class:`DataError` naming ``label`` if the bytes are not a record.
+    """
+
+    def __init__(self, data: bytes | memoryview, label: str) -> None:
+        self._data, self._label = memoryview(data), label
+        try:
+            (length,) = _HEADER_LENGTH.unpack_from(self._data)
+            header = json.loads(bytes(self._data[4 : 4 + length]))
+            self.facts: dict = header["facts"]
+            self._sections: dict[str, tuple[int, list]] = {}
+            offset = 4 + length
+            for entry in header["sections"]:
+                self._sections[entry[0]] = (offset, entry)
+                offset += entry[3]
+        except (struct.error, ValueError, KeyError, IndexError, TypeError) as error:
+            raise self._damaged("header", error) from error
+
+    def _damaged(self, part: str, error: Exception) -> DataError:
+        return DataError(f"{self._label}: stored record is damaged ({part}: {error}); run verify-data on the store")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sections
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        offset, (_, dtype, shape, num_bytes, coding) = self._sections[name]
+        try:
+            return _decode(self._data[offset : offset + num_bytes], np.dtype(dtype), shape, coding)
+        except (zlib.error, ValueError) as error:
+            raise self._damaged(name, error) from error
+
+
+def smallest_uint(maximum: int) -> np.dtype:
+    """Smallest unsigned dtype that holds ``maximum`` (deletion counts: uint8, uint16 or int32)."""
+    if maximum <= 0xFF:
+        return np.dtype(np.uint8)
+    return np.dtype(np.uint16) if maximum <= 0xFFFF else np.dtype(np.int32)
+
+
+# --- structures -------------------------------------------------------------------------------------------------------
+
+
+def pack_structure(facts: Mapping[str, object], positions: np.ndarray, mask: np.ndarray) -> bytes:
+    """Record of one chain's coordinates: float32 [L, 37, 3] angstrom and bool [L, 37].
+
+    PDB coordinates have three decimals, so present atoms are stored as integer milli-angstrom differences whenever
+    that gives back every float32 exactly; otherwise as they are.
+    """
+    present = positions[mask]
+    milli = np.rint(present.astype(np.float64) * 1000.0)
+    exact = bool(np.all(np.abs(milli) < 2**31)) and np.array_equal((milli / 1000.0).astype(np.float32), present)
+    coordinates = (milli.astype(np.int32), "delta") if exact else (present, "shuffle")
+    sections = {"mask": (np.packbits(mask), "deflate"), "coordinates": coordinates}
+    return pack({**facts, "length": len(mask)}, sections)
+
+
+def unpack_structure(record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [L, 37, 3] positions (0 where absent) and bool [L, 37] mask, bit for bit as packed."""
+    length = record.facts["length"]
+    mask = np.unpackbits(record["mask"], count=length * 37).reshape(length, 37).astype(bool)
+    coordinates = record["coordinates"]
+    if coordinates.dtype == np.int32:
+        coordinates = (coordinates / 1000.0).astype(np.float32)
+    positions = np.zeros((length, 37, 3), dtype=np.float32)
+    positions[mask] = coordinates
+    return positions, mask
+
+
+# --- alignments -------------------------------------------------------------------------------------------------------
+
+_BLOCK_LETTERS = 1 << 18  # letters per independently decoded block of rows
+
+
+def pack_msa(facts: Mapping[str, object], msa: np.ndarray, deletions: np.ndarray, counts: np.ndarray) -> bytes:
+    """Record of one alignment: uint8 [S, L] HHblits ids, integer [S, L] deletion counts, uint32 [L, 22] letter counts.
+
+    Rows lie in blocks that are decoded independently. Deletions are kept as (flat index, count) of their non-zero
+    entries per block.
+    """
+    num_rows, length = msa.shape
+    rows_per_block = max(1, _BLOCK_LETTERS // max(length, 1))
+    dtype = smallest_uint(int(deletions.max(initial=0)))
+    sections: dict[str, tuple[np.ndarray, str]] = {"counts": (counts.astype(np.uint32), "shuffle")}
+    for block, start in enumerate(range(0, num_rows, rows_per_block)):
+        rows = deletions[start : start + rows_per_block].reshape(-1)
+        where = np.flatnonzero(rows)
+        sections[f"letters{block}"] = (msa[start : start + rows_per_block], "deflate")
+        sections[f"deletion_index{block}"] = (where.astype(np.uint32), "delta")
+        sections[f"deletion_count{block}"] = (rows[where].astype(dtype), "shuffle")
+    shape = {"num_rows": num_rows, "length": length, "rows_per_block": rows_per_block, "deletion_dtype": dtype.str}
+    return pack({**facts, **shape}, sections)
+
+
+def unpack_msa(record: Record, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [S, L] letters and deletion counts (smallest dtype) of all rows, or of the ascending ``rows`` only.
+
+    Blocks without a wanted row are not decoded.
+    """
+    facts = record.facts
+    wanted = np.arange(facts["num_rows"]) if rows is None else np.asarray(rows, dtype=np.int64)
+    if wanted.size and (wanted[0] < 0 or wanted[-1] >= facts["num_rows"] or np.any(np.diff(wanted) <= 0)):
+        raise ValueError(f"rows must ascend within 0..{facts['num_rows'] - 1}")
+    length, per_block = facts["length"], facts["rows_per_block"]
+    msa = np.empty((wanted.size, length), dtype=np.uint8)
+    deletions = np.zeros((wanted.size, length), dtype=np.dtype(facts["deletion_dtype"]))
+    for block in np.unique(wanted // per_block):
+        first, last = np.searchsorted(wanted, [block * per_block, (block + 1) * per_block])
+        inside = wanted[first:last] - block * per_block
+        letters = record[f"letters{block}"]
+        dense = np.zeros(letters.shape, dtype=deletions.dtype)
+        dense.reshape(-1)[record[f"deletion_index{block}"]] = record[f"deletion_count{block}"]
+        whole = inside.size == len(letters)
+        msa[first:last] = letters if whole else letters[inside]
+        deletions[first:last] = dense if whole else dense[inside]
+    return msa, deletions

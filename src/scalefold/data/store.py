@@ -1,0 +1,456 @@
+"""The prepared data set: a memory-mapped index and a few large HDF5 shards, written and read side by side.
+
+Layout of a store folder::
+
+    manifest.json            counts, bytes and SHA-256 of every file below, inputs, summary of rejections
+    rejected.csv             one line per rejected entry, chain or alignment with its reason
+    index/chain.<column>.npy, index/alignment.<column>.npy
+    structures/00000.h5 ...  one record per chain: sequence, coordinates, mask
+    alignments/00000.h5 ...  one record per alignment folder (shared by identical chains) and one template table per chain
+
+A shard holds one one-dimensional uint8 dataset ``records``; the index says where each record begins and ends, so a
+sample costs one contiguous read for the structure, one for the alignment and one per template it uses. Everything in
+a store is a deterministic function of the raw files: no crop, mask, sample or shuffle is stored.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from scalefold.data import codec, residues
+from scalefold.errors import DataError
+
+FORMAT_VERSION = 1
+_CHUNK_BYTES = 1 << 20
+_NO_RECORD = -1
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TemplateHit:
+    """One pre-filtered template hit of a chain. The arrays are read from the template chain when first asked for.
+
+    ``ok`` is False if featurisation failed, with ``reason``; such a hit has no arrays. ``template_position`` int32 [L]
+    is the residue of the template chain under each query residue, -1 at gaps.
+    """
+
+    name: str
+    sum_probs: float
+    ok: bool
+    reason: str
+    template_position: np.ndarray
+    letters: np.ndarray | None = field(repr=False, default=None)
+    _read: Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]] | None = field(repr=False, default=None)
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if not self.ok or self._read is None:
+            raise DataError(f"template {self.name} cannot be used: {self.reason}")
+        aatype, positions, mask = self._read()
+        return gather_template(aatype, positions, mask, self.template_position, self.letters)
+
+    @property
+    def aatype(self) -> np.ndarray:
+        """uint8 [L] HHblits ids, gap = 21."""
+        return self._arrays[0]
+
+    @property
+    def all_atom_positions(self) -> np.ndarray:
+        """float32 [L, 37, 3] angstrom, zero-centred over the template chain's present atoms, 0 where absent."""
+        return self._arrays[1]
+
+    @property
+    def all_atom_mask(self) -> np.ndarray:
+        """bool [L, 37]."""
+        return self._arrays[2]
+
+
+def gather_template(
+    aatype: np.ndarray,
+    positions: np.ndarray,
+    mask: np.ndarray,
+    template_position: np.ndarray,
+    letters: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A template chain laid under the query: uint8 [L] HHblits ids, float32 [L, 37, 3], bool [L, 37].
+
+    ``template_position`` [L] indexes the template chain, -1 is a gap. The whole chain is centred on the float32 mean of
+    its present atoms first. ``letters`` replaces the chain's own letters where a hit was matched with wildcards.
+    """
+    aligned = template_position >= 0
+    source = template_position[aligned]
+    centred = np.zeros_like(positions)
+    if mask.any():
+        centred[mask] = positions[mask] - positions[mask].mean(axis=0)
+    length = len(template_position)
+    out_positions = np.zeros((length, 37, 3), dtype=np.float32)
+    out_mask = np.zeros((length, 37), dtype=bool)
+    out_aatype = np.full(length, residues.GAP_RESTYPE, dtype=np.uint8)
+    out_positions[aligned], out_mask[aligned] = centred[source], mask[source]
+    out_aatype[aligned] = residues.RESTYPE_TO_HHBLITS[aatype[source]]
+    return (out_aatype if letters is None else letters), out_positions, out_mask
+
+
+@dataclass(frozen=True)
+class ChainRecord:
+    """Everything stored about one chain; see the module and ``docs/data.md``.
+
+    A chain without alignment has one row, the query, and ``has_alignment`` False in the table.
+    """
+
+    chain_id: str  # pdb id _ author chain id
+    sequence: str
+    aatype: np.ndarray  # uint8 [L], 0..20
+    all_atom_positions: np.ndarray  # float32 [L, 37, 3] angstrom
+    all_atom_mask: np.ndarray  # bool [L, 37]
+    resolution: float  # angstrom, nan if unknown
+    release_date: str  # YYYY-MM-DD
+    msa: np.ndarray  # uint8 [S, L] HHblits ids, deduplicated over files
+    deletion_matrix: np.ndarray  # uint8, uint16 or int32 [S, L] counts
+    templates: list[TemplateHit]  # pre-filtered hits, sum_probs descending, stable
+    msa_counts: np.ndarray  # uint32 [L, 22] letters per column over all rows, restype order (X = 20, gap = 21)
+
+
+@dataclass(frozen=True)
+class ChainTable:
+    """Columns of the chain index, one entry per chain, in data set order. Memory-mapped."""
+
+    chain_id: np.ndarray  # bytes
+    length: np.ndarray  # int32
+    release_date: np.ndarray  # datetime64[D]
+    resolution: np.ndarray  # float64 angstrom, nan if unknown
+    cluster_id: np.ndarray  # int32, -1 if none
+    max_residue_share: np.ndarray  # float64, share of the most common letter, nan if empty
+    num_ca: np.ndarray  # int32, residues with a C-alpha atom
+    mmcif_chain_ids: np.ndarray  # bytes, ";" joined asym ids
+    alignment: np.ndarray  # int32 row of the alignment index, -1 if none
+    msa_rows: np.ndarray  # int32, rows after removal of duplicates, 0 if no alignment
+    num_template_hits: np.ndarray  # int32, kept hits
+    structure_shard: np.ndarray
+    structure_offset: np.ndarray
+    structure_bytes: np.ndarray
+    template_shard: np.ndarray
+    template_offset: np.ndarray
+    template_bytes: np.ndarray
+    order: np.ndarray  # int32, argsort of chain_id
+
+    @cached_property
+    def has_alignment(self) -> np.ndarray:
+        """bool per chain."""
+        return np.asarray(self.alignment) >= 0
+
+
+@dataclass(frozen=True)
+class AlignmentTable:
+    """Columns of the alignment index: one entry per alignment folder."""
+
+    name: np.ndarray  # bytes
+    num_rows: np.ndarray
+    length: np.ndarray
+    shard: np.ndarray
+    offset: np.ndarray
+    num_bytes: np.ndarray
+
+
+def write_table(index_dir: Path, kind: str, table: ChainTable | AlignmentTable) -> None:
+    """Write every column as ``<kind>.<column>.npy`` (no pickles)."""
+    index_dir.mkdir(parents=True, exist_ok=True)
+    for column in fields(table):
+        temporary = index_dir / f".{kind}.{column.name}.tmp.npy"
+        np.save(temporary, getattr(table, column.name), allow_pickle=False)
+        temporary.rename(index_dir / f"{kind}.{column.name}.npy")
+
+
+def _open_table(index_dir: Path, kind: str, table_type: type) -> Any:
+    columns = {}
+    for column in fields(table_type):
+        path = index_dir / f"{kind}.{column.name}.npy"
+        try:
+            columns[column.name] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except FileNotFoundError:
+            raise DataError(f"{path}: index column is missing; the store is incomplete, run prepare again") from None
+        except ValueError:  # an empty array cannot be mapped
+            columns[column.name] = _load_unmapped(path)
+    return table_type(**columns)
+
+
+def _load_unmapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"{path}: index column cannot be read ({error}); run verify-data on the store") from error
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+class ShardWriter:
+    """Appends records to one HDF5 shard under a temporary name; the final name appears only when it is complete."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._temporary = path, path.with_name(f".{path.name}.tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary.unlink(missing_ok=True)
+        self._file = h5py.File(self._temporary, "w", libver="latest")
+        self._data = self._file.create_dataset("records", (0,), np.uint8, maxshape=(None,), chunks=(_CHUNK_BYTES,))
+        self._data.attrs["format_version"] = FORMAT_VERSION
+        self._pending, self._pending_bytes, self._flushed = [], 0, 0
+
+    def append(self, record: bytes) -> tuple[int, int]:
+        """Add one record; returns its offset and number of bytes."""
+        offset = self._flushed + self._pending_bytes
+        self._pending.append(record)
+        self._pending_bytes += len(record)
+        if self._pending_bytes >= 8 * _CHUNK_BYTES:
+            self._flush()
+        return offset, len(record)
+
+    def _flush(self) -> None:
+        joined = np.frombuffer(b"".join(self._pending), dtype=np.uint8)
+        self._data.resize((self._flushed + joined.size,))
+        self._data[self._flushed :] = joined
+        self._flushed += joined.size
+        self._pending, self._pending_bytes = [], 0
+
+    def close(self) -> None:
+        """Write what is pending, close the file and give it its final name."""
+        self._flush()
+        self._file.close()
+        self._temporary.rename(self.path)
+
+
+class ShardReader:
+    """Byte ranges of the shards of one folder. HDF5 files are opened when first read, once per process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._open: dict[int, tuple[h5py.File, h5py.Dataset]] = {}
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "_open": {}, "_process": -1}
+
+    def read(self, shard: int, offset: int, num_bytes: int, label: str) -> codec.Record:
+        """The record at ``offset``. Raises DataError naming file and ``label`` if it cannot be read."""
+        if self._process != os.getpid():  # forked: file handles must not be shared with the parent
+            self._open, self._process = {}, os.getpid()
+        path = self.folder / f"{shard:05d}.h5"
+        if shard not in self._open:
+            self._open[shard] = _open_shard(path)
+        data = self._open[shard][1]
+        if offset + num_bytes > data.shape[0]:
+            raise DataError(f"{path}: {label} lies beyond the end of the shard; run verify-data on the store")
+        return codec.Record(data[offset : offset + num_bytes].data, f"{path}: {label}")
+
+    def close(self) -> None:
+        """Close all files of this process."""
+        for file, _ in self._open.values():
+            file.close()
+        self._open = {}
+
+
+def _open_shard(path: Path) -> tuple[h5py.File, h5py.Dataset]:
+    try:
+        # No chunk cache: records are smaller than chunks, and without cache only the bytes asked for are read.
+        file = h5py.File(path, "r", rdcc_nbytes=0, locking=False)
+        return file, file["records"]  # type: ignore[return-value]
+    except FileNotFoundError:
+        raise DataError(f"{path}: shard is missing; copy it again or run prepare again") from None
+    except (OSError, KeyError) as error:
+        raise DataError(f"{path}: shard cannot be read ({error}); run verify-data on the store") from error
+
+
+# --- structure and template records -----------------------------------------------------------------------------------
+
+
+def pack_templates(hits: list[TemplateHit], template_rows: list[int], length: int) -> bytes:
+    """Record of a chain's kept hits; ``template_rows`` are their rows in the chain table (-1 where not ``ok``)."""
+    position = np.stack([hit.template_position for hit in hits]) if hits else np.zeros((0, length), dtype=np.int32)
+    own_letters = [i for i, hit in enumerate(hits) if hit.letters is not None]
+    facts = {
+        "names": [hit.name for hit in hits],
+        "reasons": {i: hit.reason for i, hit in enumerate(hits) if hit.reason},
+        "own_letters": own_letters,
+    }
+    letters = np.array([hits[i].letters for i in own_letters], dtype=np.uint8).reshape(len(own_letters), length)
+    return codec.pack(
+        facts,
+        {
+            "sum_probs": (np.array([hit.sum_probs for hit in hits], dtype=np.float64), "shuffle"),
+            "row": (np.array(template_rows, dtype=np.int32), "deflate"),
+            "position": (np.ascontiguousarray(position.T.astype(np.int32)), "delta"),
+            "letters": (letters, "deflate"),
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Sequence and atoms of one chain as stored."""
+
+    sequence: str
+    aatype: np.ndarray  # uint8 [L]
+    positions: np.ndarray  # float32 [L, 37, 3]
+    mask: np.ndarray  # bool [L, 37]
+
+
+class Store:
+    """A prepared data set opened for reading.
+
+    Opening maps the index and reads nothing else; HDF5 shards are opened per process at the first read, so a store may
+    be handed to forked or spawned loader workers.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "manifest.json").is_file():
+            raise DataError(f"{self.path}: no manifest.json; not a prepared store, or prepare did not finish")
+        self.table: ChainTable = _open_table(self.path / "index", "chain", ChainTable)
+        self.alignments: AlignmentTable = _open_table(self.path / "index", "alignment", AlignmentTable)
+        self._structures = ShardReader(self.path / "structures")
+        self._alignments = ShardReader(self.path / "alignments")
+
+    def __len__(self) -> int:
+        return len(self.table.chain_id)
+
+    @cached_property
+    def chain_ids(self) -> list[str]:
+        """Chain ids in data set order."""
+        return np.asarray(self.table.chain_id).astype(str).tolist()
+
+    def index_of(self, chain_id: str) -> int:
+        """Row of a chain. Raises DataError if the store has no such chain."""
+        order = self.table.order
+        key = np.bytes_(chain_id)
+        at = int(np.searchsorted(self.table.chain_id, key, sorter=order))
+        if at == len(order) or self.table.chain_id[order[at]] != key:
+            raise DataError(f"{self.path}: no chain {chain_id!r} in this store of {len(self)} chains")
+        return int(order[at])
+
+    def _row(self, chain: int | str) -> int:
+        row = self.index_of(chain) if isinstance(chain, str) else int(chain)
+        if not 0 <= row < len(self):
+            raise DataError(f"{self.path}: chain index {row} outside 0..{len(self) - 1}")
+        return row
+
+    def name(self, row: int) -> str:
+        """Chain id of a row."""
+        return self.table.chain_id[row].decode()
+
+    def read_structure(self, chain: int | str) -> Structure:
+        """Sequence, positions and mask of a chain."""
+        row, table = self._row(chain), self.table
+        place = (int(c[row]) for c in (table.structure_shard, table.structure_offset, table.structure_bytes))
+        record = self._structures.read(*place, label=f"chain {self.name(row)}")
+        positions, mask = codec.unpack_structure(record)
+        sequence = record.facts["sequence"]
+        return Structure(sequence, residues.sequence_to_aatype(sequence), positions, mask)
+
+    def _alignment_record(self, row: int) -> codec.Record | None:
+        which = int(self.table.alignment[row])
+        if which == _NO_RECORD:
+            return None
+        place = (int(c[which]) for c in (self.alignments.shard, self.alignments.offset, self.alignments.num_bytes))
+        return self._alignments.read(*place, label=f"alignment {self.alignments.name[which].decode()}")
+
+    def read_msa_rows(self, chain: int | str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Letters uint8 [n, L] and deletion counts [n, L] of the ascending ``rows``; other blocks stay compressed."""
+        row = self._row(chain)
+        record = self._alignment_record(row)
+        if record is not None:
+            return codec.unpack_msa(record, rows)
+        msa, deletions, _ = query_only_msa(self.read_structure(row).sequence)
+        return msa[rows], deletions[rows]
+
+    def read_msa_counts(self, chain: int | str) -> np.ndarray:
+        """uint32 [L, 22] letters per column over all rows, restype order."""
+        row = self._row(chain)
+        record = self._alignment_record(row)
+        return query_only_msa(self.read_structure(row).sequence)[2] if record is None else record["counts"]
+
+    def read_templates(self, chain: int | str) -> list[TemplateHit]:
+        """Kept hits, sum_probs descending; arrays are read when first asked for."""
+        row, table = self._row(chain), self.table
+        if int(table.template_shard[row]) == _NO_RECORD:
+            return []
+        place = (int(c[row]) for c in (table.template_shard, table.template_offset, table.template_bytes))
+        record = self._alignments.read(*place, label=f"templates of {self.name(row)}")
+        facts, sum_probs, rows = record.facts, record["sum_probs"], record["row"]
+        position, letters = record["position"].T, record["letters"]
+        own = {hit: i for i, hit in enumerate(facts["own_letters"])}
+        return [
+            TemplateHit(
+                name,
+                float(sum_probs[i]),
+                int(rows[i]) != _NO_RECORD,
+                facts["reasons"].get(str(i), ""),
+                np.ascontiguousarray(position[i]),
+                letters[own[i]] if i in own else None,
+                self._template_reader(int(rows[i])),
+            )
+            for i, name in enumerate(facts["names"])
+        ]
+
+    def _template_reader(self, row: int) -> Callable[[], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        def read() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            structure = self.read_structure(row)
+            return structure.aatype, structure.positions, structure.mask
+
+        return read
+
+    def read(self, chain: int | str, msa: bool = True) -> ChainRecord:
+        """The whole record of a chain, by row or chain id.
+
+        ``msa=False`` leaves the alignment rows out (shape [0, L]); ``msa_counts`` and templates are there all the same.
+        """
+        row = self._row(chain)
+        structure = self.read_structure(row)
+        record = self._alignment_record(row)
+        if record is None:
+            letters, deletions, counts = query_only_msa(structure.sequence)
+        else:
+            letters, deletions = codec.unpack_msa(record, None if msa else np.zeros(0, dtype=np.int64))
+            counts = record["counts"]
+        return ChainRecord(
+            chain_id=self.name(row),
+            sequence=structure.sequence,
+            aatype=structure.aatype,
+            all_atom_positions=structure.positions,
+            all_atom_mask=structure.mask,
+            resolution=float(self.table.resolution[row]),
+            release_date=str(self.table.release_date[row]),
+            msa=letters if msa else letters[:0],
+            deletion_matrix=deletions if msa else deletions[:0],
+            templates=self.read_templates(row),
+            msa_counts=counts,
+        )
+
+    def close(self) -> None:
+        """Close the shards opened by this process."""
+        self._structures.close()
+        self._alignments.close()
+
+
+def query_only_msa(sequence: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The alignment of a chain without one: the query row, no deletions, its letter counts."""
+    aatype = residues.sequence_to_aatype(sequence)
+    # The query goes through the alignment alphabet like any other row, where B, U and Z have ids of their own.
+    ids = [residues.MSA_LETTER_TO_HHBLITS[letter] for letter in sequence]
+    msa = np.array([ids], dtype=np.uint8).reshape(1, len(aatype))
+    return msa, np.zeros_like(msa), count_letters(msa)
+
+
+def count_letters(msa: np.ndarray) -> np.ndarray:
+    """uint32 [L, 22] rows per column and letter in restype order, from uint8 [S, L] HHblits ids."""
+    counts = np.empty((msa.shape[1], 22), dtype=np.uint32)
+    for hhblits_id, restype in enumerate(residues.HHBLITS_TO_RESTYPE):
+        counts[:, restype] = np.count_nonzero(msa == hhblits_id, axis=0)
+    return counts
