@@ -1,0 +1,243 @@
+"""Adam, gradient clipping, learning-rate schedule and weight averaging on flat buffers.
+
+All parameters of a model live in one fp32 master buffer; the averaged (SWA) weights and the two Adam moments have the
+same layout. Parameters that compute in bf16 get a second, bf16 buffer that the model's tensors are views of; all
+others are views of the master itself. So a step is a few kernels whatever the number of tensors, a snapshot of the
+averaged weights is one copy, and clip coefficient and norm never leave the device.
+
+Update of iteration t (training specification, sections 3 to 5), g the gradient averaged over data-parallel replicas:
+
+    c = min(1, clip / (|g| + 1e-6));  m = b1 m + (1 - b1) c g;  v = b2 v + (1 - b2) (c g)^2
+    p = p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+    swa = p at the first update of a run, else swa + (1 - decay) (p - swa)
+"""
+
+import bisect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scalefold.config import TrainingConfig
+from scalefold.kernels import REFERENCE, Operations
+
+ALIGNMENT = 16
+FUSED_PROJECTIONS = ("linear_q.weight", "linear_k.weight", "linear_v.weight", "linear_g.weight")
+
+
+def learning_rate(step: int, config: TrainingConfig) -> float:
+    """Rate of iteration ``step`` (from 1): linear from warm-up init to base over the warm-up steps, then constant.
+
+    Rounded to ten decimals within the warm-up as the reference does.
+    """
+    warmup = config.opt_learning_rate_warmup_steps
+    if step > warmup:
+        return config.opt_base_learning_rate
+    ramp = np.linspace(config.opt_learning_rate_warmup_init, config.opt_base_learning_rate, warmup)
+    return round(float(ramp[step - 1]), 10)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Place of one parameter in the flat buffers."""
+
+    name: str
+    shape: torch.Size
+    start: int
+
+    @property
+    def stop(self) -> int:
+        """First element behind the parameter."""
+        return self.start + self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A contiguous range of parameters that share compute type and gradient scale."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    gradient_scale: float
+
+
+def storage_order(names: list[str]) -> list[str]:
+    """Registration order, except that the q, k, v, gate projections of one attention lie next to each other.
+
+    One matrix product then serves all four without copying weights together.
+    """
+    known, order = set(names), []
+    for name in names:
+        prefix, _, tail = name.rpartition("linear_")
+        if f"linear_{tail}" not in FUSED_PROJECTIONS:
+            order.append(name)
+        elif name.endswith(FUSED_PROJECTIONS[0]):
+            order += [prefix + member for member in FUSED_PROJECTIONS if prefix + member in known]
+    missed = known.difference(order)
+    return order + [name for name in names if name in missed]
+
+
+class FlatParameters:
+    """The parameters of ``model`` as views of flat buffers.
+
+    Args:
+        model: its parameters are re-pointed to the buffers; values are kept.
+        device: where the buffers live.
+        compute_dtype: type in which parameters compute, by name.
+        gradient_scale: factor on a parameter's gradient before it is summed over all training ranks, by name.
+        gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        compute_dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
+        gradient_scale: Callable[[str], float] = lambda name: 1.0,
+        gradient_dtype: torch.dtype | None = None,
+    ) -> None:
+        parameters = dict(model.named_parameters())
+        kinds = {name: (compute_dtype(name), gradient_scale(name)) for name in parameters}
+        self.slots: list[Slot] = []
+        self.segments: list[Segment] = []
+        position = 0
+        for kind in sorted(set(kinds.values()), key=lambda k: (str(k[0]), k[1])):
+            start = position
+            for name in storage_order([name for name in parameters if kinds[name] == kind]):
+                self.slots.append(Slot(name, parameters[name].shape, position))
+                position += _aligned(parameters[name].numel())
+            self.segments.append(Segment(start, position, *kind))
+        self.size = position
+        self.master = torch.zeros(self.size, dtype=torch.float32, device=device)
+        self.parameters = [parameters[slot.name] for slot in self.slots]
+        self._copies = {
+            segment: torch.zeros(segment.stop - segment.start, dtype=segment.dtype, device=device)
+            for segment in self.segments
+            if segment.dtype != torch.float32
+        }
+        self.gradients = {
+            segment: torch.zeros(segment.stop - segment.start, dtype=gradient_dtype or segment.dtype, device=device)
+            for segment in self.segments
+        }
+        with torch.no_grad():
+            for slot, parameter in zip(self.slots, self.parameters, strict=True):
+                self.view(self.master, slot).copy_(parameter)
+        self.refresh()
+        for slot, parameter in zip(self.slots, self.parameters, strict=True):
+            parameter.data = self._compute_view(slot)
+
+    def segment_of(self, slot: Slot) -> Segment:
+        """The segment that holds ``slot``."""
+        return next(s for s in self.segments if s.start <= slot.start < s.stop)
+
+    def view(self, flat: Tensor, slot: Slot, offset: int = 0) -> Tensor:
+        """The parameter's part of a flat buffer that begins at element ``offset`` of the layout, in its own shape."""
+        return flat[slot.start - offset : slot.stop - offset].view(slot.shape)
+
+    def compute_copy(self, segment: Segment) -> Tensor | None:
+        """The low-precision buffer of a segment, or None where the master itself computes."""
+        return self._copies.get(segment)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the master into the low-precision buffers."""
+        for segment, copy in self._copies.items():
+            copy.copy_(self.master[segment.start : segment.stop])
+
+    @torch.no_grad()
+    def collect_gradients(self, accumulate: bool = False) -> None:
+        """Move ``.grad`` of all parameters into the flat gradient (absent: zero) and drop the tensors."""
+        for segment, flat in self.gradients.items():
+            self.collect_range(segment, flat, segment.start, segment.stop, accumulate)
+
+    @torch.no_grad()
+    def collect_range(self, segment: Segment, flat: Tensor, start: int, stop: int, accumulate: bool) -> None:
+        """The same for the parameters that begin in [start, stop) of one segment."""
+        targets, sources = [], []
+        for slot, parameter in self._members(start, stop):
+            target = self.view(flat, slot, segment.start)
+            if parameter.grad is not None:
+                targets.append(target)
+                sources.append(parameter.grad)
+                parameter.grad = None
+            elif not accumulate:
+                target.zero_()
+        if targets:
+            if accumulate:
+                torch._foreach_add_(targets, [s.to(targets[0].dtype) for s in sources])
+            else:
+                torch._foreach_copy_(targets, sources)
+
+    def _members(self, start: int, stop: int) -> list[tuple[Slot, nn.Parameter]]:
+        first = bisect.bisect_left(self.slots, start, key=lambda slot: slot.start)
+        last = bisect.bisect_left(self.slots, stop, key=lambda slot: slot.start)
+        return list(zip(self.slots[first:last], self.parameters[first:last], strict=True))
+
+    def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of every parameter of a flat fp32 buffer, in storage order."""
+        for slot in self.slots:
+            yield slot.name, self.view(flat, slot)
+
+    def _compute_view(self, slot: Slot) -> Tensor:
+        segment = self.segment_of(slot)
+        copy = self._copies.get(segment)
+        return self.view(self.master, slot) if copy is None else self.view(copy, slot, segment.start)
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGNMENT) * ALIGNMENT
+
+
+class Optimizer:
+    """Clip, Adam and weight averaging over the flat buffers of one model."""
+
+    def __init__(self, flat: FlatParameters, config: TrainingConfig, ops: Operations = REFERENCE) -> None:
+        self.flat, self.config, self.ops = flat, config, ops
+        self.exp_avg = torch.zeros_like(flat.master)
+        self.exp_avg_sq = torch.zeros_like(flat.master)
+        self.averaged = flat.master.clone()
+        self.adam_step = 0
+        self.num_averaged = 0
+        self.grad_norm = torch.zeros((), device=flat.master.device)
+        self.scalars = torch.zeros(5, device=flat.master.device)
+
+    def prepare(self, step: int) -> None:
+        """Send the numbers of iteration ``step`` to the device: rate, bias corrections, copy-or-average."""
+        c, t = self.config, self.adam_step + 1
+        values = [
+            learning_rate(step, c),
+            1.0 - c.opt_adam_beta_1**t,
+            (1.0 - c.opt_adam_beta_2**t) ** 0.5,
+            float(self.num_averaged == 0),
+        ]
+        self.scalars[1:].copy_(torch.tensor(values), non_blocking=True)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Clip, Adam, average, refresh the compute copies; device work only, so it can be captured."""
+        c, flat = self.config, self.flat
+        squares = [flat.gradients[s].float().square().sum() for s in flat.segments]
+        self.grad_norm.copy_(torch.stack(squares).sum().sqrt())
+        self.scalars[0] = (c.opt_gradient_clip_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        for segment in flat.segments:
+            part = slice(segment.start, segment.stop)
+            self.ops.adam_swa(
+                flat.master[part],
+                flat.gradients[segment],
+                self.exp_avg[part],
+                self.exp_avg_sq[part],
+                self.averaged[part],
+                self.scalars,
+                c.opt_adam_beta_1,
+                c.opt_adam_beta_2,
+                c.opt_adam_epsilon,
+                c.swa_decay_rate,
+            )
+        flat.refresh()
+
+    def count(self) -> None:
+        """Note on the host that one update has been applied."""
+        self.adam_step += 1
+        self.num_averaged += 1

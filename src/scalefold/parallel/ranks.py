@@ -1,0 +1,219 @@
+"""Who does what: training and evaluation ranks, data-parallel replicas and axial-parallel groups.
+
+``RankLayout`` is arithmetic only and can be tested for 2080 ranks on a laptop. ``start`` turns it into process groups,
+under Slurm (``srun``), ``torchrun`` or ``mpirun`` alike.
+"""
+
+import datetime
+import os
+import socket
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from scalefold.config import Config
+from scalefold.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RankLayout:
+    """Ranks 0..T-1 train, in groups of ``dap_size`` neighbours; the last ``num_eval_ranks`` evaluate."""
+
+    world_size: int
+    dap_size: int = 1
+    num_eval_ranks: int = 0
+
+    @property
+    def num_train_ranks(self) -> int:
+        """Ranks that train."""
+        return self.world_size - self.num_eval_ranks
+
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel replicas; a replica is one axial-parallel group."""
+        return self.num_train_ranks // self.dap_size
+
+    @property
+    def train_ranks(self) -> list[int]:
+        """All training ranks."""
+        return list(range(self.num_train_ranks))
+
+    @property
+    def eval_ranks(self) -> list[int]:
+        """Ranks that only evaluate; empty if the training ranks evaluate themselves."""
+        return list(range(self.num_train_ranks, self.world_size))
+
+    def trains(self, rank: int) -> bool:
+        """Whether ``rank`` trains."""
+        return rank < self.num_train_ranks
+
+    def dp_index(self, rank: int) -> int:
+        """Replica of a training rank: the index that data order and dropout seeds depend on."""
+        return rank // self.dap_size
+
+    def dap_index(self, rank: int) -> int:
+        """Place of a training rank inside its replica."""
+        return rank % self.dap_size
+
+    def dap_group(self, rank: int) -> list[int]:
+        """The ranks that share the sample of training rank ``rank``."""
+        first = rank - rank % self.dap_size
+        return list(range(first, first + self.dap_size))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Rank facts that the launcher states in environment variables."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    launcher: str
+
+
+_LAUNCHERS = (
+    ("torchrun", "RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("slurm", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+    ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("mpirun", "PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),
+)
+
+
+def read_environment(variables: dict[str, str] | None = None) -> Environment:
+    """Rank, local rank and world size as torchrun, srun or mpirun state them; one process if none does."""
+    env = dict(os.environ) if variables is None else variables
+    for launcher, rank, local_rank, world_size in _LAUNCHERS:
+        inside_step = launcher != "slurm" or "SLURM_STEP_ID" in env
+        if rank in env and world_size in env and inside_step:
+            return Environment(int(env[rank]), int(env.get(local_rank, 0)), int(env[world_size]), launcher)
+    return Environment(0, 0, 1, "single")
+
+
+@dataclass
+class Ranks:
+    """This process among all others, with the groups it talks in."""
+
+    layout: RankLayout
+    rank: int
+    local_rank: int
+    device: torch.device
+    train_group: dist.ProcessGroup | None = None
+    dap_group: dist.ProcessGroup | None = None
+    eval_group: dist.ProcessGroup | None = None
+    control_group: dist.ProcessGroup | None = None
+    launcher: str = "single"
+    host: str = field(default_factory=socket.gethostname)
+
+    @property
+    def trains(self) -> bool:
+        """Whether this process trains."""
+        return self.layout.trains(self.rank)
+
+    @property
+    def is_root(self) -> bool:
+        """Rank 0, which owns log, record and checkpoints."""
+        return self.rank == 0
+
+    @property
+    def is_eval_root(self) -> bool:
+        """First evaluation rank, or rank 0 where the training ranks evaluate."""
+        return self.rank == (self.layout.eval_ranks or [0])[0]
+
+    @property
+    def dp_index(self) -> int:
+        """Replica of this rank."""
+        return self.layout.dp_index(self.rank)
+
+    def barrier(self) -> None:
+        """Wait for all ranks of the run."""
+        if self.layout.world_size > 1:
+            dist.barrier(group=self.control_group)
+
+    def stop(self) -> None:
+        """Leave the process groups in an orderly way; safe to call in a single process."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def describe(self) -> str:
+        """``rank 3 of 8 on node07``: the start of every message about a rank."""
+        return f"rank {self.rank} of {self.layout.world_size} on {self.host}"
+
+
+def choose_device(config: Config, local_rank: int) -> torch.device:
+    """The device of this process: CUDA device ``local_rank`` or the CPU.
+
+    Raises:
+        ConfigError: the configuration demands CUDA and this process has no such device.
+    """
+    wanted = config.execution.device
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= max(count, 1) or not torch.cuda.is_available():
+        raise ConfigError(
+            f"execution.device: cuda, but local rank {local_rank} finds {count} CUDA devices on "
+            f"{socket.gethostname()}; set parallel.gpus_per_node to what a node has, or execution.device: cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def start(config: Config) -> Ranks:
+    """Join the run that the launcher started and build its groups.
+
+    Raises:
+        ConfigError: the launcher started another number of processes than the configuration states.
+    """
+    environment = read_environment()
+    p = config.parallel
+    if environment.world_size != p.world_size:
+        raise ConfigError(
+            f"{environment.launcher} started {environment.world_size} processes, but parallel: nodes {p.nodes} x "
+            f"{p.world_size // p.nodes} per node = {p.world_size}; start {p.world_size} or change the configuration"
+        )
+    layout = RankLayout(p.world_size, p.dap_size, p.num_eval_ranks)
+    device = choose_device(config, environment.local_rank)
+    ranks = Ranks(layout, environment.rank, environment.local_rank, device, launcher=environment.launcher)
+    if layout.world_size > 1:
+        _rendezvous(environment)
+        _join(ranks, datetime.timedelta(seconds=p.startup_timeout_s))
+    return ranks
+
+
+def _rendezvous(environment: Environment) -> None:
+    """Fill in what torch.distributed expects where the launcher does not."""
+    os.environ.setdefault("RANK", str(environment.rank))
+    os.environ.setdefault("WORLD_SIZE", str(environment.world_size))
+    os.environ.setdefault("LOCAL_RANK", str(environment.local_rank))
+    if environment.launcher == "mpirun" and "MASTER_ADDR" not in os.environ:
+        address, port = _share_address()
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = address, str(port)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(f"{environment.launcher}: {' and '.join(missing)} must be set; `scalefold launch` does it")
+
+
+def _share_address() -> tuple[str, int]:
+    """Rank 0 chooses a free port and tells the others through MPI."""
+    from mpi4py import MPI
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        mine = (socket.gethostname(), probe.getsockname()[1])
+    return MPI.COMM_WORLD.bcast(mine if MPI.COMM_WORLD.rank == 0 else None, root=0)
+
+
+def _join(ranks: Ranks, timeout: datetime.timedelta) -> None:
+    layout, cuda = ranks.layout, ranks.device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=ranks.device if cuda else None)
+    ranks.control_group = dist.new_group(backend="gloo", timeout=timeout)
+    ranks.train_group = dist.new_group(layout.train_ranks, timeout=timeout)
+    if layout.num_eval_ranks:
+        ranks.eval_group = dist.new_group(layout.eval_ranks, timeout=timeout)
+    if layout.dap_size > 1:
+        for first in range(0, layout.num_train_ranks, layout.dap_size):
+            group = dist.new_group(layout.dap_group(first), timeout=timeout)
+            if ranks.trains and ranks.rank in layout.dap_group(first):
+                ranks.dap_group = group
