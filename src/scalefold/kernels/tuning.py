@@ -1,0 +1,174 @@
+"""Launch parameters of the Triton kernels: defaults in code, tuned tables per GPU kind, overrides for a sweep.
+
+A kernel module registers each kernel once, with a function from the problem to its default launch parameters and one
+that lists candidates worth timing::
+
+    tuning.register("layer_norm_forward", default=_forward_default, candidates=_forward_candidates)
+    config = tuning.lookup("layer_norm_forward", rows=65536, c=128, dtype="bfloat16")
+    kernel[grid](..., BLOCK=config["BLOCK"], num_warps=config["num_warps"], num_stages=config["num_stages"])
+
+Fields name everything that the best choice depends on (shape class and storage type; the shares of DAP 1, 2, 4, 8
+appear as shapes). ``lookup`` takes the first of: an active ``override``, the table of this GPU
+(``tuned/<name of the device>.json``), the table of its compute capability (``tuned/sm_90.json``), the default. Nothing
+is timed here, so nothing is tuned on the clock. A sweep times each candidate under ``override`` and calls ``save``::
+
+    for config in tuning.candidates("layer_norm_forward", **fields):
+        with tuning.override("layer_norm_forward", config, **fields):
+            milliseconds = time(...)
+
+Modules with kernels also expose ``compile_cases() -> list[tuple[str, Callable[[], None]]]``: named calls of their
+operations, forward and backward, on tensors of ``device="meta"`` at the benchmark's shapes.
+``benchmarks/compile_targets.py`` records the launches and compiles them for 8.0 and 9.0 without a GPU, so host code of
+a kernel must run on meta tensors (no look at values, no call that needs a device).
+"""
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+Config = dict[str, int]
+Fields = Mapping[str, int | str]
+
+TABLES = Path(__file__).parent / "tuned"
+FALLBACK_CAPABILITY = 90  # what interpreter runs and compile checks assume where there is no GPU
+
+
+@dataclass(frozen=True)
+class Tunable:
+    """One kernel with tunable launch parameters; ``default(fields, capability)``, ``candidates(fields)``."""
+
+    name: str
+    default: Callable[[Fields, int], Config]
+    candidates: Callable[[Fields], list[Config]]
+
+
+_tunables: dict[str, Tunable] = {}
+_overrides: dict[str, Config] = {}
+_assumed_capability: list[int] = []
+
+
+def register(name: str, default: Callable[[Fields, int], Config], candidates: Callable[[Fields], list[Config]]) -> None:
+    """Declare kernel ``name``. default: problem fields and capability (80, 90) -> launch parameters."""
+    if name in _tunables:
+        raise ValueError(f"kernel {name!r} is registered twice")
+    _tunables[name] = Tunable(name, default, candidates)
+
+
+def registered() -> list[str]:
+    """Names of all registered kernels."""
+    return sorted(_tunables)
+
+
+def problem_key(fields: Fields) -> str:
+    """Text form of the fields in the tables, e.g. ``N=256 dtype=bfloat16``."""
+    return " ".join(f"{name}={fields[name]}" for name in sorted(fields))
+
+
+def lookup(name: str, **fields: int | str) -> Config:
+    """Launch parameters of kernel ``name`` for a problem; KeyError if it is not registered."""
+    key = problem_key(fields)
+    if _overrides:
+        found = _overrides.get(f"{name} {key}") or _overrides.get(name)
+        if found is not None:
+            return found
+    return _settled(name, key, tuple(sorted(fields.items())), capability())
+
+
+@functools.lru_cache(maxsize=4096)
+def _settled(name: str, key: str, items: tuple[tuple[str, int | str], ...], target: int) -> Config:
+    entry = table(target).get(name, {}).get(key)
+    return dict(entry) if entry else _tunables[name].default(dict(items), target)
+
+
+def candidates(name: str, **fields: int | str) -> list[Config]:
+    """What a sweep should time for a problem: the present choice first, then the kernel's candidates."""
+    present = lookup(name, **fields)
+    return [present] + [c for c in _tunables[name].candidates(fields) if c != present]
+
+
+@contextmanager
+def override(name: str, config: Config, **fields: int | str) -> Iterator[None]:
+    """Use ``config`` for kernel ``name`` inside the block: for one problem, or for all if no field is given."""
+    if name not in _tunables:
+        raise KeyError(f"no kernel {name!r}; registered: {', '.join(registered())}")
+    key = f"{name} {problem_key(fields)}" if fields else name
+    previous = _overrides.get(key)
+    _overrides[key] = config
+    try:
+        yield
+    finally:
+        if previous is None:
+            del _overrides[key]
+        else:
+            _overrides[key] = previous
+
+
+@contextmanager
+def assume_capability(target: int) -> Iterator[None]:
+    """Choose launch parameters for another GPU (80, 90), to compile for it where it is absent."""
+    _assumed_capability.append(target)
+    try:
+        yield
+    finally:
+        _assumed_capability.pop()
+
+
+def capability() -> int:
+    """Compute capability that launch parameters are chosen for: 90 for 9.0; FALLBACK_CAPABILITY without a GPU."""
+    return _assumed_capability[-1] if _assumed_capability else _device_capability()
+
+
+@functools.cache
+def _device_capability() -> int:
+    if not torch.cuda.is_available():
+        return FALLBACK_CAPABILITY
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+@functools.cache
+def device_kind() -> str:
+    """File stem of this GPU's table, e.g. ``nvidia_h200``; ``sm_90`` without a GPU."""
+    if not torch.cuda.is_available():
+        return f"sm_{FALLBACK_CAPABILITY}"
+    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
+
+
+@functools.cache
+def table(target: int) -> dict[str, dict[str, Config]]:
+    """Tuned entries {kernel: {problem key: launch parameters}}: those of the device over those of its capability."""
+    stems = [f"sm_{target}"]
+    if target == _device_capability():
+        stems.append(device_kind())
+    merged: dict[str, dict[str, Config]] = {}
+    for stem in dict.fromkeys(stems):
+        for name, entries in _read(stem).items():
+            merged.setdefault(name, {}).update(entries)
+    return merged
+
+
+def _read(stem: str) -> dict[str, dict[str, Config]]:
+    path = TABLES / f"{stem}.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def save(stem: str, entries: Mapping[str, Mapping[str, Config]]) -> Path:
+    """Merge ``entries`` into ``tuned/<stem>.json`` (older problems stay) and use them from now on."""
+    merged = _read(stem)
+    for name, chosen in entries.items():
+        merged.setdefault(name, {}).update({key: dict(config) for key, config in chosen.items()})
+    path = TABLES / f"{stem}.json"
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+    partial.replace(path)
+    table.cache_clear()
+    _settled.cache_clear()
+    return path
