@@ -1,0 +1,49 @@
+# make setup | demo | test | check and more; every target prepares what it needs in .venv of this checkout.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help setup demo test test-distributed test-slurm test-gpu check format equivalence mutations bench-data clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
+
+setup: $(READY)  ## create .venv with pinned versions (safe to run again)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install -q -c constraints.txt setuptools
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	touch $(READY)
+
+demo: setup  ## generate tiny proteins, prepare, train to the target, check the log, write the report (CPU, minutes)
+	$(BIN)/scalefold demo
+
+test: setup  ## CPU tests
+	$(BIN)/python -m pytest -q -m "not gpu and not multi_gpu and not slurm and not distributed"
+	$(MAKE) test-distributed
+
+test-distributed: setup  ## multi-process CPU tests
+	$(BIN)/python -m pytest -q -m "distributed and not gpu and not multi_gpu"
+
+test-slurm: setup  ## tests on a real Slurm that is installed and started for them (Debian, root)
+	$(BIN)/python -m pytest -q -m slurm
+
+test-gpu: setup  ## tests that need one or more CUDA devices
+	$(BIN)/python -m pytest -q -m "gpu or multi_gpu"
+
+check: setup  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: setup  ## apply the formatter and safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment and all caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist
