@@ -6,7 +6,7 @@ Layout of a store folder::
     rejected.csv             one line per rejected entry, chain or alignment with its reason
     index/chain.<column>.npy, index/alignment.<column>.npy
     structures/00000.h5 ...  one record per chain: sequence, coordinates, mask
-    alignments/00000.h5 ...  one record per alignment folder (shared by identical chains) and one template table per chain
+    alignments/00000.h5 ...  one record per alignment folder (shared by identical chains), a template table per chain
 
 A shard holds one one-dimensional uint8 dataset ``records``; the index says where each record begins and ends, so a
 sample costs one contiguous read for the structure, one for the alignment and one per template it uses. Everything in
