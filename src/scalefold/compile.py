@@ -27,7 +27,8 @@ class TrainStep:
         objective: (batch, passes) -> (scalar loss with graph, named scalar terms without).
         optimizer: applies the flat gradient.
         reducer: sums gradients over ranks.
-        accumulation: micro-steps per optimizer step; the loss is divided by it.
+        micro_batch_size: samples computed at once; a larger batch is worked off in parts whose gradients add up.
+        accumulation: iterations per optimizer step, as the reference counts them.
         train_group: ranks over which logged values are averaged, or None.
     """
 
@@ -36,27 +37,32 @@ class TrainStep:
         objective: Objective,
         optimizer: Optimizer,
         reducer: GradientReducer,
+        micro_batch_size: int = 1,
         accumulation: int = 1,
         train_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.objective, self.optimizer, self.reducer = objective, optimizer, reducer
-        self.accumulation, self.train_group = accumulation, train_group
+        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
+        self.train_group = train_group
         self.names: tuple[str, ...] = ()
 
     def __call__(self, batch: Batch, passes: int, step: int) -> Tensor:
-        """Run iteration ``step`` (from 1).
+        """Run iteration ``step`` (from 1) on a batch whose size is a multiple of the micro batch.
 
         Returns the logged values as one fp32 device vector, ``names`` says what they are: loss, terms, gradient norm
         (the norm is that of the last applied update).
         """
-        micro = (step - 1) % self.accumulation
-        last = micro == self.accumulation - 1
-        if last:
+        parts = split_batch(batch, self.micro_batch_size)
+        total = len(parts) * self.accumulation
+        done = (step - 1) % self.accumulation * len(parts)
+        updates = done + len(parts) == total
+        if updates:
             self.optimizer.prepare(step)
-        values = self._run(batch, passes, micro, last)
-        if last:
+        values = torch.stack([self._part(part, passes, done + i, total) for i, part in enumerate(parts)]).mean(0)
+        if updates:
+            self._update(total)
             self.optimizer.count()
-        return values
+        return torch.cat([values, self.optimizer.grad_norm[None]])
 
     def warm_up(self, batch: Batch, passes: int, progress: Callable[[str], None]) -> None:
         """Run whole steps on a synthetic batch, for every number of passes up to ``passes``; state is put back."""
@@ -66,16 +72,17 @@ class TrainStep:
                 for step in range(1, self.accumulation + 1):
                     self(batch, r, step)
 
-    def _run(self, batch: Batch, passes: int, micro: int, last: bool) -> Tensor:
-        values = self._forward_backward(batch, passes, accumulate=micro > 0, communicate=last)
-        if last:
-            self.optimizer.apply()
-        return self._with_norm(values)
+    def _part(self, part: Batch, passes: int, index: int, total: int) -> Tensor:
+        """Micro batch ``index`` of the ``total`` that make one update."""
+        return self._forward_backward(part, passes, total, accumulate=index > 0, communicate=index == total - 1)
 
-    def _forward_backward(self, batch: Batch, passes: int, accumulate: bool, communicate: bool) -> Tensor:
+    def _update(self, total: int) -> None:
+        self.optimizer.apply()
+
+    def _forward_backward(self, batch: Batch, passes: int, total: int, accumulate: bool, communicate: bool) -> Tensor:
         self.reducer.begin(accumulate, communicate)
         loss, terms = self.objective(batch, passes)
-        (loss / self.accumulation).backward()
+        (loss / total).backward()
         self.reducer.finish()
         self.names = ("loss", *terms, "grad_norm")
         values = torch.stack([loss.detach().float(), *(term.detach().float() for term in terms.values())])
@@ -84,9 +91,6 @@ class TrainStep:
             values /= dist.get_world_size(self.train_group)
         return values
 
-    def _with_norm(self, values: Tensor) -> Tensor:
-        return torch.cat([values, self.optimizer.grad_norm[None]])
-
 
 class GraphedTrainStep(TrainStep):
     """The same step replayed from CUDA graphs that share one memory pool."""
@@ -94,67 +98,81 @@ class GraphedTrainStep(TrainStep):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._apply_graph: torch.cuda.CUDAGraph | None = None
+        self._update_graph: torch.cuda.CUDAGraph | None = None
         self._inputs: dict[str, Tensor] = {}
         self._values: dict[int, Tensor] = {}
         self._pool = None
 
     def warm_up(self, batch: Batch, passes: int, progress: Callable[[str], None]) -> None:
         """Compile, warm up and capture the graph of every number of passes; state is put back."""
-        self._inputs = {key: value.clone() for key, value in batch.items()}
+        parts = split_batch(batch, self.micro_batch_size)
+        self._inputs = {key: value.clone() for key, value in parts[0].items()}
         self._pool = torch.cuda.graph_pool_handle()
         with preserved(self.optimizer):
             for r in range(passes, 0, -1):
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")
-                self._capture(r)
+                self._capture(r, len(parts) * self.accumulation)
 
     def load(self, batch: Batch) -> None:
-        """Copy a batch into the graphs' input buffers (asynchronous where it is pinned or on the device)."""
+        """Copy a batch into the graphs' input buffers (asynchronous where it is pinned or on the device).
+
+        A batch may hold fewer recycling slices than the buffers.
+        """
         for key, buffer in self._inputs.items():
             source = batch[key]
-            if source.shape == buffer.shape:
-                buffer.copy_(source, non_blocking=True)
-            else:
-                buffer[..., : source.shape[-1]].copy_(source, non_blocking=True)
+            target = buffer if source.shape == buffer.shape else buffer[..., : source.shape[-1]]
+            target.copy_(source, non_blocking=True)
 
-    def _run(self, batch: Batch, passes: int, micro: int, last: bool) -> Tensor:
-        self.load(batch)
-        if self.accumulation > 1 and micro == 0:
+    def _part(self, part: Batch, passes: int, index: int, total: int) -> Tensor:
+        self.load(part)
+        if total > 1 and index == 0:
             for flat in self.optimizer.flat.gradients.values():
                 flat.zero_()
         self._graphs[passes].replay()
-        if self._apply_graph is not None and last:
-            self._apply_graph.replay()
-        return self._with_norm(self._values[passes])
+        return self._values[passes].clone() if total > 1 else self._values[passes]
 
-    def _capture(self, passes: int) -> None:
-        """Graph of one (micro-)step. With accumulation, the update is a graph of its own."""
-        split = self.accumulation > 1
+    def _update(self, total: int) -> None:
+        if self._update_graph is not None:
+            self._update_graph.replay()
+
+    def _capture(self, passes: int, total: int) -> None:
+        """Graph of a whole step; where an update needs several parts, of one part, and one more for the update."""
+        whole = total == 1
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._forward_backward(self._inputs, passes, accumulate=split, communicate=not split)
-                self.optimizer.apply()
+                self._forward_backward(self._inputs, passes, total, accumulate=not whole, communicate=whole)
+                self._reduce_and_apply(whole)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            self._values[passes] = self._forward_backward(self._inputs, passes, accumulate=split, communicate=not split)
-            if not split:
+            self._values[passes] = self._forward_backward(
+                self._inputs, passes, total, accumulate=not whole, communicate=whole
+            )
+            if whole:
                 self.optimizer.apply()
         self._graphs[passes] = graph
-        if split and self._apply_graph is None:
-            self._apply_graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._apply_graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-                self._reduce()
-                self.optimizer.apply()
+        if not whole and self._update_graph is None:
+            self._update_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(
+                self._update_graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                self._reduce_and_apply(whole)
 
-    def _reduce(self) -> None:
-        for segment, gradient in self.optimizer.flat.gradients.items():
-            if self.train_group is not None:
-                dist.all_reduce(gradient, group=self.train_group)
-                gradient.mul_(segment.gradient_scale)
+    def _reduce_and_apply(self, whole: bool) -> None:
+        if not whole:
+            self.reducer.reduce_now()
+        self.optimizer.apply()
+
+
+def split_batch(batch: Batch, size: int) -> list[dict[str, Tensor]]:
+    """Parts of ``size`` samples each, as views."""
+    count = next(iter(batch.values())).shape[0]
+    if count % size:
+        raise ValueError(f"a batch of {count} samples cannot be worked off in parts of {size}")
+    return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, count, size)]
 
 
 @contextmanager

@@ -113,7 +113,10 @@ class LossConfig(Section):
 
 
 class ExecutionConfig(Section):
-    """How the mathematics is executed; nothing here changes what is computed beyond rounding."""
+    """How the mathematics is executed; nothing here changes what is computed beyond rounding.
+
+    ``micro_batch_size``: samples computed at once; None means the whole local batch.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
@@ -121,8 +124,10 @@ class ExecutionConfig(Section):
     cuda_graphs: bool = True
     activation_checkpointing: bool = False
     deterministic: bool = False
+    micro_batch_size: int | None = Field(None, ge=1)
     cpu_threads: int | None = Field(None, ge=1)
-    warm_up_steps: int = Field(2, ge=0)
+    eval_precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    warm_up: bool = True
 
 
 class ParallelConfig(Section):
@@ -278,6 +283,11 @@ class Config(Section):
         """Samples per data-parallel replica and iteration."""
         return self.training.global_batch_size // self.parallel.dp_size
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of the local batch that are computed at once; gradients of the rest are added one after another."""
+        return self.execution.micro_batch_size or self.local_batch_size
+
 
 def combination_problems(config: Config) -> list[str]:
     """Human sentences, one per impossible combination of keys."""
@@ -292,6 +302,11 @@ def combination_problems(config: Config) -> list[str]:
         problems.append(
             f"training.global_batch_size {t.global_batch_size} must be a multiple of the {p.dp_size} "
             "data-parallel replicas (ranks that train / dap_size)"
+        )
+    elif config.local_batch_size % config.micro_batch_size:
+        problems.append(
+            f"execution.micro_batch_size {config.micro_batch_size} must divide the local batch of "
+            f"{config.local_batch_size} samples (training.global_batch_size / data-parallel replicas)"
         )
     k = t.gradient_accumulation_steps
     for name, value in (

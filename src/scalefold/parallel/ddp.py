@@ -67,6 +67,16 @@ class GradientReducer:
             self._launch()
         for work in self._works:
             work.wait()
+        self._scale()
+
+    def reduce_now(self) -> None:
+        """Sum the flat gradient as it stands, without overlap: after gradients were accumulated in parts."""
+        if self.buckets:
+            for gradient in self.flat.gradients.values():
+                dist.all_reduce(gradient, group=self.group)
+            self._scale()
+
+    def _scale(self) -> None:
         for segment, gradient in self.flat.gradients.items():
             if segment.gradient_scale != 1.0:
                 gradient.mul_(segment.gradient_scale)
