@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,6 +9,11 @@ import torch
 
 if not torch.cuda.is_available():  # before anything imports triton: kernels then run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    import triton_interpreter
+
+    triton_interpreter.repair()
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -61,6 +61,16 @@ def register(name: str, default: Callable[[Fields, int], Config], candidates: Ca
     _tunables[name] = Tunable(name, default, candidates)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """Number of tiles of b that cover a."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """Smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
 def registered() -> list[str]:
     """Names of all registered kernels."""
     return sorted(_tunables)
