@@ -1,0 +1,344 @@
+"""One self-contained HTML page about one run or a folder of runs: no server, no links, light and dark.
+
+Everything is read from files, so the page can be made from any submitter's ``result_N.txt`` as from our run folders.
+"""
+
+import csv
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from scalefold.errors import LogError
+from scalefold.report import plots
+from scalefold.report.anatomy import anatomy
+from scalefold.report.console import format_duration
+from scalefold.report.logs import Run, read_runs, reference_band
+from scalefold.report.published import Published, olympic_mean, read_published
+
+_DARK = {
+    "ink": "#e6edf3",
+    "quiet": "#93a0ad",
+    "grid": "#303a45",
+    "c0": "#58a6ff",
+    "c1": "#f0883e",
+    "c2": "#57c774",
+    "c3": "#bc8cff",
+    "c4": "#ff7b72",
+    "c5": "#39c5d6",
+    "c6": "#d9a441",
+    "c7": "#a3adb8",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of a log check: one headline and the text behind it."""
+
+    ok: bool
+    headline: str
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What was written: the page and the single figures beside it."""
+
+    page: Path
+    figures: list[Path]
+
+
+def write_report(
+    inputs: Sequence[Path | str] | Path | str,
+    out_html: Path | str,
+    *,
+    check: Verdict | Mapping[str, Any] | str | None = None,
+    scaling_csv: Path | str | None = None,
+    step_time_csv: Path | str | None = None,
+    title: str | None = None,
+) -> ReportFiles:
+    """Write the page, and each figure as SVG and PNG into ``<page name>_figures`` beside it.
+
+    Args:
+        inputs: run folders, folders of ``result_N.txt``, single result files or ``metrics.jsonl`` files.
+        check: outcome of the log check: a Verdict, ``{"ok", "headline", "details"}`` or the checker's printed text.
+        scaling_csv: table with columns kind, accelerators, minutes (and source): the scaling curve.
+        step_time_csv: measured step times, shown as they are.
+
+    Raises:
+        LogError: nothing to report on, or a file that is no log; names file and line.
+    """
+    runs = read_runs(inputs)
+    out = Path(out_html)
+    published = read_published()
+    scaling = _read_table(scaling_csv)
+    figures = _figures(runs, scaling, published)
+    text = _page(
+        runs,
+        figures,
+        parse_check(check),
+        published,
+        {"Scaling": scaling, "Step times": _read_table(step_time_csv)},
+        title,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.with_name(f"{out.stem}_figures")
+    folder.mkdir(exist_ok=True)
+    files = [file for plot in figures for file in plot.save(folder)]
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(out)
+    return ReportFiles(out, files)
+
+
+def parse_check(check: Verdict | Mapping[str, Any] | str | None) -> Verdict | None:
+    """A verdict from what the caller has: the official checker prints SUCCESS or FAILED as its last word."""
+    if check is None or isinstance(check, Verdict):
+        return check
+    if isinstance(check, Mapping):
+        details = check.get("details", "")
+        lines = details if isinstance(details, str) else "\n".join(map(str, details))
+        return Verdict(bool(check["ok"]), str(check.get("headline", "passed" if check["ok"] else "failed")), lines)
+    words = [word for line in check.splitlines() for word in ("SUCCESS", "FAILED") if word in line]
+    ok = bool(words) and words[-1] == "SUCCESS"
+    headline = "The compliance checker accepts the log" if ok else "The compliance checker does not accept the log"
+    return Verdict(ok, headline, check)
+
+
+def score_minutes(runs: Sequence[Run]) -> float | None:
+    """Minutes of one run; of several, the mean without fastest and slowest, if every run has finished."""
+    minutes = [run.minutes for run in runs]
+    known = [value for value in minutes if value is not None]
+    return olympic_mean(known) if known and len(known) == len(minutes) else None
+
+
+def _figures(runs: list[Run], scaling: list[dict[str, str]], published: list[Published]) -> list[plots.Plot]:
+    single = runs[0] if len(runs) == 1 else None
+    found = [
+        plots.lddt_over_samples(runs),
+        plots.lddt_over_time(runs),
+        plots.minutes_anatomy(runs),
+        plots.loss_over_samples(single) if single else None,
+        plots.step_breakdown(single) if single else None,
+        plots.step_times(single) if single else None,
+        plots.run_spread(runs),
+        plots.throughput(runs),
+        plots.loader_wait(runs),
+        plots.evaluation_delay(runs),
+        plots.against_published(runs, score_minutes(runs), published, _own_label(runs[0])),
+        plots.scaling_curve(scaling, published),
+    ]
+    return [plot for plot in found if plot is not None]
+
+
+def _own_label(run: Run) -> str:
+    ranks = run.facts.get("number_of_ranks", run.facts.get("world_size"))
+    return f"this result, {ranks} ranks" if ranks else "this result"
+
+
+def _page(
+    runs: list[Run],
+    figures: list[plots.Plot],
+    verdict: Verdict | None,
+    published: list[Published],
+    tables: dict[str, list[dict[str, str]]],
+    title: str | None,
+) -> str:
+    template = Template(resources.files("scalefold.report").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=html.escape(title or _title(runs)),
+        subtitle=html.escape(_subtitle(runs)),
+        light=_variables(plots.PALETTE),
+        dark=_variables(_DARK),
+        verdict=_verdict(verdict),
+        tiles="".join(_tile(value, label) for label, value in _key_figures(runs).items()),
+        figures="\n".join(map(_figure, figures)),
+        sections="\n".join(_sections(runs, verdict, published, tables)),
+    )
+
+
+def _variables(colours: Mapping[str, str]) -> str:
+    return " ".join(f"--{name}: {value};" for name, value in colours.items())
+
+
+def _title(runs: list[Run]) -> str:
+    facts = runs[0].facts
+    system = facts.get("submission_platform") or facts.get("config") or runs[0].name
+    return f"OpenFold training: {system}" + (f", {len(runs)} runs" if len(runs) > 1 else "")
+
+
+def _subtitle(runs: list[Run]) -> str:
+    run = runs[0]
+    benchmark = run.is_benchmark
+    parts = ["MLPerf HPC v3.0 OpenFold" if benchmark else "not the benchmark configuration: no reference band applies"]
+    if org := run.facts.get("submission_org"):
+        parts.insert(0, str(org))
+    return " · ".join(parts)
+
+
+def _key_figures(runs: list[Run]) -> dict[str, str]:
+    """Label to text of the tiles at the top; what is not known has no tile."""
+    run, score = runs[0], score_minutes(runs)
+    tiles: dict[str, str] = {}
+    if score is not None:
+        tiles["minutes, mean without extremes" if len(runs) > 2 else "time to train"] = format_minutes(score)
+    best = [lddt[-1] for r in runs if len(lddt := r.lddt_curve()[2])]
+    if best:
+        tiles["last lDDT-Cα" if len(runs) == 1 else "last lDDT-Cα, mean"] = f"{np.mean(best):.4f}"
+    samples = [r.log.passing.samples for r in runs if r.log and r.log.passing]
+    if samples:
+        tiles["samples to converge"] = f"{np.mean(samples):,.0f}"
+    if (band := reference_band(run)) is not None:
+        tiles["reference: samples"] = f"{band[0]:,.0f} ± {band[1]:,.0f}"
+    for label, key in (("ranks", "number_of_ranks"), ("global batch", "global_batch_size"), ("precision", "precision")):
+        if key in run.facts:
+            tiles[label] = str(run.facts[key])
+    return tiles | _metric_tiles(run if len(runs) == 1 else None)
+
+
+def _metric_tiles(run: Run | None) -> dict[str, str]:
+    if run is None or run.metrics is None:
+        return {}
+    metrics, tiles = run.metrics, {}
+    if np.isfinite(metrics.step_ms).any():
+        tiles["median step"] = f"{np.nanmedian(metrics.step_ms):.0f} ms"
+        if np.isfinite(metrics.data_ms).any():
+            tiles["median wait for batch"] = f"{np.nanmedian(metrics.data_ms):.1f} ms"
+    if np.isfinite(metrics.peak_gib).any():
+        tiles["peak memory"] = f"{np.nanmax(metrics.peak_gib):.1f} GiB"
+    return tiles
+
+
+def format_minutes(minutes: float) -> str:
+    """``7.51 min`` for minutes, ``42.0 s`` below one, ``4h18m`` from two hours on."""
+    if minutes < 1:
+        return f"{minutes * 60:.1f} s"
+    return f"{minutes:.2f} min" if minutes < 120 else format_duration(minutes * 60)
+
+
+def _sections(
+    runs: list[Run], verdict: Verdict | None, published: list[Published], tables: dict[str, list[dict[str, str]]]
+) -> list[str]:
+    parts = [_section("Runs", _runs_table(runs)), _section("Anatomy of the minutes", _anatomy_table(runs))]
+    if runs[0].is_benchmark:
+        parts.append(_section("Published results, MLPerf HPC v3.0", _published_table(published)))
+    for name, rows in tables.items():
+        parts.append(_section(name, _table(list(rows[0]), [list(r.values()) for r in rows]) if rows else ""))
+    environment = runs[0].facts.get("environment")
+    if isinstance(environment, Mapping):
+        parts.append(_section("Environment", _facts_table(environment)))
+    facts = {k: v for k, v in runs[0].facts.items() if not isinstance(v, Mapping)}
+    parts.append(_details("What the run states about itself", _facts_table(facts)))
+    if runs[0].config_text:
+        parts.append(_details("Configuration", f"<pre>{html.escape(runs[0].config_text)}</pre>"))
+    if verdict is not None and verdict.details:
+        parts.append(_details("Text of the check", f"<pre>{html.escape(verdict.details)}</pre>"))
+    return [part for part in parts if part]
+
+
+def _runs_table(runs: list[Run]) -> str:
+    rows = []
+    for run in runs:
+        samples, _, lddt = run.lddt_curve()
+        log = run.log
+        rows.append(
+            [
+                run.name,
+                log.status or "running" if log else "",
+                format_minutes(run.minutes) if run.minutes is not None else "",
+                f"{log.init_s:.0f} s" if log and log.init_s is not None else "",
+                f"{len(lddt)}",
+                f"{samples[-1]:,.0f}" if len(samples) else "",
+                f"{lddt[-1]:.4f}" if len(lddt) else "",
+                str(run.facts.get("seed", "")),
+            ]
+        )
+    head = ["run", "status", "time to train", "before the clock", "evaluations", "samples", "last lDDT-Cα", "seed"]
+    return _table(head, rows)
+
+
+def _anatomy_table(runs: list[Run]) -> str:
+    found = [parts for run in runs if run.log is not None and (parts := anatomy(run.log)) is not None]
+    if not found:
+        return ""
+    total = float(np.mean([parts.total_s for parts in found]))
+    rows = []
+    for index, name in enumerate(found[0].parts):
+        seconds = float(np.mean([list(parts.parts.values())[index] for parts in found]))
+        rows.append([name, f"{seconds:.1f}", f"{100 * seconds / total:.1f} %"])
+    rows.append(["sum", f"{total:.1f}", "100.0 %"])
+    steady = np.mean([parts.steady_cycle_s for parts in found])
+    note = f'<p class="quiet">Mean of {len(found)} run{"s" * (len(found) > 1)}. Steady cycle: {steady:.2f} s.</p>'
+    return _table(["part", "seconds", "share"], rows) + note
+
+
+def _published_table(published: list[Published]) -> str:
+    head = ["submitter", "system", "scaling", "accelerators", "batch", "DAP", "s per step", "runs", "minutes"]
+    rows = [
+        [p.submitter, p.system, p.scaling, f"{p.num_accelerators} {p.accelerator}", str(p.global_batch_size),
+         str(p.dap_size), f"{p.step_s:.3f}", str(p.num_runs), f"{p.minutes:.2f}"]
+        for p in published
+    ]  # fmt: skip
+    return _table(head, rows)
+
+
+def _facts_table(facts: Mapping[str, Any]) -> str:
+    return _table(["key", "value"], [[str(key), str(value)] for key, value in facts.items()])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    numeric = [all(_is_number(row[i]) for row in rows if row[i]) for i in range(len(head))]
+    classes = ["number" if flag else "text" for flag in numeric]
+    cells = "".join(f'<th class="{c}">{html.escape(text)}</th>' for c, text in zip(classes, head, strict=True))
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{c}">{html.escape(t)}</td>' for c, t in zip(classes, row, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _is_number(text: str) -> bool:
+    return text[:1].isdigit() and (text[-1].isdigit() or text.endswith((" s", " min", " %")))
+
+
+def _section(name: str, body: str) -> str:
+    return f"<h2>{html.escape(name)}</h2>\n{body}" if body else ""
+
+
+def _details(name: str, body: str) -> str:
+    return f"<details><summary>{html.escape(name)}</summary>{body}</details>"
+
+
+def _tile(value: str, label: str) -> str:
+    return f'<div class="tile"><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>'
+
+
+def _verdict(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ""
+    mark = "✓" if verdict.ok else "✗"
+    return f'<p class="verdict{" ok" if verdict.ok else ""}">{mark} {html.escape(verdict.headline)}</p>'
+
+
+def _figure(plot: plots.Plot) -> str:
+    svg = plot.svg
+    for name, colour in plots.PALETTE.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    title, caption = html.escape(plot.title), html.escape(plot.caption)
+    svg = svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)
+    return f"<figure><h3>{title}</h3>{svg}<figcaption>{caption}</figcaption></figure>"
+
+
+def _read_table(path: Path | str | None) -> list[dict[str, str]]:
+    if path is None or not Path(path).is_file():
+        return []
+    with Path(path).open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(line for line in stream if not line.startswith("#")))
+    if any(None in row or None in row.values() for row in rows):
+        raise LogError(f"{path}: a row has more or fewer fields than the heading")
+    return rows
