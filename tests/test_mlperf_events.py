@@ -224,20 +224,52 @@ def test_an_aborted_asynchronous_run_is_stopped_by_the_training_root_alone(tmp_p
     assert [e["metadata"]["status"] for e in stops] == ["aborted"]
 
 
-def test_parts_with_two_run_stops_or_broken_lines_are_refused(tmp_path):
-    with Events(tmp_path / "r.txt", role="training") as train, Events(tmp_path / "r.txt", role="evaluation") as ev:
+def test_a_success_ends_the_run_even_if_training_then_fails_while_shutting_down(tmp_path):
+    clock = Clock()
+    with (
+        Events(tmp_path / "r.txt", role="training", now_ms=clock) as train,
+        Events(tmp_path / "r.txt", role="evaluation", now_ms=clock) as ev,
+    ):
         begin(train)
         begin(ev)
+        train.epoch_start(40)
         evaluate(ev, 40, 0.9)
         ev.run_stop("success")
+        train.abort()
+    stops = [e for e in read(merge_parts(tmp_path / "r.txt")) if e["key"] == "run_stop"]
+    assert [e["metadata"]["status"] for e in stops] == ["success"]
+
+
+def test_parts_that_disagree_or_have_broken_lines_are_refused(tmp_path):
+    clock = Clock()
+    with (
+        Events(tmp_path / "r.txt", role="training", now_ms=clock) as train,
+        Events(tmp_path / "r.txt", role="evaluation", now_ms=clock) as ev,
+    ):
+        begin(train)
+        begin(ev)
         train.run_stop("aborted")
-    with pytest.raises(LogError, match="2 run_stop"):
+        evaluate(ev, 40, 0.9)
+        ev.run_stop("success")
+    with pytest.raises(LogError, match="2 run_stop lines, the first is aborted"):
         merge_parts(tmp_path / "r.txt")
     ev.file.write_text(ev.file.read_text()[:-20])
     with pytest.raises(LogError, match="not an MLPerf log line"):
         merge_parts(tmp_path / "r.txt")
     with pytest.raises(LogError, match=r"no other\.txt\.training\.part"):
         merge_parts(tmp_path / "other.txt")
+
+
+def test_abort_stops_a_running_clock_once_and_is_silent_otherwise(tmp_path):
+    with Events(tmp_path / "r.txt") as events:
+        events.abort()
+        begin(events)
+        events.abort()
+        events.abort()
+    stops = [e for e in read(tmp_path / "r.txt") if e["key"] == "run_stop"]
+    assert [e["metadata"]["status"] for e in stops] == ["aborted"]
+    assert Path(stops[0]["metadata"]["file"]).name == Path(__file__).name
+    Events.silent().abort()
 
 
 @given(steps=st.lists(st.integers(1, 10**6), unique=True, max_size=5), instance=st.integers(0, 10**4))

@@ -12,12 +12,13 @@ Who writes. Every rank may call every method. A :class:`Events` object writes on
 Two writers never share a file: appending from two nodes is not atomic on NFS and may lose lines there. The
 ``training`` and ``evaluation`` roles write ``result_N.txt.training.part`` and ``result_N.txt.evaluation.part``, and
 :func:`merge_parts` joins them in time order into ``result_N.txt`` when the run is over (also after a crash, and again
-at any time: the parts stay). It refuses parts that hold two ``run_stop`` lines.
+at any time: the parts stay).
 
 Steps and samples. Callers count iterations (``step``); the log's ``epoch_num`` is the number of training samples seen,
 ``step * global_batch_size``, and only this package says so.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -300,6 +301,12 @@ class Events:
         if self._file_descriptor is not None:
             os.fsync(self._file_descriptor)
 
+    def abort(self) -> None:
+        """On the way out of an error: stop a running clock with status ``aborted``; never raises LogError itself."""
+        if "run_start" in self._logged and "run_stop" not in self._logged:
+            with contextlib.suppress(LogError):
+                self._log("INTERVAL_END", "run_stop", None, {"status": "aborted"})
+
     # -------------------------------------------------------------------------------------------------------------
 
     def _at(self, step: int) -> dict[str, Any]:
@@ -413,28 +420,40 @@ def merge_parts(result_file: str | Path) -> Path:
     """Join the parts of an asynchronous run into ``result_file``, in time order, unaltered line by line.
 
     Lines with equal stamps keep the order training, evaluation, so a cycle's ``epoch_stop`` precedes its evaluation.
+    The run ends at the evaluation root's ``success``: an ``aborted`` that the training root stamps later, because its
+    unfinished cycle failed while everything shut down, is left out.
 
     Raises:
-        LogError: no part exists, a part has a broken line, or both roots logged ``run_stop``.
+        LogError: no part exists, a part has a broken line, or the parts disagree about how the run ended.
     """
     result_file = Path(result_file)
     parts = [part for role in ("training", "evaluation") if (part := _part_file(result_file, role)).exists()]
     if not parts:
         raise LogError(f"{result_file}: no {result_file.name}.training.part or .evaluation.part beside it")
-    lines = [(*_stamp_and_key(part, line), line) for part in parts for line in part.read_text().splitlines()]
-    stops = [key for _, key, _ in lines if key == "run_stop"]
-    if len(stops) > 1:
-        raise LogError(f"{result_file}: its parts hold {len(stops)} run_stop lines, one is allowed")
-    lines.sort(key=lambda entry: entry[0])
+    lines = [_PartLine.read(part, line) for part in parts for line in part.read_text().splitlines()]
+    lines.sort(key=lambda line: line.time_ms)
+    stops = [line for line in lines if line.key == "run_stop"]
+    if len(stops) > 1 and stops[0].status == "success":
+        lines = [line for line in lines if line.key != "run_stop" or line is stops[0]]
+    elif len(stops) > 1:
+        raise LogError(f"{result_file}: the parts hold {len(stops)} run_stop lines, the first is {stops[0].status}")
     temporary = result_file.with_name(f".{result_file.name}.partial")
-    temporary.write_text("".join(f"{line}\n" for *_, line in lines))
+    temporary.write_text("".join(f"{line.text}\n" for line in lines))
     temporary.replace(result_file)
     return result_file
 
 
-def _stamp_and_key(part: Path, line: str) -> tuple[int, str]:
-    try:
-        event = json.loads(line.removeprefix(TOKEN))
-        return int(event["time_ms"]), str(event["key"])
-    except (ValueError, KeyError, TypeError):
-        raise LogError(f"{part}: not an MLPerf log line: {line[:80]!r}") from None
+@dataclass(frozen=True, eq=False)
+class _PartLine:
+    time_ms: int
+    key: str
+    status: str | None
+    text: str
+
+    @classmethod
+    def read(cls, part: Path, text: str) -> "_PartLine":
+        try:
+            event = json.loads(text.removeprefix(TOKEN))
+            return cls(int(event["time_ms"]), str(event["key"]), event["metadata"].get("status"), text)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise LogError(f"{part}: not an MLPerf log line: {text[:80]!r}") from None
