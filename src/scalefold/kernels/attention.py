@@ -10,8 +10,9 @@ rows of scores on chip and no score is ever written to memory:
   in fp32 registers; the few partial sums (one per group) are added afterwards. No atomics.
 
 Softmax runs in base 2. Per row of scores the forward saves ``lse`` = max + log2(sum) and
-``rest`` = 2^(lse - max) / sum. ``rest`` is 1 except in rows without any key left: there max is about -inf * log2(e), whose fp32 spacing swallows the
-log2(sum), and ``rest`` restores the factor, so that these rows keep their uniform weights in the backward too.
+``rest`` = 2^(lse - max) / sum. ``rest`` is 1 except in rows without any key left: there max is about -inf * log2(e),
+whose fp32 spacing swallows the log2(sum), and ``rest`` restores the factor, so that these rows keep their uniform
+weights in the backward too.
 """
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 # The type checker sees neither Triton's launch syntax nor its ranges.
