@@ -17,9 +17,9 @@ from scalefold.errors import DataError
 #: Alignment files of one chain in reading order; of equal rows the first one read stays.
 ALIGNMENT_NAMES = ("uniref90_hits", "bfd_uniclust_hits", "mgnify_hits")
 
-_HHBLITS_OF_BYTE = np.full(256, 255, dtype=np.uint8)
+HHBLITS_OF_BYTE = np.full(256, 255, dtype=np.uint8)
 for _letter, _id in residues.MSA_LETTER_TO_HHBLITS.items():
-    _HHBLITS_OF_BYTE[ord(_letter)] = _id
+    HHBLITS_OF_BYTE[ord(_letter)] = _id
 _IS_INSERTION = np.zeros(256, dtype=bool)
 _IS_INSERTION[ord("a") : ord("z") + 1] = True
 
@@ -87,8 +87,8 @@ def _align(rows: Sequence[bytes]) -> AlignedRows:
 
 
 def _check_letters(letters: np.ndarray, flat: np.ndarray, is_insertion: np.ndarray, ends: np.ndarray) -> None:
-    if np.any(_HHBLITS_OF_BYTE[letters] == 255):
-        at = int(np.flatnonzero(~is_insertion & (_HHBLITS_OF_BYTE[flat] == 255))[0])
+    if np.any(HHBLITS_OF_BYTE[letters] == 255):
+        at = int(np.flatnonzero(~is_insertion & (HHBLITS_OF_BYTE[flat] == 255))[0])
         row = int(np.searchsorted(ends, at, side="right"))
         raise DataError(f"row {row + 1} contains {chr(flat[at])!r}, which is neither a letter nor '-'")
 
@@ -129,7 +129,7 @@ def merge(files: dict[str, AlignedRows]) -> Alignment | None:
     kept = _first_occurrences(letters)
     deletions = np.concatenate([rows.deletions for rows in files.values()])
     return Alignment(
-        msa=_HHBLITS_OF_BYTE[letters[kept]],
+        msa=HHBLITS_OF_BYTE[letters[kept]],
         deletions=deletions[kept],
         rows_read={name: len(rows.letters) for name, rows in files.items()},
     )

@@ -28,6 +28,7 @@ from scalefold.errors import DataError
 
 FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 20
+_MAX_OPEN_SHARDS = 400  # stays below the usual limit of 1024 open files per process
 _NO_RECORD = -1
 
 
@@ -130,7 +131,8 @@ class ChainTable:
     cluster_id: np.ndarray  # int32, -1 if none
     max_residue_share: np.ndarray  # float64, share of the most common letter, nan if empty
     num_ca: np.ndarray  # int32, residues with a C-alpha atom
-    mmcif_chain_ids: np.ndarray  # bytes, ";" joined asym ids
+    asym_ids_text: np.ndarray  # uint8, ";" joined asym ids of all chains, one after the other
+    asym_ids_end: np.ndarray  # int64, where each chain's asym ids end
     alignment: np.ndarray  # int32 row of the alignment index, -1 if none
     msa_rows: np.ndarray  # int32, rows after removal of duplicates, 0 if no alignment
     num_template_hits: np.ndarray  # int32, kept hits
@@ -146,6 +148,15 @@ class ChainTable:
     def has_alignment(self) -> np.ndarray:
         """bool per chain."""
         return np.asarray(self.alignment) >= 0
+
+    def name(self, row: int) -> str:
+        """Chain id of a row."""
+        return bytes(self.chain_id[row]).decode()
+
+    def asym_ids(self, row: int) -> list[str]:
+        """All asym ids under the chain's author chain id, ligands and waters too, in order of first appearance."""
+        start = int(self.asym_ids_end[row - 1]) if row else 0
+        return bytes(self.asym_ids_text[start : int(self.asym_ids_end[row])]).decode().split(";")
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,8 @@ class ShardReader:
             self._open, self._process = {}, os.getpid()
         path = self.folder / f"{shard:05d}.h5"
         if shard not in self._open:
+            if len(self._open) >= _MAX_OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))[0].close()
             self._open[shard] = _open_shard(path)
         data = self._open[shard][1]
         if offset + num_bytes > data.shape[0]:
@@ -306,12 +319,13 @@ class Store:
     """A prepared data set opened for reading.
 
     Opening maps the index and reads nothing else; HDF5 shards are opened per process at the first read, so a store may
-    be handed to forked or spawned loader workers.
+    be handed to forked or spawned loader workers. ``finished=False`` is for preparation, which reads template
+    structures before the store has a manifest.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, finished: bool = True) -> None:
         self.path = Path(path)
-        if not (self.path / "manifest.json").is_file():
+        if finished and not (self.path / "manifest.json").is_file():
             raise DataError(f"{self.path}: no manifest.json; not a prepared store, or prepare did not finish")
         self.table: ChainTable = _open_table(self.path / "index", "chain", ChainTable)
         self.alignments: AlignmentTable = _open_table(self.path / "index", "alignment", AlignmentTable)
@@ -341,15 +355,11 @@ class Store:
             raise DataError(f"{self.path}: chain index {row} outside 0..{len(self) - 1}")
         return row
 
-    def name(self, row: int) -> str:
-        """Chain id of a row."""
-        return self.table.chain_id[row].decode()
-
     def read_structure(self, chain: int | str) -> Structure:
         """Sequence, positions and mask of a chain."""
         row, table = self._row(chain), self.table
         place = (int(c[row]) for c in (table.structure_shard, table.structure_offset, table.structure_bytes))
-        record = self._structures.read(*place, label=f"chain {self.name(row)}")
+        record = self._structures.read(*place, label=f"chain {self.table.name(row)}")
         positions, mask = codec.unpack_structure(record)
         sequence = record.facts["sequence"]
         return Structure(sequence, residues.sequence_to_aatype(sequence), positions, mask)
@@ -382,7 +392,7 @@ class Store:
         if int(table.template_shard[row]) == _NO_RECORD:
             return []
         place = (int(c[row]) for c in (table.template_shard, table.template_offset, table.template_bytes))
-        record = self._alignments.read(*place, label=f"templates of {self.name(row)}")
+        record = self._alignments.read(*place, label=f"templates of {self.table.name(row)}")
         facts, sum_probs, rows = record.facts, record["sum_probs"], record["row"]
         position, letters = record["position"].T, record["letters"]
         own = {hit: i for i, hit in enumerate(facts["own_letters"])}
@@ -420,7 +430,7 @@ class Store:
             letters, deletions = codec.unpack_msa(record, None if msa else np.zeros(0, dtype=np.int64))
             counts = record["counts"]
         return ChainRecord(
-            chain_id=self.name(row),
+            chain_id=self.table.name(row),
             sequence=structure.sequence,
             aatype=structure.aatype,
             all_atom_positions=structure.positions,

@@ -1,0 +1,174 @@
+"""Where the raw files lie: the public folder layouts, listed and cut into units of work of similar size.
+
+Structures: ``<mmcif_dir>/<2nd and 3rd letter>/<id>.cif[.gz]`` or all in one folder. Alignments, as OpenProteinSet
+delivers them: ``<root>/pdb/<chain id>/[<kind>/]<file>[.gz]`` with ``<root>/duplicate_pdb_chains.txt``; a root without
+a ``pdb`` folder holds the chain folders itself.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scalefold.data.rawfile import read_bytes
+from scalefold.errors import DataError
+
+# Units depend on the raw data alone, never on the number of workers, so any run gives the same shards.
+_MIN_UNIT_BYTES = 16 << 20
+_MAX_STRUCTURE_UNITS = 256
+_MAX_ALIGNMENT_UNITS = 512
+_GZIP_RATIO = 4  # text bytes per compressed byte, measured on structures and alignments
+
+
+@dataclass(frozen=True)
+class RawLayout:
+    """The raw data of a store."""
+
+    mmcif_dir: Path
+    alignment_dirs: tuple[Path, ...] = ()  # a chain found in several is taken from the first
+    clusters_file: Path | None = None  # one cluster of PDBID_entity names per line
+    obsolete_file: Path | None = None
+    evaluation_file: Path | None = None  # CAMEO-style target table (csv) or one chain id per line
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """A structure file or an alignment folder with its size as text."""
+
+    path: str
+    text_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units of work of a layout, in order."""
+
+    structures: list[list[RawFile]]
+    alignments: list[list[RawFile]]
+    members: dict[str, list[str]]  # alignment folder -> chain ids that use it
+    notes: list[tuple[str, str]]  # (folder, what is unusual about it)
+    fingerprint: str
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of the raw files as they lie on disk."""
+        return sum(file.disk_bytes for units in (self.structures, self.alignments) for unit in units for file in unit)
+
+
+def scan(layout: RawLayout) -> Plan:
+    """List all raw files. Raises DataError naming a folder or file that is missing."""
+    for file in (layout.clusters_file, layout.obsolete_file, layout.evaluation_file):
+        if file and not file.is_file():
+            raise DataError(f"{file}: file is missing")
+    structures = _structure_files(layout.mmcif_dir)
+    alignments: list[RawFile] = []
+    members: dict[str, list[str]] = {}
+    notes: list[tuple[str, str]] = []
+    taken: set[str] = set()
+    for root in layout.alignment_dirs:
+        folders, members_here, notes_here = _alignment_folders(root)
+        alignments += folders
+        notes += notes_here
+        for folder, chains in members_here.items():
+            members[folder] = [chain for chain in chains if chain not in taken]
+        taken.update(chain for chains in members_here.values() for chain in chains)
+    return Plan(
+        structures=_cut(structures, _MAX_STRUCTURE_UNITS),
+        alignments=_cut(alignments, _MAX_ALIGNMENT_UNITS),
+        members=members,
+        notes=notes,
+        fingerprint=_fingerprint(layout, structures, alignments, members),
+    )
+
+
+def _structure_files(folder: Path) -> list[RawFile]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: folder of mmCIF files is missing")
+    found = []
+    for inside in (folder, *(Path(e.path) for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir())):
+        with os.scandir(inside) as entries:
+            found += [_raw_file(e) for e in entries if e.name.endswith((".cif", ".cif.gz")) and e.is_file()]
+    if not found:
+        raise DataError(f"{folder}: no *.cif or *.cif.gz files in it or in its subfolders")
+    return sorted(found, key=lambda file: (Path(file.path).name[1:3], Path(file.path).name))
+
+
+def _raw_file(entry: os.DirEntry) -> RawFile:
+    size = entry.stat().st_size
+    return RawFile(entry.path, size * (_GZIP_RATIO if entry.name.endswith(".gz") else 1), size)
+
+
+def _alignment_folders(root: Path) -> tuple[list[RawFile], dict[str, list[str]], list[tuple[str, str]]]:
+    folder = root / "pdb" if (root / "pdb").is_dir() else root
+    if not folder.is_dir():
+        raise DataError(f"{root}: alignment folder is missing")
+    found = [_folder_size(Path(e.path)) for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir()]
+    if not found:
+        raise DataError(f"{folder}: no alignment folders (<pdb id>_<chain>) in it")
+    members, notes = _members([file.path for file in found], root / "duplicate_pdb_chains.txt")
+    return found, members, notes
+
+
+def _folder_size(folder: Path) -> RawFile:
+    files = []
+    for parent, _, names in os.walk(folder):
+        for name in sorted(names):
+            if name.removesuffix(".gz").endswith((".a3m", ".sto", ".hhr")):
+                size = (Path(parent) / name).stat().st_size
+                files.append((size * (_GZIP_RATIO if name.endswith(".gz") else 1), size))
+    return RawFile(str(folder), sum(t for t, _ in files), sum(d for _, d in files))
+
+
+def _members(folders: Sequence[str], duplicates_file: Path) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+    """Chains that use each folder, from the clusters of identical chains; a folder always serves its own name."""
+    clusters = []
+    if duplicates_file.is_file():
+        clusters = [line.split() for line in read_bytes(duplicates_file).decode().splitlines() if line.strip()]
+    cluster_of = {chain: i for i, cluster in enumerate(clusters) for chain in cluster}
+    members: dict[str, list[str]] = {}
+    notes: list[tuple[str, str]] = []
+    used: dict[int, str] = {}
+    for folder in folders:
+        name = Path(folder).name
+        cluster = cluster_of.get(name)
+        if cluster is None:
+            members[folder] = [name]
+            if clusters:
+                notes.append((folder, f"not named in {duplicates_file}; it serves chain {name} only"))
+        elif cluster in used:
+            members[folder] = []
+            notes.append((folder, f"its cluster of identical chains already uses {used[cluster]}; folder left out"))
+        else:
+            used[cluster] = folder
+            members[folder] = clusters[cluster]
+    return members, notes
+
+
+def _cut(files: list[RawFile], max_units: int) -> list[list[RawFile]]:
+    limit = max(_MIN_UNIT_BYTES, sum(file.text_bytes for file in files) // max_units)
+    units: list[list[RawFile]] = []
+    size = limit
+    for file in files:
+        if size >= limit:
+            units.append([])
+            size = 0
+        units[-1].append(file)
+        size += file.text_bytes
+    return units
+
+
+def _fingerprint(layout: RawLayout, *listings: object) -> str:
+    """Changes when a file is added, removed, renamed or changes size; independent of where the raw folders lie."""
+    digest = hashlib.sha256()
+    structures, alignments, members = listings
+    for files in (structures, alignments):
+        for file in files:  # type: ignore[attr-defined]
+            digest.update(f"{Path(file.path).name} {file.disk_bytes}\n".encode())
+    ordered = [(Path(k).name, v) for k, v in members.items()]  # type: ignore[attr-defined]
+    digest.update(json.dumps(ordered).encode())
+    for file in (layout.clusters_file, layout.obsolete_file, layout.evaluation_file):
+        digest.update(file.read_bytes() if file else b"-")
+    return digest.hexdigest()
