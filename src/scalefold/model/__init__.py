@@ -1,0 +1,12 @@
+"""The model, as the paper writes it: AlphaFold 2 (Jumper et al. 2021, Supplementary Information)."""
+
+from scalefold.model.alphafold import (
+    PER_SLICE_KEYS,
+    AlphaFold,
+    Recycled,
+    cast_trunk,
+    is_fp32_parameter,
+    select_slice,
+)
+
+__all__ = ["PER_SLICE_KEYS", "AlphaFold", "Recycled", "cast_trunk", "is_fp32_parameter", "select_slice"]

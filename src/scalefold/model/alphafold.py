@@ -1,0 +1,162 @@
+"""The whole model (Supplement Algorithm 2) with recycling."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scalefold.config import ModelConfig
+from scalefold.model.embedders import ExtraMSAEmbedder, InputEmbedder, RecyclingEmbedder, extra_msa_features
+from scalefold.model.evoformer import EvoformerStack, ExtraMSAStack
+from scalefold.model.heads import AuxiliaryHeads
+from scalefold.model.layers import initialise
+from scalefold.model.rigid import pseudo_beta
+from scalefold.model.structure import StructureModule
+from scalefold.model.templates import (
+    PSI,
+    TemplateAngleEmbedder,
+    TemplatePairEmbedder,
+    TemplatePairStack,
+    TemplatePointwiseAttention,
+    template_angle_features,
+    template_pair_features,
+)
+
+# Features that are drawn anew for every recycling pass; they alone have a trailing dimension R.
+PER_SLICE_KEYS = frozenset(
+    {"msa_feat", "true_msa", "bert_mask", "extra_msa", "extra_has_deletion", "extra_deletion_value"}
+)
+FP32_PREFIXES = ("structure_module.", "auxiliary_heads.")
+
+Features = dict[str, Tensor]
+
+
+class Recycled(NamedTuple):
+    """What a pass hands to the next one."""
+
+    m0: Tensor  # [B, N, c_m], first row of the MSA representation, trunk type
+    z: Tensor  # [B, N, N, c_z], trunk type
+    x: Tensor  # [B, N, 37, 3], angstrom, fp32
+
+
+def select_slice(batch: Mapping[str, Tensor], index: int) -> Features:
+    """Features of one recycling pass: per-pass keys lose their trailing dimension, all others stay."""
+    return {key: value[..., index] if key in PER_SLICE_KEYS else value for key, value in batch.items()}
+
+
+def is_fp32_parameter(name: str) -> bool:
+    """True for the parameters that stay fp32 whatever the compute type: structure module and heads."""
+    return name.startswith(FP32_PREFIXES)
+
+
+def cast_trunk(model: nn.Module, dtype: torch.dtype) -> None:
+    """Let everything except the structure module and the heads store weights and activations in ``dtype``."""
+    for name, parameter in model.named_parameters():
+        if not is_fp32_parameter(name):
+            parameter.data = parameter.data.to(dtype)
+
+
+class AlphaFold(nn.Module):
+    """AlphaFold 2, initial-training configuration of the benchmark (93,229,082 parameters at the default sizes).
+
+    Parameter names, shapes and order are those of the benchmark's checkpoint. The type of the trunk's weights decides
+    the type in which it computes; coordinates, distances, masks, the structure module and the heads are fp32.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        super().__init__()
+        c = config
+        self.templates_enabled = c.templates_enabled
+        self.input_embedder = InputEmbedder(c.c_m, c.c_z, c.relpos_k)
+        self.recycling_embedder = RecyclingEmbedder(c.c_m, c.c_z)
+        if c.templates_enabled:
+            self.template_angle_embedder = TemplateAngleEmbedder(c.c_m)
+            self.template_pair_embedder = TemplatePairEmbedder(c.c_t)
+            self.template_pair_stack = TemplatePairStack(c.c_t, c.template)
+            self.template_pointwise_attention = TemplatePointwiseAttention(c.c_z, c.c_t, c.template)
+        self.extra_msa_embedder = ExtraMSAEmbedder(c.c_e)
+        self.extra_msa_stack = ExtraMSAStack(c.c_e, c.c_z, c.extra_msa)
+        self.evoformer_stack = EvoformerStack(c.c_m, c.c_z, c.c_s, c.evoformer)
+        self.structure_module = StructureModule(c)
+        self.auxiliary_heads = AuxiliaryHeads(c)
+        initialise(self, seed)
+
+    @property
+    def checkpoint_blocks(self) -> bool:
+        """Whether blocks recompute their activations in the backward instead of keeping them."""
+        return self.evoformer_stack.checkpoint_blocks
+
+    @checkpoint_blocks.setter
+    def checkpoint_blocks(self, recompute: bool) -> None:
+        for module in self.modules():
+            if module is not self and hasattr(module, "checkpoint_blocks"):
+                module.checkpoint_blocks = recompute  # type: ignore[assignment]
+
+    def forward(self, batch: Mapping[str, Tensor], num_passes: int | None = None) -> dict[str, Tensor]:
+        """All outputs of the last of ``num_passes`` passes (None: as many as the batch has slices).
+
+        batch: features with leading dimension B, fp32 or int64; ``PER_SLICE_KEYS`` have a trailing dimension R.
+        Only the last pass has gradients. Dropout, in training mode, is active in all of them.
+        """
+        last = (num_passes or batch["msa_feat"].shape[-1]) - 1
+        recycled = self.nothing_recycled(batch)
+        with torch.no_grad():
+            for index in range(last):
+                recycled = self.iteration(select_slice(batch, index), recycled)[1]
+        outputs, _ = self.iteration(select_slice(batch, last), recycled)
+        return outputs | self.auxiliary_heads(outputs)
+
+    def nothing_recycled(self, batch: Mapping[str, Tensor]) -> Recycled:
+        """Zeros in place of a previous pass."""
+        weight = self.input_embedder.linear_tf_m.weight
+        num_samples, num_residues = batch["aatype"].shape[:2]
+        c_m, c_z = weight.shape[0], self.input_embedder.linear_relpos.weight.shape[0]
+        return Recycled(
+            m0=weight.new_zeros((num_samples, num_residues, c_m)),
+            z=weight.new_zeros((num_samples, num_residues, num_residues, c_z)),
+            x=torch.zeros((num_samples, num_residues, 37, 3), device=weight.device),
+        )
+
+    def iteration(self, features: Features, recycled: Recycled) -> tuple[dict[str, Tensor], Recycled]:
+        """One pass over the features of one slice (see ``select_slice``), without the heads."""
+        num_clusters = features["msa_feat"].shape[1]
+        m, z, msa_mask, pair_mask = self.embed(features, recycled)
+        m, z, s = self.evoformer_stack(m, z, msa_mask, pair_mask)
+        structure = self.structure_module(s, z, features["seq_mask"], features["aatype"])
+        outputs = {"msa": m[:, :num_clusters], "pair": z, "single": s, **structure._asdict()}
+        positions = atom14_to_atom37(structure.sm_positions[:, -1], features)
+        outputs["final_atom_positions"] = positions
+        outputs["final_atom_mask"] = features["atom37_atom_exists"]
+        outputs["final_affine_tensor"] = structure.sm_frames[:, -1]
+        return outputs, Recycled(m[:, 0].detach(), z.detach(), positions.detach())
+
+    def embed(self, features: Features, recycled: Recycled) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Everything before the Evoformer: m [B, S, N, c_m], z, msa_mask [B, S, N], pair_mask [B, N, N]."""
+        seq_mask = features["seq_mask"]
+        pair_mask = seq_mask[:, :, None] * seq_mask[:, None, :]
+        m, z = self.input_embedder(features["target_feat"], features["residue_index"], features["msa_feat"])
+        x_prev = pseudo_beta(features["aatype"], recycled.x)
+        m0_update, z_update = self.recycling_embedder(recycled.m0, recycled.z, x_prev)
+        m = torch.cat((m[:, :1] + m0_update[:, None], m[:, 1:]), dim=1)
+        z = z + z_update
+        msa_mask = features["msa_mask"]
+        if self.templates_enabled and features["template_mask"].shape[1]:
+            z = z + self.embed_template_pairs(features, z, pair_mask)
+            m = torch.cat((m, self.template_angle_embedder(template_angle_features(features))), dim=1)
+            msa_mask = torch.cat((msa_mask, features["template_torsion_angles_mask"][..., PSI]), dim=1)
+        a = self.extra_msa_embedder(extra_msa_features(features))
+        z = self.extra_msa_stack(a, z, features["extra_msa_mask"], pair_mask)
+        return m, z, msa_mask, pair_mask
+
+    def embed_template_pairs(self, features: Features, z: Tensor, pair_mask: Tensor) -> Tensor:
+        """Update of z from all templates, [B, N, N, c_z]."""
+        t = self.template_pair_embedder(template_pair_features(features))
+        t = self.template_pair_stack(t, pair_mask)
+        return self.template_pointwise_attention(t, z, features["template_mask"])
+
+
+def atom14_to_atom37(atom14: Tensor, features: Features) -> Tensor:
+    """[B, N, 14, 3] -> [B, N, 37, 3], zero where the residue type has no such atom."""
+    index = features["residx_atom37_to_atom14"][..., None].expand(-1, -1, -1, 3)
+    return torch.gather(atom14, 2, index) * features["atom37_atom_exists"][..., None]

@@ -1,0 +1,77 @@
+"""Auxiliary heads (Supplement 1.9.6 to 1.9.10, Algorithm 29); always fp32."""
+
+import torch
+from torch import Tensor, nn
+
+from scalefold.config import ModelConfig
+from scalefold.model.layers import LayerNorm, Linear, relu_linear
+
+
+class PerResidueLDDTHead(nn.Module):
+    """Confidence bins per residue (Supplement Algorithm 29). s: [B, N, c_s] -> [B, N, bins]."""
+
+    def __init__(self, c_s: int, c_hidden: int, num_bins: int) -> None:
+        super().__init__()
+        self.layer_norm = LayerNorm(c_s)
+        self.linear_1 = Linear(c_s, c_hidden, init="relu")
+        self.linear_2 = Linear(c_hidden, c_hidden, init="relu")
+        self.linear_3 = Linear(c_hidden, num_bins, init="final")
+
+    def forward(self, s: Tensor) -> Tensor:
+        """Logits."""
+        return self.linear_3(relu_linear(self.linear_2, relu_linear(self.linear_1, self.layer_norm(s))))
+
+
+class DistogramHead(nn.Module):
+    """Symmetric distance bins (Supplement 1.9.8). z: [B, N, N, c_z] -> [B, N, N, bins]."""
+
+    def __init__(self, c_z: int, num_bins: int) -> None:
+        super().__init__()
+        self.linear = Linear(c_z, num_bins, init="final")
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Logits."""
+        logits = self.linear(z)
+        return logits + logits.transpose(1, 2)
+
+
+class LinearHead(nn.Module):
+    """One projection: masked MSA (Supplement 1.9.9) and experimentally resolved atoms (1.9.10)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.linear = Linear(c_in, c_out, init="final")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        return self.linear(x)
+
+
+class AuxiliaryHeads(nn.Module):
+    """All heads; inputs are taken to fp32 first."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        h = config.heads
+        self.plddt = PerResidueLDDTHead(config.c_s, h.c_hidden_plddt, h.num_plddt_bins)
+        self.distogram = DistogramHead(config.c_z, h.num_distogram_bins)
+        self.masked_msa = LinearHead(config.c_m, h.num_msa_classes)
+        self.experimentally_resolved = LinearHead(config.c_s, h.num_atoms)
+
+    def forward(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Logits of all heads, and pLDDT in 0..100, from ``sm_single``, ``pair``, ``msa``, ``single``."""
+        lddt_logits = self.plddt(outputs["sm_single"].float())
+        return {
+            "lddt_logits": lddt_logits,
+            "plddt": plddt_from_logits(lddt_logits.detach()),
+            "distogram_logits": self.distogram(outputs["pair"].float()),
+            "masked_msa_logits": self.masked_msa(outputs["msa"].float()),
+            "experimentally_resolved_logits": self.experimentally_resolved(outputs["single"].float()),
+        }
+
+
+def plddt_from_logits(logits: Tensor) -> Tensor:
+    """Expected lDDT-Cα, 0..100. logits: [*, bins] -> [*]."""
+    num_bins = logits.shape[-1]
+    centres = (torch.arange(num_bins, device=logits.device) + 0.5) / num_bins
+    return 100.0 * (torch.softmax(logits, dim=-1) * centres).sum(-1)

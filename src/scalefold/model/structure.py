@@ -1,0 +1,252 @@
+"""Structure module (Supplement Algorithms 20 to 24); always fp32. Internal length unit: 10 angstrom."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scalefold.config import ModelConfig, StructureConfig
+from scalefold.data import residues
+from scalefold.kernels import REFERENCE, Operations
+from scalefold.model.layers import LayerNorm, Linear, full_dropout, relu_linear
+from scalefold.model.rigid import Rigid, multiply, quaternion_to_rotation, rotate, update_frame
+
+ANGSTROM_PER_UNIT = 10.0
+MASK_INF = 1e5
+NORM_EPS = 1e-8
+NUM_ANGLES = 7
+HEAD_WEIGHT_INIT = 0.541324854612918  # softplus of it is 1
+
+
+class InvariantPointAttention(nn.Module):
+    """Attention that sees distances between points in residue frames (Supplement Algorithm 22).
+
+    Differs from the Supplement as the benchmark's reference does: all projections have a bias.
+    """
+
+    ops: Operations = REFERENCE
+
+    def __init__(self, c_s: int, c_z: int, config: StructureConfig) -> None:
+        super().__init__()
+        heads, width = config.num_heads_ipa, config.c_hidden_ipa
+        self.num_heads, self.num_qk_points, self.num_v_points = heads, config.num_qk_points, config.num_v_points
+        self.head_weights = nn.Parameter(torch.full((heads,), HEAD_WEIGHT_INIT))
+        self.linear_q = Linear(c_s, heads * width)
+        self.linear_kv = Linear(c_s, 2 * heads * width)
+        self.linear_q_points = Linear(c_s, heads * self.num_qk_points * 3)
+        self.linear_kv_points = Linear(c_s, heads * (self.num_qk_points + self.num_v_points) * 3)
+        self.linear_b = Linear(c_z, heads)
+        self.linear_out = Linear(heads * (width + 4 * self.num_v_points + c_z), c_s, init="final")
+
+    def forward(self, s: Tensor, z: Tensor, frames: Rigid, mask: Tensor) -> Tensor:
+        """s: [B, N, c_s]; z: [B, N, N, c_z]; frames: [B, N] in internal units; mask: [B, N] -> update of s."""
+        q = self.linear_q(s).unflatten(-1, (self.num_heads, -1))
+        k, v = self.linear_kv(s).unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1)
+        per_point = frames.broadcast(2)
+        q_points = per_point.apply(self._points(self.linear_q_points(s)))
+        kv_points = per_point.apply(self._points(self.linear_kv_points(s)))
+        k_points, v_points = kv_points.split((self.num_qk_points, self.num_v_points), dim=-2)
+        point_weights = F.softplus(self.head_weights) * math.sqrt(2.0 / (27.0 * self.num_qk_points))
+        o, o_points, o_pair = self.ops.invariant_point_attention(
+            q, k, v, q_points, k_points, v_points, self.linear_b(z), z, point_weights, mask, MASK_INF
+        )
+        local = per_point.apply_inverse(o_points)
+        norms = torch.sqrt(local.square().sum(-1) + NORM_EPS)
+        parts = (o, *local.unbind(-1), norms, o_pair)
+        return self.linear_out(torch.cat([part.flatten(-2) for part in parts], dim=-1))
+
+    def _points(self, x: Tensor) -> Tensor:
+        """All x, then all y, then all z coordinates; within each, head-major. [B, N, 3 H P] -> [B, N, H, P, 3]."""
+        return x.unflatten(-1, (3, self.num_heads, -1)).movedim(-3, -1)
+
+    @torch.no_grad()
+    def fill(self, generator: torch.Generator) -> None:
+        """Every head starts with the same weight, 1 after softplus."""
+        self.head_weights.fill_(HEAD_WEIGHT_INIT)
+
+
+class StructureTransition(nn.Module):
+    """Three-layer perceptron with residual, dropout and layer norm (Supplement Algorithm 20, lines 8 and 9)."""
+
+    ops: Operations = REFERENCE
+
+    def __init__(self, c: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.linear_1 = Linear(c, c, init="relu")
+        self.linear_2 = Linear(c, c, init="relu")
+        self.linear_3 = Linear(c, c, init="final")
+        self.layer_norm = LayerNorm(c)
+
+    def forward(self, s: Tensor) -> Tensor:
+        """[B, N, c] -> [B, N, c]."""
+        s = s + self.linear_3(relu_linear(self.linear_2, relu_linear(self.linear_1, s)))
+        return self.layer_norm(full_dropout(self.ops, s, self.dropout, self.training))
+
+
+class BackboneUpdate(nn.Module):
+    """Six numbers per residue that move its frame (Supplement Algorithm 23)."""
+
+    def __init__(self, c_s: int) -> None:
+        super().__init__()
+        self.linear = Linear(c_s, 6, init="final")
+
+    def forward(self, s: Tensor) -> Tensor:
+        """[B, N, c_s] -> [B, N, 6]."""
+        return self.linear(s)
+
+
+class AngleResnetBlock(nn.Module):
+    """a + linear(relu(linear(relu(a))))."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.linear_1 = Linear(c, c, init="relu")
+        self.linear_2 = Linear(c, c, init="final")
+
+    def forward(self, a: Tensor) -> Tensor:
+        """[*, c] -> [*, c]."""
+        return a + self.linear_2(relu_linear(self.linear_1, F.relu(a)))
+
+
+class AngleResnet(nn.Module):
+    """Torsion angles as points near the unit circle (Supplement Algorithm 20, lines 11 to 14).
+
+    Like the benchmark's reference it rectifies both inputs first.
+    """
+
+    def __init__(self, c_s: int, config: StructureConfig) -> None:
+        super().__init__()
+        c = config.c_hidden_angle_resnet
+        self.linear_in = Linear(c_s, c)
+        self.linear_initial = Linear(c_s, c)
+        self.layers = nn.ModuleList(AngleResnetBlock(c) for _ in range(config.num_angle_resnet_blocks))
+        self.linear_out = Linear(c, NUM_ANGLES * 2)
+
+    def forward(self, s: Tensor, s_initial: Tensor) -> tuple[Tensor, Tensor]:
+        """-> (sin, cos) of omega, phi, psi, chi 1..4 before and after normalisation, [B, N, 7, 2] each."""
+        a = self.linear_in(F.relu(s)) + self.linear_initial(F.relu(s_initial))
+        for layer in self.layers:
+            a = layer(a)
+        unnormalised = self.linear_out(F.relu(a)).unflatten(-1, (NUM_ANGLES, 2))
+        norm_sq = unnormalised.square().sum(-1, keepdim=True)
+        return unnormalised, unnormalised / torch.sqrt(norm_sq.clamp(min=NORM_EPS))
+
+
+class AtomPlacement(nn.Module):
+    """Torsion angles to rigid groups to atoms (Supplement Algorithm 24), with constant tables per residue type."""
+
+    default_frames: Tensor  # [21, 8, 4, 4]
+    atom_groups: Tensor  # [21, 14, 8], one-hot
+    atom_positions: Tensor  # [21, 14, 3], angstrom, in the frame of the atom's group
+    atom_mask: Tensor  # [21, 14]
+
+    def __init__(self) -> None:
+        super().__init__()
+        tables = {
+            "default_frames": torch.from_numpy(residues.RIGID_GROUP_DEFAULT_FRAME),
+            "atom_groups": F.one_hot(torch.from_numpy(residues.ATOM14_TO_RIGID_GROUP), 8).float(),
+            "atom_positions": torch.from_numpy(residues.ATOM14_RIGID_GROUP_POSITIONS),
+            "atom_mask": torch.from_numpy(residues.ATOM14_MASK),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.clone(), persistent=False)
+
+    def group_frames(self, backbone: Rigid, angles: Tensor, aatype: Tensor) -> Rigid:
+        """Frames of the eight groups. backbone: [B, N], angstrom; angles: [B, N, 7, 2] -> [B, N, 8].
+
+        chi 2 to 4 hang on the group before them; a group that the residue lacks has a zero rotation and its parent's
+        translation.
+        """
+        local = self._turned_defaults(angles, aatype)
+        groups = [Rigid(local.rotation[:, :, k], local.translation[:, :, k]) for k in range(8)]
+        for k in (5, 6, 7):
+            groups[k] = groups[k - 1].compose(groups[k])
+        rotation = torch.stack([group.rotation for group in groups], dim=2)
+        translation = torch.stack([group.translation for group in groups], dim=2)
+        return backbone.broadcast(1).compose(Rigid(rotation, translation))
+
+    def _turned_defaults(self, angles: Tensor, aatype: Tensor) -> Rigid:
+        """Default frame of each group, turned about its x axis by its angle (backbone: not turned)."""
+        default = Rigid.from_matrix(self.default_frames[aatype])
+        no_turn = torch.zeros_like(angles[:, :, :1])
+        no_turn[..., 1] = 1.0
+        sin, cos = torch.cat((no_turn, angles), dim=2).unbind(-1)
+        zero, one = torch.zeros_like(sin), torch.ones_like(sin)
+        rows = ((one, zero, zero), (zero, cos, -sin), (zero, sin, cos))
+        turn = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+        return Rigid(multiply(default.rotation, turn), default.translation)
+
+    def atom14(self, frames: Rigid, aatype: Tensor) -> Tensor:
+        """Positions [B, N, 14, 3], angstrom; zero where the residue type has no such atom."""
+        select = self.atom_groups[aatype]
+        rotation = (select[..., None, None] * frames.rotation[:, :, None]).sum(3)
+        translation = (select[..., None] * frames.translation[:, :, None]).sum(3)
+        placed = rotate(rotation, self.atom_positions[aatype]) + translation
+        return placed * self.atom_mask[aatype][..., None]
+
+
+class StructureOutputs(NamedTuple):
+    """Trajectory over the iterations (dimension 1) in angstrom, and the last state."""
+
+    sm_frames: Tensor  # [B, iterations, N, 7], quaternion and translation
+    sm_sidechain_frames: Tensor  # [B, iterations, N, 8, 4, 4]
+    sm_unnormalized_angles: Tensor  # [B, iterations, N, 7, 2]
+    sm_angles: Tensor  # [B, iterations, N, 7, 2]
+    sm_positions: Tensor  # [B, iterations, N, 14, 3]
+    sm_states: Tensor  # [B, iterations, N, c_s]
+    sm_single: Tensor  # [B, N, c_s]
+
+
+class StructureModule(nn.Module):
+    """Frames, angles and atoms from the single and pair representation (Supplement Algorithm 20)."""
+
+    ops: Operations = REFERENCE
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config.structure
+        self.num_iterations, self.dropout = c.num_blocks, c.dropout
+        self.layer_norm_s = LayerNorm(config.c_s)
+        self.layer_norm_z = LayerNorm(config.c_z)
+        self.linear_in = Linear(config.c_s, config.c_s)
+        self.ipa = InvariantPointAttention(config.c_s, config.c_z, c)
+        self.layer_norm_ipa = LayerNorm(config.c_s)
+        self.transition = StructureTransition(config.c_s, c.dropout)
+        self.bb_update = BackboneUpdate(config.c_s)
+        self.angle_resnet = AngleResnet(config.c_s, c)
+        self.place_atoms = AtomPlacement()
+
+    def forward(self, s: Tensor, z: Tensor, mask: Tensor, aatype: Tensor) -> StructureOutputs:
+        """s: [B, N, c_s]; z: [B, N, N, c_z]; mask: [B, N], fp32; aatype: int64 [B, N]. Weights are shared."""
+        s_initial, z = self.layer_norm_s(s.float()), self.layer_norm_z(z.float())
+        s = self.linear_in(s_initial)
+        quaternion, translation = self._identity_frames(s)
+        steps = []
+        for _ in range(self.num_iterations):
+            s = self._update_single(s, z, Rigid(quaternion_to_rotation(quaternion), translation), mask)
+            quaternion, translation = update_frame(quaternion, translation, self.bb_update(s))
+            steps.append(self._step_outputs(s, s_initial, quaternion, translation, aatype))
+            # Gradients flow between iterations through translations and s only (Supplement 1.8.3).
+            quaternion = quaternion.detach()
+        return StructureOutputs(*(torch.stack(values, dim=1) for values in zip(*steps, strict=True)), sm_single=s)
+
+    def _identity_frames(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        quaternion = s.new_zeros((*s.shape[:2], 4))
+        quaternion[..., 0] = 1.0
+        return quaternion, s.new_zeros((*s.shape[:2], 3))
+
+    def _update_single(self, s: Tensor, z: Tensor, frames: Rigid, mask: Tensor) -> Tensor:
+        s = s + self.ipa(s, z, frames, mask)
+        return self.transition(self.layer_norm_ipa(full_dropout(self.ops, s, self.dropout, self.training)))
+
+    def _step_outputs(
+        self, s: Tensor, s_initial: Tensor, quaternion: Tensor, translation: Tensor, aatype: Tensor
+    ) -> tuple[Tensor, ...]:
+        unnormalised, angles = self.angle_resnet(s, s_initial)
+        backbone = Rigid(quaternion_to_rotation(quaternion), translation * ANGSTROM_PER_UNIT)
+        groups = self.place_atoms.group_frames(backbone, angles, aatype)
+        frames = torch.cat((quaternion, backbone.translation), dim=-1)
+        return frames, groups.to_matrix(), unnormalised, angles, self.place_atoms.atom14(groups, aatype), s

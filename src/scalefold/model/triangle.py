@@ -1,0 +1,106 @@
+"""Triangular updates of the pair representation (Supplement 1.6.5 and 1.6.6).
+
+z: [B, I, J, c_z]. With axial parallelism I is this rank's share, see ``model.evoformer``.
+"""
+
+from torch import Tensor, nn
+
+from scalefold.kernels import REFERENCE, Operations
+from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, shared_row_dropout
+
+MASK_INF = 1e9
+
+
+class TriangleMultiplication(nn.Module):
+    """Triangular multiplicative update along "outgoing" or "incoming" edges (Supplement Algorithms 11 and 12)."""
+
+    ops: Operations = REFERENCE
+
+    def __init__(self, c_z: int, c_hidden: int, outgoing: bool, dropout: float) -> None:
+        super().__init__()
+        self.outgoing, self.dropout = outgoing, dropout
+        self.linear_a_p = Linear(c_z, c_hidden)
+        self.linear_a_g = Linear(c_z, c_hidden, init="gating")
+        self.linear_b_p = Linear(c_z, c_hidden)
+        self.linear_b_g = Linear(c_z, c_hidden, init="gating")
+        self.linear_g = Linear(c_z, c_z, init="gating")
+        self.linear_z = Linear(c_hidden, c_z, init="final")
+        self.layer_norm_in = LayerNorm(c_z)
+        self.layer_norm_out = LayerNorm(c_hidden)
+        self.rows_to_channels = nn.Identity()
+        self.channels_to_rows = nn.Identity()
+
+    def forward(self, z: Tensor, mask: Tensor) -> Tensor:
+        """z + dropout(update). z: [B, I, J, c_z]; mask: [B, I, J] -> [B, I, J, c_z]."""
+        norm = self.layer_norm_in
+        a, b = self.ops.triangle_project(
+            z,
+            mask,
+            norm.weight,
+            norm.bias,
+            self.linear_a_p.weight,
+            self.linear_a_p.bias,
+            self.linear_a_g.weight,
+            self.linear_a_g.bias,
+            self.linear_b_p.weight,
+            self.linear_b_p.bias,
+            self.linear_b_g.weight,
+            self.linear_b_g.bias,
+        )
+        x = self.ops.triangle_product(self.rows_to_channels(a), self.rows_to_channels(b), self.outgoing)
+        return self.ops.triangle_output(
+            z,
+            self.channels_to_rows(x),
+            norm.weight,
+            norm.bias,
+            self.layer_norm_out.weight,
+            self.layer_norm_out.bias,
+            self.linear_z.weight,
+            self.linear_z.bias,
+            self.linear_g.weight,
+            self.linear_g.bias,
+            shared_row_dropout(self.ops, z, self.dropout, self.training),
+        )
+
+
+class TriangleAttention(nn.Module):
+    """Gated self attention along rows of z, biased by the third edge (Supplement Algorithms 13 and 14).
+
+    Around the starting node as it is; around the ending node when the caller passes transposed views of z and mask.
+    """
+
+    ops: Operations = REFERENCE
+
+    def __init__(self, c_z: int, c_hidden: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.layer_norm = LayerNorm(c_z)
+        self.linear = Linear(c_z, num_heads, bias=False, init="normal")
+        self.mha = AttentionProjections(c_z, c_z, c_hidden, num_heads)
+        self.gather_bias = nn.Identity()
+
+    def forward(self, z: Tensor, mask: Tensor) -> Tensor:
+        """z + dropout(update). z: [B, I, J, c_z]; mask: [B, I, J] -> [B, I, J, c_z]."""
+        ops, mha, norm = self.ops, self.mha, self.layer_norm
+        q, k, v, gate, bias = ops.layer_norm_linear(
+            z,
+            norm.weight,
+            norm.bias,
+            (
+                mha.linear_q.weight,
+                mha.linear_k.weight,
+                mha.linear_v.weight,
+                mha.linear_g.weight,
+                self.linear.weight,
+            ),
+            (None, None, None, mha.linear_g.bias, None),
+        )
+        bias = self.gather_bias(bias).permute(0, 3, 1, 2)
+        o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)
+        dropout = shared_row_dropout(ops, z, self.dropout, self.training)
+        return ops.gated_output(z, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout)
+
+
+def around_ending_node(attention: TriangleAttention, z: Tensor, mask: Tensor) -> Tensor:
+    """Triangle attention around the ending node: the same operation on the transposed edges (Algorithm 14)."""
+    return attention(z.transpose(1, 2), mask.transpose(1, 2)).transpose(1, 2)
