@@ -1,6 +1,5 @@
 """Data-parallel gradients: flat buckets summed over all training ranks while backward still runs."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -117,8 +116,3 @@ def broadcast_master(flat: FlatParameters, group: dist.ProcessGroup | None, sour
     if group is not None:
         dist.broadcast(flat.master, src=source, group=group)
         flat.refresh()
-
-
-def all_finite(values: Tensor) -> Tensor:
-    """1 if every element is finite, as a device scalar: no synchronisation."""
-    return torch.isfinite(values).all()
