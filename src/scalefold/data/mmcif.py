@@ -103,6 +103,14 @@ def _values(block: cif.Block, tag: str) -> list[str]:
     return values
 
 
+def _columns(block: cif.Block, *tags: str) -> list[list[str]]:
+    """The values of several items of one category, equally many of each."""
+    columns = [_values(block, tag) for tag in tags]
+    if len({len(column) for column in columns}) > 1:
+        raise DataError(f"items {', '.join(tags)} have different numbers of values")
+    return columns
+
+
 def _release_date(block: cif.Block) -> str:
     """Earliest revision date. A date of any other form than YYYY-MM-DD rejects the entry."""
     dates = []
@@ -137,7 +145,7 @@ def _number(text: str) -> float | None:
 
 
 def _entity_of_asym(block: cif.Block) -> dict[str, str]:
-    asym, entity = _values(block, "_struct_asym.id"), _values(block, "_struct_asym.entity_id")
+    asym, entity = _columns(block, "_struct_asym.id", "_struct_asym.entity_id")
     return dict(zip(asym, entity, strict=True))
 
 
@@ -156,14 +164,11 @@ def _polymers(block: cif.Block) -> tuple[list[Polymer], list[tuple[str, str]]]:
 
     Order: entities as they first appear in the sequence list, then their asym ids in the order of ``_struct_asym``.
     """
-    types = dict(zip(_values(block, "_chem_comp.id"), _values(block, "_chem_comp.type"), strict=True))
+    names, kinds = _columns(block, "_chem_comp.id", "_chem_comp.type")
+    types = dict(zip(names, kinds, strict=True))
     sequences: dict[str, list[tuple[int, str]]] = {}
-    for entity, number, monomer in zip(
-        _values(block, "_entity_poly_seq.entity_id"),
-        _values(block, "_entity_poly_seq.num"),
-        _values(block, "_entity_poly_seq.mon_id"),
-        strict=True,
-    ):
+    sequence_items = (f"_entity_poly_seq.{item}" for item in ("entity_id", "num", "mon_id"))
+    for entity, number, monomer in zip(*_columns(block, *sequence_items), strict=True):
         if monomer not in types:
             raise DataError(f"monomer {monomer} of entity {entity} has no type in _chem_comp")
         sequences.setdefault(entity, []).append((_integer(number, "_entity_poly_seq.num"), monomer))

@@ -82,8 +82,10 @@ def _align(rows: Sequence[bytes]) -> AlignedRows:
     row_of = np.searchsorted(ends, insertions, side="right")
     column = insertions - np.arange(insertions.size) - row_of * length
     inside = column < length
-    deletions = np.bincount(row_of[inside] * length + column[inside], minlength=len(rows) * length)
-    return AlignedRows(letters.reshape(len(rows), length), deletions.astype(np.int32).reshape(len(rows), length))
+    place, count = np.unique(row_of[inside] * length + column[inside], return_counts=True)
+    deletions = np.zeros(len(rows) * length, dtype=np.int32)
+    deletions[place] = count
+    return AlignedRows(letters.reshape(len(rows), length), deletions.reshape(len(rows), length))
 
 
 def _check_letters(letters: np.ndarray, flat: np.ndarray, is_insertion: np.ndarray, ends: np.ndarray) -> None:

@@ -1,13 +1,14 @@
 """Raw files to a store: structures first, then alignments with their templates, then index and manifest.
 
 The raw data is cut into units that depend on the data alone. Each unit becomes one shard and a small JSON file in
-``work/``, both renamed into place when complete; a run that is killed continues with the units that have no such file.
-Units are spread over processes, and over nodes with mpi4py (rank r of W takes units r, r + W, ...). A worker holds one
-entry or one alignment in memory.
+``work/``, both renamed into place when complete; a run that is killed continues with the units that have no such file
+(``work/`` is removed at the end). Units are spread over processes, and over nodes with mpi4py (rank r of W takes units
+r, r + W, ...). A worker holds one entry or one alignment in memory.
 """
 
 import json
 import multiprocessing
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -110,6 +111,7 @@ def prepare(
     team.barrier()
     if team.rank == 0:
         _finish(job, settings)
+        shutil.rmtree(work)
     team.barrier()
     found = len(plan.structures) + len(plan.alignments) - done
     return _summarise(out_dir, False, done, found, started)
@@ -392,24 +394,21 @@ class _TemplateLookup:
 
     def __init__(self, out_dir: Path, obsolete: dict[str, str]) -> None:
         self.store = store.Store(out_dir, finished=False)
-        self.rows = {chain: row for row, chain in enumerate(self.store.chain_ids)}
-        self.entries: dict[str, list[int]] = {}
-        for chain, row in self.rows.items():
-            self.entries.setdefault(chain[:4], []).append(row)
+        self.table = self.store.table
         self.structure = lru_cache(maxsize=512)(self.store.read_structure)
         self.sources = templates.TemplateSources(self.release_date, obsolete, self.entry)
 
     def release_date(self, name: str) -> np.datetime64 | None:
-        row = self.rows.get(name)
-        return None if row is None else self.store.table.release_date[row]
+        row = self.table.find(name)
+        return None if row is None else self.table.release_date[row]
 
     def entry(self, pdb_id: str) -> list[templates.TemplateChain]:
-        return [self._chain(row) for row in self.entries.get(pdb_id, [])]
+        return [self._chain(row) for row in self.table.entry_rows(pdb_id)]
 
     def _chain(self, row: int) -> templates.TemplateChain:
         structure = self.structure(row)
         atoms = (structure.positions, structure.mask)
-        return templates.TemplateChain(self.store.table.name(row)[5:], structure.sequence, row, lambda: atoms)
+        return templates.TemplateChain(self.table.name(row)[5:], structure.sequence, row, lambda: atoms)
 
 
 _LOOKUPS: dict[tuple[int, str], _TemplateLookup] = {}
@@ -432,7 +431,8 @@ def _prepare_alignments(unit: _Unit) -> dict:
     writer = store.ShardWriter(unit.out_dir / "alignments" / f"{unit.number:05d}.h5")
     alignments, rejected = [], []
     for file in unit.files:
-        folder, rows = Path(file.path), [lookup.rows[m] for m in unit.members[file.path] if m in lookup.rows]
+        folder, found = Path(file.path), [lookup.table.find(member) for member in unit.members[file.path]]
+        rows = [row for row in found if row is not None]
         if not rows:
             rejected.append(
                 asdict(Rejection("alignment", folder.name, folder.name, "none of its chains has a structure"))
@@ -478,7 +478,7 @@ def _members_that_fit(
     members, notes = [], []
     query = "".join(store.residues.HHBLITS_LETTERS[i] for i in letters[0])
     for row, sequence in sequences.items():
-        name = lookup.store.table.name(row)
+        name = lookup.table.name(row)
         if len(sequence) != len(query):
             reason = f"chain has {len(sequence)} residues, its alignment {len(query)} columns"
             notes.append(Rejection("chain", name, folder.name, reason))
@@ -505,7 +505,7 @@ def _read_hits(folder: Path) -> list[templates.HhrHit]:
 def _pack_templates(
     row: int, sequence: str, hits: list[templates.HhrHit], lookup: _TemplateLookup, reference_equality: bool
 ) -> tuple[bytes, int]:
-    table = lookup.store.table
+    table = lookup.table
     query = templates.Query(table.name(row)[:4], sequence, table.release_date[row])
     chosen = templates.select(hits, query, lookup.sources, reference_equality)
     return store.pack_templates([hit for hit, _ in chosen], [at for _, at in chosen], len(sequence)), len(chosen)

@@ -153,6 +153,18 @@ class ChainTable:
         """Chain id of a row."""
         return bytes(self.chain_id[row]).decode()
 
+    def find(self, chain_id: str) -> int | None:
+        """Row of a chain, None if there is no such chain. Binary search in the mapped columns: nothing is loaded."""
+        key = np.bytes_(chain_id.encode())
+        at = int(np.searchsorted(self.chain_id, key, sorter=self.order))
+        return int(self.order[at]) if at < len(self.order) and self.chain_id[self.order[at]] == key else None
+
+    def entry_rows(self, pdb_id: str) -> list[int]:
+        """Rows of all chains of an entry, in table order."""
+        bounds = [np.bytes_(f"{pdb_id}_".encode()), np.bytes_(f"{pdb_id}`".encode())]  # "`" is the byte after "_"
+        first, last = np.searchsorted(self.chain_id, bounds, sorter=self.order)
+        return np.sort(self.order[first:last]).tolist()
+
     def asym_ids(self, row: int) -> list[str]:
         """All asym ids under the chain's author chain id, ligands and waters too, in order of first appearance."""
         start = int(self.asym_ids_end[row - 1]) if row else 0
@@ -342,12 +354,10 @@ class Store:
 
     def index_of(self, chain_id: str) -> int:
         """Row of a chain. Raises DataError if the store has no such chain."""
-        order = self.table.order
-        key = np.bytes_(chain_id)
-        at = int(np.searchsorted(self.table.chain_id, key, sorter=order))
-        if at == len(order) or self.table.chain_id[order[at]] != key:
+        row = self.table.find(chain_id)
+        if row is None:
             raise DataError(f"{self.path}: no chain {chain_id!r} in this store of {len(self)} chains")
-        return int(order[at])
+        return row
 
     def _row(self, chain: int | str) -> int:
         row = self.index_of(chain) if isinstance(chain, str) else int(chain)
