@@ -352,6 +352,10 @@ class Store:
         """Chain ids in data set order."""
         return np.asarray(self.table.chain_id).astype(str).tolist()
 
+    def name(self, row: int) -> str:
+        """Chain id of a row."""
+        return self.table.name(row)
+
     def index_of(self, chain_id: str) -> int:
         """Row of a chain. Raises DataError if the store has no such chain."""
         row = self.table.find(chain_id)
