@@ -84,9 +84,11 @@ def test_attention_takes_slices_of_one_fused_projection():
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 2, 50, 1, 16), (2, 3, 32, 2, 8)], ids=str)
-def test_rows_longer_than_a_tile_are_walked_in_tiles(shape, with_bias):
-    small = {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1, "ROWS": 1, "GROUPS": 2}
+@pytest.mark.parametrize(
+    ("shape", "unrolled"), [((1, 3, 50, 1, 16), 0), ((1, 3, 50, 1, 16), 64), ((2, 3, 32, 2, 8), 64)]
+)
+def test_rows_longer_than_a_tile_are_walked_in_tiles(shape, unrolled, with_bias):
+    small = {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1, "ROWS": 2, "GROUPS": 2, "UNROLLED": unrolled}
     with (
         tuning.override("attention_forward", small),
         tuning.override("attention_backward", small),

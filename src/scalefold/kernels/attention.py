@@ -18,6 +18,7 @@ weights in the backward too.
 # The type checker sees neither Triton's launch syntax nor its ranges.
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ from torch import Tensor
 
 from scalefold.kernels import tuning
 
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -62,14 +64,45 @@ def _load_shift(base, offsets, stride, n, inf_log2, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _load_bias(base, offs_q, offs_k, stride_q, stride_k, n, LOG2: tl.constexpr, EVEN: tl.constexpr):
-    """Bias tile in base 2, fp32 [queries, keys]."""
+def _load_bias(base, offs_q, offs_k, stride_q, stride_k, n, EVEN: tl.constexpr):
+    """Bias tile [queries, keys] in storage type."""
     pointers = base + offs_q[:, None] * stride_q + offs_k[None, :] * stride_k
     if EVEN:
-        tile = tl.load(pointers)
-    else:
-        tile = tl.load(pointers, mask=(offs_q < n)[:, None] & (offs_k < n)[None, :], other=0.0)
-    return tile.to(tl.float32) * LOG2
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(offs_q < n)[:, None] & (offs_k < n)[None, :], other=0.0)
+
+
+@triton.jit
+def _unpack(tile):
+    """bf16 tile -> fp32, done anew in each iteration: hoisted out of the loop, it would take twice the registers."""
+    if INTERPRETED or tile.dtype != tl.bfloat16:
+        return tile.to(tl.float32)
+    return tl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [tile], dtype=tl.float32, is_pure=False, pack=2
+    )
+
+
+@triton.jit
+def _logits(products, shift, SCALE: tl.constexpr):
+    """Scores in base 2 without a bias: one fused multiply-add per score."""
+    return products * (SCALE * LOG2_E) + shift[None, :]
+
+
+@triton.jit
+def _biased_logits(products, tile, shift, SCALE: tl.constexpr):
+    """(q.k * SCALE + bias) * log2(e) + shift: two fused multiply-adds per score."""
+    return (products * SCALE + tile) * LOG2_E + shift[None, :]
+
+
+@triton.jit
+def _accumulate(logits, values, maximum, total, result, PRECISION: tl.constexpr):
+    """One step of the softmax with a running maximum: new maximum, sum of weights and weighted sum of values."""
+    larger = tl.maximum(maximum, tl.max(logits, 1))
+    weights = tl.exp2(logits - larger[:, None])
+    decay = tl.exp2(maximum - larger)
+    total = total * decay + tl.sum(weights, 1)
+    result = tl.dot(weights.to(values.dtype), values, result * decay[:, None], input_precision=PRECISION)
+    return larger, total, result
 
 
 @triton.jit
@@ -81,18 +114,17 @@ def _store_statistics(lse, rest, offset, offs_q, n, maximum, total):
 
 
 @triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
-def _forward_one_tile(
+def _forward_rows(
     q, k, v, mask, bias, o, lse, rest,
     q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h,
     mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
     rows, n, heads, rows_per_program, inf_log2,
-    SCALE: tl.constexpr, LOG2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """All keys of a row in one tile (n <= BLOCK_K); the bias tile stays on chip while the program walks over rows."""
+    """Short rows in STEPS unrolled key tiles; the bias of all of them stays in registers while rows pass by."""
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    offs_k = tl.arange(0, BLOCK_K)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
     q += b * q_b + h * q_h
@@ -100,25 +132,31 @@ def _forward_one_tile(
     v += b * v_b + h * v_h
     o += b * o_b + h * o_h
     mask += b * mask_b
+    tiles = ()
     if HAS_BIAS:
-        tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, LOG2, EVEN)
+        for step in tl.static_range(STEPS):
+            offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            tiles += (_load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN),)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     for row in tl.range(first, last, num_stages=STAGES):
         s = tl.cast(row, tl.int64)
         queries = _load_rows(q + s * q_s, offs_q, q_n, n, D, BLOCK_D, EVEN)
-        keys = _load_rows(k + s * k_s, offs_k, k_n, n, D, BLOCK_D, EVEN)
-        values = _load_rows(v + s * v_s, offs_k, v_n, n, D, BLOCK_D, EVEN)
-        shift = _load_shift(mask + s * mask_s, offs_k, mask_n, n, inf_log2, EVEN)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
-        if HAS_BIAS:
-            logits += tile
-        logits += shift[None, :]
-        maximum = tl.max(logits, 1)
-        weights = tl.exp2(logits - maximum[:, None])
-        total = tl.sum(weights, 1)
-        result = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
-        _store_rows(o + s * o_s, offs_q, o_n, n, result, D, BLOCK_D, EVEN)
+        maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        for step in tl.static_range(STEPS):
+            offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+            keys = _load_rows(k + s * k_s, offs_k, k_n, n, D, BLOCK_D, EVEN)
+            values = _load_rows(v + s * v_s, offs_k, v_n, n, D, BLOCK_D, EVEN)
+            shift = _load_shift(mask + s * mask_s, offs_k, mask_n, n, inf_log2, EVEN)
+            products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            if HAS_BIAS:
+                logits = _biased_logits(products, _unpack(tiles[step]), shift, SCALE)
+            else:
+                logits = _logits(products, shift, SCALE)
+            maximum, total, result = _accumulate(logits, values, maximum, total, result, PRECISION)
+        _store_rows(o + s * o_s, offs_q, o_n, n, result / total[:, None], D, BLOCK_D, EVEN)
         if SAVE:
             _store_statistics(lse, rest, ((b * rows + s) * heads + h) * n, offs_q, n, maximum, total)
 
@@ -129,7 +167,7 @@ def _forward_tiled(
     q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h,
     mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
     rows, n, heads, inf_log2,
-    SCALE: tl.constexpr, LOG2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -148,17 +186,15 @@ def _forward_tiled(
     for start in tl.range(0, n, BLOCK_K, num_stages=STAGES):
         offs_k = start + tl.arange(0, BLOCK_K)
         keys = _load_rows(k, offs_k, k_n, n, D, BLOCK_D, EVEN)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
+        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        shift = _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)
         if HAS_BIAS:
-            logits += _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, LOG2, EVEN)
-        logits += _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)[None, :]
-        larger = tl.maximum(maximum, tl.max(logits, 1))
-        weights = tl.exp2(logits - larger[:, None])
-        decay = tl.exp2(maximum - larger)
-        total = total * decay + tl.sum(weights, 1)
+            tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN)
+            logits = _biased_logits(products, tile.to(tl.float32), shift, SCALE)
+        else:
+            logits = _logits(products, shift, SCALE)
         values = _load_rows(v, offs_k, v_n, n, D, BLOCK_D, EVEN)
-        result = tl.dot(weights.to(values.dtype), values, result * decay[:, None], input_precision=PRECISION)
-        maximum = larger
+        maximum, total, result = _accumulate(logits, values, maximum, total, result, PRECISION)
     _store_rows(o + b * o_b + s * o_s + h * o_h, offs_q, o_n, n, result / total[:, None], D, BLOCK_D, EVEN)
     if SAVE:
         _store_statistics(lse, rest, ((b * rows + s) * heads + h) * n, offs_q, n, maximum, total)
@@ -171,7 +207,7 @@ def _backward_rows(
     dq_b, dq_s, dq_n, dq_h, dk_c, dk_b, dk_s, dk_n, dk_h, dv_c, dv_b, dv_s, dv_n, dv_h,
     mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
     rows, n, heads, inf_log2, scale,
-    SCALE: tl.constexpr, LOG2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -205,10 +241,13 @@ def _backward_rows(
         offs_k = start + tl.arange(0, BLOCK_K)
         keys = _load_rows(k, offs_k, k_n, n, D, BLOCK_D, EVEN)
         values = _load_rows(v, offs_k, v_n, n, D, BLOCK_D, EVEN)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE
+        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        shift = _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)
         if HAS_BIAS:
-            logits += _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, LOG2, EVEN)
-        logits += _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)[None, :]
+            tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN)
+            logits = _biased_logits(products, tile.to(tl.float32), shift, SCALE)
+        else:
+            logits = _logits(products, shift, SCALE)
         weights = tl.exp2(logits - row_lse[:, None])
         dv_tile = tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision=PRECISION)
         _store_rows(dv, offs_k, dv_n, n, dv_tile, D, BLOCK_D, EVEN)
@@ -226,7 +265,7 @@ def _backward_bias(
     q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, do_b, do_s, do_n, do_h,
     mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
     rows, n, heads, rows_per_program, inf_log2,
-    SCALE: tl.constexpr, LOG2: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -241,7 +280,7 @@ def _backward_bias(
     v += b * v_b + h * v_h
     do += b * do_b + h * do_h
     mask += b * mask_b
-    tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, LOG2, EVEN)
+    tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN)
     gradient = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
@@ -256,7 +295,8 @@ def _backward_bias(
         row_lse = tl.load(lse + statistics, mask=offs_q < n, other=float("inf"))
         row_rest = tl.load(rest + statistics, mask=offs_q < n, other=0.0)
         row_delta = tl.load(delta + statistics, mask=offs_q < n, other=0.0)
-        logits = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * SCALE + tile + shift[None, :]
+        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        logits = _biased_logits(products, _unpack(tile), shift, SCALE)
         weights = tl.exp2(logits - row_lse[:, None])
         d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         gradient += weights * (d_weights - row_delta[:, None]) * row_rest[:, None]
@@ -334,8 +374,7 @@ def _mask_and_bias(mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, t
 def _constants(q: Tensor, config: tuning.Config, blocks: tuple[int, int, int, bool]) -> dict[str, Any]:
     block_q, block_k, block_d, even = blocks
     return {
-        "SCALE": LOG2_E * q.shape[-1] ** -0.5,
-        "LOG2": LOG2_E,
+        "SCALE": q.shape[-1] ** -0.5,
         "D": q.shape[-1],
         "BLOCK_D": block_d,
         "BLOCK_Q": block_q,
@@ -360,13 +399,14 @@ def _forward(
     tensors = (q, k, v, mask_, bias_, o, lse, rest)
     strides = (*q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *o.stride()[:4], *extra_strides)
     options = _constants(q, config, blocks) | {"HAS_BIAS": bias is not None, "SAVE": save}
-    if n <= block_k:
+    if n <= config["UNROLLED"]:
         group = min(config["ROWS"], rows)
         grid = (tuning.ceil_div(n, block_q), tuning.ceil_div(rows, group), batch * heads)
-        _forward_one_tile[grid](*tensors, *strides, rows, n, heads, group, inf * LOG2_E, **options)
+        options["STEPS"] = tuning.ceil_div(n, block_k)
+        _forward_rows[grid](*tensors, *strides, rows, n, heads, group, inf * LOG2_E.value, **options)
     else:
         grid = (tuning.ceil_div(n, block_q), rows, batch * heads)
-        _forward_tiled[grid](*tensors, *strides, rows, n, heads, inf * LOG2_E, **options)
+        _forward_tiled[grid](*tensors, *strides, rows, n, heads, inf * LOG2_E.value, **options)
     return (o, lse, rest) if save else (o, None, None)
 
 
@@ -389,7 +429,7 @@ def _backward_qkv(
     strides = tuple(stride for x in (q, k, v, o, do, dq) for stride in x.stride()[:4])
     _backward_rows[(rows * heads, chunks, batch)](
         q, k, v, mask_, bias_, o, do, lse, rest, delta, dq, dk, dv, *strides, *dk.stride()[:5], *dv.stride()[:5],
-        *extra_strides, rows, n, heads, inf * LOG2_E, width**-0.5,
+        *extra_strides, rows, n, heads, inf * LOG2_E.value, width**-0.5,
         HAS_BIAS=bias is not None, SAVE=save_delta, **_constants(q, config, blocks),
     )  # fmt: skip
     if chunks == 1:
@@ -411,7 +451,7 @@ def _bias_gradient(
     strides = tuple(stride for x in (q, k, v, do) for stride in x.stride()[:4])
     _backward_bias[(tuning.ceil_div(n, blocks[0]) * tuning.ceil_div(n, blocks[1]), groups, batch * heads)](
         q, k, v, mask_, bias_, do, lse, rest, delta, partial, *strides, *extra_strides,
-        rows, n, heads, group, inf * LOG2_E, **_constants(q, config, blocks),
+        rows, n, heads, group, inf * LOG2_E.value, **_constants(q, config, blocks),
     )  # fmt: skip
     return partial.sum(0).to(bias.dtype)
 
@@ -422,17 +462,23 @@ def _config(block_q: int, block_k: int, num_warps: int, stages: int, **extra: in
 
 def _forward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     if fields["dtype"] == "float32":
-        return _config(64, 64, 4, 1, ROWS=1)
+        return _config(64, 64, 4, 1, ROWS=1, UNROLLED=0)
     if int(fields["n"]) > 256:
-        return _config(64, 64, 4, 2, ROWS=1)
-    return _config(64, 256, 4, 2, ROWS=8 if int(fields["rows"]) >= 128 else 2)
+        return _config(64, 64, 4, 2, ROWS=1, UNROLLED=0)
+    return _config(64, 64, 4, 2, ROWS=8 if int(fields["rows"]) >= 128 else 2, UNROLLED=256)
 
 
 def _forward_candidates(fields: tuning.Fields) -> list[tuning.Config]:
+    tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8)]
+    tiled = [_config(*tile, stages, ROWS=1, UNROLLED=0) for tile in tiles for stages in (2, 3)]
     if int(fields["n"]) > 256:
-        return [_config(q, k, w, s, ROWS=1) for q in (64, 128) for k in (64, 128) for w in (4, 8) for s in (2, 3)]
-    tiles = [(64, 256, 4), (64, 256, 8), (128, 256, 8), (32, 256, 4), (128, 128, 4), (128, 128, 8), (64, 128, 4)]
-    return [_config(*tile, stages, ROWS=rows) for tile in tiles for stages in (1, 2, 3) for rows in (1, 4, 8, 16, 32)]
+        return tiled
+    return tiled + [
+        _config(*tile, stages, ROWS=rows, UNROLLED=256)
+        for tile in tiles
+        for stages in (1, 2, 3)
+        for rows in (1, 4, 8, 16, 32)
+    ]
 
 
 def _backward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
