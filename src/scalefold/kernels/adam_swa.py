@@ -1,0 +1,102 @@
+"""Optimizer kernels on flat buffers: Adam with weight averaging and a bf16 copy in one pass; sum of squares."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 1024
+NORM_PROGRAMS = 1056  # eight per multiprocessor of an H200
+
+
+@triton.jit
+def _adam_swa_kernel(
+    param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, n, weight_1, beta_2, weight_2, eps, swa_weight,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    keep = index < n
+    clip, lr = tl.load(scalars), tl.load(scalars + 1)
+    correction_1, correction_2_sqrt = tl.load(scalars + 2), tl.load(scalars + 3)
+    weight = tl.where(tl.load(scalars + 4) > 0, 1.0, swa_weight)
+    g = tl.load(grad + index, mask=keep).to(tl.float32) * clip
+    m = tl.load(exp_avg + index, mask=keep)
+    m += weight_1 * (g - m)
+    v = tl.load(exp_avg_sq + index, mask=keep) * beta_2 + weight_2 * g * g
+    p = tl.load(param + index, mask=keep)
+    p -= m / (tl.sqrt(v) / correction_2_sqrt + eps) * (lr / correction_1)
+    average = tl.load(averaged + index, mask=keep)
+    tl.store(exp_avg + index, m, mask=keep)
+    tl.store(exp_avg_sq + index, v, mask=keep)
+    tl.store(param + index, p, mask=keep)
+    tl.store(averaged + index, tl.where(weight == 1.0, p, average + weight * (p - average)), mask=keep)
+    if copy is not None:
+        tl.store(copy + index, p.to(copy.dtype.element_ty), mask=keep)
+
+
+def adam_swa(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    averaged: Tensor,
+    scalars: Tensor,
+    beta_1: float,
+    beta_2: float,
+    eps: float,
+    swa_decay: float,
+) -> None:
+    """``reference.adam_swa`` in one kernel."""
+    adam_swa_copy(param, grad, exp_avg, exp_avg_sq, averaged, None, scalars, beta_1, beta_2, eps, swa_decay)
+
+
+def adam_swa_copy(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    averaged: Tensor,
+    copy: Tensor | None,
+    scalars: Tensor,
+    beta_1: float,
+    beta_2: float,
+    eps: float,
+    swa_decay: float,
+) -> None:
+    """``adam_swa`` that also writes the new parameters to ``copy`` [n], in its type (bf16 compute weights)."""
+    n = param.numel()
+    buffers = [t for t in (param, grad, exp_avg, exp_avg_sq, averaged, copy) if t is not None]
+    if any(t.numel() != n or not t.is_contiguous() for t in buffers):
+        raise ValueError(f"adam_swa needs contiguous buffers of one length, got {[tuple(t.shape) for t in buffers]}")
+    # complements are formed here: 1 - 0.999 taken in fp32 would be off by 1e-5
+    _adam_swa_kernel[(triton.cdiv(n, BLOCK),)](
+        param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, n, 1.0 - beta_1, beta_2, 1.0 - beta_2, eps,
+        1.0 - swa_decay, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _square_kernel(values, partials, n, BLOCK: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.float32)
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, stride):
+        index = start + tl.arange(0, BLOCK)
+        value = tl.load(values + index, mask=index < n, other=0.0).to(tl.float32)
+        total += value * value
+    tl.store(partials + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def _total_kernel(partials, out, n, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    tl.store(out, tl.sum(tl.load(partials + index, mask=index < n, other=0.0), 0))
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Sum of squares of a flat buffer, fp32 or bf16 [n] -> fp32 scalar on the device; repeats bit for bit."""
+    programs = min(NORM_PROGRAMS, triton.cdiv(values.numel(), BLOCK))
+    partials = torch.empty(programs, dtype=torch.float32, device=values.device)
+    out = torch.empty((), dtype=torch.float32, device=values.device)
+    _square_kernel[(programs,)](values, partials, values.numel(), BLOCK=BLOCK, num_warps=4)
+    _total_kernel[(1,)](partials, out, programs, BLOCK=triton.next_power_of_2(programs), num_warps=4)
+    return out

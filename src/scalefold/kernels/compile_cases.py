@@ -1,0 +1,117 @@
+"""Representative calls of the row-wise kernels at the benchmark's shapes, on meta tensors (see ``tuning``)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from scalefold.kernels import (
+    adam_swa,
+    elementwise,
+    gated_output,
+    layer_norm,
+    linear,
+    outer_product,
+    transition,
+    triangle,
+)
+
+META = torch.device("meta")
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """An input that wants a gradient."""
+    return torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
+
+
+def norm(c: int) -> tuple[Tensor, Tensor]:
+    return leaf(c), leaf(c)
+
+
+def run_backward(outputs: Tensor | Sequence[Tensor]) -> None:
+    """Backward with dense gradients of the outputs' own layout."""
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
+
+
+def projections(shape: tuple[int, int, int], c: int, widths: Sequence[int]) -> None:
+    biases = [leaf(width) if n == 3 else None for n, width in enumerate(widths)]
+    run_backward(linear.layer_norm_linear(leaf(*shape, c), *norm(c), [leaf(width, c) for width in widths], biases))
+
+
+def gated(shape: tuple[int, int, int], c: int, heads: int, width: int) -> None:
+    dropout = torch.empty(shape[0], 1, shape[2], c, device=META)
+    o, gate = leaf(*shape, heads, width), leaf(*shape, heads * width)
+    run_backward(gated_output.gated_output(leaf(*shape, c), o, gate, leaf(c, heads * width), leaf(c), dropout))
+
+
+def transitions(shape: tuple[int, int, int], c: int, factor: int) -> None:
+    weights = (leaf(factor * c, c), leaf(factor * c), leaf(c, factor * c), leaf(c))
+    run_backward(transition.transition(leaf(*shape, c), *norm(c), *weights))
+
+
+def triangle_project(shape: tuple[int, int, int], c: int) -> None:
+    parameters = [parameter for _ in range(4) for parameter in (leaf(c, c), leaf(c))]
+    mask = torch.empty(shape, dtype=torch.bfloat16, device=META)
+    run_backward(triangle.triangle_project(leaf(*shape, c), mask, *norm(c), *parameters))
+
+
+def triangle_output(shape: tuple[int, int, int], c: int) -> None:
+    dropout = torch.empty(shape[0], 1, shape[2], c, device=META)
+    linears = (leaf(c, c), leaf(c), leaf(c, c), leaf(c))
+    x = leaf(shape[0], c, *shape[1:])
+    run_backward(triangle.triangle_output(leaf(*shape, c), x, *norm(c), *norm(c), *linears, dropout))
+
+
+def outer_product_project(shape: tuple[int, int, int], c: int) -> None:
+    mask = torch.empty(shape, dtype=torch.bfloat16, device=META)
+    linears = (leaf(32, c), leaf(32), leaf(32, c), leaf(32))
+    run_backward(outer_product.outer_product_project(leaf(*shape, c), mask, *norm(c), *linears))
+
+
+def outer_product_update(num_sequences: int, n: int) -> None:
+    a, b = leaf(1, num_sequences, n, 32), leaf(1, num_sequences, n, 32)
+    counts = torch.empty(1, n, n, device=META)
+    run_backward(outer_product.outer_product_update(leaf(1, n, n, 128), a, b, counts, leaf(128, 1024), leaf(128)))
+
+
+def optimizer(n: int) -> None:
+    param, exp_avg, exp_avg_sq, averaged = (torch.empty(n, device=META) for _ in range(4))
+    grad, copy = (torch.empty(n, dtype=torch.bfloat16, device=META) for _ in range(2))
+    scalars = torch.empty(5, device=META)
+    adam_swa.sum_of_squares(grad)
+    adam_swa.adam_swa_copy(param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, 0.9, 0.999, 1e-6, 0.9)
+
+
+def _draw_masks() -> None:
+    elementwise.dropout_masks([(1, 1, 256, 128), (1, 256, 1, 128)], 0.25, META)
+
+
+def compile_cases() -> list[tuple[str, Callable[[], None]]]:
+    """Forward and backward of every operation; see ``tuning``."""
+    msa, extra, pair, template = (1, 128, 256), (1, 1024, 256), (1, 256, 256), (4, 256, 256)
+    return [
+        ("project_triangle_attention", lambda: projections(pair, 128, [128] * 4 + [4])),
+        ("project_msa_attention", lambda: projections(msa, 256, [256] * 4)),
+        ("project_extra_attention", lambda: projections(extra, 64, [64] * 4)),
+        ("project_template", lambda: projections(template, 64, [64] * 4 + [4])),
+        ("project_pair_bias", lambda: projections(pair, 128, [8])),
+        ("gated_msa", lambda: gated(msa, 256, 8, 32)),
+        ("gated_pair", lambda: gated(pair, 128, 4, 32)),
+        ("gated_extra", lambda: gated(extra, 64, 8, 8)),
+        ("transition_msa", lambda: transitions(msa, 256, 4)),
+        ("transition_pair", lambda: transitions(pair, 128, 4)),
+        ("transition_extra", lambda: transitions(extra, 64, 4)),
+        ("transition_template", lambda: transitions(template, 64, 2)),
+        ("triangle_project_pair", lambda: triangle_project(pair, 128)),
+        ("triangle_project_template", lambda: triangle_project(template, 64)),
+        ("triangle_output_pair", lambda: triangle_output(pair, 128)),
+        ("triangle_output_template", lambda: triangle_output(template, 64)),
+        ("outer_product_project_msa", lambda: outer_product_project(msa, 256)),
+        ("outer_product_project_extra", lambda: outer_product_project(extra, 64)),
+        ("outer_product_update_msa", lambda: outer_product_update(128, 256)),
+        ("layer_norm_msa", lambda: run_backward(layer_norm.layer_norm(leaf(*msa, 256), *norm(256)))),
+        ("layer_norm_single", lambda: run_backward(layer_norm.layer_norm(leaf(1, 256, 384), *norm(384)))),
+        ("optimizer", lambda: optimizer(93_229_082)),
+        ("dropout_mask", _draw_masks),
+    ]

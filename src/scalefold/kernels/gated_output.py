@@ -1,0 +1,180 @@
+"""End of a gated attention in Triton: x + dropout * (W (sigmoid(gate) * o) + b), forward and backward.
+
+One kernel forward; backward two kernels (gradients of o and gate; weight and bias) and a sum. The gradient of x is
+the incoming gradient itself. Saved: o, gate, dropout; nothing that is not an input.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.rows import (
+    common_rows,
+    dot,
+    has_plain_strides,
+    is_tile_width,
+    load_tile,
+    register_tiles,
+    row_fields,
+    store_tile,
+    sum_partials,
+)
+from scalefold.kernels.weight_gradient import NUM_PROGRAMS
+
+for _name, _default in {
+    "gated_output_forward": {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)},
+    "gated_output_backward": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+    "gated_output_weight": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
+}.items():
+    register_tiles(
+        _name,
+        _default,
+        *((m, n, w, s) for m in (32, 64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (1, 2, 3)),
+    )
+
+
+@triton.jit
+def _load_gated(o, gate, rows, columns, dims, o_strides, gate_strides, count):
+    """sigmoid(gate) * o in the storage type of o: [rows, columns]."""
+    value = load_tile(o, rows, columns, dims, o_strides, count)
+    logits = load_tile(gate, rows, columns, dims, gate_strides, count).to(tl.float32)
+    return (value.to(tl.float32) * tl.sigmoid(logits)).to(value.dtype)
+
+
+@triton.jit
+def _load_update_gradient(d, dropout, rows, columns, dims, d_strides, dropout_strides, count):
+    """dropout * d in the storage type of d."""
+    tile = load_tile(d, rows, columns, dims, d_strides, count)
+    if dropout is not None:
+        scale = load_tile(dropout, rows, columns, dims, dropout_strides, count).to(tl.float32)
+        tile = (tile.to(tl.float32) * scale).to(tile.dtype)
+    return tile
+
+
+@triton.jit
+def _forward_kernel(
+    x, x_strides, o, o_strides, gate, gate_strides, weight, bias, dropout, dropout_strides, out, out_strides, dims,
+    count, C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, C)
+    acc = tl.zeros([BLOCK_M, C], tl.float32)
+    for first in range(0, HD, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
+        gated = _load_gated(o, gate, rows, k, dims, o_strides, gate_strides, count)
+        block = tl.load(weight + c[:, None] * HD + k[None, :])
+        acc = dot(gated, tl.trans(block), acc)
+    acc += tl.load(bias + c).to(tl.float32)[None, :]
+    if dropout is not None:
+        acc *= load_tile(dropout, rows, c, dims, dropout_strides, count).to(tl.float32)
+    acc += load_tile(x, rows, c, dims, x_strides, count).to(tl.float32)
+    store_tile(out, acc, rows, c, dims, out_strides, count)
+
+
+@triton.jit
+def _input_gradient_kernel(
+    d, d_strides, o, o_strides, gate, gate_strides, weight, dropout, dropout_strides, d_o, d_o_strides, d_gate,
+    d_gate_strides, dims, count, C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, C)
+    update = _load_update_gradient(d, dropout, rows, c, dims, d_strides, dropout_strides, count)
+    for first in range(0, HD, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
+        block = tl.load(weight + c[:, None] * HD + k[None, :])
+        d_gated = dot(update, block, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        value = load_tile(o, rows, k, dims, o_strides, count).to(tl.float32)
+        opening = tl.sigmoid(load_tile(gate, rows, k, dims, gate_strides, count).to(tl.float32))
+        d_gated *= opening
+        store_tile(d_o, d_gated, rows, k, dims, d_o_strides, count)
+        store_tile(d_gate, d_gated * value * (1.0 - opening), rows, k, dims, d_gate_strides, count)
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    d, d_strides, o, o_strides, gate, gate_strides, dropout, dropout_strides, partials, dims, count, rows_per_split,
+    C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (block of output channels, range of rows) -> partials[range, C * HD + C]."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, HD)
+    start = tl.program_id(1) * rows_per_split
+    end = tl.minimum(start + rows_per_split, count)
+    acc = tl.zeros([BLOCK_N, HD], tl.float32)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(start, end, BLOCK_M):
+        rows = first + tl.arange(0, BLOCK_M)
+        update = _load_update_gradient(d, dropout, rows, n, dims, d_strides, dropout_strides, end)
+        acc = dot(tl.trans(update), _load_gated(o, gate, rows, k, dims, o_strides, gate_strides, end), acc)
+        sums += tl.sum(update.to(tl.float32), 0)
+    partials += tl.program_id(1).to(tl.int64) * (C * HD + C)
+    tl.store(partials + n[:, None] * HD + k[None, :], acc)
+    tl.store(partials + C * HD + n, sums)
+
+
+class _GatedOutput(torch.autograd.Function):
+    """Arguments: x, o flattened to [*, H * D], gate, weight, bias, dropout."""
+
+    @staticmethod
+    def forward(ctx, x, o, gate, weight, bias, dropout):
+        ctx.save_for_backward(o, gate, weight, dropout)
+        ctx.bias_dtype = bias.dtype
+        out = torch.empty_like(x)
+        dims, count, strides = common_rows(x, o, gate, x if dropout is None else dropout, out)
+        c, hd = weight.shape
+        config = _config("gated_output_forward", count, x.dtype, c, hd, hd)
+        _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+            x, strides[0], o, strides[1], gate, strides[2], weight.contiguous(), bias, dropout, strides[3], out,
+            strides[4], dims, count, C=c, HD=hd, **config,
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        o, gate, weight, dropout = ctx.saved_tensors
+        d_o, d_gate = torch.empty_like(o), torch.empty_like(gate)
+        dims, count, strides = common_rows(d, o, gate, d if dropout is None else dropout, d_o, d_gate)
+        c, hd = weight.shape
+        config = _config("gated_output_backward", count, d.dtype, c, hd, hd)
+        _input_gradient_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+            d, strides[0], o, strides[1], gate, strides[2], weight.contiguous(), dropout, strides[3], d_o, strides[4],
+            d_gate, strides[5], dims, count, C=c, HD=hd, **config,
+        )  # fmt: skip
+        d_weight, d_bias = _weight_gradient(d, o, gate, dropout, weight)
+        return d, d_o, d_gate, d_weight, d_bias.to(ctx.bias_dtype), None
+
+
+def _weight_gradient(d: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, weight: Tensor) -> list[Tensor]:
+    """Gradients of the weight [c, H * D] and the bias [c]."""
+    c, hd = weight.shape
+    dims, count, strides = common_rows(d, o, gate, d if dropout is None else dropout)
+    config = _config("gated_output_weight", count, d.dtype, c, hd, c)
+    num_blocks = c // config["BLOCK_N"]
+    tiles = triton.cdiv(count, config["BLOCK_M"])
+    rows_per_split = triton.cdiv(tiles, max(1, NUM_PROGRAMS // num_blocks)) * config["BLOCK_M"]
+    num_splits = triton.cdiv(count, rows_per_split)
+    partials = torch.empty(num_splits, c * hd + c, dtype=torch.float32, device=d.device)
+    _weight_gradient_kernel[(num_blocks, num_splits)](
+        d, strides[0], o, strides[1], gate, strides[2], dropout, strides[3], partials, dims, count, rows_per_split,
+        C=c, HD=hd, **config,
+    )  # fmt: skip
+    flat = sum_partials(partials, weight.dtype)
+    return [flat[: c * hd].view(c, hd), flat[c * hd :]]
+
+
+def _config(name: str, count: int, dtype: torch.dtype, c: int, hd: int, limit: int) -> tuning.Config:
+    config = dict(tuning.lookup(name, **row_fields(count, dtype, c=max(c, hd), n=min(c, hd))))
+    return {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}
+
+
+def gated_output(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None) -> Tensor:
+    """``reference.gated_output``; the result lies in the memory order of x. Other widths take the plain definition."""
+    flat = o.flatten(-2)
+    channels_last = all(tensor.stride(-1) == 1 for tensor in (x, flat, gate))
+    if not (is_tile_width(*weight.shape) and channels_last and has_plain_strides(x, flat, gate)):
+        return reference.gated_output(x, o, gate, weight, bias, dropout)
+    return _GatedOutput.apply(x, flat, gate, weight, bias, dropout)  # type: ignore[return-value]

@@ -1,0 +1,242 @@
+"""Layer norm followed by several projections, forward and backward, in Triton.
+
+One kernel forward (the norm stays in registers), three backward: input gradient with the norm's backward, weight
+gradients, sums of the partial gradients. Nothing but the inputs is saved.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.rows import (
+    common_rows,
+    dot,
+    fused_view,
+    has_plain_strides,
+    is_tile_width,
+    load_normed,
+    load_tile,
+    norm_input_gradient,
+    register_tiles,
+    row_fields,
+    row_offsets,
+    store_tile,
+    sum_partials,
+)
+from scalefold.kernels.weight_gradient import Product, weight_gradients
+
+NARROW_WIDTH = 16  # narrower outputs (attention biases) go channels first, as their reader wants them
+register_tiles(
+    "norm_linear_forward",
+    {64: (128, 64, 4, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 3)},
+    *((m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3, 4)),
+)
+register_tiles(
+    "norm_linear_backward",
+    {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)},
+    *((m, n, w, s) for m in (32, 64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3, 4)),
+)
+
+
+@triton.jit
+def _forward_kernel(
+    x, x_strides, norm_weight, norm_bias, weight, bias, out, out_strides, segment_stride,
+    narrow_weight, narrow_bias, narrow_out, narrow_strides, row_mask, mask_strides, dims, count, bias_start,
+    N: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of rows: layer norm once, then all output columns. weight: [N, C]; out: [N / WIDTH][rows, WIDTH]."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
+    c = tl.arange(0, C)
+    if row_mask is not None:
+        keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
+    if N > 0:
+        for first in range(0, N, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            block = tl.load(weight + n[:, None] * C + c[None, :])
+            acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            if bias is not None:
+                acc += tl.load(bias + n - bias_start, mask=n >= bias_start, other=0.0).to(tl.float32)[None, :]
+            if row_mask is not None:
+                acc *= keep[:, None]
+            columns = first % WIDTH + tl.arange(0, BLOCK_N)
+            segment = (first // WIDTH) * tl.cast(segment_stride, tl.int64)
+            store_tile(out + segment, acc, rows, columns, dims, out_strides, count)
+    if NARROW > 0:
+        n = tl.arange(0, 16)
+        block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
+        acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, 16], tl.float32))
+        if narrow_bias is not None:
+            acc += tl.load(narrow_bias + n, mask=n < NARROW, other=0.0).to(tl.float32)[None, :]
+        offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
+        keep_out = (rows < count)[:, None] & (n < NARROW)[None, :]
+        tl.store(narrow_out + offsets, acc.to(narrow_out.dtype.element_ty), mask=keep_out)
+
+
+@triton.jit
+def _input_gradient_kernel(
+    x, x_strides, norm_weight, weight, ds, d_strides, narrow_weight, narrow_d, narrow_strides, row_mask, mask_strides,
+    dx, dx_strides, partials, dims, count, COUNT: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of rows: sum over the projections of d W, then the backward of the layer norm."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, C)
+    acc = tl.zeros([BLOCK_M, C], tl.float32)
+    for i in tl.static_range(COUNT):
+        for first in range(0, WIDTH, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            d = load_tile(ds[i], rows, n, dims, d_strides[i], count)
+            acc = dot(d, tl.load(weight + (i * WIDTH + n)[:, None] * C + c[None, :]), acc)
+    if NARROW > 0:
+        n = tl.arange(0, 16)
+        offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
+        d = tl.load(narrow_d + offsets, mask=(rows < count)[:, None] & (n < NARROW)[None, :], other=0.0)
+        block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
+        acc = dot(d, block, acc)
+    if row_mask is not None:
+        keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0)
+        acc *= keep.to(tl.float32)[:, None]
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * C)
+    gradient = norm_input_gradient(acc, x, norm_weight, own, rows, dims, x_strides, count, C)
+    store_tile(dx, gradient, rows, c, dims, dx_strides, count)
+
+
+def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | None, int]:
+    """One bias vector for the last projections and the column where it starts; (None, 0) without any."""
+    present = [n for n, bias in enumerate(biases) if bias is not None]
+    if not present:
+        return None, 0
+    tail = biases[present[0] :]
+    example = biases[present[0]]
+    assert example is not None
+    filled = [example.new_zeros(width) if bias is None else bias for bias in tail]
+    return (filled[0] if len(filled) == 1 else torch.cat(filled)), present[0] * width
+
+
+def _row_order(x: Tensor) -> list[int]:
+    """Leading dimensions of x from slow to fast in memory."""
+    return sorted(range(x.dim() - 1), key=lambda d: -x.stride(d))
+
+
+def _in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tensor:
+    """View of flat [rows, w], rows numbered in ``order``, as [*shape, w]."""
+    inverse = [list(order).index(d) for d in range(len(order))]
+    return flat.view(*[shape[d] for d in order], flat.shape[-1]).permute(*inverse, len(order))
+
+
+class _NormLinear(torch.autograd.Function):
+    """Arguments: x, norm weight and bias, row mask, number of wide weights, weights (wide first), biases."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, row_mask, num_wide, *parameters):
+        num = len(parameters) // 2
+        weights, biases = parameters[:num], parameters[num:]
+        ctx.save_for_backward(x, norm_weight, norm_bias, row_mask, *weights)
+        ctx.num_wide, ctx.has_bias = num_wide, [bias is not None for bias in biases]
+        return _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *ds):
+        x, norm_weight, norm_bias, row_mask, *weights = ctx.saved_tensors
+        dx, norm_gradients = _input_gradient(x, norm_weight, row_mask, ctx.num_wide, weights, ds)
+        products = [Product(d, x, (norm_weight, norm_bias)) for d in ds]
+        pairs = weight_gradients(products, norm_weight.dtype, row_mask)
+        biases = [pair[1] if has else None for pair, has in zip(pairs, ctx.has_bias, strict=True)]
+        return dx, norm_gradients[0], norm_gradients[1], None, None, *[pair[0] for pair in pairs], *biases
+
+
+def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> tuple[Tensor, ...]:
+    c, count = x.shape[-1], x.shape[:-1].numel()
+    wide, narrow = weights[:num_wide], weights[num_wide:]
+    width = wide[0].shape[0] if wide else NARROW_WIDTH
+    order = _row_order(x)
+    out = x.new_empty(len(wide), count, width)
+    outs = [_in_order(order, part, x.shape) for part in out.unbind(0)]
+    views = [x, outs[0] if wide else x]
+    narrow_out = None
+    if narrow:
+        narrow_out = _in_order(order, x.new_empty(narrow[0].shape[0], count).t(), x.shape)
+        outs.append(narrow_out)
+    mask_view = None if row_mask is None else row_mask[..., None]
+    dims, count, strides = common_rows(
+        *views, x if narrow_out is None else narrow_out, x if mask_view is None else mask_view
+    )
+    config = dict(tuning.lookup("norm_linear_forward", **row_fields(count, x.dtype, c=c, n=num_wide * width)))
+    config["BLOCK_N"] = min(config["BLOCK_N"], width)
+    bias, bias_start = _fused_bias(biases[:num_wide], width)
+    _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, bias, out, strides[1],
+        count * width, narrow[0] if narrow else None, biases[num_wide] if narrow else None, narrow_out, strides[2],
+        row_mask, strides[3], dims, count, bias_start, N=num_wide * width, WIDTH=width,
+        NARROW=narrow[0].shape[0] if narrow else 0, C=c, **config,
+    )  # fmt: skip
+    return tuple(outs)
+
+
+def _input_gradient(x, norm_weight, row_mask, num_wide, weights, ds) -> tuple[Tensor, Tensor]:
+    """Gradient of x, in its memory order, and of the norm's weight and bias [2, c]."""
+    c = x.shape[-1]
+    wide, narrow = weights[:num_wide], weights[num_wide:]
+    dx = torch.empty_like(x)
+    narrow_d = ds[num_wide] if narrow else None
+    mask_view = x if row_mask is None else row_mask[..., None]
+    dims, count, strides = common_rows(x, dx, x if narrow_d is None else narrow_d, mask_view, *ds[:num_wide])
+    width = wide[0].shape[0] if wide else NARROW_WIDTH
+    config = dict(tuning.lookup("norm_linear_backward", **row_fields(count, x.dtype, c=c, n=num_wide * width)))
+    config["BLOCK_N"] = min(config["BLOCK_N"], width)
+    tiles = triton.cdiv(count, config["BLOCK_M"])
+    partials = torch.empty(tiles, 2 * c, dtype=torch.float32, device=x.device)
+    _input_gradient_kernel[(tiles,)](
+        x, strides[0], norm_weight, fused_view(wide) if wide else None, tuple(ds[:num_wide]), tuple(strides[4:]),
+        narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], dx, strides[1], partials, dims,
+        count, COUNT=num_wide, WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, C=c, **config,
+    )  # fmt: skip
+    return dx, sum_partials(partials, norm_weight.dtype).view(2, c)
+
+
+def _is_supported(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    wide = [w.shape[0] for w in weights if w.shape[0] >= NARROW_WIDTH]
+    narrow = [w.shape[0] for w in weights if w.shape[0] < NARROW_WIDTH]
+    widths_fit = len(set(wide)) <= 1 and is_tile_width(x.shape[-1], *wide) and len(narrow) <= 1
+    return widths_fit and x.stride(-1) == 1 and has_plain_strides(x) and x.numel() > 0
+
+
+def layer_norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> tuple[Tensor, ...]:
+    """``reference.layer_norm_linear`` for equally wide weights and at most one narrower than 16.
+
+    Each wide output is dense in the memory order of x; the narrow one is stored channels first. Other widths take
+    the plain definition.
+    """
+    if not _is_supported(x, weights):
+        return reference.layer_norm_linear(x, norm_weight, norm_bias, weights, biases)
+    return _ordered_projections(x, norm_weight, norm_bias, None, weights, biases)
+
+
+def masked_projections(
+    x: Tensor,
+    row_mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """``layer_norm_linear`` whose rows are multiplied by row_mask: [*]."""
+    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases)
+
+
+def _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases) -> tuple[Tensor, ...]:
+    order = sorted(range(len(weights)), key=lambda n: weights[n].shape[0] < NARROW_WIDTH)
+    num_wide = sum(weight.shape[0] >= NARROW_WIDTH for weight in weights)
+    ordered = [weights[n] for n in order] + [biases[n] for n in order]
+    outs = _NormLinear.apply(x, norm_weight, norm_bias, row_mask, num_wide, *ordered)
+    return tuple(outs[order.index(n)] for n in range(len(weights)))

@@ -1,0 +1,205 @@
+"""Outer product mean, forward and backward (Supplement Algorithm 10): library products around three Triton kernels.
+
+The outer product is one library product, stored as [I, c, J, d]: rows (i, c) of a times rows (j, d) of b, summed over
+sequences. The kernels read that layout in contiguous pieces while they contract (c, d) with the output weight, so
+nothing is permuted. It is kept for the backward only where computing it again costs more than its bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.linear import masked_projections
+from scalefold.kernels.rows import (
+    dot,
+    has_plain_strides,
+    is_tile_width,
+    register_tiles,
+    row_fields,
+    sum_partials,
+)
+from scalefold.kernels.weight_gradient import NUM_PROGRAMS
+
+KEEP_FROM_SEQUENCES = 512  # 2 S N^2 c^2 FLOP against 4 N^2 c^2 bytes: storing wins well above S ~ 200
+for _name in ("outer_product_forward", "outer_product_backward", "outer_product_weight"):
+    register_tiles(
+        _name,
+        {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        *((m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3, 4)),
+    )
+
+
+@triton.jit
+def _outer_offsets(k, j, num_j, CO: tl.constexpr):
+    """Offsets within outer[i] of channels k = c * CO + d of pairs (i, j): [J, K]; outer is [I, c, J, d]."""
+    channel = (k // CO).to(tl.int64) * num_j * CO + k % CO
+    return j.to(tl.int64)[:, None] * CO + channel[None, :]
+
+
+@triton.jit
+def _forward_kernel(
+    z, outer, norm, weight, bias, out, num_j,
+    K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of j, i): z + (outer W^T + bias) / norm. z, out: [I, J, C]; weight: [C, K]; norm: [I, J]."""
+    i = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, C)
+    outer += i * num_j * K
+    inside = (j < num_j)[:, None]
+    acc = tl.zeros([BLOCK_M, C], tl.float32)
+    for first in range(0, K, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
+        tile = tl.load(outer + _outer_offsets(k, j, num_j, CO), mask=inside, other=0.0)
+        block = tl.load(weight + c[:, None] * K + k[None, :])
+        acc = dot(tile, tl.trans(block), acc)
+    acc += tl.load(bias + c).to(tl.float32)[None, :]
+    acc = acc / tl.load(norm + i * num_j + j, mask=j < num_j, other=1.0)[:, None]
+    offsets = (i * num_j + j)[:, None] * C + c[None, :]
+    acc += tl.load(z + offsets, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_scaled(d, norm, i, j, c, num_j, C: tl.constexpr):
+    """d / norm of pairs (i, j) in the storage type of d: [J, C]."""
+    tile = tl.load(d + (i * num_j + j)[:, None] * C + c[None, :], mask=(j < num_j)[:, None], other=0.0)
+    return (tile.to(tl.float32) / tl.load(norm + i * num_j + j, mask=j < num_j, other=1.0)[:, None]).to(tile.dtype)
+
+
+@triton.jit
+def _outer_gradient_kernel(
+    d, norm, weight, d_outer, num_j,
+    K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (tile of j, i): d_outer = (d / norm) W, in the layout of outer."""
+    i = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, C)
+    scaled = _load_scaled(d, norm, i, j, c, num_j, C)
+    d_outer += i * num_j * K
+    for first in range(0, K, BLOCK_N):
+        k = first + tl.arange(0, BLOCK_N)
+        acc = dot(scaled, tl.load(weight + c[:, None] * K + k[None, :]), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        offsets = _outer_offsets(k, j, num_j, CO)
+        tl.store(d_outer + offsets, acc.to(d_outer.dtype.element_ty), mask=(j < num_j)[:, None])
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    d, norm, outer, partials, num_i, num_j, rows_per_split,
+    K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (block of (c, d), range of i) -> partials[range, C * K + C]."""
+    k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.arange(0, C)
+    start = tl.program_id(1) * rows_per_split
+    end = tl.minimum(start + rows_per_split, num_i)
+    tiles_j = tl.cdiv(num_j, BLOCK_M)
+    acc = tl.zeros([C, BLOCK_N], tl.float32)
+    sums = tl.zeros([C], tl.float32)
+    for tile in range(start * tiles_j, end * tiles_j):
+        i = tl.cast(tile // tiles_j, tl.int64)
+        j = (tile % tiles_j) * BLOCK_M + tl.arange(0, BLOCK_M)
+        scaled = _load_scaled(d, norm, i, j, c, num_j, C)
+        offsets = i * num_j * K + _outer_offsets(k, j, num_j, CO)
+        acc = dot(tl.trans(scaled), tl.load(outer + offsets, mask=(j < num_j)[:, None], other=0.0), acc)
+        sums += tl.sum(scaled.to(tl.float32), 0)
+    partials += tl.program_id(1).to(tl.int64) * (C * K + C)
+    tl.store(partials + c[:, None] * K + k[None, :], acc)
+    if tl.program_id(0) == 0:
+        tl.store(partials + C * K + c, sums)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """sum_s a_sic b_sjd as [I * c, J * d]. a: [S, I, c]; b: [S, J, d]."""
+    return a.flatten(1).t() @ b.flatten(1)
+
+
+def _config(name: str, i: int, j: int, dtype: torch.dtype, c: int, k: int) -> tuning.Config:
+    config = tuning.lookup(name, **row_fields(i * j, dtype, c=c, n=k))
+    return {**config, "BLOCK_N": min(config["BLOCK_N"], k)}
+
+
+class _Update(torch.autograd.Function):
+    """One sample. Arguments: z [I, J, c_z], a [S, I, c], b [S, J, c], norm [I, J], weight, bias."""
+
+    @staticmethod
+    def forward(ctx, z, a, b, norm, weight, bias):
+        outer = _outer(a, b)
+        kept = outer if a.shape[0] >= KEEP_FROM_SEQUENCES else None
+        ctx.save_for_backward(a, b, norm, weight, kept)
+        ctx.bias_dtype = bias.dtype
+        out = torch.empty_like(z)
+        (i, j, c), k, co = z.shape, weight.shape[1], a.shape[-1]
+        config = _config("outer_product_forward", i, j, z.dtype, c, k)
+        grid = (triton.cdiv(j, config["BLOCK_M"]), i)
+        _forward_kernel[grid](z, outer, norm, weight, bias, out, j, K=k, CO=co, C=c, **config)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        a, b, norm, weight, outer = ctx.saved_tensors
+        dense = d.contiguous()
+        outer = _outer(a, b) if outer is None else outer
+        d_weight, d_bias = _weight_gradient(dense, norm, outer, weight)
+        del outer
+        (i, j, c), k, co = d.shape, weight.shape[1], a.shape[-1]
+        d_outer = a.new_empty(i * co, j * co)
+        config = _config("outer_product_backward", i, j, d.dtype, c, k)
+        grid = (triton.cdiv(j, config["BLOCK_M"]), i)
+        _outer_gradient_kernel[grid](dense, norm, weight, d_outer, j, K=k, CO=co, C=c, **config)
+        d_a = (b.flatten(1) @ d_outer.t()).view_as(a)
+        d_b = (a.flatten(1) @ d_outer).view_as(b)
+        return d, d_a, d_b, None, d_weight, d_bias.to(ctx.bias_dtype)
+
+
+def _weight_gradient(d: Tensor, norm: Tensor, outer: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the output weight [c_z, c * c] and its bias."""
+    (i, j, c), k = d.shape, weight.shape[1]
+    config = _config("outer_product_weight", i, j, d.dtype, c, k)
+    num_blocks = k // config["BLOCK_N"]
+    rows_per_split = triton.cdiv(i, max(1, NUM_PROGRAMS // num_blocks))
+    num_splits = triton.cdiv(i, rows_per_split)
+    partials = torch.empty(num_splits, c * k + c, dtype=torch.float32, device=d.device)
+    _weight_gradient_kernel[(num_blocks, num_splits)](
+        d, norm, outer, partials, i, j, rows_per_split, K=k, CO=int(k**0.5), C=c, **config
+    )
+    flat = sum_partials(partials, weight.dtype)
+    return flat[: c * k].view(c, k), flat[c * k :]
+
+
+def outer_product_project(
+    m: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``reference.outer_product_project``: one kernel forward, four backward (two of them small sums)."""
+    widths_fit = is_tile_width(m.shape[-1], weight_1.shape[0]) and weight_1.shape == weight_2.shape
+    if not (widths_fit and m.stride(-1) == 1 and has_plain_strides(m)):
+        return reference.outer_product_project(m, mask, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    weights, biases = (weight_1, weight_2), (bias_1, bias_2)
+    return masked_projections(m, mask, norm_weight, norm_bias, weights, biases)  # type: ignore[return-value]
+
+
+def outer_product_update(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """``reference.outer_product_update``: a library product and one kernel forward; backward three products, two
+    kernels and a sum. Saved: a, b, norm, and the outer product from 512 sequences on."""
+    fits = is_tile_width(z.shape[-1], a.shape[-1]) and a.shape[-1] == b.shape[-1] and weight.is_contiguous()
+    if not fits:
+        return reference.outer_product_update(z, a, b, norm, weight, bias)
+    dense = norm.float().contiguous()
+    samples = [
+        _Update.apply(z_n, a_n, b_n, norm_n, weight, bias)
+        for z_n, a_n, b_n, norm_n in zip(z.contiguous(), a, b, dense, strict=True)
+    ]
+    return samples[0].unsqueeze(0) if len(samples) == 1 else torch.stack(samples)

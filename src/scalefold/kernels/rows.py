@@ -1,0 +1,174 @@
+"""What the row-wise kernels share: tensors of any strides seen as matrices of rows, and layer norm in registers.
+
+A row is one vector of channels; its index runs over the leading dimensions in the memory order of the operation's
+main tensor. Every tensor enters a kernel as a pointer and four strides (three levels of rows, one of channels), so
+transposed, broadcast and channel-first views cost no copy and no kernel of their own.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scalefold.kernels import tuning
+from scalefold.kernels.reference import LAYER_NORM_EPS
+
+EPS = tl.constexpr(LAYER_NORM_EPS)
+
+Strides = tuple[int, int, int, int]
+
+
+@triton.jit
+def row_offsets(rows, dims, strides):
+    """Element offsets of rows: (level 0, level 1, level 2) indices of the row numbers, times the strides."""
+    inner = rows % dims[1]
+    rest = rows // dims[1]
+    middle = rest % dims[0]
+    outer = rest // dims[0]
+    return outer.to(tl.int64) * strides[0] + middle.to(tl.int64) * strides[1] + inner.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def load_tile(pointer, rows, columns, dims, strides, count):
+    """Tile [rows, columns] in storage type; rows past ``count`` read as 0."""
+    offsets = row_offsets(rows, dims, strides)[:, None] + columns[None, :] * strides[3]
+    return tl.load(pointer + offsets, mask=(rows < count)[:, None], other=0.0)
+
+
+@triton.jit
+def store_tile(pointer, value, rows, columns, dims, strides, count):
+    """Store a tile [rows, columns], rounded to the storage type; rows past ``count`` are left alone."""
+    offsets = row_offsets(rows, dims, strides)[:, None] + columns[None, :] * strides[3]
+    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=(rows < count)[:, None])
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b with fp32 accumulation; fp32 operands are not rounded to tf32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def normalise(x, C: tl.constexpr):
+    """x [rows, C] fp32 -> (x - mean) / std and 1 / std, [rows, C] and [rows]."""
+    centred = x - tl.sum(x, 1)[:, None] / C
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + EPS)
+    return centred * rstd[:, None], rstd
+
+
+@triton.jit
+def load_normed(x, norm_weight, norm_bias, rows, dims, strides, count, C: tl.constexpr):
+    """Layer norm of a tile of x, in its storage type: [rows, C]."""
+    columns = tl.arange(0, C)
+    tile = load_tile(x, rows, columns, dims, strides, count)
+    hat, _ = normalise(tile.to(tl.float32), C)
+    weight = tl.load(norm_weight + columns).to(tl.float32)
+    bias = tl.load(norm_bias + columns).to(tl.float32)
+    return (hat * weight[None, :] + bias[None, :]).to(tile.dtype)
+
+
+@triton.jit
+def norm_input_gradient(d, x, norm_weight, partials, rows, dims, strides, count, C: tl.constexpr):
+    """Gradient [rows, C] of a tile of x for the gradient d of its layer norm; stores the tile's sums of the
+    gradients of the norm's weight and bias at partials[0:C] and partials[C:2C]."""
+    columns = tl.arange(0, C)
+    hat, rstd = normalise(load_tile(x, rows, columns, dims, strides, count).to(tl.float32), C)
+    tl.store(partials + columns, tl.sum(d * hat, 0))
+    tl.store(partials + C + columns, tl.sum(d, 0))
+    scaled = d * tl.load(norm_weight + columns).to(tl.float32)[None, :]
+    mean = tl.sum(scaled, 1)[:, None] / C
+    along = tl.sum(scaled * hat, 1)[:, None] / C
+    return (scaled - mean - hat * along) * rstd[:, None]
+
+
+@triton.jit
+def _sum_kernel(partials, out, num_partials, n, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_partials, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        keep = (rows < num_partials)[:, None] & (columns < n)[None, :]
+        total += tl.sum(tl.load(partials + rows[:, None].to(tl.int64) * n + columns[None, :], mask=keep, other=0.0), 0)
+    tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < n)
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum fp32 partial sums [P, n] over P, always in the same order -> [n] in ``dtype``."""
+    num_partials, n = partials.shape
+    out = torch.empty(n, dtype=dtype, device=partials.device)
+    block = 32 if n <= 8192 else 128
+    grid = (triton.cdiv(n, block),)
+    _sum_kernel[grid](partials, out, num_partials, n, BLOCK=block, ROWS=4096 // block, num_warps=4)
+    return out
+
+
+def common_rows(*views: Tensor) -> tuple[tuple[int, int], int, list[Strides]]:
+    """Rows of tensors with equal (or 1-sized) leading dimensions, in the memory order of the first.
+
+    views: [*, c_i] -> sizes of levels 1 and 2, number of rows, four strides per tensor (in elements).
+    Neighbouring dimensions merge where all tensors allow it. Raises ValueError if more than three levels remain.
+    """
+    shape = views[0].shape[:-1]
+    strides = [v.expand(*shape, v.shape[-1]).stride() for v in views]
+    order = sorted((d for d, size in enumerate(shape) if size != 1), key=lambda d: -strides[0][d])
+    levels: list[tuple[int, list[int]]] = []
+    for d in order:
+        own = [s[d] for s in strides]
+        if levels and all(outer == inner * shape[d] for outer, inner in zip(levels[-1][1], own, strict=True)):
+            levels[-1] = (levels[-1][0] * shape[d], own)
+        else:
+            levels.append((shape[d], own))
+    if len(levels) > 3:
+        raise ValueError(f"rows of shape {tuple(shape)} and strides {strides} need {len(levels)} levels, at most 3")
+    if len(levels) == 1:  # a single level sits outermost, so that no index arithmetic is left
+        levels = [*levels, (1, [0] * len(views)), (1, [0] * len(views))]
+    levels = [(1, [0] * len(views))] * (3 - len(levels)) + levels
+    result = [tuple(level[1][n] for level in levels) + (strides[n][-1],) for n in range(len(views))]
+    return (levels[1][0], levels[2][0]), shape.numel(), result  # type: ignore[return-value]
+
+
+def is_tile_width(*widths: int) -> bool:
+    """Whether channel counts suit the kernels: powers of two from 16 to 256."""
+    return all(16 <= width <= 256 and width & (width - 1) == 0 for width in widths)
+
+
+def has_plain_strides(*tensors: Tensor) -> bool:
+    """Whether tensors [*, c] have at most three leading dimensions, so that ``common_rows`` takes any strides."""
+    return all(tensor.dim() <= 4 for tensor in tensors)
+
+
+def fused_view(weights: Sequence[Tensor]) -> Tensor:
+    """Weights [c_i, c] as one [sum c_i, c]: a view if they are neighbours in one storage, else a concatenation."""
+    first = weights[0]
+    if len(weights) == 1:
+        return first.contiguous()
+    end = first.data_ptr()
+    for weight in weights:
+        if not weight.is_contiguous() or weight.data_ptr() != end or first.is_meta:
+            return torch.cat(list(weights))
+        end += weight.numel() * weight.element_size()
+    num_rows = sum(weight.shape[0] for weight in weights)
+    return first.as_strided((num_rows, first.shape[1]), (first.shape[1], 1))
+
+
+def row_fields(count: int, dtype: torch.dtype, **sizes: int) -> dict[str, int | str]:
+    """Fields of a row-wise problem for ``tuning.lookup``; row counts between powers of two share an entry."""
+    return {"rows": triton.next_power_of_2(count), "dtype": str(dtype).removeprefix("torch."), **sizes}
+
+
+def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: tuple[int, ...]) -> None:
+    """Register a kernel of tiles: tuples are (rows, columns, warps, stages), defaults by the largest width ``c``."""
+
+    def config(values: tuple[int, ...]) -> tuning.Config:
+        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
+
+    def choose(fields: tuning.Fields, capability: int) -> tuning.Config:
+        chosen = config(next(values for width, values in sorted(default.items()) if int(fields["c"]) <= width))
+        if fields["dtype"] == "float32":  # twice the bytes per element: smaller tiles
+            chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 32)
+            chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 32)
+        return chosen
+
+    tuning.register(name, default=choose, candidates=lambda fields: [config(values) for values in candidates])

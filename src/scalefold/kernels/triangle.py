@@ -1,0 +1,315 @@
+"""Triangle multiplication in Triton, forward and backward: project, product, output (Supplement Algorithms 11, 12).
+
+Layer norms, gates, masks, dropout and the residual stay in registers; operands of the product are written channels
+first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.rows import (
+    common_rows,
+    dot,
+    has_plain_strides,
+    is_tile_width,
+    load_normed,
+    load_tile,
+    norm_input_gradient,
+    register_tiles,
+    row_fields,
+    row_offsets,
+    store_tile,
+    sum_partials,
+)
+from scalefold.kernels.weight_gradient import Product, weight_gradients
+
+for _name, _default in {
+    "triangle_project_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+    "triangle_project_backward": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
+    "triangle_output_forward": {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
+    "triangle_output_backward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+}.items():
+    register_tiles(
+        _name,
+        _default,
+        *((m, n, w, s) for m in (32, 64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (1, 2, 3)),
+    )
+
+
+@triton.jit
+def _projected(normed, weight, bias, n, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """normed W^T + b for the output channels n; returns [BLOCK_M, BLOCK_N] fp32 and the block of W [BLOCK_N, C]."""
+    block = tl.load(weight + n[:, None] * C + tl.arange(0, C)[None, :])
+    acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+    return acc + tl.load(bias + n).to(tl.float32)[None, :], block
+
+
+@triton.jit
+def _project_forward_kernel(
+    z, z_strides, mask, mask_strides, norm_weight, norm_bias, weights, biases, outs, out_strides, dims, count,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
+    keep = tl.load(mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
+    for side in tl.static_range(2):
+        for first in range(0, WIDTH, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            gate, _ = _projected(normed, weights[2 * side + 1], biases[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
+            value, _ = _projected(normed, weights[2 * side], biases[2 * side], n, C, BLOCK_M, BLOCK_N)
+            product = tl.sigmoid(gate) * value * keep[:, None]
+            store_tile(outs[side], product, rows, n, dims, out_strides[side], count)
+
+
+@triton.jit
+def _project_backward_kernel(
+    z, z_strides, mask, mask_strides, norm_weight, norm_bias, weights, biases, ds, d_strides, projected, p_strides,
+    dz, dz_strides, partials, dims, count,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
+    keep = tl.load(mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
+    acc = tl.zeros([BLOCK_M, C], tl.float32)
+    for side in tl.static_range(2):
+        for first in range(0, WIDTH, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            logits, gate_block = _projected(normed, weights[2 * side + 1], biases[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
+            value, value_block = _projected(normed, weights[2 * side], biases[2 * side], n, C, BLOCK_M, BLOCK_N)
+            gate = tl.sigmoid(logits)
+            d = load_tile(ds[side], rows, n, dims, d_strides[side], count).to(tl.float32) * keep[:, None] * gate
+            d_logits = (d * value * (1.0 - gate)).to(normed.dtype)
+            d_value = d.to(normed.dtype)
+            store_tile(projected, d_value, rows, 2 * side * WIDTH + n, dims, p_strides, count)
+            store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, dims, p_strides, count)
+            acc = dot(d_value, value_block, acc)
+            acc = dot(d_logits, gate_block, acc)
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * C)
+    gradient = norm_input_gradient(acc, z, norm_weight, own, rows, dims, z_strides, count, C)
+    store_tile(dz, gradient, rows, tl.arange(0, C), dims, dz_strides, count)
+
+
+@triton.jit
+def _output_forward_kernel(
+    z, z_strides, x, x_strides, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z,
+    weight_g, bias_g, dropout, dropout_strides, out, out_strides, dims, count,
+    C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of pairs: both norms once, then gate * value, dropout and residual per block of channels."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    normed_z = load_normed(z, norm_in_weight, norm_in_bias, rows, dims, z_strides, count, C)
+    normed_x = load_normed(x, norm_out_weight, norm_out_bias, rows, dims, x_strides, count, CX)
+    for first in range(0, C, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        gate, _ = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
+        value, _ = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
+        update = tl.sigmoid(gate) * value
+        if dropout is not None:
+            update *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
+        update += load_tile(z, rows, n, dims, z_strides, count).to(tl.float32)
+        store_tile(out, update, rows, n, dims, out_strides, count)
+
+
+@triton.jit
+def _output_backward_kernel(
+    z, z_strides, x, x_strides, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z,
+    weight_g, bias_g, dropout, dropout_strides, d_out, d_strides, projected, p_strides, dz, dz_strides, dx, dx_strides,
+    partials, dims, count, C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of pairs: value and gate again, their gradients [rows, 2 C] stored, then the backward of both norms."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    normed_z = load_normed(z, norm_in_weight, norm_in_bias, rows, dims, z_strides, count, C)
+    normed_x = load_normed(x, norm_out_weight, norm_out_bias, rows, dims, x_strides, count, CX)
+    acc_z = tl.zeros([BLOCK_M, C], tl.float32)
+    acc_x = tl.zeros([BLOCK_M, CX], tl.float32)
+    for first in range(0, C, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        logits, gate_block = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
+        value, value_block = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
+        d = load_tile(d_out, rows, n, dims, d_strides, count).to(tl.float32)
+        if dropout is not None:
+            d *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
+        gate = tl.sigmoid(logits)
+        d *= gate
+        d_logits = (d * value * (1.0 - gate)).to(normed_z.dtype)
+        d_value = d.to(normed_z.dtype)
+        store_tile(projected, d_value, rows, n, dims, p_strides, count)
+        store_tile(projected, d_logits, rows, C + n, dims, p_strides, count)
+        acc_x = dot(d_value, value_block, acc_x)
+        acc_z = dot(d_logits, gate_block, acc_z)
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * C + 2 * CX)
+    gradient = norm_input_gradient(acc_x, x, norm_out_weight, own + 2 * C, rows, dims, x_strides, count, CX)
+    store_tile(dx, gradient, rows, tl.arange(0, CX), dims, dx_strides, count)
+    c = tl.arange(0, C)
+    gradient = norm_input_gradient(acc_z, z, norm_in_weight, own, rows, dims, z_strides, count, C)
+    gradient += load_tile(d_out, rows, c, dims, d_strides, count).to(tl.float32)
+    store_tile(dz, gradient, rows, c, dims, dz_strides, count)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """View of [B, c, I, J] as [B, I, J, c]."""
+    return x.permute(0, 2, 3, 1)
+
+
+class _Project(torch.autograd.Function):
+    """Arguments: z, mask, norm weight, norm bias, four weights, four biases (a, a gate, b, b gate)."""
+
+    @staticmethod
+    def forward(ctx, z, mask, norm_weight, norm_bias, *parameters):
+        weights, biases = parameters[:4], parameters[4:]
+        ctx.save_for_backward(z, mask, norm_weight, norm_bias, *parameters)
+        (batch, i, j, c), width = z.shape, weights[0].shape[0]
+        outs = tuple(z.new_empty(batch, width, i, j) for _ in range(2))
+        dims, count, strides = common_rows(z, mask[..., None], *map(_channels_last, outs))
+        config = _config("triangle_project_forward", count, z.dtype, c, width)
+        _project_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+            z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, outs, tuple(strides[2:]),
+            dims, count, WIDTH=width, C=c, **config,
+        )  # fmt: skip
+        return outs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *ds):
+        z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
+        weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
+        c, width = z.shape[-1], weights[0].shape[0]
+        projected, dz = z.new_empty(*z.shape[:-1], 4 * width), torch.empty_like(z)
+        dims, count, strides = common_rows(z, mask[..., None], *map(_channels_last, ds), projected, dz)
+        config = _config("triangle_project_backward", count, z.dtype, c, width)
+        tiles = triton.cdiv(count, config["BLOCK_M"])
+        partials = torch.empty(tiles, 2 * c, dtype=torch.float32, device=z.device)
+        _project_backward_kernel[(tiles,)](
+            z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, ds, tuple(strides[2:4]),
+            projected, strides[4], dz, strides[5], partials, dims, count, WIDTH=width, C=c, **config,
+        )  # fmt: skip
+        norms = sum_partials(partials, norm_weight.dtype).view(2, c)
+        ((weight, bias),) = weight_gradients([Product(projected, z, (norm_weight, norm_bias))], norm_weight.dtype)
+        return dz, None, norms[0], norms[1], *weight.chunk(4), *bias.chunk(4)
+
+
+class _Product(torch.autograd.Function):
+    """Batched products of views; autograd's own backward would hand over transposed gradients."""
+
+    @staticmethod
+    def forward(ctx, a, b, outgoing):
+        ctx.save_for_backward(a, b)
+        ctx.outgoing = outgoing
+        return reference.triangle_product(a, b, outgoing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        a, b = ctx.saved_tensors
+        if ctx.outgoing:
+            return d @ b, d.transpose(-1, -2) @ a, None
+        return b @ d.transpose(-1, -2), a @ d, None
+
+
+class _Output(torch.autograd.Function):
+    """Arguments: those of ``triangle_output``."""
+
+    @staticmethod
+    def forward(ctx, z, x, *rest):
+        *parameters, dropout = rest
+        ctx.save_for_backward(z, x, *rest)
+        c, cx = z.shape[-1], x.shape[1]
+        out = torch.empty_like(z)
+        dims, count, strides = common_rows(z, _channels_last(x), z if dropout is None else dropout, out)
+        config = _config("triangle_output_forward", count, z.dtype, c, cx)
+        _output_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+            z, strides[0], x, strides[1], *parameters, dropout, strides[2], out, strides[3], dims, count,
+            C=c, CX=cx, **config,
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        z, x, *parameters, dropout = ctx.saved_tensors
+        norm_in, norm_out = (parameters[0], parameters[1]), (parameters[2], parameters[3])
+        c, cx = z.shape[-1], x.shape[1]
+        projected = z.new_empty(*z.shape[:-1], 2 * c)
+        dz, dx = torch.empty_like(z), torch.empty_like(x)
+        dims, count, strides = common_rows(
+            z, _channels_last(x), z if dropout is None else dropout, d_out, projected, dz, _channels_last(dx)
+        )
+        config = _config("triangle_output_backward", count, z.dtype, c, cx)
+        tiles = triton.cdiv(count, config["BLOCK_M"])
+        partials = torch.empty(tiles, 2 * (c + cx), dtype=torch.float32, device=z.device)
+        _output_backward_kernel[(tiles,)](
+            z, strides[0], x, strides[1], *parameters, dropout, strides[2], d_out, strides[3], projected, strides[4],
+            dz, strides[5], dx, strides[6], partials, dims, count, C=c, CX=cx, **config,
+        )  # fmt: skip
+        dtype = parameters[0].dtype
+        norms = sum_partials(partials, dtype).split([c, c, cx, cx])
+        value = Product(projected[..., :c], _channels_last(x), norm_out)
+        (weight_z, bias_z), (weight_g, bias_g) = _output_weights(value, Product(projected[..., c:], z, norm_in), dtype)
+        return dz, dx, *norms, weight_z, bias_z, weight_g, bias_g, None
+
+
+def _output_weights(value: Product, gate: Product, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Gradients of the two linears: in one launch if x and z are equally wide."""
+    if value.a.shape[-1] == gate.a.shape[-1]:
+        return weight_gradients([value, gate], dtype)
+    return [*weight_gradients([value], dtype), *weight_gradients([gate], dtype)]
+
+
+def _config(name: str, count: int, dtype: torch.dtype, c: int, width: int) -> tuning.Config:
+    config = dict(tuning.lookup(name, **row_fields(count, dtype, c=c, n=width)))
+    limit = width if name.startswith("triangle_project") else c
+    return {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}
+
+
+def triangle_project(
+    z: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_a: Tensor,
+    bias_a: Tensor,
+    weight_a_gate: Tensor,
+    bias_a_gate: Tensor,
+    weight_b: Tensor,
+    bias_b: Tensor,
+    weight_b_gate: Tensor,
+    bias_b_gate: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``reference.triangle_project``: one kernel forward, four backward (two of them small sums)."""
+    weights = (weight_a, weight_a_gate, weight_b, weight_b_gate)
+    biases = (bias_a, bias_a_gate, bias_b, bias_b_gate)
+    if not is_tile_width(z.shape[-1], weight_a.shape[0]) or z.stride(-1) != 1 or not has_plain_strides(z):
+        pairs = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
+        return reference.triangle_project(z, mask, norm_weight, norm_bias, *pairs)
+    return _Project.apply(z, mask, norm_weight, norm_bias, *weights, *biases)  # type: ignore[return-value]
+
+
+def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
+    """``reference.triangle_product``: batched products of the library, one forward and two backward, no copies."""
+    return _Product.apply(a, b, outgoing)  # type: ignore[return-value]
+
+
+def triangle_output(
+    z: Tensor,
+    x: Tensor,
+    norm_in_weight: Tensor,
+    norm_in_bias: Tensor,
+    norm_out_weight: Tensor,
+    norm_out_bias: Tensor,
+    weight_z: Tensor,
+    bias_z: Tensor,
+    weight_g: Tensor,
+    bias_g: Tensor,
+    dropout: Tensor | None,
+) -> Tensor:
+    """``reference.triangle_output``: one kernel forward, four backward (two of them small sums)."""
+    parameters = (norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z, weight_g, bias_g)
+    if not is_tile_width(z.shape[-1], x.shape[1]) or z.stride(-1) != 1:
+        return reference.triangle_output(z, x, *parameters, dropout)
+    return _Output.apply(z, x, *parameters, dropout)  # type: ignore[return-value]

@@ -1,0 +1,61 @@
+"""How kernel tests judge: error against fp32 at most twice PyTorch's own error at the same precision."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16]
+FP32_ERROR = 2e-6  # rounding of sums in another order
+
+
+class Draw:
+    """Random inputs of one test: values with a fixed seed, on the test's device."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(DEVICE)
+
+    def weight(self, width: int, c: int) -> Tensor:
+        return self(width, c) * c**-0.5
+
+    def norm(self, c: int) -> list[Tensor]:
+        """Weight and bias of a layer norm."""
+        return [self(c) * 0.3 + 1.0, self(c)]
+
+    def mask(self, *shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=self.generator) > 0.3).float().to(DEVICE)
+
+    def dropout(self, *shape: int) -> Tensor:
+        return self.mask(*shape) / 0.7
+
+
+def results(function: Callable, leaves: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and gradients of all leaves, converted to ``dtype`` with their strides kept."""
+    inputs = [torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=x.device).copy_(x) for x in leaves]
+    inputs = [x.requires_grad_() for x in inputs]
+    outputs = function(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    draw = Draw(1)
+    gradients = torch.autograd.grad(outputs, inputs, [draw(*o.shape).to(o.dtype) for o in outputs])
+    return [o.detach() for o in outputs] + list(gradients)
+
+
+def assert_as_accurate_as_pytorch(
+    function: Callable, plain: Callable, leaves: Sequence[Tensor], dtype: torch.dtype
+) -> None:
+    """Compare outputs and the gradients of every leaf; both functions take the leaves in order."""
+    rounded = [leaf.to(dtype).float() if leaf.is_contiguous() else leaf for leaf in leaves]
+    ours, theirs = results(function, rounded, dtype), results(plain, rounded, dtype)
+    for n, (own, other, exact) in enumerate(zip(ours, theirs, results(plain, rounded, torch.float32), strict=True)):
+        assert own.dtype == dtype
+        assert own.shape == exact.shape
+        error, allowed = _error(own, exact), 2 * _error(other, exact) + FP32_ERROR
+        assert error <= allowed, f"result {n} {tuple(own.shape)}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    return ((value.float() - exact).norm() / exact.norm()).item()

@@ -1,0 +1,125 @@
+"""Triton projections of a layer norm, and gated output, against their plain definitions."""
+
+import pytest
+import torch
+
+from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
+from scalefold.kernels import gated_output, linear, reference
+
+
+def check_projections(shape, widths, biased, dtype, transposed=False):
+    draw = Draw(sum(shape))
+    x, c = draw(*shape), shape[-1]
+    if transposed:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    weights = [draw.weight(width, c) for width in widths]
+    biases = [draw(width) for width, has in zip(widths, biased, strict=True) if has]
+
+    def call(function, x, norm_weight, norm_bias, *parameters):
+        given = iter(parameters[len(widths) :])
+        own = [next(given) if has else None for has in biased]
+        return function(x, norm_weight, norm_bias, parameters[: len(widths)], own)
+
+    leaves = [x, *draw.norm(c), *weights, *biases]
+    assert_as_accurate_as_pytorch(
+        lambda *inputs: call(linear.layer_norm_linear, *inputs),
+        lambda *inputs: call(reference.layer_norm_linear, *inputs),
+        leaves,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "widths", "biased"),
+    [
+        ((1, 5, 7, 16), (32, 32, 32, 32, 4), (False, False, False, True, False)),
+        ((2, 3, 9, 32), (16, 4, 16), (True, True, False)),
+        ((2, 3, 5, 16), (8,), (False,)),
+        ((1, 1, 1, 64), (64,), (True,)),
+        ((1, 3, 5, 16), (16, 32), (True, False)),
+        ((1, 3, 5, 24), (24, 8), (True, False)),
+    ],
+    ids=str,
+)
+def test_projections_are_as_accurate_as_pytorch(shape, widths, biased, dtype, transposed):
+    check_projections(shape, widths, biased, dtype, transposed)
+
+
+def test_a_narrow_projection_is_stored_channels_first():
+    draw = Draw(1)
+    out = linear.layer_norm_linear(draw(1, 5, 6, 16), *draw.norm(16), [draw.weight(4, 16)], [None])[0]
+    assert out.shape == (1, 5, 6, 4)
+    assert out.permute(0, 3, 1, 2).is_contiguous()
+
+
+def test_projections_of_a_transposed_view_keep_its_memory_order():
+    draw = Draw(1)
+    x = draw(1, 5, 6, 16).transpose(1, 2)
+    outs = linear.layer_norm_linear(x, *draw.norm(16), [draw.weight(32, 16), draw.weight(32, 16)], [None, None])
+    assert all(out.transpose(1, 2).is_contiguous() for out in outs)
+
+
+def check_gated(shape, heads, width, dtype, transposed, dropped):
+    draw = Draw(sum(shape))
+    batch, rows, n, c = shape
+    x, gate = draw(*shape), draw(batch, rows, n, heads * width)
+    if transposed:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        gate = draw(batch, n, rows, 2 * heads * width).transpose(1, 2)[..., heads * width :]
+    dropout = draw.dropout(*{"rows": (batch, 1, n, c), "columns": (batch, rows, 1, c)}[dropped]) if dropped else None
+    weight = draw.weight(c, heads * width)
+    assert_as_accurate_as_pytorch(
+        lambda *inputs: gated_output.gated_output(*inputs, dropout),
+        lambda *inputs: reference.gated_output(*inputs, dropout),
+        [x, draw(batch, rows, n, heads, width), gate, weight, draw(c)],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dropped", [None, "rows", "columns"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "heads", "width"), [((1, 3, 19, 32), 2, 16), ((2, 5, 7, 16), 2, 8), ((1, 2, 3, 24), 3, 8)], ids=str
+)
+def test_gated_output_is_as_accurate_as_pytorch(shape, heads, width, dtype, transposed, dropped):
+    check_gated(shape, heads, width, dtype, transposed, dropped)
+
+
+def test_gated_output_lies_in_the_memory_order_of_its_residual():
+    draw = Draw(2)
+    x = draw(1, 3, 5, 16).transpose(1, 2)
+    gate = draw(1, 5, 3, 16)
+    y = gated_output.gated_output(x, draw(1, 5, 3, 2, 8), gate, draw.weight(16, 16), draw(16), None)
+    assert y.stride() == x.stride()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("shape", "widths"),
+    [
+        ((1, 128, 256, 256), (256,) * 4),
+        ((1, 256, 256, 128), (128, 128, 128, 128, 4)),
+        ((1, 256, 256, 128), (8,)),
+        ((1, 1024, 256, 64), (64,) * 4),
+        ((1, 301, 301, 128), (128, 128, 128, 128, 4)),
+    ],
+    ids=str,
+)
+def test_full_projections_are_as_accurate_as_pytorch(shape, widths):
+    biased = tuple(n == 3 for n in range(len(widths)))
+    check_projections(shape, widths, biased, torch.bfloat16)
+    check_projections(shape, widths, biased, torch.bfloat16, transposed=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "heads", "width"),
+    [((1, 128, 256, 256), 8, 32), ((1, 256, 256, 128), 4, 32), ((1, 1024, 256, 64), 8, 8)],
+    ids=str,
+)
+def test_full_gated_output_is_as_accurate_as_pytorch(shape, heads, width, transposed):
+    check_gated(shape, heads, width, torch.bfloat16, transposed, "rows")

@@ -1,0 +1,65 @@
+"""Triton outer product mean against its plain definition."""
+
+import pytest
+import torch
+
+from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
+from scalefold.kernels import outer_product, reference
+
+
+def check_project(shape, width, dtype):
+    draw = Draw(sum(shape))
+    mask, c = draw.mask(*shape[:-1]), shape[-1]
+    linears = [draw.weight(width, c), draw(width), draw.weight(width, c), draw(width)]
+    assert_as_accurate_as_pytorch(
+        lambda m, *rest: outer_product.outer_product_project(m, mask, *rest),
+        lambda m, *rest: reference.outer_product_project(m, mask, *rest),
+        [draw(*shape), *draw.norm(c), *linears],
+        dtype,
+    )
+
+
+def check_update(batch, num_sequences, i, j, c, width, dtype):
+    draw = Draw(num_sequences)
+    norm = draw(batch, i, j).abs() + 1.0
+    leaves = [draw(batch, i, j, c), draw(batch, num_sequences, i, width), draw(batch, num_sequences, j, width)]
+    assert_as_accurate_as_pytorch(
+        lambda z, a, b, *linear: outer_product.outer_product_update(z, a, b, norm, *linear),
+        lambda z, a, b, *linear: reference.outer_product_update(z, a, b, norm, *linear),
+        [*leaves, draw.weight(c, width * width), draw(c)],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "width"), [((1, 5, 7, 32), 16), ((2, 3, 19, 16), 32)], ids=str)
+def test_projections_are_as_accurate_as_pytorch(shape, width, dtype):
+    check_project(shape, width, dtype)
+
+
+@pytest.mark.parametrize("keep_from", [1, 512], ids=["kept", "computed-again"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 5, 7, 7, 32, 16), (2, 3, 4, 9, 16, 16)], ids=str)
+def test_update_is_as_accurate_as_pytorch(sizes, dtype, keep_from, monkeypatch):
+    monkeypatch.setattr(outer_product, "KEEP_FROM_SEQUENCES", keep_from)
+    check_update(*sizes, dtype)
+
+
+def test_the_channel_of_a_is_the_slow_index_of_the_weight():
+    a, b = torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, 2, 16)
+    a[..., 3], b[..., 5] = 2.0, 7.0
+    weight = torch.zeros(16, 256)
+    weight[1, 3 * 16 + 5] = 1.0
+    z = outer_product.outer_product_update(
+        torch.zeros(1, 2, 2, 16), a, b, torch.full((1, 2, 2), 2.0), weight, torch.zeros(16)
+    )
+    assert (z[..., 1] == 7.0).all()
+    assert z.sum() == 4 * 7.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_sequences", [128, 1024])
+@pytest.mark.parametrize("n", [256, 301])
+def test_full_shapes_are_as_accurate_as_pytorch(num_sequences, n):
+    check_project((1, num_sequences, n, 256 if num_sequences == 128 else 64), 32, torch.bfloat16)
+    check_update(1, num_sequences, n, n, 128, 32, torch.bfloat16)

@@ -1,0 +1,96 @@
+"""Triton triangle multiplication against its plain definition."""
+
+import pytest
+import torch
+
+from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
+from scalefold.kernels import reference, triangle
+
+SMALL = [(1, 13, 32, 16), (2, 9, 16, 32)]  # batch, residues, pair channels, product channels
+FULL = [(1, 256, 128, 128), (4, 256, 64, 64), (1, 301, 128, 128)]
+
+
+def check_project(shape, dtype):
+    batch, n, c, width = shape
+    draw = Draw(n)
+    mask = draw.mask(batch, n, n)
+    parameters = [p for _ in range(4) for p in (draw.weight(width, c), draw(width))]
+    assert_as_accurate_as_pytorch(
+        lambda z, *rest: triangle.triangle_project(z, mask, *rest),
+        lambda z, *rest: reference.triangle_project(z, mask.to(z.dtype), *rest),
+        [draw(batch, n, n, c), *draw.norm(c), *parameters],
+        dtype,
+    )
+
+
+def check_output(shape, dtype, dropped: str | None):
+    batch, n, c, width = shape
+    draw = Draw(n)
+    masks = {"rows": (batch, 1, n, c), "columns": (batch, n, 1, c)}
+    dropout = draw.dropout(*masks[dropped]) if dropped else None
+    linears = [draw.weight(c, width), draw(c), draw.weight(c, c), draw(c)]
+    leaves = [draw(batch, n, n, c), draw(batch, width, n, n), *draw.norm(c), *draw.norm(width), *linears]
+    assert_as_accurate_as_pytorch(
+        lambda *inputs: triangle.triangle_output(*inputs, dropout),
+        lambda *inputs: reference.triangle_output(*inputs, dropout),
+        leaves,
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_projections_are_as_accurate_as_pytorch(shape, dtype):
+    check_project(shape, dtype)
+
+
+@pytest.mark.parametrize("outgoing", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_product_is_as_accurate_as_pytorch_and_hands_dense_gradients_over(dtype, outgoing):
+    draw = Draw(3)
+    a, b = draw(2, 4, 7, 7), draw(2, 4, 7, 7)
+    assert_as_accurate_as_pytorch(
+        lambda a, b: triangle.triangle_product(a, b, outgoing),
+        lambda a, b: reference.triangle_product(a, b, outgoing),
+        [a, b],
+        dtype,
+    )
+    x = triangle.triangle_product(a.requires_grad_(), b.requires_grad_(), outgoing)
+    assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(x.square().sum(), (a, b)))
+
+
+@pytest.mark.parametrize("dropped", [None, "rows", "columns"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_output_is_as_accurate_as_pytorch(shape, dtype, dropped):
+    check_output(shape, dtype, dropped)
+
+
+def test_masked_pairs_get_no_operand_and_give_no_gradient():
+    draw = Draw(5)
+    z, mask = draw(1, 6, 6, 16).requires_grad_(), draw.mask(1, 6, 6)
+    parameters = [p for _ in range(4) for p in (draw.weight(16, 16), draw(16))]
+    a, b = triangle.triangle_project(z, mask, *draw.norm(16), *parameters)
+    (gradient,) = torch.autograd.grad((a.square() + b).sum(), z)
+    outside = mask == 0
+    assert outside.any()
+    assert (a.permute(0, 2, 3, 1)[outside] == 0).all()
+    assert (gradient[outside] == 0).all()
+    assert (gradient[~outside] != 0).any()
+
+
+def test_other_widths_take_the_plain_definition():
+    draw = Draw(6)
+    z, x = draw(1, 3, 3, 24), draw(1, 24, 3, 3)
+    linears = [draw.weight(24, 24), draw(24), draw.weight(24, 24), draw(24)]
+    norms = [*draw.norm(24), *draw.norm(24)]
+    expected = reference.triangle_output(z, x, *norms, *linears, None)
+    torch.testing.assert_close(triangle.triangle_output(z, x, *norms, *linears, None), expected)
+    assert DEVICE in str(z.device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", FULL, ids=str)
+def test_full_shapes_are_as_accurate_as_pytorch(shape):
+    check_project(shape, torch.bfloat16)
+    check_output(shape, torch.bfloat16, "rows")
