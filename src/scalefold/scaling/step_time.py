@@ -1,0 +1,170 @@
+"""Tables of step and evaluation times: measured on this project's kernels, published by submitters, or modelled.
+
+A lookup never scales or interpolates: it returns a row and names its source, or says what to measure.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from scalefold.errors import ConfigError
+
+Kind = Literal["measured", "published", "guarded", "target"]
+#: Order in which a table is searched when the caller names no kind.
+KINDS: tuple[Kind, ...] = ("measured", "guarded", "published", "target")
+REFERENCE_STEP_TIMES = Path(__file__).with_name("reference_step_times.csv")
+REFERENCE_EVAL_TIMES = Path(__file__).with_name("reference_eval_times.csv")
+_ALL_PASSES = {1, 2, 3, 4}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Milliseconds of one step at local batch 1, mean over the benchmark's 1..4 recycling passes."""
+
+    kind: str
+    gpu: str
+    precision: str
+    dap_size: int
+    step_ms: float
+    source: str
+    peak_gib: float | None = None
+    activation_checkpointing: bool | None = None
+
+
+@dataclass(frozen=True)
+class EvalTime:
+    """Cost of evaluating the 180 chains: GPU-seconds of all, and seconds of the longest chain on one GPU."""
+
+    kind: str
+    gpu: str
+    total_gpu_s: float
+    longest_chain_s: float
+    source: str
+
+    def seconds_on(self, num_ranks: int) -> float:
+        """Wall seconds on ``num_ranks`` GPUs: balanced placement, bounded by the longest chain."""
+        return max(self.total_gpu_s / num_ranks, self.longest_chain_s)
+
+
+def gpu_family(name: str) -> str:
+    """``NVIDIA H100 80GB HBM3`` or ``H100-SXM-80GB`` -> ``H100``; unknown names are returned in upper case."""
+    upper = name.upper()
+    return next((family for family in ("GB200", "B200", "H200", "H100", "A100", "CPU") if family in upper), upper)
+
+
+def read_step_times(path: Path | str) -> list[StepTime]:
+    """Read a table of step times.
+
+    Columns: ``gpu`` and ``step_ms``; optional ``precision`` (bf16), ``dap_size`` (1), ``passes`` (1..4, or ``mean``),
+    ``peak_gib``, ``activation_checkpointing``, ``kind`` (measured), ``source`` and ``variant``. Rows of one system that
+    give the four numbers of passes are averaged. Rows whose ``variant`` is neither empty nor ``scalefold`` describe
+    other programs and are skipped. Raises ConfigError naming file and line.
+    """
+    path = Path(path)
+    groups: dict[tuple[str, ...], dict[int, StepTime]] = {}
+    for line, row in _rows(path, ("gpu", "step_ms")):
+        if row.get("variant", "") not in ("", "scalefold"):
+            continue
+        entry, passes = _step_time(path, line, row)
+        key = (entry.kind, entry.gpu, entry.precision, str(entry.dap_size), str(entry.activation_checkpointing))
+        groups.setdefault(key, {})[passes] = entry
+    return [_mean_over_passes(path, entries) for entries in groups.values()]
+
+
+def read_eval_times(path: Path | str) -> list[EvalTime]:
+    """Read a table of evaluation costs: columns gpu, total_gpu_s, longest_chain_s, optional kind and source."""
+    path = Path(path)
+    return [
+        EvalTime(
+            kind=row.get("kind") or "measured",
+            gpu=gpu_family(row["gpu"]),
+            total_gpu_s=_positive(path, line, row, "total_gpu_s"),
+            longest_chain_s=_positive(path, line, row, "longest_chain_s"),
+            source=row.get("source") or f"measured, {path.name}",
+        )
+        for line, row in _rows(path, ("gpu", "total_gpu_s", "longest_chain_s"))
+    ]
+
+
+def find_step_time(
+    table: Sequence[StepTime], gpu: str, precision: str, dap_size: int, checkpointing: bool, kind: Kind | None = None
+) -> StepTime | None:
+    """The row for this GPU, precision and DAP size: in the order of :data:`KINDS`."""
+    fitting = [
+        row
+        for row in table
+        if (row.gpu, row.precision, row.dap_size) == (gpu_family(gpu), precision, dap_size)
+        and row.activation_checkpointing in (None, checkpointing)
+    ]
+    return next((row for k in _kinds(kind) for row in fitting if row.kind == k), None)
+
+
+def find_eval_time(table: Sequence[EvalTime], gpu: str, kind: Kind | None = None) -> EvalTime | None:
+    """The evaluation cost for this GPU, in the same order of kinds."""
+    return next((row for k in _kinds(kind) for row in table if row.kind == k and row.gpu == gpu_family(gpu)), None)
+
+
+def _kinds(kind: Kind | None) -> tuple[Kind, ...]:
+    """The named kind alone, or all in order."""
+    return KINDS if kind is None else (kind,)
+
+
+def _step_time(path: Path, line: int, row: dict[str, str]) -> tuple[StepTime, int]:
+    passes = row.get("passes") or "mean"
+    if passes != "mean" and (not passes.isdigit() or int(passes) not in _ALL_PASSES):
+        raise ConfigError(f"{path}:{line}: passes '{passes}' must be 1, 2, 3, 4 or mean")
+    checkpointing = (row.get("activation_checkpointing") or "").lower()
+    dap_size = row.get("dap_size") or "1"
+    if not dap_size.isdigit():
+        raise ConfigError(f"{path}:{line}: dap_size '{dap_size}' must be a whole number")
+    entry = StepTime(
+        kind=row.get("kind") or "measured",
+        gpu=gpu_family(row["gpu"]),
+        precision=row.get("precision") or "bf16",
+        dap_size=int(dap_size),
+        step_ms=_positive(path, line, row, "step_ms"),
+        source=row.get("source") or f"measured, {path.name}",
+        peak_gib=_positive(path, line, row, "peak_gib") if row.get("peak_gib") else None,
+        activation_checkpointing=None if not checkpointing else checkpointing in ("true", "1", "yes"),
+    )
+    return entry, 0 if passes == "mean" else int(passes)
+
+
+def _mean_over_passes(path: Path, entries: dict[int, StepTime]) -> StepTime:
+    first = next(iter(entries.values()))
+    if 0 in entries:
+        return entries[0]
+    if set(entries) != _ALL_PASSES:
+        missing = ", ".join(map(str, sorted(_ALL_PASSES - set(entries))))
+        raise ConfigError(f"{path}: {first.gpu} DAP-{first.dap_size} lacks the rows for passes {missing}")
+    peaks = [entry.peak_gib for entry in entries.values() if entry.peak_gib is not None]
+    return StepTime(
+        **vars(first)
+        | {"step_ms": sum(e.step_ms for e in entries.values()) / 4, "peak_gib": max(peaks) if peaks else None}
+    )
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
+    try:
+        lines = [(n, text) for n, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the table ({error.strerror})") from None
+    kept = [(n, text) for n, text in lines if text.strip() and not text.startswith("#")]
+    reader = csv.DictReader(text for _, text in kept)
+    missing = [name for name in needed if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ConfigError(f"{path}: column {', '.join(missing)} is missing")
+    rows = [{k: (v or "").strip() for k, v in row.items() if isinstance(v, str | None) and k} for row in reader]
+    return [(kept[i + 1][0], row) for i, row in enumerate(rows)]
+
+
+def _positive(path: Path, line: int, row: dict[str, str], name: str) -> float:
+    try:
+        value = float(row[name])
+    except ValueError:
+        raise ConfigError(f"{path}:{line}: {name} '{row[name]}' is not a number") from None
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{path}:{line}: {name} {value} must be positive")
+    return value

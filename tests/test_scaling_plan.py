@@ -1,0 +1,200 @@
+"""Plans: every number has a source, nothing is guessed, measured tables come first."""
+
+import csv
+from dataclasses import replace
+
+import pytest
+
+from scalefold.errors import ConfigError
+from scalefold.report.page import write_report
+from scalefold.report.published import PUBLISHED_RUNS
+from scalefold.scaling.convergence import samples_to_converge
+from scalefold.scaling.plan import PARAMETERS, SystemSpec, plan, scaling_rows, states_gib, write_scaling_csv
+from scalefold.scaling.replay import replay
+from scalefold.scaling.step_time import EvalTime, gpu_family, read_eval_times, read_step_times
+
+EOS = SystemSpec(
+    "eos_260x8", nodes=260, gpus_per_node=8, gpu="NVIDIA H100 80GB HBM3", dap_size=8, num_eval_ranks=32,
+    global_batch_size=256, num_workers=14, cores_per_node=112,
+)  # fmt: skip
+
+
+def write_table(path, rows, head="gpu,precision,dap_size,passes,step_ms,peak_gib"):
+    path.write_text("\n".join(["# median of 20 steps", head, *rows]) + "\n")
+    return path
+
+
+def test_a_plan_of_2080_gpus_names_the_source_of_every_number():
+    found = plan(EOS)
+    assert EOS.dp_size == 256
+    assert all(quantity.source for quantity in found.quantities.values())
+    assert found.value("step time") == 188.0
+    assert "guarded" in found.quantities["step time"].source
+    assert found.value("throughput") == pytest.approx(256 / 0.188)
+    assert found.value("iterations") == pytest.approx(520.0)
+    assert found.value("workers needed") == 66
+    assert any("66 loader workers per replica" in text for text in found.warnings)
+    assert found.fits is True
+
+
+def test_the_published_step_and_evaluation_times_give_nearly_the_published_minutes():
+    found = plan(EOS, kind="published", convergence="published")
+    assert found.minutes is not None
+    fixed_costs_of_the_published_run = (17.4 - 8 + 13.0 - 8 + 52.1 + 11.3 * 0.8) / 60
+    assert found.minutes + fixed_costs_of_the_published_run == pytest.approx(7.51, rel=0.03)
+
+
+def test_a_measured_step_time_comes_first_and_brings_its_memory(tmp_path):
+    rows = [f"H100,bf16,8,{passes},{ms},21.5" for passes, ms in enumerate((70, 80, 90, 120), 1)]
+    table = write_table(tmp_path / "step_time.csv", rows)
+    found = plan(EOS, step_time_csv=table)
+    assert found.value("step time") == pytest.approx(90.0)
+    assert found.value("memory per GPU") == 21.5
+    assert "step_time.csv" in found.quantities["step time"].source
+    assert found.minutes is not None
+    assert found.minutes < (plan(EOS).minutes or 0)
+
+
+def test_rows_of_other_programs_are_not_taken_for_ours(tmp_path):
+    rows = ["H100,8,50,reference", "H100,8,100,scalefold"]
+    table = write_table(tmp_path / "t.csv", rows, head="gpu,dap_size,step_ms,variant")
+    assert [row.step_ms for row in read_step_times(table)] == [100.0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["H100,bf16,8,mean,fast,1"], r"t\.csv:3: step_ms 'fast' is not a number"),
+        (["H100,bf16,8,mean,-3,1"], r"t\.csv:3: step_ms -3.0 must be positive"),
+        (["H100,bf16,8,5,100,1"], r"t\.csv:3: passes '5'"),
+        (["H100,bf16,x,1,100,1"], r"t\.csv:3: dap_size 'x'"),
+        (["H100,bf16,8,1,100,1", "H100,bf16,8,3,100,1"], r"lacks the rows for passes 2, 4"),
+    ],
+)
+def test_a_wrong_table_is_named_with_file_and_line(tmp_path, rows, message):
+    with pytest.raises(ConfigError, match=message):
+        read_step_times(write_table(tmp_path / "t.csv", rows))
+
+
+def test_a_missing_table_or_column_is_one_clear_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the table"):
+        read_step_times(tmp_path / "absent.csv")
+    with pytest.raises(ConfigError, match="column step_ms is missing"):
+        read_step_times(write_table(tmp_path / "t.csv", ["H100"], head="gpu"))
+    with pytest.raises(ConfigError, match="column longest_chain_s is missing"):
+        read_eval_times(write_table(tmp_path / "t.csv", ["H100,3"], head="gpu,total_gpu_s"))
+
+
+def test_what_nobody_knows_is_left_open_with_a_reason():
+    found = plan(replace(EOS, gpu="B200"))
+    assert found.value("step time") is None
+    assert "measure it" in found.quantities["step time"].source
+    assert found.minutes is None
+    assert found.fits is None
+    tiny = SystemSpec("tiny", 1, 0, "cpu", global_batch_size=8, precision="fp32", is_benchmark=False)
+    assert plan(tiny).minutes is None
+    assert "open" in plan(tiny).text()
+
+
+@pytest.mark.parametrize("batch", [64, 127, 257, 512])
+def test_convergence_is_not_extrapolated_silently(batch):
+    with pytest.raises(ConfigError, match="between 128 and 256 only"):
+        samples_to_converge(batch)
+    guess = samples_to_converge(batch, extrapolate=True)
+    assert guess.extrapolated
+    assert "EXTRAPOLATED" in guess.source
+    spec = SystemSpec("x", 1, 1, "H100", global_batch_size=batch)
+    assert plan(spec).minutes is None
+    warned = plan(spec, extrapolate=True)
+    assert warned.minutes is not None
+    assert any("extrapolated" in text for text in warned.warnings)
+
+
+def test_convergence_meets_the_observed_points_and_interpolates_between():
+    assert samples_to_converge(128).mean_samples == 88832
+    assert samples_to_converge(256).sd_samples == 13738
+    assert samples_to_converge(192).mean_samples == pytest.approx((88832 + 133120) / 2)
+    assert not samples_to_converge(192).extrapolated
+
+
+def test_published_convergence_points_are_the_means_of_the_shipped_logs():
+    with PUBLISHED_RUNS.open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["submitter"] == "NVIDIA"]
+    for batch in (128, 256):
+        samples = [int(row["samples_to_converge"]) for row in rows if int(row["global_batch"]) == batch]
+        mean = sum(samples) / len(samples)
+        sd = (sum((s - mean) ** 2 for s in samples) / (len(samples) - 1)) ** 0.5
+        known = samples_to_converge(batch, "published")
+        assert known.mean_samples == pytest.approx(mean, abs=1)
+        assert known.sd_samples == pytest.approx(sd, abs=1)
+
+
+def test_accumulation_counts_for_convergence_but_not_for_an_iteration():
+    spec = SystemSpec(
+        "lonestar6", nodes=32, gpus_per_node=3, gpu="A100-PCIE-40GB", global_batch_size=96,
+        gradient_accumulation_steps=2, precision="tf32",
+    )  # fmt: skip
+    found = plan(spec, kind="published")
+    assert found.value("iterations") == pytest.approx(samples_to_converge(192).mean_samples / 96)
+    published = [row.published_s / 60 for row in replay().rows if row.submitter == "TACC"]
+    assert found.minutes == pytest.approx(sum(published) / len(published), rel=0.10)
+
+
+def test_several_samples_per_replica_take_that_many_steps():
+    spec = SystemSpec("dgx", nodes=1, gpus_per_node=8, gpu="H100", global_batch_size=128)
+    assert spec.local_batch_size == 16
+    assert plan(spec).value("step time") == pytest.approx(16 * 618)
+    assert plan(spec).value("loader demand per node") == pytest.approx(128 / (16 * 0.618))
+
+
+def test_evaluation_that_is_slower_than_a_cycle_is_warned_of():
+    few = plan(replace(EOS, num_eval_ranks=16, nodes=258), kind="guarded")
+    assert any("training will wait" in text for text in few.warnings)
+    assert not any("training will wait" in text for text in plan(replace(EOS, nodes=264, num_eval_ranks=64)).warnings)
+
+
+def test_the_longest_chain_bounds_an_evaluation():
+    cost = EvalTime("measured", "H100", total_gpu_s=100.0, longest_chain_s=3.0, source="x")
+    assert cost.seconds_on(10) == 10.0
+    assert cost.seconds_on(1000) == 3.0
+
+
+def test_memory_grows_without_dap_and_without_a_fit_it_is_said():
+    assert states_gib() == pytest.approx(22 * PARAMETERS / 1024**3)
+    whole, shared = (
+        plan(replace(EOS, dap_size=d, global_batch_size=256 * 8 // d)).value("memory per GPU") for d in (1, 8)
+    )
+    assert whole is not None
+    assert shared is not None
+    assert whole > shared
+    small = plan(SystemSpec("a", 1, 1, "A100-PCIE-40GB", gpu_memory_gib=39.4, global_batch_size=128))
+    assert small.fits is False
+    assert any("raise dap_size" in text for text in small.warnings)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_eval_ranks": 31}, {"global_batch_size": 255}, {"num_eval_ranks": 2080}, {"nodes": 0}]
+)
+def test_impossible_systems_are_refused_by_name(change):
+    with pytest.raises(ConfigError, match="eos_260x8"):
+        replace(EOS, **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("NVIDIA H100 80GB HBM3", "H100"), ("A100-SXM4-80GB", "A100"), ("NVIDIA GB200", "GB200"), ("mi300x", "MI300X")],
+)
+def test_gpu_names_of_drivers_and_submitters_are_understood(name, family):
+    assert gpu_family(name) == family
+
+
+def test_the_scaling_table_is_what_the_report_draws(tmp_path):
+    plans = [plan(EOS), plan(SystemSpec("dgx", 1, 8, "H100", global_batch_size=128)), plan(replace(EOS, gpu="B200"))]
+    rows = scaling_rows(plans)
+    assert [row["accelerators"] for row in rows] == ["2080", "8"]
+    table = write_scaling_csv(rows, tmp_path / "scaling.csv")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "config": "x"}\n')
+    files = write_report(tmp_path, tmp_path / "r.html", scaling_csv=table)
+    assert [file.name for file in files.figures] == ["scaling.svg", "scaling.png"]
+    with pytest.raises(ConfigError, match="nothing to write"):
+        write_scaling_csv([], tmp_path / "x.csv")
