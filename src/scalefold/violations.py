@@ -83,7 +83,8 @@ def between_residue_bonds(positions: Tensor, batch: Mapping[str, Tensor]) -> Bon
         ),
         _bond_penalty(
             cos_c_n_ca,
-            *residues.BETWEEN_RESIDUE_COS_ANGLE_C_N_CA,
+            residues.BETWEEN_RESIDUE_COS_ANGLE_C_N_CA[0],
+            residues.BETWEEN_RESIDUE_COS_ANGLE_C_N_CA[1],
             has_c * has_next_n * has_next_ca * bonded,
         ),
     )

@@ -3,12 +3,36 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from torch import Tensor
 
+from conftest import REPOSITORY, find_shared
 from scalefold.config import EvoformerConfig, HeadsConfig, ModelConfig, StructureConfig, TemplateConfig
 from scalefold.model import PER_SLICE_KEYS, AlphaFold
+
+
+def locate(name: str) -> Path:
+    """File of the reference's numbers: the small ones lie in tests/data, all of them in the reference material.
+
+    Raises:
+        FileNotFoundError: neither place has it.
+    """
+    shared = find_shared()
+    folders = [REPOSITORY / "tests" / "data" / "golden"] + ([shared / "golden"] if shared else [])
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{name}: not in tests/data/golden; set SCALEFOLD_SHARED to the reference material folder")
+
+
+def locate_or_skip(name: str) -> Path:
+    """The same within a test: skip with the reason if the file is absent."""
+    try:
+        return locate(name)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def load(file: Path) -> dict[str, Tensor]:
@@ -22,9 +46,9 @@ def part(arrays: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix + "/"): value for name, value in arrays.items() if name.startswith(prefix + "/")}
 
 
-def small_model_config(golden_dir: Path) -> ModelConfig:
+def small_model_config() -> ModelConfig:
     """Sizes of the reference's small model."""
-    c = yaml.safe_load((golden_dir / "small_config.yaml").read_text())
+    c = yaml.safe_load(locate("small_config.yaml").read_text())
     template, pointwise = c["template_pair_stack_config"], c["template_pointwise_attention_config"]
     evoformer, extra, structure = c["evoformer_stack_config"], c["extra_msa_stack_config"], c["structure_module_config"]
     shared = EvoformerConfig.model_fields
@@ -63,16 +87,16 @@ def small_model_config(golden_dir: Path) -> ModelConfig:
     )
 
 
-def small_model(golden_dir: Path) -> AlphaFold:
+def small_model() -> AlphaFold:
     """The small model with the reference's weights, in evaluation mode (dropout off, as in the golden runs)."""
-    model = AlphaFold(small_model_config(golden_dir))
-    model.load_state_dict(load(golden_dir / "small_weights.npz"), strict=True)
+    model = AlphaFold(small_model_config())
+    model.load_state_dict(load(locate("small_weights.npz")), strict=True)
     return model.eval()
 
 
-def small_batch(golden_dir: Path) -> dict[str, Tensor]:
+def small_batch() -> dict[str, Tensor]:
     """The two-sample batch of three slices."""
-    return canonical(load(golden_dir / "small_batch.npz"))
+    return canonical(load(locate("small_batch.npz")))
 
 
 def canonical(reference_batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -150,10 +150,12 @@ class AlphaFold(nn.Module):
         return m, z, msa_mask, pair_mask
 
     def embed_template_pairs(self, features: Features, z: Tensor, pair_mask: Tensor) -> Tensor:
-        """Update of z from all templates, [B, N, N, c_z]."""
+        """Update of z from all templates, [B, N, N, c_z]; zero for samples without one."""
         t = self.template_pair_embedder(template_pair_features(features))
         t = self.template_pair_stack(t, pair_mask)
-        return self.template_pointwise_attention(t, z, features["template_mask"])
+        update = self.template_pointwise_attention(t, z, features["template_mask"])
+        any_template = (features["template_mask"].sum(1) > 0).to(update.dtype)
+        return update * any_template[:, None, None, None]
 
 
 def atom14_to_atom37(atom14: Tensor, features: Features) -> Tensor:

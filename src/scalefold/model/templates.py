@@ -147,15 +147,13 @@ class TemplatePointwiseAttention(nn.Module):
         self.mha = AttentionProjections(c_z, c_t, config.c_hidden_pointwise, config.num_heads_pointwise, gated=False)
 
     def forward(self, t: Tensor, z: Tensor, template_mask: Tensor) -> Tensor:
-        """The update of z, zero where no template is present.
+        """The update of z. t: [B, T, N, N, c_t]; z: [B, N, N, c_z]; template_mask: [B, T], fp32 -> like z.
 
-        t: [B, T, N, N, c_t]; z: [B, N, N, c_z]; template_mask: [B, T], fp32 -> [B, N, N, c_z].
+        Without any template all slots weigh alike: the caller has to drop the update of such samples.
         """
         mha = self.mha
         q, k, v = (mha.split_heads(x) for x in (mha.linear_q(z), mha.linear_k(t), mha.linear_v(t)))
         logits = (q[:, None].float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
         logits = logits + ((template_mask - 1.0) * POINTWISE_INF)[:, :, None, None, None]
         weights = torch.softmax(logits, dim=1).to(v.dtype)
-        update = mha.linear_o((weights[..., None] * v).sum(1).flatten(-2))
-        any_template = (template_mask.sum(1) > 0).to(update.dtype)
-        return update * any_template[:, None, None, None]
+        return mha.linear_o((weights[..., None] * v).sum(1).flatten(-2))
