@@ -148,16 +148,21 @@ class Checkpoints:
         return sorted(p for p in self.folder.glob("[0-9]*") if (p / STATE_FILE).exists())
 
 
+def read_state(folder: Path) -> RunState:
+    """Iteration and seed of a checkpoint folder."""
+    try:
+        return RunState(**json.loads((folder / STATE_FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE_FILE}: cannot read: {error}") from None
+
+
 def load_run(folder: Path, flat: FlatParameters, optimizer: Optimizer, names: list[str]) -> RunState:
     """Put a run back to where the checkpoint ``folder`` was taken.
 
     Raises:
         CheckpointError: a file is missing or does not fit the model.
     """
-    try:
-        state = RunState(**json.loads((folder / STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / STATE_FILE}: cannot read: {error}") from None
+    state = read_state(folder)
     content = _load(folder / RESUMABLE_FILE)
     _load_weights(folder / RESUMABLE_FILE, flat, content["alphafold_state_dict"])
     _load_adam(folder / RESUMABLE_FILE, flat, optimizer, names, content["optimizer_state_dict"])

@@ -60,6 +60,72 @@ def show(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def prepare(
+    mmcif_dir: Annotated[Path, typer.Option(help="folder of .cif or .cif.gz files, divided or flat")],
+    out: Annotated[Path, typer.Option(help="store to write")],
+    alignments: Annotated[list[Path] | None, typer.Option(help="OpenProteinSet-style folder; may be repeated")] = None,
+    clusters: Annotated[Path | None, typer.Option(help="clusters-by-entity-40.txt")] = None,
+    obsolete: Annotated[Path | None, typer.Option(help="obsolete.dat")] = None,
+    evaluation_list: Annotated[Path | None, typer.Option(help="CAMEO-style csv, or chain ids")] = None,
+    workers: Annotated[int, typer.Option(help="processes on this node")] = 1,
+    mpi: Annotated[bool, typer.Option(help="share the work over MPI ranks (needs mpi4py)")] = False,
+) -> None:
+    """Read raw structures and alignments into a store. Restartable: run it again to continue.
+
+    Example: scalefold prepare --mmcif-dir pdb/raw --alignments open_protein_set --out data/store --workers 32
+    """
+    from scalefold.data.prepare import mpi_team
+    from scalefold.data.prepare import prepare as prepare_store
+    from scalefold.data.rawlayout import RawLayout
+
+    layout = RawLayout(mmcif_dir, tuple(alignments or ()), clusters, obsolete, evaluation_list)
+    summary = prepare_store(layout, out, workers, team=mpi_team() if mpi else None)
+    print(f"{summary.num_chains} chains in {summary.seconds:.1f} s; {summary.num_rejected} rejected, see rejected.csv")
+
+
+@app.command()
+def verify_data(
+    store: Annotated[Path, typer.Argument(help="store folder")],
+    quick: Annotated[bool, typer.Option(help="sizes only, no checksums")] = False,
+) -> None:
+    """Check a store against its manifest. Exit status 1 if anything differs.
+
+    Example: scalefold verify-data data/store
+    """
+    from scalefold.data.manifest import verify_data as verify
+
+    result = verify(store, quick)
+    for problem in result.problems:
+        print(problem)
+    print(f"{result.num_files} files, {result.num_bytes / 1e9:.3f} GB, {result.num_chains} chains: ", end="")
+    print(f"{len(result.problems)} problems" if result.problems else "as prepared")
+    raise typer.Exit(code=int(bool(result.problems)))
+
+
+@app.command()
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="continue from the newest checkpoint of run.run_dir")] = False,
+    result_index: Annotated[int, typer.Option(help="N of result_N.txt")] = 0,
+    instance: Annotated[int, typer.Option(help="index of a weak-scaling instance")] = 0,
+) -> None:
+    """Train until the target is reached. The same command under srun, torchrun and mpirun.
+
+    Exit status 0: target reached; 4: step budget ended or stop was requested.
+
+    Example: scalefold train configs/tiny.yaml run.run_dir=runs/mine
+    """
+    from scalefold.config import load_config
+    from scalefold.run import RunOptions
+    from scalefold.train import run_rank
+
+    outcome = run_rank(load_config(config, overrides or []).config, RunOptions(resume, result_index, instance))
+    if outcome is not None and outcome.status != "success":
+        raise typer.Exit(code=4)
+
+
+@app.command()
 def check(log: Annotated[Path, typer.Argument(help="result_N.txt")]) -> None:
     """Judge an MLPerf log with the official checker and our stricter rules.
 

@@ -138,6 +138,8 @@ class ParallelConfig(Section):
     ranks_per_node: int | None = Field(None, ge=1)
     dap_size: Literal[1, 2, 4, 8] = 1
     num_eval_ranks: int = Field(0, ge=0)
+    eval_queue_depth: int = Field(1, ge=1)
+    when_evaluation_is_behind: Literal["wait", "skip"] = "wait"
     startup_timeout_s: int = Field(1800, ge=1)
     step_timeout_s: int = Field(600, ge=1)
 
@@ -170,7 +172,7 @@ class DataConfig(Section):
     val_min_cameo_submission_date: str = Field("2021-09-17", pattern=r"^\d{4}-\d{2}-\d{2}$")
     val_max_cameo_submission_date: str = Field("2021-12-11", pattern=r"^\d{4}-\d{2}-\d{2}$")
     val_max_sequence_length: int = Field(700, ge=1)
-    require_alignments: bool = False
+    filter_by_alignments: bool = False
     train_sequence_crop_size: int = Field(256, ge=1)
     max_msa_clusters: int = Field(124, ge=1)
     max_extra_msa: int = Field(1024, ge=1)

@@ -102,6 +102,8 @@ class Ranks:
     dap_group: dist.ProcessGroup | None = None
     eval_group: dist.ProcessGroup | None = None
     control_group: dist.ProcessGroup | None = None
+    train_control_group: dist.ProcessGroup | None = None
+    hand_over_group: dist.ProcessGroup | None = None
     launcher: str = "single"
     host: str = field(default_factory=socket.gethostname)
 
@@ -210,8 +212,10 @@ def _join(ranks: Ranks, timeout: datetime.timedelta) -> None:
     dist.init_process_group(backend, timeout=timeout, device_id=ranks.device if cuda else None)
     ranks.control_group = dist.new_group(backend="gloo", timeout=timeout)
     ranks.train_group = dist.new_group(layout.train_ranks, timeout=timeout)
+    ranks.train_control_group = dist.new_group(layout.train_ranks, backend="gloo", timeout=timeout)
     if layout.num_eval_ranks:
         ranks.eval_group = dist.new_group(layout.eval_ranks, timeout=timeout)
+        ranks.hand_over_group = dist.new_group([0, layout.eval_ranks[0]], timeout=timeout)
     if layout.dap_size > 1:
         for first in range(0, layout.num_train_ranks, layout.dap_size):
             group = dist.new_group(layout.dap_group(first), timeout=timeout)

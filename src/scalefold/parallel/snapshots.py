@@ -9,12 +9,13 @@ If evaluation is slower than a cycle, at most ``depth`` snapshots wait. What hap
 waiting snapshot is dropped).
 """
 
+import json
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,7 @@ class SnapshotSender:
         self.depth, self.when_behind, self.note = depth, when_behind, note
         self._queue: deque[Waiting] = deque()
         self._sent = 0
+        self._reported = 0
         self._flight: tuple[dist.Work, Tensor] | None = None
 
     def submit(self, step: int, averaged: Tensor) -> None:
@@ -84,12 +86,18 @@ class SnapshotSender:
         """Whether the evaluation root has seen the target."""
         return self.store.check(["target_reached"])
 
+    def results(self) -> list[dict[str, Any]]:
+        """What the evaluation root has reported since the last call."""
+        found = []
+        while self._reported < self._sent and self.store.check([f"evaluated_{self._reported}"]):
+            found.append(json.loads(self.store.get(f"evaluated_{self._reported}")))
+            self._reported += 1
+        return found
+
     def drain(self, timeout_s: float) -> None:
         """Deliver everything and wait until it is evaluated; then tell the evaluation ranks that nothing follows."""
         deadline = time.monotonic() + timeout_s
-        while self._queue or self._flight is not None or not self._evaluated():
-            if self.target_reached():
-                break
+        while not self.target_reached() and (self._queue or self._flight is not None or not self._evaluated()):
             self.poll()
             if time.monotonic() > deadline:
                 raise TrainingError(f"rank {self.target} (evaluation) did not finish within {timeout_s:.0f} s")
@@ -136,12 +144,12 @@ class SnapshotReceiver:
         dist.broadcast(buffer, src=self.root, group=self.eval_group)
         return step
 
-    def done(self, reached_target: bool) -> None:
-        """The evaluation root's verdict on the snapshot received last."""
+    def done(self, report: dict[str, Any], reached_target: bool) -> None:
+        """The evaluation root's verdict on the snapshot received last; ``report`` must be JSON."""
         if dist.get_rank() == self.root:
+            self.store.set(f"evaluated_{self._count - 1}", json.dumps(report))
             if reached_target:
                 self.store.set("target_reached", "1")
-            self.store.set(f"evaluated_{self._count - 1}", "1")
 
     def _await_header(self) -> int | None:
         self.store.set(f"ready_{self._count}", "1")

@@ -1,0 +1,497 @@
+"""Assembles a run from its configuration: ranks, model, optimizer, data, log, record, checkpoints, evaluation."""
+
+import logging
+import os
+import random
+import signal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scalefold.checkpoint import Checkpoints, RunState, load_initial, load_run, read_state
+from scalefold.compile import GraphedTrainStep, TrainStep
+from scalefold.config import Config, dump_config
+from scalefold.data import selection
+from scalefold.data.features import FeatureSettings
+from scalefold.data.loader import Batch, TrainLoader, to_device
+from scalefold.data.sampler import TrainingSampler, initialisation_seed
+from scalefold.data.store import Store
+from scalefold.data.synthetic import synthetic_batch
+from scalefold.errors import ConfigError
+from scalefold.evaluators import (
+    ChainScorer,
+    Evaluator,
+    accept_connection,
+    make_evaluator,
+    serve_evaluations,
+)
+from scalefold.kernels import Operations, operations, use_operations
+from scalefold.loss import alphafold_loss
+from scalefold.mlperf.events import Events, Hyperparameters, SubmissionInfo
+from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
+from scalefold.optim import FlatParameters, Optimizer, learning_rate
+from scalefold.parallel.dap import apply_dap, check_shares, gradient_scale
+from scalefold.parallel.ddp import GradientReducer, broadcast_master
+from scalefold.parallel.ranks import Ranks
+from scalefold.parallel.snapshots import STOP_REQUESTED, TARGET_REACHED, StopSignal
+from scalefold.report.console import Progress
+from scalefold.report.record import Record
+
+log = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What differs between starts of one configuration."""
+
+    resume: bool = False
+    result_index: int = 0
+    instance: int = 0
+
+
+@dataclass
+class Run:
+    """Everything the training loop uses on one training rank."""
+
+    config: Config
+    ranks: Ranks
+    seed: int
+    model: AlphaFold
+    optimizer: Optimizer
+    step: TrainStep
+    loader: TrainLoader
+    evaluator: Evaluator
+    events: Events
+    record: Record
+    progress: Progress
+    checkpoints: Checkpoints
+    result_file: Path
+    first_step: int = 1
+    settings: FeatureSettings = field(default_factory=FeatureSettings)
+    stop_asked: bool = False
+    _stop: StopSignal | None = None
+    _copies: "torch.cuda.Stream | None" = None
+
+    def open_data(self) -> None:
+        """Open the data set, start loader and evaluation features. Only after ``run_start``."""
+        c, store = self.config, Store(self.config.data.store_dir)
+        train = selection.training_set(store.table, c.data.train_max_pdb_release_date, c.data.filter_by_alignments)
+        self.events.train_samples(len(train.rows))
+        lengths = evaluation_lengths(c, store)
+        self.events.eval_samples(len(lengths))
+        self.events.dataloader_type(self.loader.name)
+        self.evaluator.open_data(lengths)
+        sampler = TrainingSampler(
+            train.rows,
+            train.weights,
+            self.seed,
+            self.ranks.dp_index,
+            self.ranks.layout.dp_size,
+            c.local_batch_size,
+            c.data.num_recycling_iters,
+            c.training.gradient_accumulation_steps,
+        )
+        store.close()
+        self.loader.start(sampler, self.first_step, c.training.num_train_iters)
+
+    def synthetic_batch(self) -> dict[str, Tensor]:
+        """A batch of true shapes and plausible geometry that touches no data."""
+        return synthetic_batch(self.settings, self.config.local_batch_size, device=self.ranks.device)
+
+    def to_device(self, batch: Batch) -> dict[str, Tensor]:
+        """Features on this rank's device, by one asynchronous copy."""
+        if self.ranks.device.type == "cpu":
+            return batch.features
+        if self._copies is None:
+            self._copies = torch.cuda.Stream()
+        return to_device(batch, self.ranks.device, self._copies).features
+
+    def learning_rate(self, step: int) -> float:
+        """Rate of iteration ``step``."""
+        return learning_rate(step, self.config.training)
+
+    def checkpoint_due(self, step: int) -> bool:
+        """Whether a checkpoint follows iteration ``step``."""
+        every = self.config.run.checkpoint_every_iters
+        return every > 0 and step % every == 0
+
+    def save(self, state: RunState) -> None:
+        """Write a checkpoint on rank 0."""
+        if self.ranks.is_root:
+            folder = self.checkpoints.save(self.optimizer.flat, self.optimizer, parameter_names(self.model), state)
+            self.record.event("checkpoint", step=state.iteration, folder=folder.name)
+
+    def stop_code(self) -> int:
+        """0, TARGET_REACHED or STOP_REQUESTED (SIGTERM, SIGUSR1 to rank 0); the same on all training ranks."""
+        if self._stop is None:
+            self._stop = StopSignal(self.ranks.train_control_group, self._decide_to_stop)
+        return self._stop.poll()
+
+    def _decide_to_stop(self) -> int:
+        if self.evaluator.poll():
+            return TARGET_REACHED
+        return STOP_REQUESTED if self.stop_asked else 0
+
+    def close(self) -> None:
+        """Let go of workers, groups and files."""
+        if self._stop is not None:
+            self._stop.close()
+        self.loader.close()
+        self.evaluator.close()
+        self.record.close()
+        self.progress.close()
+        self.events.close()
+
+
+def prepare_process(config: Config) -> None:
+    """Settings that must precede the first use of a device: allocator, threads, matrix precision, determinism."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if config.execution.cpu_threads:
+        torch.set_num_threads(config.execution.cpu_threads)
+    torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = config.execution.precision != "fp32"
+    if config.execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What every rank of a run agrees on first."""
+
+    seed: int
+    result_file: Path
+    events: Events
+    checkpoints: Checkpoints
+    resumed_from: Path | None
+
+
+def begin(config: Config, options: RunOptions, ranks: Ranks) -> Beginning:
+    """Seed, log and checkpoint to resume from; logs ``init_start`` after a barrier of all ranks."""
+    run_dir = config.run.run_dir
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints)
+    resumed_from = checkpoints.newest() if options.resume else None
+    seed = agree_on_seed(config, ranks, resumed_from)
+    result_file = choose_result_file(run_dir, options, resumed_from)
+    ranks.barrier()
+    events = open_events(result_file, ranks, options)
+    events.init_start()
+    return Beginning(seed, result_file, events, checkpoints, resumed_from)
+
+
+def assemble(config: Config, options: RunOptions, ranks: Ranks) -> Run:
+    """Build a training rank's run, up to the moment before warm-up.
+
+    Raises:
+        ConfigError, CheckpointError: the configuration, the launcher or the initial checkpoint do not fit.
+    """
+    check_shares(config.model, config.parallel.dap_size)
+    beginning = begin(config, options, ranks)
+    seed, events, checkpoints = beginning.seed, beginning.events, beginning.checkpoints
+    run_dir, resumed_from = config.run.run_dir, beginning.resumed_from
+    ops = choose_operations(config, ranks)
+    model = build_model(config, initialisation_seed(seed), ranks)
+    use_operations(model, ops)
+    apply_dap(model, ranks.dap_group)
+    optimizer = build_optimizer(config, model, ranks, ops)
+    digest = load_weights_into(config, model, optimizer)
+    broadcast_master(optimizer.flat, ranks.train_group)
+    state = load_run(resumed_from, optimizer.flat, optimizer, parameter_names(model)) if resumed_from else None
+    settings = feature_settings(config)
+    log_header(events, config, ranks, seed, model, digest)
+    record = Record(run_dir, ranks.is_root, state.iteration if state else None)
+    if ranks.is_root:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_resolved(run_dir / CONFIG_FILE, config)
+        record.run(**run_header(config, ranks, seed, model, ops))
+    progress = make_progress(config, ranks)
+    step = build_step(config, model, optimizer, ranks)
+    evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops)
+    loader = TrainLoader(
+        config.data.store_dir,
+        settings,
+        num_workers=config.data.num_workers,
+        prefetch_factor=config.data.prefetch_factor,
+        in_order=config.data.dataloader == "pt",
+        pin_memory=config.data.pin_memory and ranks.device.type == "cuda",
+    )
+    run = Run(
+        config=config,
+        ranks=ranks,
+        seed=seed,
+        model=model,
+        optimizer=optimizer,
+        step=step,
+        loader=loader,
+        evaluator=evaluator,
+        events=events,
+        record=record,
+        progress=progress,
+        checkpoints=checkpoints,
+        result_file=beginning.result_file,
+        first_step=state.iteration + 1 if state else 1,
+        settings=settings,
+    )
+    catch_stop_signals(run)
+    return run
+
+
+def evaluate_elsewhere(config: Config, options: RunOptions, ranks: Ranks) -> None:
+    """An evaluation rank's whole life, in step with the barriers of the training ranks."""
+    beginning = begin(config, options, ranks)
+    events, settings = beginning.events, feature_settings(config)
+    ops = choose_operations(config, ranks)
+    flat = build_optimizer(config, build_model(config, 0, ranks), ranks, ops).flat
+    scorer = ChainScorer(config, ranks, settings, ops, ranks.eval_group)
+    log_header(events, config, ranks, beginning.seed, scorer.model.model, None)
+    accept_connection(ranks)
+    scorer.warm_up()
+    ranks.barrier()
+    events.init_stop()
+    ranks.barrier()
+    events.run_start()
+    ranks.barrier()
+    try:
+        store = Store(config.data.store_dir)
+        scorer.open_data(evaluation_lengths(config, store))
+        store.close()
+        serve_evaluations(config, ranks, scorer, flat, events)
+    finally:
+        scorer.close()
+        events.close()
+
+
+def make_progress(config: Config, ranks: Ranks) -> Progress:
+    """The screen of rank 0; every other rank prints to nowhere."""
+    stream = None if ranks.is_root else open(os.devnull, "w")  # noqa: SIM115
+    return Progress(config.training.target_avg_lddt_ca_value, config.training.num_train_iters, stream)
+
+
+def agree_on_seed(config: Config, ranks: Ranks, resumed_from: Path | None) -> int:
+    """The resumed run's seed, the configured one, or one from the system's entropy; the same on all ranks."""
+    seed = [config.training.seed]
+    if resumed_from is not None:
+        seed = [read_state(resumed_from).seed]
+    elif seed == [None]:
+        seed = [random.SystemRandom().getrandbits(63)]
+    if ranks.layout.world_size > 1:
+        dist.broadcast_object_list(seed, src=0, group=ranks.control_group)
+    assert seed[0] is not None
+    return seed[0]
+
+
+def choose_result_file(run_dir: Path, options: RunOptions, resumed_from: Path | None) -> Path:
+    """``result_N.txt``; a resumed run writes a log of its own, because it is no valid benchmark run."""
+    suffix = f".resumed_{resumed_from.name}" if resumed_from else ""
+    return run_dir / f"result_{options.result_index}{suffix}.txt"
+
+
+def open_events(result_file: Path, ranks: Ranks, options: RunOptions) -> Events:
+    """The log of this rank: rank 0 and, with separate evaluation ranks, the first of those write."""
+    separate = ranks.layout.num_eval_ranks > 0
+    if ranks.is_root:
+        return Events(result_file, role="training" if separate else "single", instance=options.instance)
+    if ranks.is_eval_root:
+        return Events(result_file, role="evaluation", instance=options.instance)
+    return Events.silent()
+
+
+def choose_operations(config: Config, ranks: Ranks) -> Operations:
+    """The operations table that configuration, device and precision allow."""
+    wanted = config.execution.kernels
+    if wanted == "triton" and ranks.device.type == "cpu":
+        raise ConfigError("execution.kernels: triton needs a CUDA device; use auto or reference")
+    on_device = wanted != "reference" and ranks.device.type == "cuda"
+    return operations(wanted if on_device else "reference")
+
+
+def build_model(config: Config, seed: int, ranks: Ranks) -> AlphaFold:
+    """The model on this rank's device, in training mode, fp32."""
+    model = AlphaFold(config.model, seed=seed % 2**63).to(ranks.device).train()
+    model.checkpoint_blocks = config.execution.activation_checkpointing
+    return model
+
+
+def compute_dtype(config: Config, name: str) -> torch.dtype:
+    """Type in which a parameter computes: bf16 for the trunk in bf16 runs, else fp32."""
+    low = config.execution.precision == "bf16" and not is_fp32_parameter(name)
+    return torch.bfloat16 if low else torch.float32
+
+
+def build_optimizer(config: Config, model: AlphaFold, ranks: Ranks, ops: Operations) -> Optimizer:
+    """Flat buffers over the model's parameters, and the optimizer on them."""
+    layout = ranks.layout
+    in_parts = config.local_batch_size > config.micro_batch_size or config.training.gradient_accumulation_steps > 1
+    flat = FlatParameters(
+        model,
+        ranks.device,
+        compute_dtype=lambda name: compute_dtype(config, name),
+        gradient_scale=lambda name: gradient_scale(name, layout.dp_size, layout.dap_size),
+        gradient_dtype=torch.float32 if in_parts else None,
+    )
+    return Optimizer(flat, config.training, ops)
+
+
+def load_weights_into(config: Config, model: AlphaFold, optimizer: Optimizer) -> str | None:
+    """Load the initial checkpoint, if one is configured; return its SHA-256."""
+    t = config.training
+    if t.init_checkpoint is None:
+        return None
+    names = parameter_names(model)
+    return load_initial(t.init_checkpoint, optimizer.flat, optimizer, names, t.init_checkpoint_sha256sum)
+
+
+def build_step(config: Config, model: AlphaFold, optimizer: Optimizer, ranks: Ranks) -> TrainStep:
+    """The training step, captured in CUDA graphs where device and configuration allow."""
+
+    def objective(batch: dict[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
+        outputs = model(batch, passes)
+        return alphafold_loss(outputs, select_slice(batch, passes - 1), config.loss)
+
+    graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
+    group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None
+    return (GraphedTrainStep if graphed else TrainStep)(
+        objective,
+        optimizer,
+        GradientReducer(optimizer.flat, group),
+        config.micro_batch_size,
+        config.training.gradient_accumulation_steps,
+        group,
+    )
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Names in registration order: the order of the checkpoint."""
+    return [name for name, _ in model.named_parameters()]
+
+
+def feature_settings(config: Config) -> FeatureSettings:
+    """The feature pipeline's view of the configuration."""
+    d = config.data
+    return FeatureSettings(
+        train_sequence_crop_size=d.train_sequence_crop_size,
+        max_msa_clusters=d.max_msa_clusters,
+        max_extra_msa=d.max_extra_msa,
+        max_templates=d.max_templates,
+        templates_enabled=config.model.templates_enabled,
+        num_recycling_iters=d.num_recycling_iters,
+        shuffle_top_k_prefiltered=d.shuffle_top_k_prefiltered,
+        masked_msa_replace_fraction=d.masked_msa_replace_fraction,
+        masked_msa_profile_prob=d.masked_msa_profile_prob,
+        masked_msa_same_prob=d.masked_msa_same_prob,
+        masked_msa_uniform_prob=d.masked_msa_uniform_prob,
+        use_clamped_fape_probability=d.use_clamped_fape_probability,
+    )
+
+
+def evaluation_lengths(config: Config, store: Store) -> dict[str, int]:
+    """Evaluation chains with their lengths: the store's own list if it has one, else the benchmark's CAMEO list."""
+    d = config.data
+    own = sorted(d.store_dir.glob("evaluation_targets*"))
+    rows = selection.evaluation_set(
+        store.table,
+        selection.read_evaluation_file(own[0] if own else None),
+        d.val_min_cameo_submission_date,
+        d.val_max_cameo_submission_date,
+        d.val_max_sequence_length,
+    )
+    return {store.name(int(row)): int(store.table.length[row]) for row in rows}
+
+
+def log_header(events: Events, config: Config, ranks: Ranks, seed: int, model: AlphaFold, digest: str | None) -> None:
+    """Everything the log states before ``init_stop``."""
+    s, p = config.submission, config.parallel
+    events.cache_clear(os.environ.get("SCALEFOLD_CACHES_DROPPED") == "1")
+    events.submission(
+        SubmissionInfo(org=s.org or "unknown", platform=s.platform or "unknown", division=s.division, status=s.status)
+    )
+    events.seed(seed)
+    events.scale(
+        number_of_ranks=ranks.layout.world_size, number_of_nodes=p.nodes, accelerators_per_node=p.gpus_per_node
+    )
+    events.hyperparameters(hyperparameters(config, sum(parameter.numel() for parameter in model.parameters())))
+    events.checkpoint(digest)
+    events.staging()
+
+
+def hyperparameters(config: Config, model_parameters_count: int) -> Hyperparameters:
+    """The closed division's settings with the values that are really used."""
+    t, d, weights = config.training, config.data, config.loss
+    shared = ("train_max_pdb_release_date", "val_min_cameo_submission_date", "val_max_cameo_submission_date")
+    sizes = ("val_max_sequence_length", "train_sequence_crop_size", "num_recycling_iters", "max_msa_clusters")
+    return Hyperparameters(
+        **{key: getattr(d, key) for key in (*shared, *sizes, "max_extra_msa", "max_templates")},
+        global_batch_size=t.global_batch_size,
+        gradient_accumulation_steps=t.gradient_accumulation_steps,
+        target_avg_lddt_ca_value=t.target_avg_lddt_ca_value,
+        val_every_iters=t.val_every_iters,
+        precision=config.execution.precision,
+        model_parameters_count=model_parameters_count,
+        templates_enabled=config.model.templates_enabled,
+        fape_loss_weight=weights.fape_loss_weight,
+        fape_loss_backbone_weight=weights.fape_loss_backbone_weight,
+        fape_loss_sidechain_weight=weights.fape_loss_sidechain_weight,
+        supervised_chi_loss_weight=weights.supervised_chi_loss_weight,
+        distogram_loss_weight=weights.distogram_loss_weight,
+        masked_msa_loss_weight=weights.masked_msa_loss_weight,
+        plddt_loss_weight=weights.plddt_loss_weight,
+        opt_name="Adam",
+        opt_adam_beta_1=t.opt_adam_beta_1,
+        opt_adam_beta_2=t.opt_adam_beta_2,
+        opt_adam_epsilon=t.opt_adam_epsilon,
+        opt_weight_decay=0.0,
+        opt_amsgrad=False,
+        opt_gradient_clipping=True,
+        opt_gradient_clip_norm=t.opt_gradient_clip_norm,
+        opt_base_learning_rate=t.opt_base_learning_rate,
+        opt_learning_rate_warmup_init=t.opt_learning_rate_warmup_init,
+        opt_learning_rate_warmup_steps=t.opt_learning_rate_warmup_steps,
+        swa_enabled=True,
+        swa_decay_rate=t.swa_decay_rate,
+    )
+
+
+def run_header(config: Config, ranks: Ranks, seed: int, model: AlphaFold, ops: Operations) -> dict[str, Any]:
+    """Facts for the record: what ran where."""
+    device = ranks.device
+    return {
+        "config_name": config.system,
+        "world_size": ranks.layout.world_size,
+        "dap_size": ranks.layout.dap_size,
+        "num_eval_ranks": ranks.layout.num_eval_ranks,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "host": ranks.host,
+        "launcher": ranks.launcher,
+        "torch": torch.__version__,
+        "kernels": ops.name,
+        "precision": config.execution.precision,
+        "seed": seed,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "global_batch_size": config.training.global_batch_size,
+        "val_every_iters": config.training.val_every_iters,
+        "target": config.training.target_avg_lddt_ca_value,
+    }
+
+
+def write_resolved(path: Path, config: Config) -> None:
+    """Keep the resolved configuration beside the log."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(dump_config(config))
+    temporary.replace(path)
+
+
+def catch_stop_signals(run: Run) -> None:
+    """SIGTERM and SIGUSR1 ask for an orderly stop after the current step, with a checkpoint."""
+
+    def ask(signum: int, _: Any) -> None:
+        run.stop_asked = True
+        log.warning("%s: signal %s: stopping after this step", run.ranks.describe(), signal.Signals(signum).name)
+
+    for wanted in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(wanted, ask)

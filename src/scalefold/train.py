@@ -1,0 +1,257 @@
+"""The training loop: from an assembled run to an outcome, readable in one sitting.
+
+``run.py`` assembles the parts; this file says in which order they act and who logs what.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scalefold.checkpoint import RunState
+from scalefold.config import Config
+from scalefold.data.loader import Batch
+from scalefold.data.sampler import forward_seed
+from scalefold.errors import TrainingError
+from scalefold.mlperf.events import merge_parts
+from scalefold.parallel.ranks import start
+from scalefold.parallel.snapshots import STOP_REQUESTED, TARGET_REACHED
+from scalefold.report.record import StepRow
+from scalefold.run import Run, RunOptions, assemble, evaluate_elsewhere, prepare_process
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: status for the MLPerf log, last iteration, last evaluation."""
+
+    status: Literal["success", "aborted"]
+    step: int
+    lddt_ca: float | None
+
+
+def run_rank(config: Config, options: RunOptions) -> Outcome | None:
+    """What one process of a run does from start to end; the outcome on training ranks, None on evaluation ranks.
+
+    Raises:
+        ScaleFoldError: see ``train``; configuration, checkpoint and data errors.
+    """
+    prepare_process(config)
+    ranks = start(config)
+    outcome = None
+    if ranks.trains:
+        run = assemble(config, options, ranks)
+        outcome = train(run)
+    else:
+        evaluate_elsewhere(config, options, ranks)
+    ranks.barrier()
+    if ranks.is_root and ranks.layout.num_eval_ranks:
+        merge_parts(run.result_file)
+    ranks.stop()
+    return outcome
+
+
+def train(run: Run) -> Outcome:
+    """Train until the average lDDT-Cα reaches the target, the step budget ends, or the scheduler asks to stop.
+
+    Raises:
+        TrainingError: gradients are not finite; the last good checkpoint stays.
+        DataError: a sample cannot be built.
+    """
+    try:
+        warm_up(run)
+        start_clock(run)
+        outcome = loop(run, StepLog(run))
+        run.events.run_stop(outcome.status)
+        return outcome
+    except BaseException:
+        run.events.abort()
+        raise
+    finally:
+        run.close()
+
+
+def warm_up(run: Run) -> None:
+    """Everything slow that needs no data set: compile, capture, first collectives, on a synthetic batch."""
+    if run.config.execution.warm_up or run.config.execution.cuda_graphs:
+        run.step.warm_up(run.synthetic_batch(), run.config.data.num_recycling_iters + 1, run.progress.note)
+    run.evaluator.warm_up()
+    run.ranks.barrier()
+    run.events.init_stop()
+
+
+def start_clock(run: Run) -> None:
+    """Start the MLPerf clock between two barriers; the data set is opened only after it."""
+    run.ranks.barrier()
+    run.events.run_start()
+    run.record.start_clock()
+    run.ranks.barrier()
+    run.open_data()
+
+
+def loop(run: Run, steps: "StepLog") -> Outcome:
+    """Iterate; evaluate, save and stop where they are due."""
+    t = run.config.training
+    cycle = Cycle(run)
+    for step in range(run.first_step, t.num_train_iters + 1):
+        cycle.begin(step)
+        batch = run.loader.next(step)
+        torch.manual_seed(forward_seed(run.seed, run.ranks.dp_index, step))
+        values = run.step(run.to_device(batch), batch.passes, step)
+        steps.push(step, batch, values)
+        cycle.count(batch)
+        reached = False
+        if step % t.val_every_iters == 0:
+            steps.flush()
+            cycle.end(step)
+            reached = run.evaluator.submit(step)
+        code = run.stop_code()
+        if reached or code == TARGET_REACHED:
+            return finish(run, steps, step, reached=True)
+        if run.checkpoint_due(step) or code == STOP_REQUESTED:
+            steps.flush()
+            run.save(RunState(step, run.seed, run.optimizer.num_averaged))
+        if code == STOP_REQUESTED:
+            return finish(run, steps, step, reached=False)
+    return finish(run, steps, t.num_train_iters, reached=False)
+
+
+def finish(run: Run, steps: "StepLog", step: int, reached: bool) -> Outcome:
+    """Write the last step, wait for evaluations under way, and say how it ended."""
+    steps.flush()
+    reached = run.evaluator.finish() or reached
+    return Outcome("success" if reached else "aborted", step, run.evaluator.last)
+
+
+class Cycle:
+    """The interval between two evaluations: MLPerf's epoch, with its throughput."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._samples, self._wait_ms, self._start_s = 0, 0.0, 0.0
+        self._open = False
+
+    def begin(self, step: int) -> None:
+        """Open a cycle unless one is open."""
+        if not self._open:
+            every = self.run.config.training.val_every_iters
+            self.run.events.epoch_start(-(-step // every) * every)
+            self._samples, self._wait_ms, self._start_s = 0, 0.0, time.monotonic()
+            self._open = True
+
+    def count(self, batch: Batch) -> None:
+        """Add one iteration."""
+        self._samples += self.run.config.training.global_batch_size
+        self._wait_ms += batch.wait_ms
+
+    def end(self, step: int) -> None:
+        """Close the cycle and log its speed and mean wait for a batch."""
+        seconds = time.monotonic() - self._start_s
+        iterations = self._samples // self.run.config.training.global_batch_size
+        self.run.events.epoch_stop(step)
+        self.run.events.throughput(step, self._samples / seconds, self._wait_ms / 1e3 / iterations)
+        self._open = False
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose values are still on their way from the device."""
+
+    step: int
+    chain_ids: Sequence[str]
+    passes: int
+    data_ms: float
+    values: Tensor
+    stamp: "Stamp"
+
+
+class Stamp:
+    """A point in time on the device's own clock (CUDA event) or the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._seconds = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until the device has passed this point."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def ms_since(self, earlier: "Stamp") -> float:
+        """Milliseconds between two stamps that have both passed."""
+        if self._event is not None and earlier._event is not None:
+            return earlier._event.elapsed_time(self._event)
+        return 1e3 * (self._seconds - earlier._seconds)
+
+
+class StepLog:
+    """Writes each step one step late, so that reading its values never stops the device."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._pending: Pending | None = None
+        self._previous = Stamp(run.ranks.device)
+
+    def push(self, step: int, batch: Batch, values: Tensor) -> None:
+        """Start the copy of this step's values to the host and write the previous step."""
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        host.copy_(values, non_blocking=True)
+        stamp = Stamp(self.run.ranks.device)
+        pending = Pending(step, batch.chain_ids, batch.passes, batch.wait_ms, host, stamp)
+        self.flush()
+        self._pending = pending
+
+    def flush(self) -> None:
+        """Write the pending step, if there is one.
+
+        Raises:
+            TrainingError: its gradient norm is not finite.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        pending.stamp.wait()
+        values = dict(zip(self.run.step.names, pending.values.tolist(), strict=True))
+        step_ms = pending.stamp.ms_since(self._previous)
+        self._previous = pending.stamp
+        self._check(pending, values)
+        if pending.step % self.run.config.run.log_every_iters == 0:
+            self._write(pending, values, step_ms)
+
+    def _write(self, pending: Pending, values: dict[str, float], step_ms: float) -> None:
+        run, device = self.run, self.run.ranks.device
+        loss, norm = values.pop("loss"), values.pop("grad_norm")
+        row = StepRow(
+            step=pending.step,
+            loss=loss,
+            terms=values,
+            lr=run.learning_rate(pending.step),
+            grad_norm=norm,
+            step_ms=step_ms,
+            data_ms=pending.data_ms,
+            passes=pending.passes,
+            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+            samples=pending.step * run.config.training.global_batch_size,
+        )
+        run.record.step(row)
+        run.progress.step(row)
+
+    def _check(self, pending: Pending, values: dict[str, float]) -> None:
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        where = f"{self.run.ranks.describe()}, step {pending.step}, chains {', '.join(pending.chain_ids)}"
+        if "grad_norm" in broken or "loss" in broken:
+            raise TrainingError(
+                f"{where}: not finite: {', '.join(broken)}. Last good checkpoint: "
+                f"{self.run.checkpoints.newest() or 'none'}; look at these chains, or try execution.precision: fp32"
+            )
+        if values.get("non_finite_terms"):
+            log.warning("%s: %g loss terms were not finite and left out", where, values["non_finite_terms"])
+            self.run.record.event("non_finite_terms", step=pending.step, chains=list(pending.chain_ids))
