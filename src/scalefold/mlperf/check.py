@@ -13,9 +13,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from scalefold.mlperf.keys import EXPECTED, KEYS, RULESET, TARGET_LDDT, USAGE
 from scalefold.mlperf.lint import Finding, has_type, is_number, lint
 from scalefold.mlperf.logfile import Log, read_log
+from scalefold.mlperf.official_tools import fast_yaml_loader
 
 Kind = Literal["valid", "non_benchmark", "invalid"]
 _CONFIG = f"{USAGE}_{RULESET}/common.yaml"
@@ -180,15 +183,21 @@ def _as_benchmark(line: Any, log: Log) -> Any:
 
 @contextlib.contextmanager
 def _official_tool() -> Iterator[None]:
-    """The official tools log through the root logger and configure it when they find it bare; neither leaks out."""
+    """The official tools log through the root logger and configure it when they find it bare; neither leaks out.
+
+    While they run, the C loader reads their rules.
+    """
     root = logging.getLogger()
     handler = logging.NullHandler()
     disabled = root.manager.disable
+    loader = yaml.BaseLoader
     root.addHandler(handler)
     logging.disable(logging.CRITICAL)
+    yaml.BaseLoader = fast_yaml_loader()
     try:
         yield
     finally:
+        yaml.BaseLoader = loader
         logging.disable(disabled)
         root.removeHandler(handler)
 

@@ -1,0 +1,359 @@
+"""The rehearsal submission passes every official checker; sabotaged ones are refused, each for the right reason."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mlperf_editing import drop, edit, index_of, line_of, rehearsal, set_value
+from scalefold.errors import LogError
+from scalefold.mlperf.logfile import read_log
+from scalefold.mlperf.package import Submission, SystemEntry, choose_runs, collect_logs, pack, plan_package
+from scalefold.mlperf.package_lint import Package, lint_package
+from scalefold.mlperf.published import published_runs
+from scalefold.mlperf.rehearsal import published_script, write_rehearsal
+from scalefold.mlperf.system_desc import FIELDS, describe_system
+from scalefold.mlperf.verify import PackageVerdict, dump, verify_package, verify_packages
+
+ORG = "Rehearsal Institute"
+KNOWN = {field: "stated" for field in FIELDS if field.startswith(("host_", "accelerator_", "cooling"))}
+KNOWN |= {"host_processors_per_node": "2", "accelerators_per_node": "8"}
+
+
+def rebuild(folder: Path, submitter: str, scaling: str) -> tuple[Path, ...]:
+    """One run folder per log, as training leaves them."""
+    for run in published_runs(submitter=submitter, scaling=scaling)[:10]:
+        write_rehearsal(published_script(run, org=ORG, platform="r1"), folder / f"run-{run.run:02}" / "result_0.txt")
+    return tuple(sorted(folder.iterdir()))
+
+
+def described(name: str, nodes: int, **known: str) -> dict:
+    system = describe_system(number_of_nodes=nodes, submitter=ORG, system_name=name, known=KNOWN | known)
+    return system.fields
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A source tree that holds the writer of the rehearsal logs, and names that must not be shipped."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in ("README.md", "LICENSE", "Makefile", ".gitignore", "runs/log.txt", "with space.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{name}\n")
+    import scalefold.mlperf
+
+    shutil.copytree(Path(scalefold.mlperf.__file__).parent, folder / "src/scalefold/mlperf")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def submission(tmp_path_factory, source) -> Submission:
+    runs = tmp_path_factory.mktemp("runs")
+    config = runs / "r260_260x8.yaml"
+    config.write_text("base: base.yaml\n")
+    strong = SystemEntry(
+        name="r260",
+        description=described("r260", 260),
+        config=config,
+        strong=rebuild(runs / "strong", "NVIDIA", "strong"),
+    )
+    weak = SystemEntry(name="r160", description=described("r160", 160), weak=rebuild(runs / "weak", "NVIDIA", "weak"))
+    return Submission(org=ORG, systems=(strong, weak), source_dir=source)
+
+
+@pytest.fixture(scope="module")
+def full(submission, tmp_path_factory) -> Path:
+    org = tmp_path_factory.mktemp("packages") / "Rehearsal"
+    pack(submission, org)
+    return org
+
+
+@pytest.fixture(scope="module")
+def strong_only(full, tmp_path_factory) -> Path:
+    org = tmp_path_factory.mktemp("strong_only") / "Rehearsal"
+    shutil.copytree(full, org)
+    for path in ("results/r160", "benchmarks/openfold/r160"):
+        shutil.rmtree(org / path)
+    (org / "systems/r160.json").unlink()
+    return org
+
+
+def test_the_rehearsal_submission_passes_every_checker_without_bypass(full, tmp_path):
+    before = {p: p.read_bytes() for p in full.rglob("*") if p.is_file()}
+    verdict = verify_package(full)
+    assert verdict.failures == [], verdict.text()
+    assert verdict.exit_code == 0
+    passed = {(row.check, row.where) for row in verdict.rows if row.result == "pass"}
+    assert passed >= {
+        ("repo checker", "."),
+        ("package checker", "."),
+        ("system checker", "systems/r260.json"),
+        ("system checker", "systems/r160.json"),
+        ("rcp checker", "results/r260/strong/openfold"),
+        ("rcp checker", "results/r160/weak/openfold"),
+        ("summarizer", "results/r260/strong/openfold"),
+        ("summarizer", "results/r160/weak/openfold"),
+        ("own rules", "."),
+    }
+    minutes = {score.scaling: score.minutes for score in verdict.scores}
+    assert minutes["strong"] == pytest.approx(7.512, abs=0.0005)
+    assert "124,160 samples, reference 133,120, floor 123,132, factor 1.0722" in verdict.text()
+    assert {p: p.read_bytes() for p in full.rglob("*") if p.is_file()} == before
+    dump(verdict, tmp_path / "verdict.json")
+    assert json.loads((tmp_path / "verdict.json").read_text())["exit_code"] == 0
+
+
+def test_the_package_has_the_form_that_the_checker_walks(full):
+    assert sorted(p.name for p in full.iterdir()) == ["LICENSE", "README.md", "benchmarks", "results", "systems"]
+    names = sorted(p.name for p in (full / "results/r260/strong/openfold").iterdir())
+    assert names == sorted(f"result_{i}.txt" for i in range(10))
+    starts = [read_log(full / f"results/r160/weak/openfold/result_{i}.txt").need("run_start") for i in range(10)]
+    assert [s.time_ms for s in starts] == sorted(s.time_ms for s in starts)
+    system = full / "benchmarks/openfold/r260"
+    assert {p.name for p in system.iterdir()} == {
+        "README.md",
+        "setup.sh",
+        "init_datasets.sh",
+        "run_and_time.sh",
+        "r260.json",
+        "r260_260x8.yaml",
+    }
+    assert "r260_260x8.yaml" in (system / "run_and_time.sh").read_text()
+    assert (system / "setup.sh").stat().st_mode & 0o111
+
+
+def test_source_is_shipped_without_names_that_the_repository_checker_refuses(full, source):
+    shipped = full / "benchmarks/openfold/implementations/scalefold"
+    assert (shipped / "src/scalefold/mlperf/events.py").read_bytes() == (
+        source / "src/scalefold/mlperf/events.py"
+    ).read_bytes()
+    names = {p.name for p in shipped.rglob("*")}
+    assert not names & {".gitignore", "with space.txt", "runs", "log.txt"}
+    assert "not from a git checkout" in (shipped / "SOURCE.txt").read_text()
+
+
+# Sabotage: name -> (edit of the package, word in the failing rows, whether the official package checker accepts it)
+
+STRONG = "results/r260/strong/openfold"
+SYSTEM = "systems/r260.json"
+
+
+def log_edit(change, number=0):
+    return lambda org: edit(org / STRONG / f"result_{number}.txt", change)
+
+
+def all_logs(change):
+    return lambda org: [edit(file, change) for file in sorted((org / STRONG).iterdir())]
+
+
+def json_edit(**changes):
+    def change(org):
+        fields = json.loads((org / SYSTEM).read_text())
+        (org / SYSTEM).write_text(json.dumps(fields | changes))
+
+    return change
+
+
+def write(path, text):
+    return lambda org: (org / path).write_text(text)
+
+
+def without_scaling_level(org):
+    (org / STRONG).rename(org / "results/r260/openfold")
+    (org / "results/r260/strong").rmdir()
+
+
+def converge_too_fast(lines):
+    """Meet the target at the second evaluation."""
+    keep = index_of(lines, "eval_stop", 2) + 1
+    stop = {**line_of(lines, "run_stop"), "time_ms": lines[keep - 1]["time_ms"]}
+    lines[keep:] = [stop]
+    line_of(lines, "eval_accuracy", 2)["value"] = 0.81
+
+
+def abort(lines):
+    line_of(lines, "run_stop")["metadata"]["status"] = "aborted"
+    line_of(lines, "eval_accuracy", -1)["value"] = 0.79
+
+
+def same_seed_from_another_line(org):
+    seed = read_log(org / STRONG / "result_0.txt").value("seed")
+    edit(org / STRONG / "result_1.txt", set_value("seed", seed))
+    edit(org / STRONG / "result_1.txt", lambda ls: line_of(ls, "seed")["metadata"].update(lineno=8))
+
+
+def throughput_alone(org):
+    (org / "results/r260/strong").rename(org / "results/r260/weak")
+
+
+def cycles_as_epochs(lines):
+    for line in lines:
+        if "epoch_num" in line["metadata"]:
+            line["metadata"]["epoch_num"] *= 1000
+
+
+SABOTAGE = {
+    "nine runs": (lambda o: (o / STRONG / "result_9.txt").unlink(), "9 runs", False),
+    "no scaling level": (without_scaling_level, "success on nothing", True),
+    "division in capitals": (json_edit(division="Closed"), "disables seed and convergence checks", True),
+    "number in the system JSON": (json_edit(accelerators_per_node=8), "make the system checker crash", False),
+    "field missing in the system JSON": (
+        lambda o: (o / SYSTEM).write_text(json.dumps({"division": "closed", "status": "x"})),
+        "missing fields: submitter",
+        False,
+    ),
+    "system JSON missing": (lambda o: (o / SYSTEM).unlink(), "stops with a traceback", False),
+    "system of another size": (json_edit(number_of_nodes="256"), "number_of_nodes 260 in logs, 256 in the JSON", True),
+    "empty fields": (json_edit(cooling="", host_storage_type=""), "still empty: host_storage_type, cooling", True),
+    "equal seeds": (same_seed_from_another_line, "same seed", True),
+    "one run twice": (
+        lambda o: (
+            shutil.copy(o / STRONG / "result_3.txt", o / STRONG / "result_4.txt"),
+            edit(o / STRONG / "result_4.txt", set_value("seed", 12345)),
+        ),
+        "same run_start stamp",
+        True,
+    ),
+    "mixed batch sizes": (log_edit(set_value("global_batch_size", 128)), "global_batch_size differs", False),
+    "too fast to be true": (all_logs(converge_too_fast), "rcp checker", False),
+    "inflated sample counts": (all_logs(cycles_as_epochs), "val_every_iters x global_batch_size", True),
+    "two aborted runs": (
+        lambda o: (log_edit(abort)(o), log_edit(abort, 1)(o)),
+        "2 runs did not converge",
+        False,
+    ),
+    "one run of another model": (log_edit(set_value("max_templates", 2)), "1 key differs: max_templates", True),
+    "placeholder organization": (
+        all_logs(set_value("submission_org", "SUBMISSION_ORG_PLACEHOLDER")),
+        "real name",
+        True,
+    ),
+    "evaluation skipped": (
+        log_edit(lambda ls: drop(ls, "eval_start", "eval_accuracy", "eval_stop", epoch_num=40960)),
+        "evaluation cadence",
+        True,
+    ),
+    "data touched early": (
+        log_edit(lambda ls: ls.insert(3, ls.pop(index_of(ls, "train_samples")))),
+        "data was touched",
+        True,
+    ),
+    "left-over scaling": (write(f"{STRONG}/scaling.json", '{"scaling_factor": 0.5}'), "multiplies the score", True),
+    "bypass": (write("results/r260/package_checker_params", "rcp-bypass"), "asks checkers to bypass", True),
+    "bypass for the verify script": (write("package_checker_params", "rcp_bypass\n"), "asks checkers to bypass", True),
+    "throughput alone": (throughput_alone, "throughput result without a time-to-train result", True),
+    "no source": (
+        lambda o: shutil.rmtree(o / "benchmarks/openfold/implementations"),
+        "ship the source that ran",
+        True,
+    ),
+    "dot file": (write("benchmarks/openfold/.env", "x"), "repo checker", True),
+    "notes among results": (write(f"{STRONG}/notes.txt", "x"), "not a result_<i>.txt", True),
+    "text that is no log": (write(f"{STRONG}/result_2.txt", "hello\n"), "MLLOG line", False),
+}
+
+
+@pytest.fixture(scope="module")
+def verdicts(strong_only, tmp_path_factory) -> dict[str, PackageVerdict]:
+    """Verdicts of all sabotaged packages, by the name of the sabotage."""
+    folder = tmp_path_factory.mktemp("sabotaged")
+    packages = {}
+    for number, (name, (change, _, _)) in enumerate(SABOTAGE.items()):
+        packages[name] = folder / f"{number}" / "Rehearsal"
+        shutil.copytree(strong_only, packages[name])
+        change(packages[name])
+    return dict(zip(packages, verify_packages(list(packages.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_sabotage_is_refused_with_the_right_reason(verdicts, name):
+    _, word, official_accepts = SABOTAGE[name]
+    verdict = verdicts[name]
+    assert verdict.exit_code == 1
+    reasons = "\n".join(f"{row.check} {row.where} {row.detail} {row.fix}" for row in verdict.failures)
+    assert word in reasons, verdict.text()
+    assert all(row.fix for row in verdict.failures), verdict.text()
+    (official,) = [row.result for row in verdict.rows if row.check == "package checker"]
+    assert (official == "pass") is official_accepts, verdict.text()
+
+
+def test_one_honest_failure_stands_as_the_slowest_run(strong_only, tmp_path):
+    org = tmp_path / "Rehearsal"
+    shutil.copytree(strong_only, org)
+    log_edit(abort, 9)(org)
+    verdict = verify_package(org)
+    assert verdict.exit_code == 0, verdict.text()
+    assert "result_9.txt did not converge and stands as the slowest run" in verdict.text()
+
+
+def test_a_published_result_below_the_convergence_floor_fails_the_rcp_checker(strong_only, tmp_path):
+    org = tmp_path / "Rehearsal"
+    shutil.copytree(strong_only, org)
+    shutil.rmtree(org / STRONG)
+    for i, run in enumerate(rebuild(tmp_path / "runs", "HPE+LBNL", "strong")):
+        (org / STRONG).mkdir(parents=True, exist_ok=True)
+        shutil.copy(run / "result_0.txt", org / STRONG / f"result_{i}.txt")
+    json_edit(number_of_nodes="224", accelerators_per_node="4")(org)
+    (row,) = [row for row in verify_package(org).failures if row.check == "rcp checker"]
+    assert "109,000 samples" in row.detail
+    assert "floor 111,199" in row.detail
+    assert "do not tune for fewer samples" in row.fix
+
+
+def test_a_folder_that_is_no_package_is_an_error(tmp_path):
+    with pytest.raises(LogError, match="no results folder"):
+        verify_package(tmp_path)
+
+
+# Packing --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_writes_nothing_and_lists_every_file(submission, tmp_path):
+    plan = pack(submission, tmp_path / "org", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    assert "results/r260/strong/openfold/result_9.txt  <- " in plan.text()
+
+
+def test_packing_never_replaces_a_folder_and_leaves_nothing_behind_on_failure(submission, tmp_path):
+    (tmp_path / "org").mkdir()
+    with pytest.raises(LogError, match="exists"):
+        pack(submission, tmp_path / "org")
+    few = SystemEntry(name="few", description={}, strong=submission.systems[0].strong[:9])
+    with pytest.raises(LogError, match="system few: 9 strong runs"):
+        pack(Submission(org="O", systems=(few,), source_dir=submission.source_dir), tmp_path / "other")
+    none = SystemEntry(name="none", description={}, strong=(tmp_path,))
+    with pytest.raises(LogError, match="without result"):
+        plan_package(Submission(org="O", systems=(none,), source_dir=submission.source_dir))
+    assert [p.name for p in tmp_path.iterdir()] == ["org"]
+
+
+def test_of_a_longer_series_the_ten_consecutive_runs_closest_to_the_median_are_chosen(submission, tmp_path):
+    logs = collect_logs(submission.systems[0].strong)
+    outlier = rehearsal(tmp_path / "late" / "result_0.txt", index=9)
+
+    def late_and_slow(lines):
+        for line in lines:
+            line["time_ms"] += 10**9
+        line_of(lines, "run_stop")["time_ms"] += 10**7
+
+    edit(outlier, late_and_slow)
+    chosen, left_out = choose_runs(collect_logs([*submission.systems[0].strong, outlier]), "r260")
+    assert [log.file for log in chosen] == [log.file for log in logs]
+    assert [log.file for log in left_out] == [outlier]
+
+
+def test_pruned_instances_are_kept_apart(submission, tmp_path):
+    weak = submission.systems[1]
+    extra = rehearsal(tmp_path / "pruned" / "result_0.txt", scaling="weak", index=12)
+    entry = SystemEntry(name="r160", description=weak.description, weak=weak.weak, pruned=(extra,))
+    plan = plan_package(Submission(org=ORG, systems=(entry,), source_dir=submission.source_dir))
+    assert plan.copies["results/r160/weak/openfold/pruned_results/result_0.txt"] == extra
+
+
+def test_logs_that_name_lines_which_are_not_shipped_are_noted(strong_only, tmp_path):
+    org = tmp_path / "Rehearsal"
+    shutil.copytree(strong_only, org)
+    log_edit(lambda ls: line_of(ls, "seed")["metadata"].update(lineno=10**6))(org)
+    notes = [p for p in lint_package(Package(org)) if "shipped source does not have" in p.message]
+    assert [p.severity for p in notes] == ["note"]
+    assert "rehearsal.py:1000000" in notes[0].message
