@@ -1,6 +1,7 @@
 """Reports: logs are read as they are, the minutes add up, and the page stands alone."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -130,6 +131,19 @@ def test_result_files_are_taken_in_the_order_of_their_numbers(tmp_path):
     for index in (10, 2, 1):
         write_result(tmp_path / f"result_{index}.txt", published_rows("HPE+LBNL")[0])
     assert [run.name for run in read_runs(tmp_path)] == ["result_1", "result_2", "result_10"]
+
+
+def test_a_resumed_run_is_one_run_with_its_latest_log_and_the_whole_curve(tmp_path):
+    write_own_run(tmp_path)
+    first = log_of(tmp_path)
+    resumed = tmp_path / "result_0.resumed_step_4.txt"
+    lines = [line for line in first.read_text().splitlines() if '"eval_' not in line or "153600" in line]
+    resumed.write_text("\n".join(lines) + "\n")
+    os.utime(first, (1, 1))
+    (run,) = read_runs(tmp_path)
+    assert run.log is not None
+    assert run.log.path == resumed
+    assert run.lddt_curve()[0].tolist() == [8.0, 16.0]
 
 
 def test_the_reference_band_is_there_for_the_benchmark_only(tmp_path):

@@ -102,9 +102,13 @@ class Run:
         return None if self.log is None or self.log.run_s is None else self.log.run_s / 60
 
     def lddt_curve(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples, seconds and lDDT-Cα of all evaluations, each of length M; seconds are NaN where unknown."""
-        if self.log is not None and self.log.evaluations:
-            rows = [(e.samples, e.result_s, e.lddt_ca) for e in self.log.evaluations if e.lddt_ca is not None]
+        """Samples, seconds and lDDT-Cα of all evaluations, each of length M; seconds are NaN where unknown.
+
+        From the log, unless the metrics file knows more evaluations, as it does after a resume.
+        """
+        logged = self.log.evaluations if self.log is not None else []
+        if logged and (self.metrics is None or len(self.metrics.eval_step) <= len(logged)):
+            rows = [(e.samples, e.result_s, e.lddt_ca) for e in logged if e.lddt_ca is not None]
             table = np.array(rows, np.float64).reshape(-1, 3)
             return table[:, 0], table[:, 1], table[:, 2]
         if self.metrics is not None:
@@ -170,7 +174,7 @@ def _runs_of(path: Path) -> list[Run]:
         raise LogError(f"{path}: no such file or folder")
     if path.is_file():
         return [_metrics_run(path)] if path.suffix == ".jsonl" else [_run(read_result(path))]
-    logs = sorted(path.glob("result_*.txt"), key=_natural)
+    logs = _latest_logs(path)
     metrics = read_metrics(path) if (path / METRICS_FILE).exists() else None
     config_text = _config_text(path)
     if len(logs) <= 1 and (logs or metrics):
@@ -181,6 +185,14 @@ def _runs_of(path: Path) -> list[Run]:
     if not nested:
         raise LogError(f"{path}: holds neither {METRICS_FILE} nor result_N.txt, and no folder in it does")
     return nested
+
+
+def _latest_logs(folder: Path) -> list[Path]:
+    """One log per ``result_N``, in order of N: a resumed run (``result_N.resumed_*.txt``) replaces its beginning."""
+    latest: dict[str, Path] = {}
+    for file in sorted(folder.glob("result_*.txt"), key=lambda file: file.stat().st_mtime_ns):
+        latest[file.name.split(".")[0]] = file
+    return sorted(latest.values(), key=_natural)
 
 
 def _holds_run(path: Path) -> bool:
