@@ -11,8 +11,8 @@ from scalefold.data import residues
 _NORM_EPS = np.float32(1e-8)  # added to every squared norm (Supplement 1.8.1 has none; the reference needs it)
 _CA, _CB = residues.CA_ATOM37, residues.CB_ATOM37
 _N, _C, _O = (residues.ATOM37_INDEX[name] for name in ("N", "C", "O"))
-_BACKBONE_FLIP = np.diag(np.float32([-1, 1, -1]))
-_RENAMED_FLIP = np.diag(np.float32([1, -1, -1]))
+_BACKBONE_FLIP = np.diag(np.array([-1, 1, -1], dtype=np.float32))
+_RENAMED_FLIP = np.diag(np.array([1, -1, -1], dtype=np.float32))
 
 
 def pseudo_beta(aatype: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +38,11 @@ def three_point_rotation(negative_x: np.ndarray, origin: np.ndarray, xy_plane: n
 
 def _normalised(vector: np.ndarray) -> np.ndarray:
     return vector / np.sqrt(np.sum(vector**2, axis=-1, keepdims=True) + _NORM_EPS)
+
+
+def _rotate(rotation: np.ndarray, point: np.ndarray) -> np.ndarray:
+    x, y, z = (rotation[..., i] * point[..., i, None] for i in range(3))
+    return x + y + z
 
 
 def atom14_features(aatype: np.ndarray, positions: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
@@ -105,7 +110,8 @@ def torsion_angles(aatype: np.ndarray, positions: np.ndarray, mask: np.ndarray) 
     aatype = np.minimum(aatype, residues.UNKNOWN_RESTYPE)
     points, exists = _torsion_atoms(aatype, positions, mask)
     rotation = three_point_rotation(points[..., 1, :], points[..., 2, :], points[..., 0, :])
-    fourth = np.einsum("...ij,...i->...j", rotation, points[..., 3, :] - points[..., 2, :])
+    inverse = np.swapaxes(rotation, -1, -2)
+    fourth = _rotate(inverse, points[..., 3, :]) - _rotate(inverse, points[..., 2, :])
     sin_cos = fourth[..., [2, 1]]
     sin_cos = sin_cos / np.sqrt(np.sum(sin_cos**2, axis=-1, keepdims=True) + _NORM_EPS)
     sin_cos[..., 2, :] *= -1  # psi is measured at O, opposite the next N

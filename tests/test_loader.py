@@ -1,0 +1,241 @@
+"""Delivery of batches: order, determinism, slow samples, failures, evaluation cache."""
+
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from chains import random_chain
+from scalefold.data import loader as loading
+from scalefold.data.features import PER_SLICE_KEYS, FeatureSettings, build_features
+from scalefold.data.loader import ChainDataset, EvalSet, SlowSamples, TrainLoader, to_device
+from scalefold.data.sampler import TrainingSampler, seed_from_string
+from scalefold.errors import DataError
+
+SMALL = FeatureSettings(
+    train_sequence_crop_size=16, max_msa_clusters=4, max_extra_msa=8, max_templates=2, num_recycling_iters=3
+)
+NUM_CHAINS = 12
+SLOW_SEED = 63  # draws the slow row 3 once in 40 iterations, as the 11th
+
+
+class FakeStore:
+    """Chains made from their row number; row 7 cannot be read if the folder is called "broken".
+
+    In a folder called "slow" every sample takes 20 ms and row 3 takes 1.5 s.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.table = SimpleNamespace(length=np.arange(10, 10 + NUM_CHAINS))
+
+    def __len__(self):
+        return NUM_CHAINS
+
+    def name(self, row):
+        return f"chain{row:02d}_A"
+
+    def index_of(self, chain_id):
+        return int(chain_id[5:7])
+
+    def read(self, row):
+        if self.path.name == "broken" and row == 7:
+            raise DataError("record is cut")
+        if self.path.name == "slow":
+            time.sleep(1.5 if row == 3 else 0.02)
+        return random_chain(10 + row, 12, seed=row)
+
+
+class FakeDataset(ChainDataset):
+    """The real dataset over ``FakeStore``; module level, so that worker processes can import it."""
+
+    def store(self):
+        if self._store is None:
+            self._store = FakeStore(self._store_path)
+        return self._store
+
+
+@pytest.fixture(autouse=True)
+def fake_store(monkeypatch):
+    monkeypatch.setattr(loading, "ChainDataset", FakeDataset)
+
+
+def sampler(local_batch_size=1, seed=5):
+    return TrainingSampler(np.arange(NUM_CHAINS), np.ones(NUM_CHAINS), seed, local_batch_size=local_batch_size)
+
+
+def deliver(path, iterations, num_workers=0, first=1, local_batch_size=1, **options):
+    loader = TrainLoader(path, SMALL, num_workers=num_workers, **options)
+    loader.spawn()
+    loader.start(sampler(local_batch_size), first, first + iterations - 1)
+    try:
+        return [loader.next(i) for i in range(first, first + iterations)], loader
+    finally:
+        loader.close()
+
+
+def assert_equal_batches(left, right):
+    assert [b.chain_ids for b in left] == [b.chain_ids for b in right]
+    for a, b in zip(left, right, strict=True):
+        assert a.passes == b.passes
+        for key, value in a.features.items():
+            assert torch.equal(value, b.features[key]), key
+
+
+def test_a_batch_holds_the_sampler_s_chains_with_the_iteration_s_slices(tmp_path):
+    batches, _ = deliver(tmp_path, 4, local_batch_size=2)
+    reference = sampler(2)
+    for iteration, batch in enumerate(batches, 1):
+        task = reference.task(iteration)
+        assert (batch.indices, batch.seeds, batch.passes) == (task.indices, task.seeds, task.num_slices)
+        assert batch.chain_ids == tuple(f"chain{i:02d}_A" for i in task.indices)
+        for row, (index, seed) in enumerate(zip(task.indices, task.seeds, strict=True)):
+            alone = build_features(random_chain(10 + index, 12, seed=index), SMALL, seed, training=True)
+            for key, value in batch.features.items():
+                expected = alone[key][..., : task.num_slices] if key in PER_SLICE_KEYS else alone[key]
+                assert torch.equal(value[row], expected[0]), key
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_in_order_samples_are_the_same_for_any_number_of_workers(tmp_path, num_workers):
+    expected, _ = deliver(tmp_path, 2 * NUM_CHAINS)
+    found, loader = deliver(tmp_path, 2 * NUM_CHAINS, num_workers=num_workers, prefetch_factor=2)
+    assert_equal_batches(found, expected)
+    assert loader.name == "InitialTrainingDataloaderPT"
+
+
+def test_a_resumed_loader_continues_the_stream(tmp_path):
+    whole, _ = deliver(tmp_path, 9)
+    rest, _ = deliver(tmp_path, 4, first=6)
+    assert_equal_batches(rest, whole[5:])
+
+
+def test_workers_touch_no_data_before_start(tmp_path):
+    loader = TrainLoader(tmp_path / "absent", SMALL, num_workers=1)
+    loader.spawn()
+    loader.close()
+    evaluation = EvalSet(tmp_path / "absent", SMALL, ["chain01_A"], num_workers=1)
+    evaluation.spawn()
+    evaluation.close()
+
+
+def test_out_of_order_delivery_loses_and_repeats_nothing(tmp_path):
+    batches, loader = deliver(tmp_path, 2 * NUM_CHAINS, num_workers=2, in_order=False)
+    assert sorted(b.iteration for b in batches) == list(range(1, 2 * NUM_CHAINS + 1))
+    assert loader.name == "InitialTrainingDataloaderPQ"
+    counts = sampler().recycling
+    assert [b.passes for b in batches] == [counts(i) + 1 for i in range(1, 2 * NUM_CHAINS + 1)]
+    expected = {b.iteration: b for b in deliver(tmp_path, 2 * NUM_CHAINS)[0]}
+    for batch in batches:
+        reference = expected[batch.iteration]
+        assert (batch.chain_ids, batch.seeds) == (reference.chain_ids, reference.seeds)
+        shared = min(batch.passes, reference.passes)
+        assert torch.equal(batch.features["msa_feat"][..., :shared], reference.features["msa_feat"][..., :shared])
+
+
+def waits_ms(folder, in_order):
+    loader = TrainLoader(folder, SMALL, num_workers=2, prefetch_factor=2, in_order=in_order)
+    loader.spawn()
+    loader.start(sampler(seed=SLOW_SEED), 1, 40)
+    try:
+        batches = []
+        for iteration in range(1, 41):
+            batches.append(loader.next(iteration))
+            time.sleep(0.04)
+        return batches
+    finally:
+        loader.close()
+
+
+def test_a_slow_sample_stalls_the_ordered_loader_and_not_the_other(tmp_path):
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    assert [i for i in range(1, 41) if sampler(seed=SLOW_SEED).task(i).indices == (3,)] == [11]
+    ordered = max(batch.wait_ms for batch in waits_ms(folder, in_order=True)[2:])
+    ready = max(batch.wait_ms for batch in waits_ms(folder, in_order=False)[2:-6])
+    assert ordered > 1000
+    assert ready < 500
+
+
+def test_of_the_ready_batches_the_earliest_draw_comes_first():
+    arrivals = iter([3, 1, 2])
+
+    class Arrivals:
+        def next(self):
+            return SimpleNamespace(iteration=next(arrivals))
+
+    ready = loading._ReadyFirst(Arrivals(), capacity=4)
+    ready._thread.join()
+    assert [ready.next().iteration for _ in range(3)] == [1, 2, 3]
+    with pytest.raises(StopIteration):
+        ready.next()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_failing_sample_stops_training_with_chain_row_seed_and_reason(tmp_path, num_workers, in_order):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    with pytest.raises(DataError, match=r"chain chain07_A \(row 7, seed \d+\): record is cut"):
+        deliver(folder, 60, num_workers=num_workers, in_order=in_order)
+
+
+def test_more_iterations_than_announced_are_an_error(tmp_path):
+    loader = TrainLoader(tmp_path, SMALL, num_workers=0)
+    loader.start(sampler(), 1, 2)
+    loader.next(1), loader.next(2)
+    with pytest.raises(DataError, match="iteration 3: the loader was started for fewer"):
+        loader.next(3)
+
+
+def test_skipping_an_iteration_is_an_error(tmp_path):
+    loader = TrainLoader(tmp_path, SMALL, num_workers=0)
+    loader.start(sampler(), 1, 5)
+    loader.next(1)
+    with pytest.raises(DataError, match="iteration 3: the loader delivers iteration 2"):
+        loader.next(3)
+
+
+def test_the_slowest_samples_are_remembered():
+    slow = SlowSamples(count=2)
+    for seconds, name in [(0.1, "a"), (0.5, "b"), (0.3, "c"), (0.2, "d")]:
+        slow.add(SimpleNamespace(build_s=(seconds,), chain_ids=(name,)))
+    assert slow.slowest() == [(0.5, "b"), (0.3, "c")]
+
+
+def test_a_copied_batch_has_the_same_features(tmp_path):
+    (batch,), _ = deliver(tmp_path, 1)
+    moved = to_device(batch, "cpu")
+    assert_equal_batches([moved], [batch])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_features_depend_on_the_chain_alone_and_are_built_once(tmp_path, num_workers):
+    names = ["chain04_A", "chain01_A", "chain09_A"]
+    evaluation = EvalSet(tmp_path, SMALL, names, num_workers=num_workers)
+    evaluation.spawn()
+    evaluation.start()
+    first, second = list(evaluation), list(evaluation)
+    evaluation.close()
+    assert [b.chain_ids[0] for b in first] == names
+    for a, b in zip(first, second, strict=True):
+        assert a.buffer.data_ptr() == b.buffer.data_ptr()
+    for name, batch in zip(names, first, strict=True):
+        row = int(name[5:7])
+        expected = build_features(random_chain(10 + row, 12, seed=row), SMALL, seed_from_string(name), training=False)
+        assert batch.passes == 4
+        for key, value in batch.features.items():
+            assert torch.equal(value, expected[key]), key
+
+
+def test_a_failing_evaluation_chain_is_an_error_that_names_it(tmp_path):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for num_workers in (0, 1):
+        evaluation = EvalSet(folder, SMALL, ["chain01_A", "chain07_A"], num_workers=num_workers)
+        evaluation.start()
+        with pytest.raises(DataError, match="chain07_A"):
+            list(evaluation)
+        evaluation.close()
