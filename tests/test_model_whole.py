@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parity import golden, whole
+from parity import golden, training, whole
 from scalefold import loss
 from scalefold.config import LossConfig
 from scalefold.model import AlphaFold, select_slice
@@ -38,6 +38,16 @@ def test_evaluation_of_an_uncropped_chain_equals_the_reference() -> None:
     found = whole.measure_evaluation()
     assert set(found) == {"final_atom_positions", "plddt", "single", "lddt_ca"}
     assert {name: error for name, error in found.items() if error > 2e-4} == {}
+
+
+def test_four_training_steps_equal_the_reference() -> None:
+    """Losses, norm, rate, weights and averaged weights after each step: recycling, clip, Adam, average."""
+    for step, errors in enumerate(training.measure(), start=1):
+        assert errors.learning_rate == 0.0, step
+        assert {name: error for name, error in errors.losses.items() if error > 2e-5} == {}, step
+        assert errors.grad_norm <= 1e-4, step
+        assert {name: error for name, error in errors.parameters.items() if error > 2e-5} == {}, step
+        assert {name: error for name, error in errors.averages.items() if error > 2e-5} == {}, step
 
 
 def test_checkpointed_blocks_give_the_same_gradients_with_dropout() -> None:
@@ -101,6 +111,6 @@ def test_a_batch_without_template_slots_equals_one_with_empty_slots() -> None:
     absent = batch | {"template_mask": torch.zeros_like(batch["template_mask"])}
     absent["template_torsion_angles_mask"] = torch.zeros_like(batch["template_torsion_angles_mask"])
     expected = model(absent, 1)
-    # Columns of padded residues have no key left; they weigh all rows alike, so their number shows there and only there.
+    # Columns of padded residues have no key left and weigh all rows alike: there, and only there, their number shows.
     mask = batch["seq_mask"][:, None, :, None, None]
     torch.testing.assert_close(outputs["sm_positions"] * mask, expected["sm_positions"] * mask, rtol=1e-4, atol=1e-4)

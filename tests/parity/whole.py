@@ -48,15 +48,16 @@ def measure(run: str) -> WholeErrors:
     values = terms | {"violation": violations.violation_loss(outputs, supervised).detach().mean()}
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return WholeErrors(
-        outputs=_errors(outputs, golden.part(arrays, "out")),
-        losses=_errors(values, golden.part(arrays, "loss_mean"))
-        | _errors({"total": total}, {"total": arrays["total"]}),
-        gradients=_errors(gradients, golden.part(arrays, "grad")),
+        outputs=compare(outputs, golden.part(arrays, "out")),
+        losses=compare(values, golden.part(arrays, "loss_mean"))
+        | compare({"total": total}, {"total": arrays["total"]}),
+        gradients=compare(gradients, golden.part(arrays, "grad")),
         gradient_norms=_norm_errors(gradients, norms),
     )
 
 
-def _errors(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+def compare(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative error of every expected value, by name."""
     return {name: golden.relative_error(values[name], value) for name, value in expected.items()}
 
 
@@ -111,6 +112,6 @@ def measure_evaluation() -> dict[str, float]:
     features = golden.part(golden.load(golden.locate("features.npz")), "sample0/eval")
     batch = golden.canonical({key: value[None] for key, value in features.items()})
     outputs = golden.small_model()(batch)
-    errors = _errors(outputs, golden.part(arrays, "out"))
+    errors = compare(outputs, golden.part(arrays, "out"))
     score = metrics.prediction_lddt_ca(outputs["final_atom_positions"], batch)
     return errors | {"lddt_ca": golden.relative_error(score, arrays["lddt_ca"])}
