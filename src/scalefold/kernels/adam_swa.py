@@ -1,5 +1,7 @@
 """Optimizer kernels on flat buffers: Adam with weight averaging and a bf16 copy in one pass; sum of squares."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

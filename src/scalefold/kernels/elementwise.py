@@ -1,5 +1,7 @@
 """Dropout masks in two launches: uniform numbers of the device's generator, then one kernel."""
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 from math import prod
 

@@ -4,6 +4,8 @@ One kernel forward; backward two kernels (gradients of o and gate; weight and bi
 the incoming gradient itself. Saved: o, gate, dropout; nothing that is not an input.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

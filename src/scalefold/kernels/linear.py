@@ -4,6 +4,8 @@ One kernel forward (the norm stays in registers), three backward: input gradient
 gradients, sums of the partial gradients. Nothing but the inputs is saved.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 
 import torch

@@ -5,6 +5,8 @@ sequences. The kernels read that layout in contiguous pieces while they contract
 nothing is permuted. It is kept for the backward only where computing it again costs more than its bytes.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

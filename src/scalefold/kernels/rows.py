@@ -5,6 +5,8 @@ main tensor. Every tensor enters a kernel as a pointer and four strides (three l
 transposed, broadcast and channel-first views cost no copy and no kernel of their own.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 
 import torch
@@ -155,7 +157,7 @@ def fused_view(weights: Sequence[Tensor]) -> Tensor:
 
 def row_fields(count: int, dtype: torch.dtype, **sizes: int) -> dict[str, int | str]:
     """Fields of a row-wise problem for ``tuning.lookup``; row counts between powers of two share an entry."""
-    return {"rows": triton.next_power_of_2(count), "dtype": str(dtype).removeprefix("torch."), **sizes}
+    return {"rows": 1 << (count - 1).bit_length(), "dtype": str(dtype).removeprefix("torch."), **sizes}
 
 
 def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: tuple[int, ...]) -> None:

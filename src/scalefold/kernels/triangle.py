@@ -4,6 +4,8 @@ Layer norms, gates, masks, dropout and the residual stay in registers; operands 
 first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
