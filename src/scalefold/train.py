@@ -111,6 +111,7 @@ def loop(run: Run, steps: "StepLog") -> Outcome:
             steps.flush()
             cycle.end(step)
             reached = run.evaluator.submit(step)
+            steps.restart()
         code = run.stop_code()
         if reached or code == TARGET_REACHED:
             return finish(run, steps, step, reached=True)
@@ -208,6 +209,10 @@ class StepLog:
         pending = Pending(step, batch.chain_ids, batch.passes, batch.wait_ms, host, stamp)
         self.flush()
         self._pending = pending
+
+    def restart(self) -> None:
+        """The next step begins now: what came before (an evaluation) is not its time."""
+        self._previous = Stamp(self.run.ranks.device)
 
     def flush(self) -> None:
         """Write the pending step, if there is one.

@@ -1,0 +1,91 @@
+"""What all benchmark scripts share: timing inside CUDA graphs, device facts, CSV rows."""
+
+import csv
+import datetime
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and spread of repeated measurements, in milliseconds."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+    @staticmethod
+    def of(values_ms: list[float]) -> "Timing":
+        """Quantiles of at least one value."""
+        ordered = sorted(values_ms)
+        last = len(ordered) - 1
+        return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+
+def time_calls(call: Callable[[], object], repeats: int, warm_up: int = 3) -> Timing:
+    """Device time of single calls, each between two events."""
+    for _ in range(warm_up):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return Timing.of(times)
+
+
+def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``call`` after ``warm_up`` eager calls on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph
+
+
+def facts() -> dict[str, str]:
+    """Date, device, torch version and commit: the first columns of every row."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=FOLDER)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def append_rows(file: Path, rows: list[dict[str, object]]) -> None:
+    """Append rows to a CSV file; the header is written if the file is new."""
+    if not rows:
+        return
+    new = not file.exists()
+    with file.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """Rows as an aligned table."""
+    if not rows:
+        return
+    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

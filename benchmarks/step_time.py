@@ -1,0 +1,249 @@
+"""The ruler: time, memory and correctness of a whole training step at the benchmark's full shapes.
+
+    python benchmarks/step_time.py                      # ours, R = 1..4, appended to benchmarks/step_time.csv
+    python benchmarks/step_time.py --variant plain_ckpt  # plain PyTorch operations with activation checkpointing
+    python benchmarks/step_time.py --check --profile     # compare with the fp32 reference first; kernels by class
+
+A step is everything between two batches on the device: casts, forward with R passes, losses, backward, gradient norm,
+clip, Adam, weight averaging, refresh of the bf16 copy. The batch is synthetic, with plausible geometry. One process,
+one device; dropout is on while timing and off while comparing.
+"""
+
+import argparse
+import gc
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from common import FOLDER, Timing, append_rows, facts, print_table, time_calls
+from torch import Tensor
+
+from scalefold.compile import TrainStep
+from scalefold.config import Config, load_config
+from scalefold.data.synthetic import synthetic_batch
+from scalefold.kernels import use_operations
+from scalefold.model.alphafold import AlphaFold
+from scalefold.parallel.ranks import RankLayout, Ranks
+from scalefold.run import (
+    build_model,
+    build_optimizer,
+    build_step,
+    choose_operations,
+    feature_settings,
+    prepare_process,
+)
+
+VARIANTS = {
+    "ours": [],
+    "ours_ckpt": ["execution.activation_checkpointing=true"],
+    "plain_ckpt": ["execution.kernels=reference", "execution.activation_checkpointing=true"],
+    "plain": ["execution.kernels=reference"],
+    "plain_eager_ckpt": [
+        "execution.kernels=reference",
+        "execution.activation_checkpointing=true",
+        "execution.cuda_graphs=false",
+    ],
+    "fp32": ["execution.kernels=reference", "execution.precision=fp32", "execution.activation_checkpointing=true"],
+}
+CLASSES = {
+    "attention": ("attention", "attn", "softmax"),
+    "matmul": ("gemm", "cutlass", "cublas", "nvjet", "sm90_xmma", "bmm", "splitk"),
+    "layer norm": ("layer_norm", "layernorm", "norm"),
+    "optimizer": ("adam", "multi_tensor"),
+    "copy": ("copy", "memcpy", "memset", "fill", "cat", "transpose"),
+    "reduction": ("reduce", "sum"),
+    "elementwise": ("elementwise", "vectorized", "unrolled"),
+}
+
+
+def configuration(variant: str, extra: list[str]) -> Config:
+    """The one-GPU system file with a variant's changes."""
+    file = FOLDER.parent / "configs" / "base.yaml"
+    return load_config(file, [*VARIANTS[variant], *extra]).config
+
+
+def single_rank() -> Ranks:
+    """This process as the only rank."""
+    return Ranks(RankLayout(1), 0, 0, torch.device("cuda", 0))
+
+
+def build(config: Config) -> tuple[AlphaFold, TrainStep]:
+    """Model and step as a run would build them; final layers are not zero, so that every gradient is alive."""
+    ranks = single_rank()
+    ops = choose_operations(config, ranks)
+    model = build_model(config, 0, ranks)
+    enliven(model)
+    use_operations(model, ops)
+    return model, build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
+
+
+@torch.no_grad()
+def enliven(model: AlphaFold) -> None:
+    """Small random weights where training starts from zero."""
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and not bool(parameter.any()):
+            noise = torch.randn(parameter.shape, generator=generator) * 0.2 * parameter.shape[1] ** -0.5
+            parameter.copy_(noise)
+
+
+def measure(variant: str, extra: list[str], passes: list[int], repeats: int) -> list[dict[str, object]]:
+    """One CSV row per number of passes."""
+    config = configuration(variant, extra)
+    batch = synthetic_batch(feature_settings(config), 1, device=torch.device("cuda"))
+    _, step = build(config)
+    torch.cuda.reset_peak_memory_stats()
+    step.warm_up(batch, max(passes), lambda text: print(f"  {variant}: {text}", flush=True))
+    rows = []
+    for r in passes:
+        timing = time_calls(lambda r=r: step(batch, r, 1), repeats)
+        rows.append(row(config, variant, r, timing))
+    return rows
+
+
+def row(config: Config, variant: str, passes: int, timing: Timing) -> dict[str, object]:
+    """One line of step_time.csv."""
+    return {
+        **facts(),
+        "variant": variant,
+        "gpus": 1,
+        "dap": 1,
+        "precision": config.execution.precision,
+        "passes": passes,
+        "median_ms": round(timing.median_ms, 2),
+        "p10_ms": round(timing.p10_ms, 2),
+        "p90_ms": round(timing.p90_ms, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
+def without_dropout(model: AlphaFold) -> None:
+    """Dropout rates to zero: two implementations may draw different numbers."""
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.0  # type: ignore[assignment]
+
+
+def gradients(variant: str, passes: int) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Loss terms and all gradients (fp32, on the CPU) of one step without graphs and dropout."""
+    config = configuration(variant, ["execution.cuda_graphs=false"])
+    torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
+    model, step = build(config)
+    without_dropout(model)
+    batch = synthetic_batch(feature_settings(config), 1, device=torch.device("cuda"))
+    loss, terms = step.objective(batch, passes)
+    loss.backward()
+    values = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
+    grads = {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
+    del model, step
+    gc.collect()
+    torch.cuda.empty_cache()
+    return values, grads
+
+
+def module_of(name: str) -> str:
+    """Group of a parameter for the cosine table: stack and sub-layer, blocks pooled."""
+    parts = [part for part in name.split(".")[:-1] if not part.isdigit() and part not in ("blocks", "core")]
+    return ".".join(parts[:2])
+
+
+def compare(passes: int = 1) -> bool:
+    """Ours and plain bf16 against the fp32 reference: losses and gradient cosine per module."""
+    truth_terms, truth = gradients("fp32", passes)
+    print(f"{'term':28s} {'fp32':>12s} {'ours':>12s} {'plain bf16':>12s}")
+    found = {variant: gradients(variant, passes) for variant in ("ours", "plain_ckpt")}
+    for name, value in truth_terms.items():
+        print(f"{name:28s} {value:12.6f} " + " ".join(f"{found[v][0][name]:12.6f}" for v in found))
+    dots: dict[str, dict[str, list[float]]] = defaultdict(lambda: {v: [0.0, 0.0, 0.0] for v in found})
+    for name, exact in truth.items():
+        for variant, (_, grads) in found.items():
+            sums = dots[module_of(name)][variant]
+            other = grads[name]
+            for i, value in enumerate(((exact * other).sum(), exact.square().sum(), other.square().sum())):
+                sums[i] += float(value)
+    good = True
+    print(f"{'module':52s} {'cos ours':>9s} {'cos plain':>9s}")
+    for module, by_variant in dots.items():
+        cosines = {v: s[0] / max((s[1] * s[2]) ** 0.5, 1e-30) for v, s in by_variant.items()}
+        ok = cosines["ours"] >= 0.99 or 1 - cosines["ours"] <= 2 * (1 - cosines["plain_ckpt"])
+        good &= ok
+        print(f"{module:52s} {cosines['ours']:9.5f} {cosines['plain_ckpt']:9.5f}{'' if ok else '  <-- low'}")
+    relative = abs(found["ours"][0]["loss"] / truth_terms["loss"] - 1)
+    plain = abs(found["plain_ckpt"][0]["loss"] / truth_terms["loss"] - 1)
+    good &= relative <= max(1e-3, 2 * plain)
+    print(f"relative difference of the loss: ours {relative:.2e}, plain bf16 {plain:.2e}: {'ok' if good else 'FAILED'}")
+    return good
+
+
+def profile(variant: str, extra: list[str], passes: int, out: Path | None) -> None:
+    """Kernels of one replayed step: number, time by class, the longest ones, idle share."""
+    config = configuration(variant, extra)
+    batch = synthetic_batch(feature_settings(config), 1, device=torch.device("cuda"))
+    _, step = build(config)
+    step.warm_up(batch, passes, lambda text: None)
+    step(batch, passes, 1)
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as traced:
+        step(batch, passes, 1)
+        torch.cuda.synchronize()
+    kernels = [e for e in traced.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for event in kernels:
+        by_name[event.name].append(event.time_range.end - event.time_range.start)
+    span = max(e.time_range.end for e in kernels) - min(e.time_range.start for e in kernels)
+    busy = sum(sum(times) for times in by_name.values())
+    print(f"{variant} R={passes}: {len(kernels)} kernels, busy {busy / 1e3:.1f} ms of {span / 1e3:.1f} ms", end="")
+    print(f", idle {100 * max(0.0, 1 - busy / span):.1f} %")
+    for name, total in by_class(by_name).items():
+        print(f"  {name:14s} {total / 1e3:8.2f} ms")
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    for name, times in longest[:45]:
+        print(f"  {sum(times) / 1e3:8.3f} ms  {len(times):5d} x {sum(times) / len(times):8.1f} us  {name[:110]}")
+    if out is not None:
+        out.write_text("".join(f"{sum(t) / 1e3:.4f},{len(t)},{n!r}\n" for n, t in longest))
+
+
+def by_class(by_name: dict[str, list[float]]) -> dict[str, float]:
+    """Kernel time in microseconds per class of name, longest first."""
+    totals: dict[str, float] = defaultdict(float)
+    for name, times in by_name.items():
+        low = name.lower()
+        kind = next((c for c, words in CLASSES.items() if any(word in low for word in words)), "other")
+        totals[kind] += sum(times)
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+
+def main() -> int:
+    """Measure what the command line asks for; exit status 1 if a comparison fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", action="append", choices=sorted(VARIANTS), help="may be repeated; default ours")
+    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--check", action="store_true", help="compare with the fp32 reference first")
+    parser.add_argument("--profile", type=int, nargs="*", metavar="R", help="profile these numbers of passes")
+    parser.add_argument("--csv", type=Path, default=FOLDER / "step_time.csv")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")
+    arguments = parser.parse_args()
+    prepare_process(configuration("ours", arguments.set))
+    status = 0
+    if arguments.check:
+        status = int(not compare())
+    rows = []
+    for variant in arguments.variant or ["ours"]:
+        rows += measure(variant, arguments.set, arguments.passes, arguments.repeats)
+        gc.collect()
+        torch.cuda.empty_cache()
+    for r in arguments.profile or []:
+        profile((arguments.variant or ["ours"])[0], arguments.set, r, arguments.csv.with_suffix(f".kernels_r{r}.csv"))
+    append_rows(arguments.csv, rows)
+    print_table(rows)
+    for variant in arguments.variant or ["ours"]:
+        medians = [float(str(r["median_ms"])) for r in rows if r["variant"] == variant]
+        print(f"{variant}: mean over R = {arguments.passes}: {sum(medians) / len(medians):.1f} ms")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

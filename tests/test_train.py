@@ -1,0 +1,147 @@
+"""Whole tiny runs in one process: outcome, log, record, resume, and what happens when something goes wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from runs import tiny_config
+from scalefold.checkpoint import RESUMABLE_FILE, STATE_FILE, load_run
+from scalefold.config import Config
+from scalefold.errors import CheckpointError, ConfigError, DataError, TrainingError
+from scalefold.mlperf.check import check_log
+from scalefold.report.record import read_metrics
+from scalefold.run import RunOptions
+from scalefold.train import run_rank
+
+
+def weights(run_dir: Path, iteration: int) -> dict[str, torch.Tensor]:
+    folder = run_dir / "checkpoints" / "last" / f"{iteration:06d}"
+    return torch.load(folder / RESUMABLE_FILE, weights_only=True)["alphafold_state_dict"]
+
+
+def test_a_run_ends_with_a_log_a_record_and_its_configuration(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_store, tmp_path / "run", "training.target_avg_lddt_ca_value=0.001")
+    outcome = run_rank(config, RunOptions())
+    assert outcome is not None
+    assert (outcome.status, outcome.step) == ("success", 2)
+    metrics = read_metrics(tmp_path / "run")
+    assert metrics.step.tolist() == [1, 2]
+    assert metrics.eval_step.tolist() == [2]
+    verdict = check_log(tmp_path / "run" / "result_0.txt")
+    assert verdict.exit_code == 3, verdict.text()
+    assert (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_run_that_misses_the_target_is_aborted_not_successful(tiny_store: Path, tmp_path: Path) -> None:
+    outcome = run_rank(tiny_config(tiny_store, tmp_path / "run"), RunOptions())
+    assert outcome is not None
+    assert (outcome.status, outcome.step) == ("aborted", 4)
+    stops = [line for line in (tmp_path / "run" / "result_0.txt").read_text().splitlines() if '"run_stop"' in line]
+    assert len(stops) == 1
+    assert json.loads(stops[0].split("MLLOG ")[1])["metadata"]["status"] == "aborted"
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny_store: Path, tmp_path: Path) -> None:
+    every = "run.checkpoint_every_iters=2"
+    run_rank(tiny_config(tiny_store, tmp_path / "whole", every), RunOptions())
+    run_rank(tiny_config(tiny_store, tmp_path / "parts", every, "training.num_train_iters=2"), RunOptions())
+    run_rank(tiny_config(tiny_store, tmp_path / "parts", every), RunOptions(resume=True))
+    whole, parts = weights(tmp_path / "whole", 4), weights(tmp_path / "parts", 4)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    losses = [read_metrics(tmp_path / name).loss.tolist() for name in ("whole", "parts")]
+    assert losses[0] == losses[1]
+    assert (tmp_path / "parts" / "result_0.resumed_000002.txt").exists()
+
+
+def test_micro_batches_equal_the_whole_local_batch(tiny_store: Path, tmp_path: Path) -> None:
+    no_dropout = [f"model.{key}=0.0" for key in DROPOUT_KEYS]
+    for name, micro in (("whole", "null"), ("parts", "1")):
+        config = tiny_config(tiny_store, tmp_path / name, f"execution.micro_batch_size={micro}", *no_dropout)
+        run_rank(config, RunOptions())
+    whole, parts = read_metrics(tmp_path / "whole"), read_metrics(tmp_path / "parts")
+    assert whole.loss == pytest.approx(parts.loss, rel=1e-5)
+    assert whole.grad_norm == pytest.approx(parts.grad_norm, rel=1e-4)
+
+
+DROPOUT_KEYS = (
+    "template.dropout",
+    "structure.dropout",
+    *(f"{stack}.{kind}_dropout" for stack in ("extra_msa", "evoformer") for kind in ("msa", "pair")),
+)
+
+
+def test_weights_that_are_not_finite_stop_training_and_leave_the_last_checkpoint(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_store, tmp_path / "run", "run.checkpoint_every_iters=2", "training.num_train_iters=2")
+    run_rank(config, RunOptions())
+    folder = tmp_path / "run" / "checkpoints" / "last" / "000002"
+    content = torch.load(folder / RESUMABLE_FILE, weights_only=True)
+    content["alphafold_state_dict"]["evoformer_stack.linear.weight"][0, 0] = float("nan")
+    torch.save(content, folder / RESUMABLE_FILE)
+    before = sorted(p.name for p in folder.parent.iterdir())
+    with pytest.raises(TrainingError, match=r"step 3, chains .*not finite: .*grad_norm.*000002"):
+        run_rank(tiny_config(tiny_store, tmp_path / "run", "run.checkpoint_every_iters=1"), RunOptions(resume=True))
+    assert sorted(p.name for p in folder.parent.iterdir()) == before
+
+
+def test_a_missing_store_is_named_and_the_clock_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no_such_store"):
+        run_rank(tiny_config(tmp_path / "no_such_store", tmp_path / "run"), RunOptions())
+    assert '"aborted"' in (tmp_path / "run" / "result_0.txt").read_text()
+
+
+def test_an_initial_checkpoint_is_checked_against_its_hash_and_shapes(tiny_store: Path, tmp_path: Path) -> None:
+    run_rank(tiny_config(tiny_store, tmp_path / "a", "run.checkpoint_every_iters=4"), RunOptions())
+    file = tmp_path / "a" / "checkpoints" / "last" / "000004" / RESUMABLE_FILE
+    from_file = f"training.init_checkpoint={file}"
+    run_rank(tiny_config(tiny_store, tmp_path / "b", from_file, "training.num_train_iters=2"), RunOptions())
+    with pytest.raises(CheckpointError, match=r"SHA-256 is .* expected abc"):
+        run_rank(
+            tiny_config(tiny_store, tmp_path / "c", from_file, "training.init_checkpoint_sha256sum=abc"), RunOptions()
+        )
+    with pytest.raises(CheckpointError, match=r"has shape .* the model has"):
+        run_rank(tiny_config(tiny_store, tmp_path / "d", from_file, "model.c_s=40"), RunOptions())
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        run_rank(tiny_config(tiny_store, tmp_path / "e", from_file, "model.evoformer.num_blocks=2"), RunOptions())
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        run_rank(tiny_config(tiny_store, tmp_path / "f", from_file), RunOptions())
+
+
+def test_a_run_never_writes_over_the_log_of_another(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_store, tmp_path / "run", "training.num_train_iters=2")
+    run_rank(config, RunOptions())
+    with pytest.raises(Exception, match=r"result_0\.txt exists"):
+        run_rank(config, RunOptions())
+
+
+def test_triton_kernels_on_a_cpu_are_refused_before_anything_is_built(tiny_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="triton needs a CUDA device"):
+        run_rank(tiny_config(tiny_store, tmp_path / "run", "execution.kernels=triton"), RunOptions())
+
+
+def test_checkpoint_files_have_the_layout_that_the_reference_reads(tiny_store: Path, tmp_path: Path) -> None:
+    config: Config = tiny_config(tiny_store, tmp_path / "run", "run.checkpoint_every_iters=2", "run.keep_checkpoints=1")
+    run_rank(config, RunOptions())
+    (folder,) = (tmp_path / "run" / "checkpoints" / "last").iterdir()
+    content = torch.load(folder / RESUMABLE_FILE, weights_only=True)
+    count = len(content["alphafold_state_dict"])
+    assert content["iteration"] == 4
+    assert content["optimizer_state_dict"]["param_groups"][0]["params"] == list(range(count))
+    assert set(content["optimizer_state_dict"]["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
+    averaged = torch.load(folder / "swa_checkpoint.pt", weights_only=True)
+    assert int(averaged["averaged_model.n_averaged"]) == 4
+    assert sum(name.startswith("averaged_model.module.") for name in averaged) == count
+
+
+def test_a_checkpoint_without_its_state_file_is_refused(tiny_store: Path, tmp_path: Path) -> None:
+    run_rank(tiny_config(tiny_store, tmp_path / "run", "run.checkpoint_every_iters=2"), RunOptions())
+    folder = tmp_path / "run" / "checkpoints" / "last" / "000002"
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / STATE_FILE).unlink()
+    with pytest.raises(CheckpointError, match=r"run_state\.json"):
+        load_run(copy, None, None, [])  # type: ignore[arg-type]
