@@ -253,6 +253,9 @@ def test_files_that_are_no_logs_are_named(tmp_path):
         check_log(tmp_path / "notes.txt")
     with pytest.raises(LogError, match=r"absent\.txt: cannot read"):
         check_log(tmp_path / "absent.txt")
+    (tmp_path / "result_0.txt.training.part").touch()
+    with pytest.raises(LogError, match="join them"):
+        check_log(tmp_path / "result_0.txt")
 
 
 def test_the_official_checker_leaves_no_trace_in_this_process(log):

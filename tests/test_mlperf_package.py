@@ -253,12 +253,25 @@ SABOTAGE = {
 }
 
 
+def hpe_and_lbnl(org):
+    """The published result that the RCP checker refuses."""
+    shutil.rmtree(org / STRONG)
+    (org / STRONG).mkdir()
+    for i, run in enumerate(rebuild(org.parent / "runs", "HPE+LBNL", "strong")):
+        shutil.copy(run / "result_0.txt", org / STRONG / f"result_{i}.txt")
+    json_edit(number_of_nodes="224", accelerators_per_node="4")(org)
+
+
+UNUSUAL = {"one aborted run": log_edit(abort, 9), "below the floor": hpe_and_lbnl}
+
+
 @pytest.fixture(scope="module")
 def verdicts(strong_only, tmp_path_factory) -> dict[str, PackageVerdict]:
-    """Verdicts of all sabotaged packages, by the name of the sabotage."""
+    """Verdicts of all sabotaged or unusual packages, by name."""
     folder = tmp_path_factory.mktemp("sabotaged")
     packages = {}
-    for number, (name, (change, _, _)) in enumerate(SABOTAGE.items()):
+    changes = {name: change for name, (change, _, _) in SABOTAGE.items()} | UNUSUAL
+    for number, (name, change) in enumerate(changes.items()):
         packages[name] = folder / f"{number}" / "Rehearsal"
         shutil.copytree(strong_only, packages[name])
         change(packages[name])
@@ -277,24 +290,14 @@ def test_sabotage_is_refused_with_the_right_reason(verdicts, name):
     assert (official == "pass") is official_accepts, verdict.text()
 
 
-def test_one_honest_failure_stands_as_the_slowest_run(strong_only, tmp_path):
-    org = tmp_path / "Rehearsal"
-    shutil.copytree(strong_only, org)
-    log_edit(abort, 9)(org)
-    verdict = verify_package(org)
+def test_one_honest_failure_stands_as_the_slowest_run(verdicts):
+    verdict = verdicts["one aborted run"]
     assert verdict.exit_code == 0, verdict.text()
     assert "result_9.txt did not converge and stands as the slowest run" in verdict.text()
 
 
-def test_a_published_result_below_the_convergence_floor_fails_the_rcp_checker(strong_only, tmp_path):
-    org = tmp_path / "Rehearsal"
-    shutil.copytree(strong_only, org)
-    shutil.rmtree(org / STRONG)
-    for i, run in enumerate(rebuild(tmp_path / "runs", "HPE+LBNL", "strong")):
-        (org / STRONG).mkdir(parents=True, exist_ok=True)
-        shutil.copy(run / "result_0.txt", org / STRONG / f"result_{i}.txt")
-    json_edit(number_of_nodes="224", accelerators_per_node="4")(org)
-    (row,) = [row for row in verify_package(org).failures if row.check == "rcp checker"]
+def test_a_published_result_below_the_convergence_floor_fails_the_rcp_checker(verdicts):
+    (row,) = [row for row in verdicts["below the floor"].failures if row.check == "rcp checker"]
     assert "109,000 samples" in row.detail
     assert "floor 111,199" in row.detail
     assert "do not tune for fewer samples" in row.fix

@@ -1,7 +1,6 @@
 """Read an MLPerf log as a list of events, as tolerantly as the official parser does."""
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +10,6 @@ from typing import Any
 from scalefold.errors import LogError
 from scalefold.mlperf.keys import TOKEN
 
-_BEFORE_TOKEN = re.compile(f".*{TOKEN}")
 _FIELDS = ("time_ms", "key", "value", "metadata")
 
 
@@ -99,7 +97,9 @@ def read_log(path: str | Path) -> Log:
     try:
         lines = path.read_text(encoding="latin-1").split("\n")
     except OSError as error:
-        raise LogError(f"{path}: cannot read the log: {error.strerror}") from error
+        has_parts = any(path.parent.glob(f"{path.name}.*.part"))
+        hint = "; its parts are there: join them with scalefold.mlperf.events.merge_parts" if has_parts else ""
+        raise LogError(f"{path}: cannot read the log: {error.strerror}{hint}") from error
     events, broken = [], []
     for number, text in _mllog_lines(lines):
         try:
@@ -114,7 +114,7 @@ def read_log(path: str | Path) -> Log:
 def _mllog_lines(lines: list[str]) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines, start=1):
         if TOKEN in line:
-            yield number, _BEFORE_TOKEN.sub(TOKEN, line).strip()
+            yield number, line[line.rindex(TOKEN) :].strip()
 
 
 def _parse(number: int, text: str) -> LogEvent:
