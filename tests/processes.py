@@ -18,15 +18,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, join: bool = True
+) -> list[Any]:
     """Results of ``function(rank, *args)`` of all ranks; the first failing rank's traceback is raised.
 
     Processes are forked, so ``function`` may be a closure; results must be picklable (tensors as NumPy arrays).
+    ``join=False`` only sets the environment that torchrun would set; the function joins the group itself.
     """
     context, port = mp.get_context("fork"), free_port()
     queue = context.Queue()
     processes = [
-        context.Process(target=_child, args=(queue, function, rank, world_size, port, args), daemon=True)
+        context.Process(target=_child, args=(queue, function, rank, world_size, port, args, join))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -44,16 +47,20 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [result for _, _, result in sorted(answers, key=lambda answer: answer[0])]
 
 
-def _child(queue: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple) -> None:
+def _child(
+    queue: Any, function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple, join: bool
+) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     try:
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", rank=rank, world_size=world_size)
+        if join:
+            dist.init_process_group("gloo", rank=rank, world_size=world_size)
         result = function(rank, *args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if join:
+            dist.barrier()
+            dist.destroy_process_group()
         queue.put((rank, None, result))
     except BaseException:
         queue.put((rank, f"rank {rank}:\n{traceback.format_exc()}", None))

@@ -1,11 +1,7 @@
 """Tiny training runs for tests: overrides of configs/tiny.yaml, in this process or in several."""
 
-import os
 from pathlib import Path
 
-import torch
-
-from processes import free_port
 from scalefold.config import Config, load_config
 
 TINY = Path(__file__).resolve().parents[1] / "configs" / "tiny.yaml"
@@ -28,14 +24,3 @@ def tiny_config(store: Path, run_dir: Path, *overrides: str) -> Config:
     """The smallest configuration that still has every part."""
     places = [f"data.store_dir={store}", f"run.run_dir={run_dir}"]
     return load_config(TINY, [*SMALLEST, *places, *overrides]).config
-
-
-def as_rank(rank: int, world_size: int, port: int) -> None:
-    """Pretend that torchrun started this process."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-
-
-__all__ = ["as_rank", "free_port", "tiny_config"]

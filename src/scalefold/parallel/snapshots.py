@@ -71,7 +71,7 @@ class SnapshotSender:
 
     def poll(self) -> None:
         """Send the oldest waiting snapshot if the receiver waits for one; returns at once otherwise."""
-        if self._flight is not None and self._flight[0].is_completed():
+        if self._flight is not None and self._delivered(*self._flight):
             self._flight = None
         if not self._queue or self._flight is not None or not self.store.check([f"ready_{self._sent}"]):
             return
@@ -103,6 +103,10 @@ class SnapshotSender:
                 raise TrainingError(f"rank {self.target} (evaluation) did not finish within {timeout_s:.0f} s")
             time.sleep(POLL_S)
         self.store.set("finished", "1")
+
+    def _delivered(self, work: dist.Work, weights: Tensor) -> bool:
+        """Whether the send is over. NCCL says so itself; Gloo's sends are only known to be over by the receiver."""
+        return work.is_completed() if weights.is_cuda else self.store.check([f"received_{self._sent - 1}"])
 
     def _evaluated(self) -> bool:
         return self._sent == 0 or self.store.check([f"evaluated_{self._sent - 1}"])
@@ -141,6 +145,7 @@ class SnapshotReceiver:
             return None
         if dist.get_rank() == self.root:
             dist.recv(buffer, self.source, group=self.group)
+            self.store.set(f"received_{self._count - 1}", "1")
         dist.broadcast(buffer, src=self.root, group=self.eval_group)
         return step
 

@@ -1,0 +1,116 @@
+"""Tiny runs on several processes of this machine: data parallel, axial parallel, asynchronous evaluation."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from processes import run_ranks
+from runs import tiny_config
+from scalefold.config import Config
+from scalefold.mlperf.check import check_log
+from scalefold.report.record import read_metrics
+from scalefold.run import RunOptions
+from scalefold.train import run_rank
+
+pytestmark = pytest.mark.distributed
+NO_DROPOUT = [
+    "model.template.dropout=0.0",
+    "model.structure.dropout=0.0",
+    *(f"model.{stack}.{kind}_dropout=0.0" for stack in ("extra_msa", "evoformer") for kind in ("msa", "pair")),
+]
+
+
+def ranked(rank: int, config: Config) -> str | None:
+    outcome = run_rank(config, RunOptions())
+    return outcome.status if outcome else None
+
+
+def parallel(world_size: int, dap_size: int = 1, num_eval_ranks: int = 0) -> list[str]:
+    return [
+        f"parallel.ranks_per_node={world_size}",
+        f"parallel.dap_size={dap_size}",
+        f"parallel.num_eval_ranks={num_eval_ranks}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process with global batch 2 and no dropout (its draws depend on the replica)."""
+    run_dir = tmp_path_factory.mktemp("alone")
+    run_ranks(ranked, 1, tiny_config(tiny_store, run_dir, *NO_DROPOUT), join=False)
+    return run_dir
+
+
+@pytest.mark.parametrize("world_size, dap_size", [(2, 1), (2, 2), (4, 2)], ids=["dp2", "dap2", "dp2 x dap2"])
+def test_parallel_runs_have_the_losses_of_one_process(
+    alone: Path, tiny_store: Path, tmp_path: Path, world_size: int, dap_size: int
+) -> None:
+    config = tiny_config(tiny_store, tmp_path, *NO_DROPOUT, *parallel(world_size, dap_size))
+    assert run_ranks(ranked, world_size, config, join=False) == ["aborted"] * world_size
+    one, many = read_metrics(alone), read_metrics(tmp_path)
+    np.testing.assert_allclose(many.loss, one.loss, rtol=2e-5)
+    np.testing.assert_allclose(many.grad_norm, one.grad_norm, rtol=1e-4)
+    np.testing.assert_allclose(many.eval_lddt_ca, one.eval_lddt_ca, atol=2e-3)
+
+
+def test_asynchronous_evaluation_reports_the_same_values_and_everybody_ends(
+    alone: Path, tiny_store: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_store, tmp_path, *NO_DROPOUT, *parallel(3, num_eval_ranks=2))
+    assert run_ranks(ranked, 3, config, join=False) == ["aborted", None, None]
+    np.testing.assert_allclose(read_metrics(tmp_path).eval_lddt_ca, read_metrics(alone).eval_lddt_ca, atol=2e-3)
+    assert read_metrics(tmp_path).eval_step.tolist() == [2, 4]
+
+
+def test_the_stop_decision_of_the_evaluation_root_ends_the_run_with_one_run_stop(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        *parallel(2, num_eval_ranks=1),
+        "training.target_avg_lddt_ca_value=0.001",
+        "training.num_train_iters=400",
+        "training.global_batch_size=1",
+    ]
+    config = tiny_config(tiny_store, tmp_path, *overrides)
+    assert run_ranks(ranked, 2, config, join=False) == ["success", None]
+    lines = (tmp_path / "result_0.txt").read_text().splitlines()
+    events = [json.loads(line.split("MLLOG ")[1]) for line in lines if "MLLOG" in line]
+    stops = [event for event in events if event["key"] == "run_stop"]
+    assert [stop["metadata"]["status"] for stop in stops] == ["success"]
+    assert [event["time_ms"] for event in events] == sorted(event["time_ms"] for event in events)
+    assert check_log(tmp_path / "result_0.txt").exit_code == 3, check_log(tmp_path / "result_0.txt").text()
+    assert max(read_metrics(tmp_path).step) < 400
+
+
+def watched(rank: int, config: Config, store: str) -> list[str]:
+    """Run, and list what was opened below ``store`` before the rank's clock started."""
+    early: list[str] = []
+    started = {"clock": False}
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and not started["clock"] and str(arguments[0]).startswith(store):
+            early.append(str(arguments[0]))
+
+    sys.addaudithook(hook)
+    from scalefold.mlperf.events import Events
+
+    original = Events.run_start
+
+    def run_start(self: Events) -> None:
+        original(self)
+        started["clock"] = True
+
+    Events.run_start = run_start  # type: ignore[method-assign]
+    run_rank(config, RunOptions())
+    assert started["clock"]
+    os.stat(store)
+    return early
+
+
+def test_no_rank_opens_the_data_set_before_the_clock_starts(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_store, tmp_path, *parallel(3, num_eval_ranks=1))
+    assert run_ranks(watched, 3, config, str(tiny_store), join=False) == [[], [], []]
