@@ -45,6 +45,15 @@ def test_structures_are_kept_bit_for_bit(seed, length, three_decimals):
     np.testing.assert_array_equal(mask_again, mask)
 
 
+def test_a_negative_zero_coordinate_is_kept():
+    """ "-0.000" stands in real entries; an integer would lose its sign."""
+    positions = np.zeros((1, 37, 3), dtype=np.float32)
+    positions[0, 1] = [-0.0, 1.5, 0.0]
+    mask = np.arange(37)[None] == 1
+    again, _ = codec.unpack_structure(codec.Record(codec.pack_structure({}, positions, mask), "test"))
+    assert np.signbit(again[0, 1]).tolist() == [True, False, False]
+
+
 def random_msa(rng, rows=50, length=30, largest=90):
     msa = rng.integers(0, 22, (rows, length)).astype(np.uint8)
     deletions = np.where(rng.random(msa.shape) < 0.05, rng.integers(0, largest, msa.shape), 0)

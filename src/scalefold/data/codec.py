@@ -117,7 +117,9 @@ def pack_structure(facts: Mapping[str, object], positions: np.ndarray, mask: np.
     """
     present = positions[mask]
     milli = np.rint(present.astype(np.float64) * 1000.0)
-    exact = bool(np.all(np.abs(milli) < 2**31)) and np.array_equal((milli / 1000.0).astype(np.float32), present)
+    # Compared as bits: "-0.000" is a coordinate of real entries, and no integer gives back a negative zero.
+    again = (milli.astype(np.int32) / 1000.0).astype(np.float32) if np.all(np.abs(milli) < 2**31) else None
+    exact = again is not None and np.array_equal(again.view(np.uint32), present.view(np.uint32))
     coordinates = (milli.astype(np.int32), "delta") if exact else (present, "shuffle")
     sections = {"mask": (np.packbits(mask), "deflate"), "coordinates": coordinates}
     return pack({**facts, "length": len(mask)}, sections)

@@ -1,0 +1,427 @@
+"""Raw folders to a store: bad files are listed and the rest goes on; a killed run continues; nothing is done twice."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from raw_files import CifEntry, Entity, a3m, backbone, hhr, peptide, write
+from scalefold.data import prepare, rawlayout, selection
+from scalefold.data.manifest import read_manifest, read_rejections, verify_data
+from scalefold.data.rawlayout import RawLayout
+from scalefold.data.store import Store
+from scalefold.errors import DataError
+
+MONOMERS = ("ALA", "GLY", "SER", "MET", "LYS", "TRP", "ASP", "GLU", "PHE", "ILE", "LEU", "VAL")
+SEQUENCE = "AGSMKWDEFILV"
+
+
+def quiet(_: str) -> None:
+    """Reports nothing."""
+
+
+def cif(folder, pdb_id, **changes):
+    entry = peptide(MONOMERS, pdb_id=pdb_id.upper(), **changes)
+    return write(folder / pdb_id[1:3] / f"{pdb_id}.cif", entry.text())
+
+
+def raw_folder(root: Path) -> RawLayout:
+    """Two good entries, one of which has an alignment and the other as template; clusters and obsolete list."""
+    cif(root / "mmcif", "1aaa", dates=("2010-01-01",))
+    cif(root / "mmcif", "1bbb", dates=("2000-01-01",))
+    write(root / "aligned" / "pdb" / "1aaa_A" / "a3m" / "uniref90_hits.a3m", a3m(SEQUENCE, "AGSMKWDEFIL-", SEQUENCE))
+    text = hhr([("1BBB_A", SEQUENCE[:-1], SEQUENCE[:-1], 9.0), ("1ZZZ_A", SEQUENCE, SEQUENCE, 8.0)])
+    write(root / "aligned" / "pdb" / "1aaa_A" / "hhr" / "pdb70_hits.hhr", text)
+    write(root / "aligned" / "duplicate_pdb_chains.txt", "1aaa_A 9zzz_A\n")
+    write(root / "clusters.txt", "9ZZZ_1\n1AAA_1 1BBB_1\n")
+    write(root / "obsolete.dat", "OBSLTE    31-JUL-94 2ABC     3XYZ\n")
+    return RawLayout(root / "mmcif", (root / "aligned",), root / "clusters.txt", root / "obsolete.dat")
+
+
+def reasons(store_dir):
+    return {r.name: r.reason for r in read_rejections(store_dir)}
+
+
+def contents(store_dir: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(store_dir)): p.read_bytes() for p in sorted(store_dir.rglob("*")) if p.is_file()}
+
+
+def test_raw_files_become_a_store(tmp_path):
+    """Chains in the order of the files, their alignment and its usable template."""
+    summary = prepare.prepare(raw_folder(tmp_path), tmp_path / "store", report=quiet)
+    assert (summary.num_chains, summary.num_alignments, summary.num_rejected) == (2, 1, 0)
+    store = Store(tmp_path / "store")
+    assert store.chain_ids == ["1aaa_A", "1bbb_A"]
+    assert store.table.has_alignment.tolist() == [True, False]
+    assert store.table.cluster_id.tolist() == [1, 1]
+    record = store.read("1aaa_A")
+    assert record.sequence == SEQUENCE
+    assert record.msa.shape == (2, 12)
+    assert [(t.name, t.ok) for t in record.templates] == [("1bbb_A", True)]
+    assert record.templates[0].all_atom_mask.sum() == 4 * 11
+    assert not (tmp_path / "store" / "work").exists()
+
+
+def test_the_second_run_does_nothing(tmp_path):
+    """And says so; not one file is touched."""
+    layout = raw_folder(tmp_path)
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")}
+    lines: list[str] = []
+    summary = prepare.prepare(layout, tmp_path / "store", report=lines.append)
+    assert summary.already_done
+    assert summary.units_done == 0
+    assert "nothing to do" in lines[-1]
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*")}
+
+
+def test_a_store_of_other_raw_files_is_not_touched(tmp_path):
+    """A new entry means another store, finished or not."""
+    layout = raw_folder(tmp_path)
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    write(tmp_path / "other" / "work" / "plan.json", json.dumps({"fingerprint": "x", "settings": {}}))
+    with pytest.raises(DataError, match="unfinished store of other raw files"):
+        prepare.prepare(layout, tmp_path / "other", report=quiet)
+    cif(tmp_path / "mmcif", "1ccc")
+    with pytest.raises(DataError, match="holds a store of other raw files"):
+        prepare.prepare(layout, tmp_path / "store", report=quiet)
+
+
+def test_content_does_not_depend_on_workers_or_ranks(tmp_path, monkeypatch):
+    """One process, two processes, and two ranks that take turns give the same bytes."""
+    monkeypatch.setattr(rawlayout, "_MIN_UNIT_BYTES", 1)
+    layout = raw_folder(tmp_path)
+    prepare.prepare(layout, tmp_path / "one", report=quiet)
+    prepare.prepare(layout, tmp_path / "two", num_workers=2, report=quiet)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    _prepare_as_two_ranks(layout, tmp_path / "ranks")
+    assert contents(tmp_path / "one") == contents(tmp_path / "ranks")
+
+
+def _prepare_as_two_ranks(layout, out_dir):
+    """Rank 1 runs its share whenever rank 0 waits, as a barrier would have it."""
+    plan = rawlayout.scan(layout)
+    job = prepare._Job(out_dir, layout, plan, True)
+
+    def share(phase, work, units):
+        return lambda: prepare._run_units(phase, work, job, units, 1, prepare.Team(1, 2), quiet)
+
+    structures = share("structures", prepare._prepare_structures, plan.structures)
+    alignments = share("alignments", prepare._prepare_alignments, plan.alignments)
+    waits = iter([structures, lambda: None, alignments, lambda: None, lambda: None])
+    prepare.prepare(layout, out_dir, team=prepare.Team(0, 2, lambda: next(waits)()), report=quiet)
+
+
+def test_a_killed_run_continues_with_identical_content(tmp_path, monkeypatch):
+    """SIGKILL in the middle: finished units stay, the result equals an undisturbed run."""
+    monkeypatch.setattr(rawlayout, "_MIN_UNIT_BYTES", 1)
+    layout = raw_folder(tmp_path)
+    for number in range(40):
+        cif(tmp_path / "mmcif", f"2x{number:02d}")
+    prepare.prepare(layout, tmp_path / "whole", report=quiet)
+    script = (
+        "import sys, time; from pathlib import Path\n"
+        "from scalefold.data import prepare, rawlayout\n"
+        "rawlayout._MIN_UNIT_BYTES = 1; root = Path(sys.argv[1])\n"
+        "slow = prepare._run_unit\n"
+        "prepare._run_unit = lambda *a: (time.sleep(0.05), slow(*a))[1]\n"
+        "files = root / 'clusters.txt', root / 'obsolete.dat'\n"
+        "layout = rawlayout.RawLayout(root / 'mmcif', (root / 'aligned',), *files)\n"
+        "prepare.prepare(layout, root / 'killed')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.DEVNULL)
+    work = tmp_path / "killed" / "work"
+    deadline = time.monotonic() + 60
+    while len(list(work.glob("structures-*.json"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    summary = prepare.prepare(layout, tmp_path / "killed", report=quiet)
+    assert summary.units_found >= 5
+    assert summary.units_done > 0
+    assert contents(tmp_path / "whole") == contents(tmp_path / "killed")
+
+
+def _many_bad_structures(root: Path) -> dict[str, str]:
+    """Bad structure files beside the good ones, and what each is to be refused or noted for."""
+    folder, good = root / "mmcif", peptide(MONOMERS)
+    text = good.text()
+    write(folder / "2cut.cif", text[: len(text) // 2])
+    write(folder / "2gzi.cif.gz", gzip.compress(text.encode())[:-9])
+    write(folder / "2emp.cif", "")
+    write(folder / "2rna.cif", replace(good, entities=[replace(good.entities[0], linking="RNA linking")]).text())
+    write(folder / "2dup.cif", replace(good, atoms=[*good.atoms, good.atoms[0]]).text())
+    no_ca = [a for a in good.atoms if a.name != "CA"]
+    write(folder / "2noc.cif", replace(good, pdb_id="2NOC", atoms=no_ca).text())
+    several = CifEntry(
+        [Entity([(1, "ALA"), (1, "SER")])],
+        [*backbone(1, "ALA", altloc="A"), *backbone(1, "SER", altloc="B")],
+        pdb_id="2HET",
+    )
+    write(folder / "2het.cif", several.text())
+    return {
+        "2cut": "not valid mmCIF",
+        "2gzi": "cannot be read",
+        "2emp": "file is empty",
+        "2rna": "no polymer has a peptide monomer",
+        "2dup": "given twice",
+        "2noc_A": "no C-alpha atom",
+        "2het_A": "1 extra letters from positions with several monomers",
+    }
+
+
+def test_bad_structures_are_listed_and_the_rest_goes_on(tmp_path):
+    """One line per file with its reason; two of them are kept with a note."""
+    expected = _many_bad_structures(tmp_path)
+    prepare.prepare(raw_folder(tmp_path), tmp_path / "store", report=quiet)
+    found = reasons(tmp_path / "store")
+    for name, reason in expected.items():
+        assert reason in found[name], name
+    assert set(found) == set(expected)
+    assert Store(tmp_path / "store").chain_ids == ["1aaa_A", "1bbb_A", "2het_A", "2noc_A"]
+
+
+BAD_ALIGNMENTS = {
+    "ragged row": ("uniref90_hits.a3m", a3m(SEQUENCE, "AGS"), "row 2 has 3 aligned letters, the first row has 12"),
+    "wrong letter": ("uniref90_hits.a3m", a3m(SEQUENCE, "AGSMKWDEFIL*"), "contains '*'"),
+    "no rows": ("uniref90_hits.a3m", "\n", "holds no sequence"),
+    "other length": ("uniref90_hits.a3m", a3m("AGSMKWDEFILVA"), "chain has 12 residues, its alignment 13 columns"),
+    "cut gzip": ("uniref90_hits.a3m.gz", gzip.compress(a3m(SEQUENCE).encode())[:-8], "cannot be read"),
+    "cut hhr": ("pdb70_hits.hhr", "No 1\n>1BBB_A\n", "hit 'No 1' is cut off"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ALIGNMENTS)
+def test_a_bad_alignment_costs_only_itself(tmp_path, name):
+    """Its chain stays as a template and counts as one without alignment; the line names folder, file and reason."""
+    layout = raw_folder(tmp_path)
+    file, text, reason = BAD_ALIGNMENTS[name]
+    write(tmp_path / "aligned" / "pdb" / "1bbb_A" / file, text)
+    with (tmp_path / "aligned" / "duplicate_pdb_chains.txt").open("a") as clusters:
+        clusters.write("1bbb_A\n")
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    assert reason in reasons(tmp_path / "store")["1bbb_A"]
+    assert Store(tmp_path / "store").table.has_alignment.tolist() == [True, False]
+
+
+def test_an_empty_alignment_folder_means_the_query_alone(tmp_path):
+    """No text at all is a valid alignment of one row."""
+    layout = raw_folder(tmp_path)
+    (tmp_path / "aligned" / "pdb" / "1bbb_A").mkdir()
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    store = Store(tmp_path / "store")
+    assert store.table.has_alignment.tolist() == [True, True]
+    assert store.read("1bbb_A").msa.shape == (1, 12)
+
+
+def test_a_query_row_that_differs_from_seqres_is_kept_with_a_note(tmp_path):
+    """As in the reference, which does not compare them."""
+    layout = raw_folder(tmp_path)
+    write(tmp_path / "aligned" / "pdb" / "1bbb_A" / "uniref90_hits.a3m", a3m("AGSMKWDEFIWW"))
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    found = {(r.kind, r.reason) for r in read_rejections(tmp_path / "store") if r.name == "1bbb_A"}
+    assert ("note", "the alignment's query row differs from SEQRES in 2 of 12 residues") in found
+    assert Store(tmp_path / "store").table.has_alignment.tolist() == [True, True]
+
+
+def test_folders_without_structure_and_second_folders_of_a_cluster_are_listed(tmp_path):
+    """Both are left out with their reason; an entry given twice counts once."""
+    layout = raw_folder(tmp_path)
+    folder = tmp_path / "aligned" / "pdb"
+    write(folder / "8xyz_A" / "uniref90_hits.a3m", a3m(SEQUENCE))
+    write(folder / "9zzz_A" / "uniref90_hits.a3m", a3m(SEQUENCE))
+    write(tmp_path / "mmcif" / "aa" / "1aaa.cif.gz", gzip.compress(peptide(MONOMERS, pdb_id="1AAA").text().encode()))
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    found = {(r.kind, r.name): r.reason for r in read_rejections(tmp_path / "store")}
+    assert "none of its chains has a structure" in found["alignment", "8xyz_A"]
+    assert "already uses" in found["note", "9zzz_A"]
+    assert "given in several files" in found["chain", "1aaa_A"]
+    assert len(Store(tmp_path / "store")) == 2
+
+
+def test_an_unforeseen_defect_is_listed_as_one(tmp_path, monkeypatch):
+    """It must not cost the other half a million chains."""
+    layout = raw_folder(tmp_path)
+    read = prepare.mmcif.read_entry
+
+    def broken(path):
+        if "1bbb" in path.name:
+            raise KeyError("surprise")
+        return read(path)
+
+    monkeypatch.setattr(prepare.mmcif, "read_entry", broken)
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    assert reasons(tmp_path / "store")["1bbb"] == "unexpected KeyError: 'surprise'"
+
+
+def test_missing_folders_and_files_stop_before_any_work(tmp_path):
+    """One line that names the path."""
+    layout = raw_folder(tmp_path)
+    bad = {
+        "nowhere: folder of mmCIF": replace(layout, mmcif_dir=tmp_path / "nowhere"),
+        "aligned: no": replace(layout, mmcif_dir=tmp_path / "aligned"),
+        "absent: alignment folder": replace(layout, alignment_dirs=(tmp_path / "absent",)),
+        r"none\.txt: file is missing": replace(layout, clusters_file=tmp_path / "none.txt"),
+    }
+    for reason, broken in bad.items():
+        with pytest.raises(DataError, match=reason):
+            prepare.prepare(broken, tmp_path / "store", report=quiet)
+    assert not (tmp_path / "store").exists()
+
+
+def test_hours_are_estimated_before_the_work_starts(tmp_path):
+    """Then progress with rate and time left."""
+    lines: list[str] = []
+    prepare.prepare(raw_folder(tmp_path), tmp_path / "store", report=lines.append)
+    assert "core-hours" in lines[0]
+    assert "2 structure files" in lines[0]
+    assert "items/s" in lines[1]
+    assert "min left" in lines[1]
+
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_store_has_no_problems(tmp_path):
+    """Quick or with checksums."""
+    prepare.prepare(raw_folder(tmp_path), tmp_path / "store", report=quiet)
+    for quick in (True, False):
+        verified = verify_data(tmp_path / "store", quick)
+        assert verified.problems == []
+        assert verified.num_chains == 2
+    assert verified.num_bytes == read_manifest(tmp_path / "store").store_bytes
+
+
+def test_every_kind_of_damage_is_found(tmp_path):
+    """A flipped byte needs checksums, a missing or cut file does not; without manifest nothing can be said."""
+    prepare.prepare(raw_folder(tmp_path), tmp_path / "store", report=quiet)
+    shard = tmp_path / "store" / "structures" / "00000.h5"
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    assert verify_data(tmp_path / "store", quick=True).problems == []
+    assert "SHA-256 differs" in verify_data(tmp_path / "store").problems[0]
+    shard.write_bytes(data[:-1])
+    assert "bytes, the manifest says" in verify_data(tmp_path / "store", quick=True).problems[0]
+    shard.unlink()
+    assert "file is missing" in verify_data(tmp_path / "store", quick=True).problems[0]
+    (tmp_path / "store" / "manifest.json").write_text("{")
+    with pytest.raises(DataError, match="not a manifest"):
+        verify_data(tmp_path / "store")
+    (tmp_path / "store" / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"no manifest\.json"):
+        verify_data(tmp_path / "store")
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+def selectable(tmp_path, **entries) -> Store:
+    """A store of crafted chains; each entry is (monomers, date, resolution text)."""
+    for pdb_id, (monomers, date, resolution) in entries.items():
+        entry = peptide(monomers, pdb_id=pdb_id, dates=(date,), extra=f"_refine.ls_d_res_high {resolution}\n")
+        write(tmp_path / "mmcif" / f"{pdb_id}.cif", entry.text())
+    write(tmp_path / "clusters.txt", "\n".join(f"{pdb_id}_1" for pdb_id in entries if pdb_id != "6NOC") + "\n")
+    layout = RawLayout(tmp_path / "mmcif", clusters_file=tmp_path / "clusters.txt")
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    return Store(tmp_path / "store")
+
+
+def test_each_training_filter_rejects_its_chain(tmp_path):
+    """Release date, resolution, share of one residue (0.8 is allowed), cluster."""
+    store = selectable(
+        tmp_path,
+        **{
+            "1OKA": (MONOMERS, "2021-09-16", "8.99"),
+            "2NAN": (MONOMERS, "1980-01-01", "?"),
+            "3DAT": (MONOMERS, "2021-09-17", "1.0"),
+            "4RES": (MONOMERS, "2000-01-01", "9.0"),
+            "5AAA": (["ALA"] * 9 + ["GLY"] * 2, "2000-01-01", "1.0"),
+            "5BBB": (["ALA"] * 8 + ["GLY"] * 2, "2000-01-01", "1.0"),
+            "6NOC": (MONOMERS, "2000-01-01", "1.0"),
+        },
+    )
+    filters = selection.training_filters(store.table)
+    failed = {
+        name: [rule for rule in vars(filters) if not vars(filters)[rule][i]] for i, name in enumerate(store.chain_ids)
+    }
+    assert failed == {
+        "1oka_A": [],
+        "2nan_A": [],
+        "3dat_A": ["date"],
+        "4res_A": ["resolution"],
+        "5aaa_A": ["residue_share"],
+        "5bbb_A": [],
+        "6noc_A": ["cluster"],
+    }
+
+
+def test_training_chains_need_alignments(tmp_path):
+    """An error that counts and names them, or the flag; cluster sizes count what remains."""
+    prepare.prepare(raw_folder(tmp_path), tmp_path / "store", report=quiet)
+    table = Store(tmp_path / "store").table
+    with pytest.raises(DataError, match="1 of 2 training chains have no alignment, first 1bbb_A"):
+        selection.training_set(table)
+    chosen = selection.training_set(table, filter_by_alignments=True)
+    assert chosen.rows.tolist() == [0]
+    assert chosen.cluster_size.tolist() == [1]
+    assert chosen.weights.tolist() == [256 / 512]
+
+
+def test_sampling_weights_follow_length_and_cluster(tmp_path):
+    """clip(L, 256, 512) / 512 / sqrt(cluster size)."""
+    prepare.prepare(raw_folder(tmp_path), tmp_path / "store", report=quiet)
+    table = Store(tmp_path / "store").table
+    larger = replace(table, alignment=np.array([0, 0]), length=np.array([384, 9999]))
+    weights = selection.training_set(larger).weights
+    np.testing.assert_allclose(weights, [384 / 512 / np.sqrt(2), 1 / np.sqrt(2)], rtol=1e-15)
+
+
+def test_evaluation_targets_are_looked_up_by_asym_then_author_id(tmp_path):
+    """Out-of-window, absent, long and repeated targets are dropped; plain chain ids are taken as they are."""
+    atoms = [replace(a, author="Z") for a in peptide(MONOMERS).atoms]
+    write(tmp_path / "mmcif" / "7tgt.cif", peptide(MONOMERS, pdb_id="7TGT", atoms=atoms).text())
+    prepare.prepare(RawLayout(tmp_path / "mmcif"), tmp_path / "store", report=quiet)
+    table = Store(tmp_path / "store").table
+    date = "2021-10-02"
+    for chain, when, found in (("A", date, True), ("Z", date, True), ("Q", date, False), ("A", "2021-12-18", False)):
+        targets = [selection.Target(when, "7tgt", chain)] * 2
+        if found:
+            assert selection.evaluation_set(table, targets).tolist() == [0]
+        else:
+            with pytest.raises(DataError, match="none of the"):
+                selection.evaluation_set(table, targets)
+    assert selection.evaluation_set(table, ["7tgt_Z"]).tolist() == [0]
+    with pytest.raises(DataError, match="none of the"):
+        selection.evaluation_set(table, ["7tgt_Z"], max_length=11)
+
+
+def test_evaluation_lists_are_read_or_refused(tmp_path):
+    """The benchmark's own table, a csv, a plain list; anything else is named."""
+    assert len(selection.read_targets()) == 183
+    csv = write(tmp_path / "t.csv", "submission_date,pdb_id,chain_id\n2021-09-18,7BGG,A\n")
+    assert selection.read_evaluation_file(csv) == [selection.Target("2021-09-18", "7bgg", "A")]
+    assert selection.read_evaluation_file(write(tmp_path / "l.txt", "7bgg_A\n\n1abc_B\n")) == ["7bgg_A", "1abc_B"]
+    with pytest.raises(DataError, match="is not a chain id"):
+        selection.read_evaluation_file(write(tmp_path / "x.txt", "hello\n"))
+    with pytest.raises(DataError, match="needs columns"):
+        selection.read_evaluation_file(write(tmp_path / "y.csv", "a,b\n1,2\n"))
+    with pytest.raises(DataError, match="is missing"):
+        selection.read_evaluation_file(tmp_path / "z.csv")
+
+
+def test_the_evaluation_list_travels_with_the_store(tmp_path):
+    """Copied, and part of the manifest."""
+    layout = replace(raw_folder(tmp_path), evaluation_file=write(tmp_path / "eval.txt", "1aaa_A\n"))
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    assert (tmp_path / "store" / "evaluation_targets.txt").read_text() == "1aaa_A\n"
+    assert "evaluation_targets.txt" in read_manifest(tmp_path / "store").files
