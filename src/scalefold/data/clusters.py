@@ -41,7 +41,9 @@ class MatchTable:
         step = max(1, _WORDS_PER_STEP // words)
         for first in range(0, len(centres), step):
             batch = picks[first : first + step].T  # [L, k]
-            matches = masks[batch].reshape(self.num_columns, -1)
+            if step == 1:
+                batch = batch[centres[first] < GAP]  # empty masks: skipping them is worth it for many rows only
+            matches = masks[batch].reshape(len(batch), -1)
             counts = np.zeros((len(best), batch.shape[1], words), dtype=np.uint64)
             for bit, plane in enumerate(_add_bits(matches)):
                 counts[bit] = plane.reshape(-1, words)

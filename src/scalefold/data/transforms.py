@@ -20,6 +20,7 @@ from scalefold.data.clusters import GAP, MatchTable, count_classes
 MASK_TOKEN = 22
 NUM_MSA_CLASSES = 23
 _SEED_RANGE = 1 << 64
+_53_BITS = (1 << 53) - 1
 _TINY_PROBABILITY = 1e-10  # keeps classes of probability 0 from dividing 0 by a draw
 _COUNT_EPS = np.float32(1e-6)
 T = TypeVar("T")
@@ -92,20 +93,25 @@ def mask_rows(rows: np.ndarray, profile: np.ndarray, rates: MaskingRates, seed: 
     """Replace random positions; returns the masked rows uint8 [K, L] and which positions were chosen, bool [K, L].
 
     ``rows`` uint8 [K, L] residue types 0..21; ``profile`` float32 [L, 22]. The uniform field is drawn first, then one
-    exponential number per (position, class): ``torch.multinomial`` of one sample is the class with the largest
-    ratio of probability to exponential draw, so only the chosen positions need probabilities.
+    number per (position, class). The replacement is what ``torch.multinomial`` gives for one sample: the class with the
+    largest ratio of probability to exponential draw, so only the chosen positions need probabilities and logarithms.
     """
     stream = generator(seed)
     chosen = torch.rand(rows.shape, generator=stream) < rates.replace_fraction
-    draws = torch.empty(rows.size, NUM_MSA_CLASSES).exponential_(1.0, generator=stream)
+    words = torch.empty(rows.size, NUM_MSA_CLASSES, dtype=torch.int64).random_(generator=stream)
     where = torch.nonzero(chosen.flatten())[:, 0]
     original = torch.from_numpy(rows).flatten()[where].long()
     columns = where % rows.shape[1]
     probabilities = _replacement_probabilities(original, torch.from_numpy(profile)[columns], rates)
-    replacement = torch.argmax((probabilities + _TINY_PROBABILITY) / draws[where], dim=-1)
+    replacement = torch.argmax((probabilities + _TINY_PROBABILITY) / _exponential(words[where]), dim=-1)
     masked = rows.copy().reshape(-1)
     masked[where.numpy()] = replacement.to(torch.uint8).numpy()
     return masked.reshape(rows.shape), chosen.numpy()
+
+
+def _exponential(words: torch.Tensor) -> torch.Tensor:
+    """float32 exponential draws from 64-bit random words, as torch's CPU generator makes them (53 bits, log1p)."""
+    return -torch.log1p(-((words & _53_BITS).double() * 2.0**-53)).float()
 
 
 def _replacement_probabilities(original: torch.Tensor, profile: torch.Tensor, rates: MaskingRates) -> torch.Tensor:
