@@ -12,12 +12,10 @@ NORM_PROGRAMS = 1056  # eight per multiprocessor of an H200
 
 
 @triton.jit
-def _adam_swa_kernel(
-    param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, n, weight_1, beta_2, weight_2, eps, swa_weight,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    keep = index < n
+def _update(
+    param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, index, keep, weight_1, beta_2, weight_2, eps, swa_weight
+):
+    """One block of elements; ``keep`` is a mask or None. Every buffer is read and written once."""
     clip, lr = tl.load(scalars), tl.load(scalars + 1)
     correction_1, correction_2_sqrt = tl.load(scalars + 2), tl.load(scalars + 3)
     weight = tl.where(tl.load(scalars + 4) > 0, 1.0, swa_weight)
@@ -34,6 +32,26 @@ def _adam_swa_kernel(
     tl.store(averaged + index, tl.where(weight == 1.0, p, average + weight * (p - average)), mask=keep)
     if copy is not None:
         tl.store(copy + index, p.to(copy.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _adam_swa_kernel(
+    param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, n, weight_1, beta_2, weight_2, eps, swa_weight,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Full blocks take no mask: with one, accesses of a length that 16 does not divide would be 4 bytes wide."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = start + tl.arange(0, BLOCK)
+    if start + BLOCK <= n:
+        _update(
+            param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, index, None, weight_1, beta_2, weight_2, eps,
+            swa_weight,
+        )  # fmt: skip
+    else:
+        _update(
+            param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, index, index < n, weight_1, beta_2, weight_2,
+            eps, swa_weight,
+        )  # fmt: skip
 
 
 def adam_swa(
@@ -80,9 +98,12 @@ def adam_swa_copy(
 @triton.jit
 def _square_kernel(values, partials, n, BLOCK: tl.constexpr):
     total = tl.zeros([BLOCK], tl.float32)
-    stride = tl.num_programs(0).to(tl.int64) * BLOCK
-    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, n, stride):
-        index = start + tl.arange(0, BLOCK)
+    full = n // BLOCK * BLOCK
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, full, tl.num_programs(0) * BLOCK):
+        value = tl.load(values + start + tl.arange(0, BLOCK)).to(tl.float32)
+        total += value * value
+    if tl.program_id(0) == 0:
+        index = full + tl.arange(0, BLOCK)
         value = tl.load(values + index, mask=index < n, other=0.0).to(tl.float32)
         total += value * value
     tl.store(partials + tl.program_id(0), tl.sum(total, 0))

@@ -35,7 +35,7 @@ from scalefold.kernels.weight_gradient import Product, weight_gradients
 NARROW_WIDTH = 16  # narrower outputs (attention biases) go channels first, as their reader wants them
 register_tiles(
     "norm_linear_forward",
-    {64: (128, 64, 4, 3), 128: (128, 128, 8, 3), 256: (128, 64, 8, 3)},
+    {64: (64, 64, 4, 3), 128: (64, 128, 4, 2), 256: (128, 64, 8, 3)},
     *((m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (2, 3, 4)),
 )
 register_tiles(
@@ -67,9 +67,9 @@ def _forward_kernel(
                 acc += tl.load(bias + n - bias_start, mask=n >= bias_start, other=0.0).to(tl.float32)[None, :]
             if row_mask is not None:
                 acc *= keep[:, None]
-            columns = first % WIDTH + tl.arange(0, BLOCK_N)
-            segment = (first // WIDTH) * tl.cast(segment_stride, tl.int64)
-            store_tile(out + segment, acc, rows, columns, dims, out_strides, count)
+            segment = first // WIDTH
+            columns = n - segment * WIDTH
+            store_tile(out + segment * tl.cast(segment_stride, tl.int64), acc, rows, columns, dims, out_strides, count)
     if NARROW > 0:
         n = tl.arange(0, 16)
         block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)

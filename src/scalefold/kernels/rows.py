@@ -171,6 +171,9 @@ def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: 
         if fields["dtype"] == "float32":  # twice the bytes per element: smaller tiles
             chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 32)
             chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 32)
+        if capability < 90:  # 163 KB of shared memory instead of 227, and no operands in registers
+            chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 64)
+            chosen["num_stages"] = min(chosen["num_stages"], 2)
         return chosen
 
     tuning.register(name, default=choose, candidates=lambda fields: [config(values) for values in candidates])

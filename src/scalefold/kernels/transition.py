@@ -31,7 +31,7 @@ from scalefold.kernels.weight_gradient import Product, weight_gradients
 
 register_tiles(
     "transition_forward",
-    {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+    {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
     *((m, n, w, s) for m in (64, 128) for n in (32, 64, 128) for w in (4, 8) for s in (1, 2, 3)),
 )
 register_tiles(
