@@ -55,10 +55,9 @@ def assert_as_accurate_as_pytorch(inputs, d_output, inf: float = 1e9) -> None:
     [
         ((1, 3, 1, 2, 8), True),
         ((2, 1, 7, 1, 16), True),
-        ((1, 3, 16, 2, 32), True),
-        ((2, 3, 33, 2, 8), True),
-        ((1, 3, 33, 2, 32), False),
-        ((1, 5, 40, 1, 24), False),
+        ((1, 2, 16, 2, 32), True),
+        ((2, 3, 33, 1, 8), True),
+        ((1, 2, 33, 2, 24), False),
     ],
     ids=str,
 )
@@ -85,7 +84,7 @@ def test_attention_takes_slices_of_one_fused_projection():
 
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "unrolled"), [((1, 3, 50, 1, 16), 0), ((1, 3, 50, 1, 16), 64), ((2, 3, 32, 2, 8), 64)]
+    ("shape", "unrolled"), [((1, 2, 37, 1, 16), 0), ((1, 3, 37, 1, 16), 64), ((2, 2, 32, 1, 8), 64)]
 )
 def test_rows_longer_than_a_tile_are_walked_in_tiles(shape, unrolled, with_bias):
     small = {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1, "ROWS": 2, "GROUPS": 2, "UNROLLED": unrolled}

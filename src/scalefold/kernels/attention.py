@@ -34,6 +34,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
+def _head(h, stride, ALIGN: tl.constexpr):
+    """Offset of head h. ALIGN tells the compiler what it cannot know of heads of 8 channels: 16-byte alignment."""
+    return tl.multiple_of(h * stride, ALIGN)
+
+
+@triton.jit
 def _load_rows(base, offsets, stride, n, D: tl.constexpr, BLOCK_D: tl.constexpr, EVEN: tl.constexpr):
     """Rows of one head, [len(offsets), BLOCK_D]; zeros beyond n and D. EVEN: no offset reaches n."""
     d = tl.arange(0, BLOCK_D)
@@ -58,9 +64,9 @@ def _store_rows(base, offsets, stride, n, values, D: tl.constexpr, BLOCK_D: tl.c
 def _load_shift(base, offsets, stride, n, inf_log2, EVEN: tl.constexpr):
     """Additive mask in base 2 per key: 0 or -inf_log2, and minus infinity beyond n."""
     if EVEN:
-        return (tl.load(base + offsets * stride).to(tl.float32) - 1.0) * inf_log2
+        return tl.load(base + offsets * stride).to(tl.float32) * inf_log2 - inf_log2
     keep = tl.load(base + offsets * stride, mask=offsets < n, other=0.0).to(tl.float32)
-    return tl.where(offsets < n, (keep - 1.0) * inf_log2, float("-inf"))
+    return tl.where(offsets < n, keep * inf_log2 - inf_log2, float("-inf"))
 
 
 @triton.jit
@@ -73,13 +79,60 @@ def _load_bias(base, offs_q, offs_k, stride_q, stride_k, n, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _unpack(tile):
-    """bf16 tile -> fp32, done anew in each iteration: hoisted out of the loop, it would take twice the registers."""
-    if INTERPRETED or tile.dtype != tl.bfloat16:
-        return tile.to(tl.float32)
-    return tl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [tile], dtype=tl.float32, is_pure=False, pack=2
-    )
+def _settle(tile, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The same tile in fp32 in the register layout of a product, moved there once instead of in each iteration.
+
+    The compiler places conversions next to the use. A product with zeros, outside the loop, pins the layout.
+    """
+    left = tl.zeros([BLOCK_Q, 16], tl.bfloat16)
+    right = tl.zeros([16, BLOCK_K], tl.bfloat16)
+    return tl.dot(left, right, tile.to(tl.float32))
+
+
+@triton.jit
+def _pack(first, second):
+    """Two fp32 tiles that hold bf16 values -> one of 32-bit words, ``first`` in the lower halves."""
+    lower = first.to(tl.uint32, bitcast=True) >> 16
+    return lower | (second.to(tl.uint32, bitcast=True) & 0xFFFF0000)
+
+
+@triton.jit
+def _unpack(words, UPPER: tl.constexpr):
+    """One tile of ``_pack``, in fp32.
+
+    As opaque assembly it is done anew in each iteration (one operation per score); otherwise the compiler takes it
+    out of the loop, and the bias needs twice the registers.
+    """
+    if INTERPRETED:
+        return ((words & 0xFFFF0000) if UPPER else (words << 16)).to(tl.float32, bitcast=True)
+    if UPPER:
+        return tl.inline_asm_elementwise("and.b32 $0, $1, 0xffff0000;", "=r,r", [words], tl.float32, False, 1)
+    return tl.inline_asm_elementwise("shl.b32 $0, $1, 16;", "=r,r", [words], tl.float32, False, 1)
+
+
+@triton.jit
+def _bias_tiles(
+    base, offs_q, stride_q, stride_k, n,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Bias of all keys: a tuple of fp32 tiles, or for bf16 of packed pairs of them."""
+    offs_k = tl.arange(0, BLOCK_K)
+    tiles = ()
+    if base.dtype.element_ty == tl.bfloat16:
+        for pair in tl.static_range((STEPS + 1) // 2):
+            start = pair * 2 * BLOCK_K
+            first = _load_bias(base, offs_q, start + offs_k, stride_q, stride_k, n, EVEN)
+            first = _settle(first, BLOCK_Q, BLOCK_K)
+            second = first
+            if pair * 2 + 1 < STEPS:
+                second = _load_bias(base, offs_q, start + BLOCK_K + offs_k, stride_q, stride_k, n, EVEN)
+                second = _settle(second, BLOCK_Q, BLOCK_K)
+            tiles += (_pack(first, second),)
+    else:
+        for step in tl.static_range(STEPS):
+            tile = _load_bias(base, offs_q, step * BLOCK_K + offs_k, stride_q, stride_k, n, EVEN)
+            tiles += (tile.to(tl.float32),)
+    return tiles
 
 
 @triton.jit
@@ -121,22 +174,22 @@ def _forward_rows(
     rows, n, heads, rows_per_program, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Short rows in STEPS unrolled key tiles; the bias of all of them stays in registers while rows pass by."""
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    o += b * o_b + h * o_h
+    q += b * q_b + _head(h, q_h, ALIGN)
+    k += b * k_b + _head(h, k_h, ALIGN)
+    v += b * v_b + _head(h, v_h, ALIGN)
+    o += b * o_b + _head(h, o_h, ALIGN)
     mask += b * mask_b
+    offs_k = tl.arange(0, BLOCK_K)
     tiles = ()
     if HAS_BIAS:
-        for step in tl.static_range(STEPS):
-            offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            tiles += (_load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN),)
+        tiles = _bias_tiles(bias + b * bias_b + h * bias_h, offs_q, bias_q, bias_k, n, BLOCK_Q, BLOCK_K, STEPS, EVEN)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     for row in tl.range(first, last, num_stages=STAGES):
@@ -146,13 +199,15 @@ def _forward_rows(
         total = tl.zeros([BLOCK_Q], tl.float32)
         result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for step in tl.static_range(STEPS):
-            offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
-            keys = _load_rows(k + s * k_s, offs_k, k_n, n, D, BLOCK_D, EVEN)
-            values = _load_rows(v + s * v_s, offs_k, v_n, n, D, BLOCK_D, EVEN)
-            shift = _load_shift(mask + s * mask_s, offs_k, mask_n, n, inf_log2, EVEN)
+            start = step * BLOCK_K  # in the base, not in the offsets, which all steps then share
+            keys = _load_rows(k + s * k_s + start * k_n, offs_k, k_n, n - start, D, BLOCK_D, EVEN)
+            values = _load_rows(v + s * v_s + start * v_n, offs_k, v_n, n - start, D, BLOCK_D, EVEN)
+            shift = _load_shift(mask + s * mask_s + start * mask_n, offs_k, mask_n, n - start, inf_log2, EVEN)
             products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            if HAS_BIAS:
-                logits = _biased_logits(products, _unpack(tiles[step]), shift, SCALE)
+            if HAS_BIAS and bias.dtype.element_ty == tl.bfloat16:
+                logits = _biased_logits(products, _unpack(tiles[step // 2], step % 2 == 1), shift, SCALE)
+            elif HAS_BIAS:
+                logits = _biased_logits(products, tiles[step], shift, SCALE)
             else:
                 logits = _logits(products, shift, SCALE)
             maximum, total, result = _accumulate(logits, values, maximum, total, result, PRECISION)
@@ -169,17 +224,18 @@ def _forward_tiled(
     rows, n, heads, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any length in key tiles with a running maximum; one row and query tile per program."""
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
     s = tl.program_id(1).to(tl.int64)
-    k += b * k_b + s * k_s + h * k_h
-    v += b * v_b + s * v_s + h * v_h
+    k += b * k_b + s * k_s + _head(h, k_h, ALIGN)
+    v += b * v_b + s * v_s + _head(h, v_h, ALIGN)
     mask += b * mask_b + s * mask_s
-    queries = _load_rows(q + b * q_b + s * q_s + h * q_h, offs_q, q_n, n, D, BLOCK_D, EVEN)
+    queries = _load_rows(q + b * q_b + s * q_s + _head(h, q_h, ALIGN), offs_q, q_n, n, D, BLOCK_D, EVEN)
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -195,7 +251,7 @@ def _forward_tiled(
             logits = _logits(products, shift, SCALE)
         values = _load_rows(v, offs_k, v_n, n, D, BLOCK_D, EVEN)
         maximum, total, result = _accumulate(logits, values, maximum, total, result, PRECISION)
-    _store_rows(o + b * o_b + s * o_s + h * o_h, offs_q, o_n, n, result / total[:, None], D, BLOCK_D, EVEN)
+    _store_rows(o + b * o_b + s * o_s + _head(h, o_h, ALIGN), offs_q, o_n, n, result / total[:, None], D, BLOCK_D, EVEN)
     if SAVE:
         _store_statistics(lse, rest, ((b * rows + s) * heads + h) * n, offs_q, n, maximum, total)
 
@@ -209,7 +265,8 @@ def _backward_rows(
     rows, n, heads, inf_log2, scale,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of q, k, v of one row and head for one chunk of queries; SAVE: keep delta for the bias gradient.
 
@@ -220,22 +277,22 @@ def _backward_rows(
     b = tl.program_id(2).to(tl.int64)
     s = (tl.program_id(0) // heads).to(tl.int64)
     h = tl.program_id(0) % heads
-    k += b * k_b + s * k_s + h * k_h
-    v += b * v_b + s * v_s + h * v_h
-    dk += chunk * dk_c + b * dk_b + s * dk_s + h * dk_h
-    dv += chunk * dv_c + b * dv_b + s * dv_s + h * dv_h
+    k += b * k_b + s * k_s + _head(h, k_h, ALIGN)
+    v += b * v_b + s * v_s + _head(h, v_h, ALIGN)
+    dk += chunk * dk_c + b * dk_b + s * dk_s + _head(h, dk_h, ALIGN)
+    dv += chunk * dv_c + b * dv_b + s * dv_s + _head(h, dv_h, ALIGN)
     mask += b * mask_b + s * mask_s
     statistics = ((b * rows + s) * heads + h) * n + offs_q
     row_lse = tl.load(lse + statistics, mask=offs_q < n, other=float("inf"))
     row_rest = tl.load(rest + statistics, mask=offs_q < n, other=0.0)
-    outputs = _load_rows(o + b * o_b + s * o_s + h * o_h, offs_q, o_n, n, D, BLOCK_D, EVEN)
-    grads = _load_rows(do + b * do_b + s * do_s + h * do_h, offs_q, do_n, n, D, BLOCK_D, EVEN)
+    outputs = _load_rows(o + b * o_b + s * o_s + _head(h, o_h, ALIGN), offs_q, o_n, n, D, BLOCK_D, EVEN)
+    grads = _load_rows(do + b * do_b + s * do_s + _head(h, do_h, ALIGN), offs_q, do_n, n, D, BLOCK_D, EVEN)
     row_delta = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
     if SAVE:
         tl.store(delta + statistics, row_delta, mask=offs_q < n)
     grads = (grads.to(tl.float32) * row_rest[:, None]).to(grads.dtype)
     row_delta *= row_rest
-    queries = _load_rows(q + b * q_b + s * q_s + h * q_h, offs_q, q_n, n, D, BLOCK_D, EVEN)
+    queries = _load_rows(q + b * q_b + s * q_s + _head(h, q_h, ALIGN), offs_q, q_n, n, D, BLOCK_D, EVEN)
     dq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in tl.range(0, n, BLOCK_K, num_stages=STAGES):
         offs_k = start + tl.arange(0, BLOCK_K)
@@ -256,7 +313,7 @@ def _backward_rows(
         dk_tile = tl.dot(tl.trans(d_logits), queries, input_precision=PRECISION) * scale
         _store_rows(dk, offs_k, dk_n, n, dk_tile, D, BLOCK_D, EVEN)
         dq_sum = tl.dot(d_logits, keys, dq_sum, input_precision=PRECISION)
-    _store_rows(dq + b * dq_b + s * dq_s + h * dq_h, offs_q, dq_n, n, dq_sum * scale, D, BLOCK_D, EVEN)
+    _store_rows(dq + b * dq_b + s * dq_s + _head(h, dq_h, ALIGN), offs_q, dq_n, n, dq_sum * scale, D, BLOCK_D, EVEN)
 
 
 @triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
@@ -267,7 +324,7 @@ def _backward_bias(
     rows, n, heads, rows_per_program, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one bias tile, summed over a group of rows in registers. partial: fp32 [groups, B, H, n, n]."""
     tiles_k = tl.cdiv(n, BLOCK_K)
@@ -275,12 +332,12 @@ def _backward_bias(
     offs_k = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    v += b * v_b + h * v_h
-    do += b * do_b + h * do_h
+    q += b * q_b + _head(h, q_h, ALIGN)
+    k += b * k_b + _head(h, k_h, ALIGN)
+    v += b * v_b + _head(h, v_h, ALIGN)
+    do += b * do_b + _head(h, do_h, ALIGN)
     mask += b * mask_b
-    tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN)
+    tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN).to(tl.float32)
     gradient = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
@@ -296,7 +353,7 @@ def _backward_bias(
         row_rest = tl.load(rest + statistics, mask=offs_q < n, other=0.0)
         row_delta = tl.load(delta + statistics, mask=offs_q < n, other=0.0)
         products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        logits = _biased_logits(products, _unpack(tile), shift, SCALE)
+        logits = _biased_logits(products, tile, shift, SCALE)
         weights = tl.exp2(logits - row_lse[:, None])
         d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         gradient += weights * (d_weights - row_delta[:, None]) * row_rest[:, None]
@@ -371,7 +428,9 @@ def _mask_and_bias(mask: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, t
     return mask, mask if bias is None else bias, (*mask.stride(), *strides)
 
 
-def _constants(q: Tensor, config: tuning.Config, blocks: tuple[int, int, int, bool]) -> dict[str, Any]:
+def _constants(
+    q: Tensor, config: tuning.Config, blocks: tuple[int, int, int, bool], head_strides: tuple[int, ...]
+) -> dict[str, Any]:
     block_q, block_k, block_d, even = blocks
     return {
         "SCALE": q.shape[-1] ** -0.5,
@@ -380,9 +439,11 @@ def _constants(q: Tensor, config: tuning.Config, blocks: tuple[int, int, int, bo
         "BLOCK_Q": block_q,
         "BLOCK_K": block_k,
         "EVEN": even,
+        "ALIGN": 8 if all(stride % 8 == 0 for stride in head_strides) else 1,
         "PRECISION": _precision(q),
         "STAGES": config["STAGES"],
         "num_warps": config["num_warps"],
+        "maxnreg": config.get("maxnreg"),
     }
 
 
@@ -398,7 +459,7 @@ def _forward(
     mask_, bias_, extra_strides = _mask_and_bias(mask, bias)
     tensors = (q, k, v, mask_, bias_, o, lse, rest)
     strides = (*q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *o.stride()[:4], *extra_strides)
-    options = _constants(q, config, blocks) | {"HAS_BIAS": bias is not None, "SAVE": save}
+    options = _constants(q, config, blocks, strides[3:16:4]) | {"HAS_BIAS": bias is not None, "SAVE": save}
     if n <= config["UNROLLED"]:
         group = min(config["ROWS"], rows)
         grid = (tuning.ceil_div(n, block_q), tuning.ceil_div(rows, group), batch * heads)
@@ -427,10 +488,11 @@ def _backward_qkv(
     delta = torch.empty_like(lse) if save_delta else lse
     mask_, bias_, extra_strides = _mask_and_bias(mask, bias)
     strides = tuple(stride for x in (q, k, v, o, do, dq) for stride in x.stride()[:4])
+    heads_at = (*strides[3::4], dk.stride(4), dv.stride(4))
     _backward_rows[(rows * heads, chunks, batch)](
         q, k, v, mask_, bias_, o, do, lse, rest, delta, dq, dk, dv, *strides, *dk.stride()[:5], *dv.stride()[:5],
         *extra_strides, rows, n, heads, inf * LOG2_E.value, width**-0.5,
-        HAS_BIAS=bias is not None, SAVE=save_delta, **_constants(q, config, blocks),
+        HAS_BIAS=bias is not None, SAVE=save_delta, **_constants(q, config, blocks, heads_at),
     )  # fmt: skip
     if chunks == 1:
         return dq, dk[0], dv[0], delta
@@ -451,7 +513,7 @@ def _bias_gradient(
     strides = tuple(stride for x in (q, k, v, do) for stride in x.stride()[:4])
     _backward_bias[(tuning.ceil_div(n, blocks[0]) * tuning.ceil_div(n, blocks[1]), groups, batch * heads)](
         q, k, v, mask_, bias_, do, lse, rest, delta, partial, *strides, *extra_strides,
-        rows, n, heads, group, inf * LOG2_E.value, **_constants(q, config, blocks),
+        rows, n, heads, group, inf * LOG2_E.value, **_constants(q, config, blocks, strides[3::4]),
     )  # fmt: skip
     return partial.sum(0).to(bias.dtype)
 
@@ -469,16 +531,18 @@ def _forward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
 
 
 def _forward_candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 64, 8), (128, 128, 8), (64, 256, 8)]
+    tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (128, 64, 4)]
     tiled = [_config(*tile, stages, ROWS=1, UNROLLED=0) for tile in tiles for stages in (2, 3)]
     if int(fields["n"]) > 256:
         return tiled
-    return tiled + [
-        _config(*tile, stages, ROWS=rows, UNROLLED=256)
-        for tile in tiles
-        for stages in (1, 2, 3)
-        for rows in (1, 4, 8, 16, 32)
+    walked = [(stages, rows) for stages in (1, 2) for rows in (2, 4, 8, 16)]
+    unrolled = [_config(*tile, stages, ROWS=rows, UNROLLED=256) for tile in tiles for stages, rows in walked]
+    denser = [
+        _config(64, block_k, 4, stages, ROWS=rows, UNROLLED=256, maxnreg=168)
+        for block_k in (32, 64)
+        for stages, rows in walked
     ]
+    return tiled + unrolled + denser
 
 
 def _backward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
@@ -512,7 +576,7 @@ COMPILE_SHAPES: dict[str, tuple[tuple[int, ...], bool]] = {
     "msa_column": ((1, 256, 128, 8, 32), False),
     "template": ((4, 256, 256, 4, 16), True),
     "extra_msa_row": ((1, 1024, 256, 8, 8), True),
-    "evaluation": ((1, 700, 700, 4, 32), True),
+    "evaluation": ((1, 704, 704, 4, 32), True),
 }
 
 
