@@ -1,37 +1,54 @@
 #!/usr/bin/env bash
-# The one entry of every rank, inside the container or the environment: caches on node-local disk, NUMA binding, command.
-# usage: run.sh VERB ARGUMENTS...      for example: run.sh train configs/tiny.yaml
+# The one entry of every rank, inside the container or the environment: caches on node-local disk, binding, command.
+# usage: run.sh COMMAND ARGUMENTS...      for example: run.sh scalefold train configs/tiny.yaml
 set -euo pipefail
 
+if [[ $# -eq 0 ]]; then
+  sed -n '2,3s/^# //p' "$0"
+  exit 2
+fi
 if [[ -n "${SCALEFOLD_VENV:-}" ]]; then
   # shellcheck source=/dev/null
   source "${SCALEFOLD_VENV}/bin/activate"
 fi
 
-local_rank="${LOCAL_RANK:-${SLURM_LOCALID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}}"
-cache_root="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/scalefold-triton}"
-export TRITON_CACHE_DIR="${cache_root}/rank_${local_rank}"
-export TORCHINDUCTOR_CACHE_DIR="${cache_root}/inductor_${local_rank}"
-export MPLCONFIGDIR="${cache_root}/matplotlib_${local_rank}"
-mkdir -p "${TRITON_CACHE_DIR}" "${TORCHINDUCTOR_CACHE_DIR}" "${MPLCONFIGDIR}"
+cache_dir="${SCALEFOLD_CACHE_DIR:-${TMPDIR:-/tmp}/scalefold-${USER:-cache}}"
+export TRITON_CACHE_DIR="${cache_dir}/triton" # one per node: ranks share what is compiled, files are renamed into place
+export TORCHINDUCTOR_CACHE_DIR="${cache_dir}/inductor"
+export CUDA_CACHE_PATH="${cache_dir}/cuda"
+export MPLCONFIGDIR="${cache_dir}/matplotlib"
+mkdir -p "${TRITON_CACHE_DIR}" "${TORCHINDUCTOR_CACHE_DIR}" "${CUDA_CACHE_PATH}" "${MPLCONFIGDIR}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PYTHONUNBUFFERED=1
+export CUDA_DEVICE_ORDER=PCI_BUS_ID # the order of nvidia-smi, which the binding below relies on
 
-# numa_node RANK: the NUMA node next to the GPU of this rank ("socket"), or counted from the last one ("reversed").
+local_rank="${LOCAL_RANK:-${SLURM_LOCALID:-${OMPI_COMM_WORLD_LOCAL_RANK:-0}}}"
+numa_dir="${SCALEFOLD_NUMA_DIR:-/sys/devices/system/node}"
+
+# numa_node: the NUMA node next to the GPU of this rank ("socket"), or counted from the last one ("reversed").
 numa_node() {
-  local rank=$1 nodes bus
-  nodes=$(find /sys/devices/system/node -maxdepth 1 -name 'node[0-9]*' | wc -l)
+  local bus count
   case "${SCALEFOLD_NUMA_BINDING:-none}" in
     socket)
-      bus=$(nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader -i "${rank}" 2>/dev/null | tr '[:upper:]' '[:lower:]') || return 1
+      bus=$(nvidia-smi --query-gpu=pci.bus_id --format=csv,noheader -i "${local_rank}" 2>/dev/null) || return 1
+      bus=${bus,,}
       cat "/sys/bus/pci/devices/${bus#0000}/numa_node"
       ;;
-    reversed) echo $((nodes - 1 - rank % nodes)) ;;
+    reversed)
+      count=$(find "${numa_dir}" -maxdepth 1 -name 'node[0-9]*' | wc -l)
+      echo $((count - 1 - local_rank % count))
+      ;;
     *) return 1 ;;
   esac
 }
 
-bind=()
-if command -v numactl >/dev/null && node=$(numa_node "${local_rank}") && [[ "${node}" -ge 0 ]]; then
-  bind=(numactl "--cpunodebind=${node}" "--membind=${node}")
+if [[ -n "${SCALEFOLD_NICS:-}" ]]; then
+  read -ra nics <<<"${SCALEFOLD_NICS}"
+  export NCCL_IB_HCA="=${nics[local_rank % ${#nics[@]}]}"
 fi
-exec "${bind[@]}" scalefold "$@"
+
+bind=()
+if node=$(numa_node) && [[ "${node}" -ge 0 && -r "${numa_dir}/node${node}/cpulist" ]]; then
+  bind=(taskset --cpu-list "$(<"${numa_dir}/node${node}/cpulist")") # memory follows: Linux allocates where it is touched
+fi
+exec "${bind[@]}" "$@"

@@ -46,14 +46,22 @@ def doctor() -> None:
 
 
 @app.command()
-def show(config: ConfigFile, overrides: Overrides = None) -> None:
+def show(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks_per_node: Annotated[bool, typer.Option(help="print only the number of processes per node")] = False,
+) -> None:
     """Print every value of a configuration and where it comes from.
 
     Example: scalefold show configs/tiny.yaml training.seed=1
     """
     from scalefold.config import describe_config, load_config
 
-    rows = describe_config(load_config(config, overrides or []))
+    loaded = load_config(config, overrides or [])
+    if ranks_per_node:
+        print(loaded.config.parallel.world_size // loaded.config.parallel.nodes)
+        return
+    rows = describe_config(loaded)
     width = max(len(key) for key, _, _ in rows)
     for key, value, origin in rows:
         print(f"{key:{width}s}  {value:32s}  {origin}")
@@ -138,3 +146,76 @@ def check(log: Annotated[Path, typer.Argument(help="result_N.txt")]) -> None:
     verdict = check_log(log)
     print(verdict.text())
     raise typer.Exit(code=verdict.exit_code)
+
+
+StepTimes = Annotated[Path | None, typer.Option(help="measured step times, CSV; default: the shipped table alone")]
+EvalTimes = Annotated[Path | None, typer.Option(help="measured evaluation times, CSV")]
+KindOption = Annotated[str | None, typer.Option(help="measured, guarded, published or target step times only")]
+ConvergenceOption = Annotated[str, typer.Option(help="samples to converge: reference or published")]
+Extrapolate = Annotated[bool, typer.Option(help="allow batches at which nobody observed convergence")]
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    step_times: StepTimes = None,
+    eval_times: EvalTimes = None,
+    kind: KindOption = None,
+    convergence: ConvergenceOption = "reference",
+    extrapolate: Extrapolate = False,
+) -> None:
+    """Print memory, loader demand and minutes that a system will need, with the source of every number.
+
+    Example: scalefold plan configs/eos_h100_260x8_dap8.yaml --kind target
+    """
+    from scalefold.scaling.from_config import plan_config
+
+    print(plan_config(config, overrides or [], step_times, eval_times, kind, convergence, extrapolate).text())
+
+
+@app.command()
+def simulate(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    step_times: StepTimes = None,
+    eval_times: EvalTimes = None,
+    kind: KindOption = None,
+    convergence: ConvergenceOption = "reference",
+    extrapolate: Extrapolate = False,
+    runs: Annotated[int, typer.Option(help="number of simulated runs")] = 10,
+    seed: Annotated[int, typer.Option(help="of the simulation")] = 0,
+) -> None:
+    """Simulate runs of a planned system: spread of the minutes, and where they go.
+
+    Example: scalefold simulate configs/eos_h100_260x8_dap8.yaml --runs 100
+    """
+    from scalefold.scaling.from_config import simulate_config
+
+    planning = (step_times, eval_times, kind, convergence, extrapolate)
+    print(simulate_config(config, overrides or [], *planning, runs=runs, seed=seed).text())
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option(help="print the job file, submit nothing")] = False,
+    project_dir: Annotated[Path | None, typer.Option(help="checkout, as the nodes see it")] = None,
+) -> None:
+    """Render one sbatch file and submit it. Overrides hold for every run of the job.
+
+    Example: scalefold launch configs/eos_h100_260x8_dap8.yaml launch.account=me --dry-run
+    """
+    from scalefold.config import load_config
+    from scalefold.launch.render import render_sbatch
+    from scalefold.launch.submit import find_project_dir, submit
+
+    loaded = load_config(config, overrides or []).config
+    folder = project_dir or find_project_dir(Path.cwd())
+    text = render_sbatch(loaded, config.resolve(), folder, overrides or [])
+    if dry_run:
+        print(text, end="")
+        return
+    file, job_id = submit(loaded, text, folder)
+    print(f"job {job_id} submitted: {file}; output: {loaded.run.run_dir}/slurm-{job_id}.out")

@@ -131,11 +131,16 @@ class ExecutionConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Who does what: nodes x gpus_per_node ranks, the last ``num_eval_ranks`` of which evaluate."""
+    """Who does what: nodes x gpus_per_node ranks, the last ``num_eval_ranks`` of which evaluate.
+
+    ``gpu`` (for example H100-SXM-80GB) and ``cores_per_node`` tell ``scalefold plan`` what a node is made of.
+    """
 
     nodes: int = Field(1, ge=1)
     gpus_per_node: int = Field(1, ge=0)
     ranks_per_node: int | None = Field(None, ge=1)
+    gpu: str = ""
+    cores_per_node: int | None = Field(None, ge=1)
     dap_size: Literal[1, 2, 4, 8] = 1
     num_eval_ranks: int = Field(0, ge=0)
     eval_queue_depth: int = Field(1, ge=1)
@@ -231,11 +236,16 @@ class SubmissionConfig(Section):
 
 
 class LaunchConfig(Section):
-    """How the job starts under Slurm; see ``scalefold launch``."""
+    """How the job starts under Slurm; see ``scalefold launch``.
 
-    launcher: Literal["slurm", "torchrun"] = "slurm"
+    ``nics``: one network card per local rank; empty leaves the choice to NCCL. ``cache_dir``: node-local folder for
+    compile caches, expanded by the shell. ``network_check_gb_per_s``: bus bandwidth that an all-reduce over all ranks
+    must reach before the first run; 0 checks the sums only, None checks nothing.
+    """
+
     partition: str | None = None
     account: str | None = None
+    sbatch_options: tuple[str, ...] = ()
     time_limit_min: int = Field(60, ge=1)
     mpi: Literal["none", "pmix", "pmi2"] = "none"
     container_image: str | None = None
@@ -246,11 +256,11 @@ class LaunchConfig(Section):
     instances: int = Field(1, ge=1)
     exclusive: bool = True
     cpus_per_task: int | None = Field(None, ge=1)
-    gpu_binding: Literal["none", "closest"] = "closest"
     numa_binding: Literal["none", "socket", "reversed"] = "socket"
+    nics: tuple[str, ...] = ()
     drop_caches_command: str | None = None
-    nccl_test_command: str | None = None
-    triton_cache_dir: str = "/tmp/scalefold-triton-${SLURM_JOB_ID:-local}"
+    network_check_gb_per_s: float | None = Field(None, ge=0.0)
+    cache_dir: str = "/tmp/scalefold-${USER:-cache}"
     environment: dict[str, str] = {}
     requeue: bool = True
     signal_grace_s: int = Field(120, ge=0)

@@ -1,121 +1,177 @@
 """One readable sbatch file from one configuration: what an administrator can read, edit and submit by hand.
 
 The file starts every run with ``srun`` and the same command that works under torchrun and alone; nothing is hidden in
-a wrapper. Repeats run one after another with fresh seeds from the operating system's entropy; weak-scaling instances
+a wrapper. Repeats run one after another, each with a seed from the operating system's entropy; weak-scaling instances
 run side by side on their own nodes, each with its own folder, seed, log and node count.
 """
 
+import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from string import Template
 
 from scalefold.config import Config
 from scalefold.errors import ConfigError
 
 TEMPLATE = Path(__file__).with_name("job.sbatch")
+#: Where docker/Dockerfile puts the project inside the image.
+IMAGE_PROJECT_DIR = "/opt/scalefold"
 
 
-def render_sbatch(config: Config, config_file: Path, project_dir: Path) -> str:
+def render_sbatch(config: Config, config_file: Path, project_dir: Path, overrides: Sequence[str] = ()) -> str:
     """The text of the job file.
 
     Args:
-        config: the validated configuration.
+        config: the validated configuration, overrides included.
         config_file: the file it came from; the job reads it again, so it must be visible on the nodes.
-        project_dir: checkout that holds ``launch/run.sh``; visible on the nodes.
+        project_dir: checkout that holds ``launch/run.sh``; visible on the nodes. Relative paths start here.
+        overrides: ``key.sub=value`` for every run of the job.
 
     Raises:
         ConfigError: keys that contradict each other for a job.
     """
-    launch = config.launch
-    if launch.container_image and launch.venv:
-        raise ConfigError("launch: give container_image or venv, not both")
+    check_launch(config)
+    launch, parallel = config.launch, config.parallel
     values = {
         "system": config.system,
-        "directives": "\n".join(f"#SBATCH {line}" for line in directives(config)),
+        "shape": describe_shape(config),
+        "directives": "\n".join(f"#SBATCH {line}" for line in directives(config, project_dir)),
         "project_dir": shlex.quote(str(project_dir)),
         "config_file": shlex.quote(str(config_file)),
+        "overrides": shlex.join(overrides),
         "run_dir": shlex.quote(str(config.run.run_dir)),
-        "environment": "\n".join(f"export {k}={shlex.quote(v)}" for k, v in sorted(launch.environment.items())),
-        "modules": "\n".join(f"module load {shlex.quote(m)}" for m in launch.modules),
-        "activate": f"export SCALEFOLD_VENV={shlex.quote(launch.venv)}" if launch.venv else "",
-        "triton_cache_dir": launch.triton_cache_dir,
-        "numa_binding": launch.numa_binding,
+        "nodes": str(parallel.nodes),
+        "ntasks": str(parallel.world_size),
         "repeats": str(launch.repeats),
         "instances": str(launch.instances),
-        "nodes": str(config.parallel.nodes),
-        "ntasks": str(config.parallel.world_size),
-        "srun_options": " ".join(srun_options(config)),
-        "drop_caches": drop_caches_lines(config),
-        "nccl_test": nccl_test_lines(config),
+        "requeue": str(int(launch.requeue)),
+        "environment": "\n".join(environment_lines(config)),
+        "cache_dir": launch.cache_dir,
+        "drop_caches": f"drop_caches={shlex.quote(drop)}" if (drop := launch.drop_caches_command) else "",
+        "srun_options": "\n  ".join(["", *srun_options(config)]) + "\n",
+        "command_prefix": command_prefix(config),
+        "network_check": "\n".join(network_check_lines(config)),
+        "prepare_nodes": "\n".join(prepare_nodes_lines(config)),
     }
-    text = Template(TEMPLATE.read_text()).substitute(values)
-    return _squeeze_blank_lines(text)
+    text = re.sub(r"@(\w+)@", lambda match: values[match[1]], TEMPLATE.read_text())
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
-def directives(config: Config) -> list[str]:
-    """The ``#SBATCH`` options, in the order of the manual page."""
+def check_launch(config: Config) -> None:
+    """Refuse jobs that cannot do what their configuration says; raises ConfigError."""
     launch, parallel = config.launch, config.parallel
-    tasks = parallel.world_size // parallel.nodes
+    if launch.container_image and launch.venv:
+        raise ConfigError("launch: give container_image or venv, not both")
+    if launch.container_mounts and not launch.container_image:
+        raise ConfigError("launch.container_mounts: needs launch.container_image")
+    if config.training.seed is not None and launch.repeats * launch.instances > 1:
+        raise ConfigError(
+            f"training.seed {config.training.seed}: {launch.repeats} repeats x {launch.instances} instances would all "
+            "be the same run; leave the seed out, then each takes one from the system's entropy"
+        )
+    per_node = parallel.world_size // parallel.nodes
+    if launch.nics and len(launch.nics) != per_node:
+        raise ConfigError(f"launch.nics: {len(launch.nics)} cards for {per_node} ranks per node; name one per rank")
+
+
+def describe_shape(config: Config) -> str:
+    """One sentence about who does what."""
+    p, t = config.parallel, config.training
+    instances = f", {config.launch.instances} instances at once" if config.launch.instances > 1 else ""
+    return (
+        f"{p.nodes} nodes, {p.num_train_ranks} ranks train ({p.dp_size} replicas x DAP-{p.dap_size}), "
+        f"{p.num_eval_ranks} evaluate, global batch {t.global_batch_size}{instances}"
+    )
+
+
+def directives(config: Config, project_dir: Path) -> list[str]:
+    """The ``#SBATCH`` options."""
+    launch, parallel = config.launch, config.parallel
     lines = [
         f"--job-name=scalefold-{config.system}",
+        f"--chdir={project_dir}",
         f"--nodes={parallel.nodes * launch.instances}",
-        f"--ntasks-per-node={tasks}",
+        f"--ntasks-per-node={parallel.world_size // parallel.nodes}",
         f"--time={launch.time_limit_min}",
         f"--output={config.run.run_dir}/slurm-%j.out",
         "--open-mode=append",
-        f"--signal=TERM@{launch.signal_grace_s}",
         "--requeue" if launch.requeue else "--no-requeue",
     ]
+    if launch.signal_grace_s:
+        lines.append(f"--signal=B:USR1@{launch.signal_grace_s}")
     if parallel.gpus_per_node:
         lines.append(f"--gpus-per-node={parallel.gpus_per_node}")
-    if launch.exclusive:
-        lines.append("--exclusive")
-    for option in ("partition", "account"):
-        if getattr(launch, option):
-            lines.append(f"--{option}={getattr(launch, option)}")
     if launch.cpus_per_task:
         lines.append(f"--cpus-per-task={launch.cpus_per_task}")
-    return lines
+    if launch.exclusive:
+        lines.append("--exclusive")
+    lines += [f"--{name}={value}" for name in ("partition", "account") if (value := getattr(launch, name))]
+    return lines + list(launch.sbatch_options)
+
+
+def environment_lines(config: Config) -> list[str]:
+    """Modules, environment variables and what ``launch/run.sh`` reads."""
+    launch = config.launch
+    settings = {"SCALEFOLD_NUMA_BINDING": launch.numa_binding}
+    if launch.venv:
+        settings["SCALEFOLD_VENV"] = launch.venv
+    if launch.nics:
+        settings["SCALEFOLD_NICS"] = " ".join(launch.nics)
+    variables = launch.environment | settings
+    return [f"module load {shlex.quote(module)}" for module in launch.modules] + [
+        f"export {name}={shlex.quote(value)}" for name, value in variables.items()
+    ]
 
 
 def srun_options(config: Config) -> list[str]:
-    """Options of every ``srun`` that starts ranks."""
-    launch, parallel = config.launch, config.parallel
-    options = [f"--mpi={launch.mpi}", "--kill-on-bad-exit=1", "--label"]
-    if parallel.gpus_per_node and launch.gpu_binding == "closest":
+    """Options of every ``srun`` that starts ranks.
+
+    A rank that ends leaves the others a minute to end as well, whatever its exit status; after that Slurm ends them.
+    Binding is left to ``launch/run.sh``, and every rank sees all GPUs of its node.
+    """
+    launch = config.launch
+    options = [f"--mpi={launch.mpi}", "--kill-on-bad-exit=0", "--wait=60", "--label", "--cpu-bind=none"]
+    if config.parallel.gpus_per_node:
         options.append("--gpu-bind=none")
     if launch.cpus_per_task:
         options.append(f"--cpus-per-task={launch.cpus_per_task}")
     if launch.container_image:
-        options += [f"--container-image={shlex.quote(launch.container_image)}", "--no-container-mount-home"]
-        if launch.container_mounts:
-            options.append(f"--container-mounts={shlex.quote(','.join(launch.container_mounts))}")
+        places = ['"${job_dir}:${job_dir}"', '"${project_dir}:${project_dir}:ro"', '"${cache_dir}:${cache_dir}"']
+        mounts = [*(shlex.quote(mount) for mount in launch.container_mounts), *places]
+        options += [
+            f"--container-image={shlex.quote(launch.container_image)}",
+            "--container-readonly",
+            "--no-container-mount-home",
+            f"--container-mounts={','.join(mounts)}",
+        ]
     return options
 
 
-def drop_caches_lines(config: Config) -> str:
-    """Commands that empty the operating system's caches on all nodes before a run (rules: Data State)."""
-    command = config.launch.drop_caches_command
-    if command is None:
-        return "  # No launch.drop_caches_command: the log will say cache_clear false, and is no valid submission."
-    quoted = shlex.quote(f"sync && {command}")
-    return (
-        f'  srun --mpi=none --overlap --nodes="$$NODES" --relative="$$offset" --ntasks-per-node=1 bash -c {quoted}\n'
-        "  export SCALEFOLD_CACHES_DROPPED=1"
-    ).replace("$$", "$")
+def command_prefix(config: Config) -> str:
+    """``launch/run.sh`` as a rank sees it."""
+    return f"{IMAGE_PROJECT_DIR}/launch/run.sh" if config.launch.container_image else '"${project_dir}/launch/run.sh"'
 
 
-def nccl_test_lines(config: Config) -> str:
-    """An optional bandwidth test before the first run; its failure ends the job before any clock starts."""
-    command = config.launch.nccl_test_command
-    if command is None:
-        return ""
-    return f'echo "NCCL test"\nsrun {" ".join(srun_options(config))} bash -c {shlex.quote(command)}'
+def prepare_nodes_lines(config: Config) -> list[str]:
+    """One step per node before each run: cache folder, and empty caches of the operating system (rules: Data State)."""
+    drop = config.launch.drop_caches_command is not None
+    commands = "mkdir -p '${cache_dir}'" + (" && sync && ${drop_caches}" if drop else "")
+    lines = [
+        '  srun --mpi=none --nodes="${nodes}" --ntasks="${nodes}" --ntasks-per-node=1 --relative="${offset}" \\',
+        f'    bash -c "{commands}"',
+    ]
+    if drop:
+        return [*lines, "  export SCALEFOLD_CACHES_DROPPED=1 # the log says cache_clear true"]
+    return [*lines, "  # launch.drop_caches_command is not set: the log says cache_clear false, no valid submission"]
 
 
-def _squeeze_blank_lines(text: str) -> str:
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line or (lines and lines[-1]):
-            lines.append(line)
-    return "\n".join(lines) + "\n"
+def network_check_lines(config: Config) -> list[str]:
+    """An all-reduce over all ranks before the first run; if it fails, the job ends before any clock starts."""
+    wanted = config.launch.network_check_gb_per_s
+    if wanted is None:
+        return []
+    return [
+        "rendezvous 63 0",
+        'srun "${srun_options[@]}" "${command_prefix[@]}" \\',
+        f"  python -m scalefold.launch.network_check --min-gb-per-s {wanted:g}",
+    ]

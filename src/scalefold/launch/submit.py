@@ -1,0 +1,42 @@
+"""From a configuration to a submitted job."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from scalefold.config import Config
+from scalefold.errors import ConfigError
+
+JOB_FILE = "job.sbatch"
+
+
+def find_project_dir(folder: Path) -> Path:
+    """The folder that holds ``launch/run.sh``: ``folder`` or one of its parents. ConfigError if none does."""
+    for candidate in (folder.resolve(), *folder.resolve().parents):
+        if (candidate / "launch" / "run.sh").is_file():
+            return candidate
+    raise ConfigError(
+        f"{folder}: neither it nor its parents hold launch/run.sh; start in the checkout or name it with --project-dir"
+    )
+
+
+def submit(config: Config, text: str, project_dir: Path) -> tuple[Path, str]:
+    """Write the job file into the run folder and hand it to ``sbatch``; returns the file and the job's number.
+
+    Raises:
+        ConfigError: there is no Slurm here, or it refuses the job; its message is passed on.
+    """
+    if shutil.which("sbatch") is None:
+        raise ConfigError(
+            "sbatch is not on the PATH: submit from a login node, or start launch/torchrun.sh on the nodes"
+        )
+    run_dir = project_dir / config.run.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = run_dir / JOB_FILE
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+    done = subprocess.run(["sbatch", "--parsable", str(file)], cwd=project_dir, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"{file}: sbatch refuses the job: {done.stderr.strip()}")
+    return file, done.stdout.strip().split(";")[0]
