@@ -105,7 +105,7 @@ class ChainScorer:
         if not self.config.execution.warm_up:
             return
         batch = synthetic_batch(self.settings, 1, device=self.model.device, training=False)
-        self.model.predict(batch)
+        self.model.predict(batch.features)
 
     def open_data(self, lengths: dict[str, int]) -> None:
         """Place the chains over the ranks of the group and start to build features."""

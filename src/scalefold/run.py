@@ -102,7 +102,7 @@ class Run:
 
     def synthetic_batch(self) -> dict[str, Tensor]:
         """A batch of true shapes and plausible geometry that touches no data."""
-        return synthetic_batch(self.settings, self.config.local_batch_size, device=self.ranks.device)
+        return synthetic_batch(self.settings, self.config.local_batch_size, device=self.ranks.device).features
 
     def to_device(self, batch: Batch) -> dict[str, Tensor]:
         """Features on this rank's device, by one asynchronous copy."""
