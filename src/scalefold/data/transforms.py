@@ -170,7 +170,7 @@ class Alignment:
         num_clusters, columns = len(chosen), self._cropped.shape[1]
         counts = np.zeros((num_clusters, columns, NUM_MSA_CLASSES), dtype=np.float32)
         deletions = self._cropped_deletions[chosen].astype(np.float32)
-        sizes = np.ones(num_clusters, dtype=np.float32)
+        sizes = np.full(num_clusters, _COUNT_EPS + np.float32(1.0))  # in this order, as the reference rounds
         if len(extra):
             cluster = self._matches.nearest(_TO_HHBLITS[masked])
             members = cluster[extra]
@@ -180,8 +180,7 @@ class Alignment:
             deletions += self._cluster_deletions(chosen, cluster, num_clusters)
         centre = masked[:, self._crop.start : self._crop.stop]
         counts[np.arange(num_clusters)[:, None], np.arange(columns), centre] += 1.0
-        denominator = _COUNT_EPS + sizes
-        return counts / denominator[:, None, None], deletions / denominator[:, None]
+        return counts / sizes[:, None, None], deletions / sizes[:, None]
 
     def _cluster_deletions(self, chosen: np.ndarray, cluster: np.ndarray, num_clusters: int) -> np.ndarray:
         """Deletion counts of each cluster's extra rows added up, float32 [K, C]; few positions have any."""
