@@ -1,5 +1,7 @@
 """Symmetries and independences that the mathematics demands, whatever the numbers."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,9 +11,10 @@ from torch import Tensor
 from parity import golden, whole
 from scalefold import loss, violations
 from scalefold.config import LossConfig, ModelConfig
-from scalefold.model import AlphaFold, select_slice
+from scalefold.data import features as data_features
+from scalefold.model import PER_SLICE_KEYS, AlphaFold, select_slice
 from scalefold.model.rigid import Rigid, quaternion_to_rotation
-from scalefold.model.triangle import TriangleMultiplication
+from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node
 
 Features = dict[str, Tensor]
 ROTATABLE = ("backbone_rigid_tensor", "rigidgroups_gt_frames", "rigidgroups_alt_gt_frames")
@@ -182,6 +185,29 @@ def operands_and_product(module: TriangleMultiplication, z: Tensor, mask: Tensor
         point.register_forward_hook(lambda _, args, out: seen.append(out))
     module(z, mask)
     return seen
+
+
+@pytest.mark.parametrize("node", ["starting", "ending"])
+def test_masked_edges_have_no_influence_on_triangle_attention(node: str) -> None:
+    """With a mask that is not symmetric, unlike the model's own: the ending node must transpose it too."""
+    generator = torch.Generator().manual_seed(0)
+    module = TriangleAttention(8, 4, 2, 0.0).eval()
+    for p in module.parameters():
+        p.data = torch.randn(p.shape, generator=generator)
+    module.linear.weight.data.zero_()  # the bias sees all edges, masked or not
+    z, mask = torch.randn(1, 6, 6, 8, generator=generator), torch.ones(1, 6, 6)
+    mask[0, 1, 4] = 0.0
+    garbage = torch.where(mask[..., None] > 0, z, torch.randn(z.shape, generator=generator))
+    run = module if node == "starting" else partial(around_ending_node, module)
+    expected, found = run(z, mask), run(garbage, mask)
+    torch.testing.assert_close(found * mask[..., None], expected * mask[..., None])
+    everything = torch.ones_like(mask)
+    unmasked, unmasked_garbage = run(z, everything), run(garbage, everything)
+    assert not torch.allclose(unmasked * mask[..., None], unmasked_garbage * mask[..., None])
+
+
+def test_per_pass_features_are_those_of_the_data_pipeline() -> None:
+    assert PER_SLICE_KEYS == data_features.PER_SLICE_KEYS
 
 
 def test_distogram_is_symmetric(model: AlphaFold) -> None:

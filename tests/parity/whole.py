@@ -115,3 +115,15 @@ def measure_evaluation() -> dict[str, float]:
     errors = compare(outputs, golden.part(arrays, "out"))
     score = metrics.prediction_lddt_ca(outputs["final_atom_positions"], batch)
     return errors | {"lddt_ca": golden.relative_error(score, arrays["lddt_ca"])}
+
+
+@torch.no_grad()
+def measure_structure_and_heads() -> dict[str, dict[str, float]]:
+    """Errors of the structure module and of the heads alone, fed with the reference's representations."""
+    model, batch, expected = golden.small_model(), select_slice(golden.small_batch(), 2), reference_outputs()
+    structure = model.structure_module(expected["single"], expected["pair"], batch["seq_mask"], batch["aatype"])
+    heads = model.auxiliary_heads(expected)
+    return {
+        "structure_module": compare(structure._asdict(), {key: expected[key] for key in structure._fields}),
+        "auxiliary_heads": compare(heads, {key: expected[key] for key in heads}),
+    }
