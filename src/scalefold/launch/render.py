@@ -37,7 +37,7 @@ def render_sbatch(config: Config, config_file: Path, project_dir: Path, override
         "shape": describe_shape(config),
         "directives": "\n".join(f"#SBATCH {line}" for line in directives(config, project_dir)),
         "project_dir": shlex.quote(str(project_dir)),
-        "config_file": shlex.quote(str(config_file)),
+        "config_file": shlex.quote(str(_relative(config_file, project_dir))),
         "overrides": shlex.join(overrides),
         "run_dir": shlex.quote(str(config.run.run_dir)),
         "nodes": str(parallel.nodes),
@@ -47,11 +47,11 @@ def render_sbatch(config: Config, config_file: Path, project_dir: Path, override
         "requeue": str(int(launch.requeue)),
         "environment": "\n".join(environment_lines(config)),
         "cache_dir": launch.cache_dir,
-        "drop_caches": f"drop_caches={shlex.quote(drop)}" if (drop := launch.drop_caches_command) else "",
+        "mounts": mounts_line(config),
         "srun_options": "\n  ".join(["", *srun_options(config)]) + "\n",
         "command_prefix": command_prefix(config),
         "network_check": "\n".join(network_check_lines(config)),
-        "prepare_nodes": "\n".join(prepare_nodes_lines(config)),
+        "drop_caches": "\n".join(drop_caches_lines(config)),
     }
     text = re.sub(r"@(\w+)@", lambda match: values[match[1]], TEMPLATE.read_text())
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -136,15 +136,23 @@ def srun_options(config: Config) -> list[str]:
     if launch.cpus_per_task:
         options.append(f"--cpus-per-task={launch.cpus_per_task}")
     if launch.container_image:
-        places = ['"${job_dir}:${job_dir}"', '"${project_dir}:${project_dir}:ro"', '"${cache_dir}:${cache_dir}"']
-        mounts = [*(shlex.quote(mount) for mount in launch.container_mounts), *places]
         options += [
             f"--container-image={shlex.quote(launch.container_image)}",
             "--container-readonly",
             "--no-container-mount-home",
-            f"--container-mounts={','.join(mounts)}",
+            '--container-workdir="${project_dir}"',
+            '--container-mounts="${mounts}"',
         ]
     return options
+
+
+def mounts_line(config: Config) -> str:
+    """What a container sees of the host: the configured folders, the run's folder, the project and the cache."""
+    launch = config.launch
+    if not launch.container_image:
+        return ""
+    own = ("${job_dir}:${job_dir}", "${project_dir}:${project_dir}:ro", "${cache_dir}:${cache_dir}")
+    return f'mounts="{",".join([*launch.container_mounts, *own])}"'
 
 
 def command_prefix(config: Config) -> str:
@@ -152,17 +160,16 @@ def command_prefix(config: Config) -> str:
     return f"{IMAGE_PROJECT_DIR}/launch/run.sh" if config.launch.container_image else '"${project_dir}/launch/run.sh"'
 
 
-def prepare_nodes_lines(config: Config) -> list[str]:
-    """One step per node before each run: cache folder, and empty caches of the operating system (rules: Data State)."""
-    drop = config.launch.drop_caches_command is not None
-    commands = "mkdir -p '${cache_dir}'" + (" && sync && ${drop_caches}" if drop else "")
-    lines = [
+def drop_caches_lines(config: Config) -> list[str]:
+    """One step per node before each run that empties the operating system's caches (rules: Data State)."""
+    command = config.launch.drop_caches_command
+    if command is None:
+        return ["  # launch.drop_caches_command is not set: the log says cache_clear false, no valid submission"]
+    return [
         '  srun --mpi=none --nodes="${nodes}" --ntasks="${nodes}" --ntasks-per-node=1 --relative="${offset}" \\',
-        f'    bash -c "{commands}"',
+        f"    bash -c {shlex.quote(f'sync && {command}')}",
+        "  export SCALEFOLD_CACHES_DROPPED=1 # the log says cache_clear true",
     ]
-    if drop:
-        return [*lines, "  export SCALEFOLD_CACHES_DROPPED=1 # the log says cache_clear true"]
-    return [*lines, "  # launch.drop_caches_command is not set: the log says cache_clear false, no valid submission"]
 
 
 def network_check_lines(config: Config) -> list[str]:
@@ -175,3 +182,7 @@ def network_check_lines(config: Config) -> list[str]:
         'srun "${srun_options[@]}" "${command_prefix[@]}" \\',
         f"  python -m scalefold.launch.network_check --min-gb-per-s {wanted:g}",
     ]
+
+
+def _relative(file: Path, folder: Path) -> Path:
+    return file.relative_to(folder) if file.is_relative_to(folder) else file

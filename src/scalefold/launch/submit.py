@@ -27,9 +27,7 @@ def submit(config: Config, text: str, project_dir: Path) -> tuple[Path, str]:
         ConfigError: there is no Slurm here, or it refuses the job; its message is passed on.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError(
-            "sbatch is not on the PATH: submit from a login node, or start launch/torchrun.sh on the nodes"
-        )
+        raise ConfigError("no sbatch on the PATH: submit from a login node, or start launch/torchrun.sh on each node")
     run_dir = project_dir / config.run.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / JOB_FILE

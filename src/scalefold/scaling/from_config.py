@@ -26,16 +26,14 @@ def system_spec(config: Config) -> SystemSpec:
     """The system as ``scalefold.scaling.plan`` wants it.
 
     Raises:
-        ConfigError: ranks, batch and DAP size do not fit, or a GPU system does not say which GPU it has.
+        ConfigError: ranks, batch and DAP size do not fit.
     """
     p = config.parallel
-    if p.gpus_per_node and not p.gpu:
-        raise ConfigError(f"{config.system}: parallel.gpu must name the GPU, for example H100-SXM-80GB, to plan with")
     return SystemSpec(
         name=config.system,
         nodes=p.nodes,
         gpus_per_node=p.gpus_per_node,
-        gpu=p.gpu or "CPU",
+        gpu=p.gpu or ("a GPU that parallel.gpu does not name" if p.gpus_per_node else "CPU"),
         dap_size=p.dap_size,
         num_eval_ranks=p.num_eval_ranks,
         global_batch_size=config.training.global_batch_size,
