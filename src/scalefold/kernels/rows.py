@@ -146,9 +146,10 @@ def fused_view(weights: Sequence[Tensor]) -> Tensor:
     first = weights[0]
     if len(weights) == 1:
         return first.contiguous()
-    end = first.data_ptr()
+    end, storage = first.data_ptr(), first.untyped_storage().data_ptr()
     for weight in weights:
-        if not weight.is_contiguous() or weight.data_ptr() != end or first.is_meta:
+        neighbour = weight.is_contiguous() and weight.data_ptr() == end
+        if not neighbour or weight.untyped_storage().data_ptr() != storage or first.is_meta:
             return torch.cat(list(weights))
         end += weight.numel() * weight.element_size()
     num_rows = sum(weight.shape[0] for weight in weights)
@@ -173,6 +174,7 @@ def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: 
             chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 32)
         if capability < 90:  # 163 KB of shared memory instead of 227, and no operands in registers
             chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 64)
+            chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 64)
             chosen["num_stages"] = min(chosen["num_stages"], 2)
         return chosen
 
