@@ -417,7 +417,7 @@ def _blocks(config: tuning.Config, n: int, width: int) -> tuple[int, int, int, b
     return block_q, block_k, max(16, tuning.power_of_two(width)), n % block_q == 0 and n % block_k == 0
 
 
-def _precision(x: Tensor) -> str:
+def matmul_precision(x: Tensor) -> str:
     """fp32 products follow PyTorch's switch for its own; it does not concern 16-bit types."""
     return "tf32" if x.dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
@@ -440,7 +440,7 @@ def _constants(
         "BLOCK_K": block_k,
         "EVEN": even,
         "ALIGN": 8 if all(stride % 8 == 0 for stride in head_strides) else 1,
-        "PRECISION": _precision(q),
+        "PRECISION": matmul_precision(q),
         "STAGES": config["STAGES"],
         "num_warps": config["num_warps"],
         "maxnreg": config.get("maxnreg"),
