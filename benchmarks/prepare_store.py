@@ -65,7 +65,7 @@ def row(what: str, summary: prepare.Summary, clock: Clock, workers: int) -> dict
         "units_done": summary.units_done,
         "units_found": summary.units_found,
         **used,
-        "chains_per_cpu_s": round(summary.num_chains / float(str(used["cpu_s"])), 2),
+        "chains_per_cpu_s": round(summary.num_chains / float(str(used["cpu_s"])), 2) if summary.units_done else "",
     }
 
 
