@@ -23,8 +23,8 @@ def test_adam_swa_equals_its_definition(n, grad_dtype, copy):
     scalars = torch.tensor([0.7, 1e-3, 0.3, 0.2, copy], device=DEVICE)
     low = torch.full((n,), float("nan"), dtype=torch.bfloat16, device=DEVICE)
     for _ in range(3):
-        reference.adam_swa(*plain, scalars, **HYPER)
-        adam_swa.adam_swa_copy(*ours, low, scalars, **HYPER)
+        reference.adam_swa(*plain, None, scalars, **HYPER)
+        adam_swa.adam_swa(*ours, low, scalars, **HYPER)
     for own, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(own, expected, rtol=2e-6, atol=2e-6)
     assert torch.equal(low, ours[0].bfloat16())
@@ -35,15 +35,15 @@ def test_adam_swa_equals_its_definition(n, grad_dtype, copy):
 def test_adam_swa_without_a_copy_equals_the_one_with():
     first, second = buffers(77, torch.float32), buffers(77, torch.float32)
     scalars = torch.tensor([1.0, 1e-3, 0.1, 0.03, 0.0], device=DEVICE)
-    adam_swa.adam_swa(*first, scalars, **HYPER)
-    adam_swa.adam_swa_copy(*second, torch.empty(77, dtype=torch.bfloat16, device=DEVICE), scalars, **HYPER)
+    adam_swa.adam_swa(*first, None, scalars, **HYPER)
+    adam_swa.adam_swa(*second, torch.empty(77, dtype=torch.bfloat16, device=DEVICE), scalars, **HYPER)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_buffers_of_different_length_are_refused():
     param, grad, *moments = buffers(8, torch.float32)
     with pytest.raises(ValueError, match="one length"):
-        adam_swa.adam_swa(param, grad[:4], *moments, torch.zeros(5, device=DEVICE), **HYPER)
+        adam_swa.adam_swa(param, grad[:4], *moments, None, torch.zeros(5, device=DEVICE), **HYPER)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -79,7 +79,7 @@ def test_masks_drawn_together_have_their_shapes_and_the_rate():
 def test_full_size_adam_swa_equals_its_definition():
     ours, plain = buffers(93_229_082, torch.bfloat16), buffers(93_229_082, torch.bfloat16)
     scalars = torch.tensor([0.7, 1e-3, 0.3, 0.2, 0.0], device=DEVICE)
-    reference.adam_swa(*plain, scalars, **HYPER)
-    adam_swa.adam_swa(*ours, scalars, **HYPER)
+    reference.adam_swa(*plain, None, scalars, **HYPER)
+    adam_swa.adam_swa(*ours, None, scalars, **HYPER)
     for own, expected in zip(ours, plain, strict=True):
         torch.testing.assert_close(own, expected, rtol=2e-6, atol=2e-6)

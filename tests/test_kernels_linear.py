@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
+from kernel_accuracy import Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import gated_output, linear, reference
 
 
@@ -29,8 +29,7 @@ def check_projections(shape, widths, biased, dtype, transposed=False):
     )
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize(
     ("shape", "widths", "biased"),
     [
@@ -79,8 +78,7 @@ def check_gated(shape, heads, width, dtype, transposed, dropped):
 
 
 @pytest.mark.parametrize("dropped", [None, "rows", "columns"])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize(
     ("shape", "heads", "width"), [((1, 3, 19, 32), 2, 16), ((2, 5, 7, 16), 2, 8), ((1, 2, 3, 24), 3, 8)], ids=str
 )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
+from kernel_accuracy import Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import reference, transition
 
 
@@ -16,8 +16,7 @@ def check(shape, factor, dtype, transposed=False):
     assert_as_accurate_as_pytorch(transition.transition, reference.transition, [x, *draw.norm(c), *linears], dtype)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 @pytest.mark.parametrize(
     ("shape", "factor"), [((1, 3, 19, 32), 4), ((2, 5, 7, 16), 2), ((1, 1, 1, 64), 4), ((1, 2, 3, 24), 4)], ids=str
 )

@@ -6,7 +6,7 @@ import torch
 from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import reference, triangle
 
-SMALL = [(1, 13, 32, 16), (2, 9, 16, 32)]  # batch, residues, pair channels, product channels
+SMALL = [(1, 9, 32, 16), (2, 7, 16, 32)]  # batch, residues, pair channels, product channels
 FULL = [(1, 256, 128, 128), (4, 256, 64, 64), (1, 301, 128, 128)]
 
 

@@ -60,22 +60,6 @@ def adam_swa(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     averaged: Tensor,
-    scalars: Tensor,
-    beta_1: float,
-    beta_2: float,
-    eps: float,
-    swa_decay: float,
-) -> None:
-    """``reference.adam_swa`` in one kernel."""
-    adam_swa_copy(param, grad, exp_avg, exp_avg_sq, averaged, None, scalars, beta_1, beta_2, eps, swa_decay)
-
-
-def adam_swa_copy(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    averaged: Tensor,
     copy: Tensor | None,
     scalars: Tensor,
     beta_1: float,
@@ -83,7 +67,7 @@ def adam_swa_copy(
     eps: float,
     swa_decay: float,
 ) -> None:
-    """``adam_swa`` that also writes the new parameters to ``copy`` [n], in its type (bf16 compute weights)."""
+    """``reference.adam_swa`` in one kernel, the compute weights included."""
     n = param.numel()
     buffers = [t for t in (param, grad, exp_avg, exp_avg_sq, averaged, copy) if t is not None]
     if any(t.numel() != n or not t.is_contiguous() for t in buffers):

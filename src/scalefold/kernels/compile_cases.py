@@ -80,7 +80,7 @@ def optimizer(n: int) -> None:
     grad, copy = (torch.empty(n, dtype=torch.bfloat16, device=META) for _ in range(2))
     scalars = torch.empty(5, device=META)
     adam_swa.sum_of_squares(grad)
-    adam_swa.adam_swa_copy(param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, 0.9, 0.999, 1e-6, 0.9)
+    adam_swa.adam_swa(param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, 0.9, 0.999, 1e-6, 0.9)
 
 
 def _draw_masks() -> None:

@@ -101,4 +101,5 @@ TRITON = Operations(
     global_attention=_global_attention(),
     dropout_mask=dropout_mask,
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
+    sum_of_squares=guarded(adam_swa.sum_of_squares, reference.sum_of_squares, buffer_obstacle),
 )
