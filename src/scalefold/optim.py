@@ -218,7 +218,7 @@ class Optimizer:
     def apply(self) -> None:
         """Clip, Adam, average, refresh the compute copies; device work only, so it can be captured."""
         c, flat = self.config, self.flat
-        squares = [flat.gradients[s].float().square().sum() for s in flat.segments]
+        squares = [self.ops.sum_of_squares(flat.gradients[segment]) for segment in flat.segments]
         self.grad_norm.copy_(torch.stack(squares).sum().sqrt())
         self.scalars[0] = (c.opt_gradient_clip_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
         for segment in flat.segments:
@@ -229,13 +229,13 @@ class Optimizer:
                 self.exp_avg[part],
                 self.exp_avg_sq[part],
                 self.averaged[part],
+                flat.compute_copy(segment),
                 self.scalars,
                 c.opt_adam_beta_1,
                 c.opt_adam_beta_2,
                 c.opt_adam_epsilon,
                 c.swa_decay_rate,
             )
-        flat.refresh()
 
     def count(self) -> None:
         """Note on the host that one update has been applied."""

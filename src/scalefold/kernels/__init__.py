@@ -36,6 +36,7 @@ class Operations:
     invariant_point_attention: Callable[..., Any] = reference.invariant_point_attention
     dropout_mask: Callable[..., Any] = reference.dropout_mask
     adam_swa: Callable[..., Any] = reference.adam_swa
+    sum_of_squares: Callable[..., Any] = reference.sum_of_squares
 
 
 REFERENCE = Operations("reference")
