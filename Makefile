@@ -36,10 +36,20 @@ test-slurm: setup  ## tests on a real Slurm that is installed and started for th
 test-gpu: setup  ## tests that need one or more CUDA devices
 	$(BIN)/python -m pytest -q -m "gpu or multi_gpu"
 
+equivalence: setup  ## compare everything with the reference's numbers, rewrite the table in docs/equivalence.md
+	PYTHONPATH=tests $(BIN)/python -m parity.table
+
+mutations: setup  ## plant ten defects in a copy of the source and show that tests catch all of them
+	PYTHONPATH=tests $(BIN)/python -m parity.mutations
+
+bench-data: setup  ## prepare real or generated chains and measure samples per second on one core
+	$(BIN)/python benchmarks/data_pipeline.py
+
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck launch/*.sh .ci/run
 
 format: setup  ## apply the formatter and safe fixes
 	$(BIN)/ruff check --fix .

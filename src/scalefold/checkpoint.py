@@ -185,6 +185,15 @@ def load_weights(file: Path) -> dict[str, Tensor]:
     return content
 
 
+def load_into(file: Path, flat: FlatParameters, buffer: Tensor) -> None:
+    """Weights of any of our files into a flat buffer with the layout of ``flat``.
+
+    Raises:
+        CheckpointError: unreadable, or made by another model.
+    """
+    _copy_into(file, flat, buffer, load_weights(file))
+
+
 def _load(file: Path) -> dict[str, Any]:
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,0 +1,227 @@
+"""Verbs of the command line that look at data, runs and submissions; ``cli`` adds them to the command."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scalefold.errors import ConfigError
+
+Runs = Annotated[list[Path], typer.Argument(help="run folders, result files or folders of result_N.txt")]
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register every verb of this file."""
+    app.command("eval")(evaluate)
+    for verb in (report, compare_runs, score, pack, verify_package, describe_system, bench_data, demo):
+        app.command()(verb)
+
+
+def evaluate(
+    config: Annotated[Path, typer.Argument(help="system file")],
+    weights: Annotated[Path, typer.Argument(help="swa_checkpoint.pt, resumable_checkpoint.pt or a state dict")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value")] = None,
+) -> None:
+    """Evaluate weights on the evaluation chains and print every chain's lDDT-Cα.
+
+    Example: scalefold eval configs/tiny.yaml runs/tiny/checkpoints/last/000200/swa_checkpoint.pt
+    """
+    from scalefold.config import load_config
+    from scalefold.eval_run import evaluate_weights
+
+    result = evaluate_weights(load_config(config, overrides or []).config, weights)
+    for chain, value in sorted(result.chains.items(), key=lambda pair: pair[1]):
+        print(f"{chain:12s} {value:.4f}")
+    print(f"average lDDT-Cα {result.lddt_ca:.6f} over {len(result.chains)} chains in {result.seconds:.1f} s")
+
+
+def report(
+    runs: Runs,
+    out: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
+    scaling_csv: Annotated[Path | None, typer.Option(help="scaling curve, see `scalefold plan --csv`")] = None,
+    step_time_csv: Annotated[Path | None, typer.Option(help="benchmarks/step_time.csv")] = None,
+) -> None:
+    """Write one self-contained HTML page (and SVG, PNG figures) on our own or anybody's runs.
+
+    Example: scalefold report runs/tiny --out runs/tiny/report.html
+    """
+    from scalefold.report.page import write_report
+
+    written = write_report(runs, out, check=_verdict(runs), scaling_csv=scaling_csv, step_time_csv=step_time_csv)
+    print(written.page)
+
+
+def _verdict(runs: list[Path]) -> str | None:
+    """The checker's text on the first result file, if there is one."""
+    from scalefold.mlperf.check import check_log
+
+    files = [file for path in runs for file in (sorted(path.glob("result_*.txt")) if path.is_dir() else [path])]
+    logs = [file for file in files if file.suffix == ".txt"]
+    return check_log(logs[0]).text() if logs else None
+
+
+def compare_runs(
+    a: Annotated[Path, typer.Argument(help="baseline: run folder or metrics.jsonl")],
+    b: Annotated[Path, typer.Argument(help="run to compare")],
+    tolerance: Annotated[float | None, typer.Option(help="largest relative difference of window means")] = None,
+    window: Annotated[int, typer.Option(help="steps per moving mean")] = 20,
+    plot: Annotated[Path | None, typer.Option(help="overlay of both curves, .svg or .png")] = None,
+) -> None:
+    """Overlay two training curves with a tolerance band. Exit status 1 outside the band.
+
+    Example: scalefold compare-runs runs/plain runs/fast --plot curves.svg
+    """
+    from scalefold.report.compare import compare_runs as compare
+
+    comparison = compare(a, b, tolerance=tolerance, window=window)
+    print(comparison.text())
+    if plot is not None:
+        comparison.plot(plot)
+    raise typer.Exit(code=int(not comparison.ok))
+
+
+def score(folder: Annotated[Path, typer.Argument(help="organization, system or result folder")]) -> None:
+    """Print time-to-train scores (strong) or TTTa (weak), unscaled and scaled. Exit status 1 if a result is illegal.
+
+    Example: scalefold score submission/results
+    """
+    from scalefold.mlperf.score import score as score_folders
+
+    scores = score_folders(folder)
+    print("\n".join(found.text() for found in scores))
+    raise typer.Exit(code=int(any(found.problems for found in scores)))
+
+
+def describe_system(
+    out: Annotated[Path, typer.Argument(help="systems/<system>.json to write")],
+    nodes: Annotated[int, typer.Option(help="number of nodes like this one")] = 1,
+    submitter: Annotated[str, typer.Option(help="organization")] = "",
+    field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE that a person states")] = None,
+) -> None:
+    """Fill the system description from this machine and name what a person must fill in.
+
+    Example: scalefold describe-system mlperf_logs/systems/dgx.json --nodes 8 --submitter Example
+    """
+    from scalefold.mlperf.system_desc import describe_system as describe
+
+    known = dict(_pair(text) for text in field or [])
+    description = describe(number_of_nodes=nodes, submitter=submitter, system_name=out.stem, known=known)
+    description.write(out)
+    print(f"{out}: to fill in by hand: {', '.join(description.to_fill) or 'nothing'}")
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"--field `{text}` must look like NAME=VALUE")
+    return name, value
+
+
+def pack(
+    out: Annotated[Path, typer.Argument(help="organization folder to build; must not exist")],
+    org: Annotated[str, typer.Option(help="organization")],
+    system: Annotated[Path, typer.Option(help="systems/<system>.json from describe-system")],
+    config: Annotated[Path, typer.Option(help="the configuration that was run")],
+    strong: Annotated[list[Path] | None, typer.Option(help="run folder or log; ten of them")] = None,
+    weak: Annotated[list[Path] | None, typer.Option(help="instance folder or log; ten or more")] = None,
+    pruned: Annotated[list[Path] | None, typer.Option(help="pruned instance")] = None,
+    dry_run: Annotated[bool, typer.Option(help="only say what the package would hold")] = False,
+) -> None:
+    """Assemble a submission as the package checker walks it, then check it.
+
+    Example: scalefold pack out --org Example --system dgx.json --config configs/dgx_h100_1x8.yaml --strong runs/a
+    """
+    import json
+
+    from scalefold.mlperf.package import Submission, SystemEntry
+    from scalefold.mlperf.package import pack as build
+
+    entry = SystemEntry(
+        name=system.stem,
+        description=json.loads(system.read_text()),
+        config=config,
+        strong=tuple(strong or ()),
+        weak=tuple(weak or ()),
+        pruned=tuple(pruned or ()),
+    )
+    print(build(Submission(org=org, systems=(entry,)), out, dry_run=dry_run).text())
+    if not dry_run:
+        verify_package(out)
+
+
+def verify_package(folder: Annotated[Path, typer.Argument(help="organization folder")]) -> None:
+    """Run all official checkers and our own rules on a copy of a submission; one verdict table.
+
+    Example: scalefold verify-package submission
+    """
+    from scalefold.mlperf.verify import verify_package as verify
+
+    verdict = verify(folder)
+    print(verdict.text())
+    raise typer.Exit(code=verdict.exit_code)
+
+
+def bench_data(
+    store: Annotated[Path, typer.Argument(help="prepared store")],
+    config: Annotated[Path | None, typer.Option(help="system whose demand for workers is computed")] = None,
+    samples: Annotated[int | None, typer.Option(help="measure that many chains, evenly spaced")] = None,
+    step_s: Annotated[float | None, typer.Option(help="step time of that system in seconds")] = None,
+) -> None:
+    """Measure how long samples take on one core: quantiles, bytes read, slowest chains, workers needed.
+
+    Example: scalefold bench-data data/store --config configs/eos_h100_260x8_dap8.yaml --step-s 0.1
+    """
+    from scalefold.config import load_config
+    from scalefold.data.bench import bench_data as measure
+    from scalefold.data.bench import workers_needed
+    from scalefold.data.features import FeatureSettings
+    from scalefold.run import feature_settings
+
+    loaded = load_config(config).config if config else None
+    settings = feature_settings(loaded) if loaded else FeatureSettings()
+    result = measure(str(store), settings, max_chains=samples, report=print)
+    if loaded is not None and step_s is not None:
+        needed = workers_needed(result.mean_wall_s, step_s, loaded.local_batch_size)
+        print(f"{loaded.system}: {needed} workers per replica keep up with a step of {step_s:g} s")
+    print("\n".join(result.lines()))
+
+
+def demo(
+    folder: Annotated[Path, typer.Option(help="everything is written here")] = Path("runs/demo"),
+    config: Annotated[Path, typer.Option(help="system file")] = Path("configs/tiny.yaml"),
+) -> None:
+    """Generate tiny proteins, prepare them, train to the target, check the log, write the report (CPU, minutes).
+
+    Example: scalefold demo --folder runs/demo
+    """
+    from scalefold.data.demo import generate
+    from scalefold.data.prepare import prepare
+    from scalefold.data.rawlayout import RawLayout
+    from scalefold.mlperf.check import check_log
+    from scalefold.report.page import write_report
+
+    if folder.exists():
+        raise ConfigError(f"{folder}: exists already; remove it or choose another --folder")
+    print("1/5  generate proteins")
+    made = generate(folder / "raw")
+    print(f"     {made.num_entries} entries, {made.num_alignment_rows} alignment rows, {made.seconds:.0f} s")
+    print("2/5  prepare the store")
+    layout = RawLayout(
+        made.mmcif_dir, (made.alignments_dir.parent,), made.clusters_file, made.obsolete_file, made.targets_file
+    )
+    prepare(layout, folder / "store")
+    print("3/5  train to the target lDDT-Cα")
+    run_dir = folder / "run"
+    command = [sys.executable, "-m", "scalefold", "train", str(config), f"data.store_dir={folder / 'store'}"]
+    status = subprocess.run([*command, f"run.run_dir={run_dir}"]).returncode
+    print("4/5  check the log")
+    verdict = check_log(run_dir / "result_0.txt")
+    print(verdict.text())
+    print("5/5  write the report")
+    page = write_report(run_dir, folder / "report.html", check=verdict.text())
+    print(f"\nstore   {folder / 'store'}\nlog     {run_dir / 'result_0.txt'}\nmetrics {run_dir / 'metrics.jsonl'}")
+    print(f"config  {run_dir / 'config.yaml'}\nreport  {page.page}")
+    print("target reached" if status == 0 else f"target NOT reached (exit status {status})")
+    raise typer.Exit(code=status)

@@ -1,0 +1,33 @@
+"""Score a weights file on the evaluation chains, outside any training run."""
+
+from pathlib import Path
+
+from scalefold.checkpoint import load_into
+from scalefold.config import Config
+from scalefold.data.store import Store
+from scalefold.evaluate import Evaluation
+from scalefold.evaluators import ChainScorer
+from scalefold.model.alphafold import AlphaFold
+from scalefold.optim import FlatParameters
+from scalefold.parallel.ranks import RankLayout, Ranks, choose_device
+from scalefold.run import choose_operations, evaluation_lengths, feature_settings, prepare_process
+
+
+def evaluate_weights(config: Config, weights_file: Path) -> Evaluation:
+    """lDDT-Cα of every configured evaluation chain, in this process.
+
+    Raises:
+        CheckpointError: the file does not fit the model.
+    """
+    prepare_process(config)
+    ranks = Ranks(RankLayout(1), 0, 0, choose_device(config, 0))
+    scorer = ChainScorer(config, ranks, feature_settings(config), choose_operations(config, ranks), None)
+    flat = FlatParameters(AlphaFold(config.model), ranks.device)
+    load_into(weights_file, flat, flat.master)
+    store = Store(config.data.store_dir)
+    scorer.open_data(evaluation_lengths(config, store))
+    try:
+        return scorer.score(flat, flat.master)
+    finally:
+        scorer.close()
+        store.close()
