@@ -32,7 +32,7 @@ def demo_set(tmp_path_factory) -> demo.Summary:
 @pytest.fixture(scope="module")
 def entries() -> list[demo_files.DemoEntry]:
     """The same proteins in memory."""
-    split = demo.draw_split(NUM_TRAIN // 2, NUM_EVAL, (24, 48), np.random.default_rng(3))
+    split = demo.draw_split(NUM_TRAIN // 2, NUM_EVAL, (24, 32), np.random.default_rng(3))
     return demo.build_entries(*split, NUM_TRAIN, 2, 3)
 
 
@@ -388,6 +388,6 @@ def test_summary_counts_what_is_on_disk(demo_set):
     on_disk = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     assert demo_set.num_bytes == on_disk - sizes["summary.json"]
     low, middle, high = demo_set.length_min_median_max
-    assert 24 <= low <= middle <= high <= 48
+    assert 24 <= low <= middle <= high <= 32
     first = next(demo_set.mmcif_dir.rglob("*.cif.gz"))
     assert gzip.decompress(first.read_bytes()).startswith(b"data_0")

@@ -64,7 +64,7 @@ def generate(
     *,
     members_per_family: int = 2,
     min_length: int = 24,
-    max_length: int = 48,
+    max_length: int = 32,
     with_bad_inputs: bool = False,
 ) -> Summary:
     """Write ``num_train`` and ``num_eval`` generated entries (some with two identical chains) into a new folder.

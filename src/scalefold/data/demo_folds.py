@@ -50,7 +50,7 @@ LOOPS: dict[str, tuple[Loop, ...]] = {
 # three-stranded sheet has an even length, or its two partners would meet on one edge.
 TOPOLOGIES: dict[str, tuple[tuple[int, ...], ...]] = {
     "HH": tuple(itertools.product(range(10, 16), range(10, 16))),
-    "HHH": tuple(itertools.product(range(8, 14), range(8, 14), range(8, 14))),
+    "HHH": tuple(itertools.product(range(7, 13), range(7, 13), range(7, 13))),
     "EEH": tuple((n, n, h) for n in (5, 6, 7, 8) for h in range(9, 14)),
     "HEE": tuple((h, n, n) for n in (5, 6, 7) for h in range(9, 14)),
     "EEE": tuple((a, b, c) for a in range(5, 9) for b in (6, 8) for c in range(5, 9)),
