@@ -75,7 +75,7 @@ class Cluster:
         words = self.run("scontrol", "show", "job", "--oneliner", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait(self, job_id: str, timeout_s: float = 120) -> dict[str, str]:
+    def wait(self, job_id: str, timeout_s: float = 300) -> dict[str, str]:
         """Wait until a job is over; TimeoutError with its last state otherwise."""
         deadline = time.monotonic() + timeout_s
         while (job := self.job(job_id))["JobState"] not in FINAL_STATES:
@@ -84,8 +84,18 @@ class Cluster:
             time.sleep(0.3)
         return job
 
+    def release(self, job_id: str) -> None:
+        """Let a requeued job start now rather than after Slurm's usual pause."""
+        deadline = time.monotonic() + 60
+        while self.job(job_id)["JobState"] != "PENDING":
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job_id} is not in the queue again: {self.job(job_id)}")
+            time.sleep(0.2)
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
     def stop(self) -> None:
-        """End every process that was started here, by its id."""
+        """End the jobs, then every process that was started here, by its id."""
+        self._end_jobs()
         for process in reversed(self.processes):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -96,6 +106,16 @@ class Cluster:
                 process.kill()
                 process.wait()
         self.processes.clear()
+
+    def _end_jobs(self, timeout_s: float = 60) -> None:
+        """Kill what still runs, so that nothing outlives the daemons that would end it."""
+        deadline = time.monotonic() + timeout_s
+        while ids := self.run("squeue", "-h", "-o", "%A", check=False).split():
+            self.run("scancel", "--signal=KILL", "--full", *ids, check=False)
+            self.run("scancel", *ids, check=False)
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"jobs {', '.join(ids)} do not end within {timeout_s} s")
+            time.sleep(0.5)
 
     def _start(self) -> None:
         for name in ("state", "spool", "log"):

@@ -1,5 +1,6 @@
 """Assembles a run from its configuration: ranks, model, optimizer, data, log, record, checkpoints, evaluation."""
 
+import itertools
 import logging
 import os
 import random
@@ -40,6 +41,7 @@ from scalefold.parallel.ranks import Ranks
 from scalefold.parallel.snapshots import STOP_REQUESTED, TARGET_REACHED, StopSignal
 from scalefold.report.console import Progress
 from scalefold.report.record import Record
+from scalefold.stop_signals import STOP_SIGNALS, leave_stopping_to_others
 
 log = logging.getLogger(__name__)
 
@@ -244,6 +246,7 @@ def assemble(config: Config, options: RunOptions, ranks: Ranks) -> Run:
 
 def evaluate_elsewhere(config: Config, options: RunOptions, ranks: Ranks) -> None:
     """An evaluation rank's whole life, in step with the barriers of the training ranks."""
+    leave_stopping_to_others()
     beginning = begin(config, options, ranks)
     events, settings = beginning.events, feature_settings(config)
     ops = choose_operations(config, ranks)
@@ -288,8 +291,11 @@ def agree_on_seed(config: Config, ranks: Ranks, resumed_from: Path | None) -> in
 
 def choose_result_file(run_dir: Path, options: RunOptions, resumed_from: Path | None) -> Path:
     """``result_N.txt``; a resumed run writes a log of its own, because it is no valid benchmark run."""
-    suffix = f".resumed_{resumed_from.name}" if resumed_from else ""
-    return run_dir / f"result_{options.result_index}{suffix}.txt"
+    if resumed_from is None:
+        return run_dir / f"result_{options.result_index}.txt"
+    stem = f"result_{options.result_index}.resumed_{resumed_from.name}"
+    names = (f"{stem}{suffix}.txt" for suffix in itertools.chain([""], (f"_{n}" for n in itertools.count(2))))
+    return next(run_dir / name for name in names if not any(run_dir.glob(f"{name}*")))
 
 
 def open_events(result_file: Path, ranks: Ranks, options: RunOptions) -> Events:
@@ -493,5 +499,5 @@ def catch_stop_signals(run: Run) -> None:
         run.stop_asked = True
         log.warning("%s: signal %s: stopping after this step", run.ranks.describe(), signal.Signals(signum).name)
 
-    for wanted in (signal.SIGTERM, signal.SIGUSR1):
+    for wanted in STOP_SIGNALS:
         signal.signal(wanted, ask)

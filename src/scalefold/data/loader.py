@@ -24,6 +24,7 @@ from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes, f
 from scalefold.data.sampler import Task, TrainingSampler, seed_from_string
 from scalefold.data.store import Store
 from scalefold.errors import DataError, ScaleFoldError
+from scalefold.stop_signals import children_unaware
 
 log = logging.getLogger(__name__)
 
@@ -189,12 +190,14 @@ class _Workers:
     def spawn(self) -> None:
         """Start the processes; with no tasks they only import and wait."""
         if self._loader.num_workers and self._batches is None:
-            self._batches = iter(self._loader)
+            with children_unaware():
+                self._batches = iter(self._loader)
 
     def start(self, tasks: Iterable[Task]) -> None:
         """Hand out ``tasks``."""
         self._source.tasks = tasks
-        self._batches = iter(self._loader)
+        with children_unaware():
+            self._batches = iter(self._loader)
 
     def next(self) -> Batch:
         """The next finished batch.

@@ -1,7 +1,7 @@
 """All-reduce over all ranks before a run: are the sums right, and how fast is the network?
 
 ``python -m scalefold.launch.network_check --min-gb-per-s 100`` under srun or torchrun. Exit status 0: fine; 1: a wrong
-sum or too slow. The buffer is as large as the gradients: 93,229,082 parameters in bf16.
+sum or too slow. On GPUs the buffer is as large as the gradients: 93,229,082 parameters in bf16.
 """
 
 import argparse
@@ -15,14 +15,14 @@ import torch.distributed as dist
 
 from scalefold.parallel.ranks import read_environment
 
-NUM_ELEMENTS = 93_229_082
+NUM_ELEMENTS = {"cuda": 93_229_082, "cpu": 1_000_000}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Join, measure, print one line on rank 0 and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--min-gb-per-s", type=float, default=0.0, help="bus bandwidth to reach; 0: check sums only")
-    parser.add_argument("--elements", type=int, default=NUM_ELEMENTS)
+    parser.add_argument("--elements", type=int, help="length of the buffer")
     options = parser.parse_args(arguments)
     here = read_environment()
     os.environ |= {"RANK": str(here.rank), "WORLD_SIZE": str(here.world_size), "LOCAL_RANK": str(here.local_rank)}
@@ -30,11 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=5))
+    num_elements = options.elements or NUM_ELEMENTS[device.type]
     try:
-        wrong, seconds = measure(options.elements, device)
+        wrong, seconds = measure(num_elements, device)
     finally:
         dist.destroy_process_group()
-    rate = bus_gb_per_s(options.elements, here.world_size, seconds)
+    rate = bus_gb_per_s(num_elements, here.world_size, seconds)
     if wrong:
         print(f"rank {here.rank} on {os.uname().nodename}: {wrong} wrong sums in an all-reduce", file=sys.stderr)
     if here.rank == 0:

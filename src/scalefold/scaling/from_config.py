@@ -51,7 +51,7 @@ def system_spec(config: Config) -> SystemSpec:
 def is_benchmark(config: Config) -> bool:
     """Whether model and samples have the benchmark's sizes, for which times and memory are known."""
     same_sizes = all(getattr(config.data, name) == DataConfig.model_fields[name].default for name in _SIZES)
-    return config.model == ModelConfig() and same_sizes
+    return config.model == ModelConfig.model_validate({}) and same_sizes
 
 
 def expectations(config: Config) -> tuple[str, str]:

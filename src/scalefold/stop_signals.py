@@ -1,0 +1,28 @@
+"""Signals that ask a run to stop: a scheduler sends them to every process of a job; only training ranks act on them."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def leave_stopping_to_others() -> None:
+    """Ignore stop signals from now on: this process ends when the training ranks say so."""
+    for wanted in STOP_SIGNALS:
+        signal.signal(wanted, signal.SIG_IGN)
+
+
+@contextmanager
+def children_unaware() -> Iterator[None]:
+    """Processes started inside never receive stop signals; they end with the rank that started them.
+
+    A process inherits the mask of the thread that starts it, and so do its own children (the fork server's workers).
+    """
+    resource_tracker.ensure_running()  # starting it later would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
