@@ -114,9 +114,9 @@ def shared_row_dropout(ops: Operations, x: Tensor, rate: float, training: bool) 
     return ops.dropout_mask((x.shape[0], 1, x.shape[2], x.shape[3]), rate, x.device)
 
 
-def full_dropout(ops: Operations, x: Tensor, rate: float, training: bool) -> Tensor:
-    """x with an own draw for every element."""
-    return x * ops.dropout_mask(x.shape, rate, x.device) if training and rate else x
+def dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x times a ready dropout mask, or x itself without one."""
+    return x if mask is None else x * mask
 
 
 def one_hot(index: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:

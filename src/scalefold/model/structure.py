@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from scalefold.config import ModelConfig, StructureConfig
 from scalefold.data import residues
 from scalefold.kernels import REFERENCE, Operations
-from scalefold.model.layers import LayerNorm, Linear, full_dropout, relu_linear
+from scalefold.model.layers import LayerNorm, Linear, dropped, relu_linear
 from scalefold.model.rigid import Rigid, multiply, quaternion_to_rotation, rotate, update_frame
 
 ANGSTROM_PER_UNIT = 10.0
@@ -18,6 +18,14 @@ MASK_INF = 1e5
 NORM_EPS = 1e-8
 NUM_ANGLES = 7
 HEAD_WEIGHT_INIT = 0.541324854612918  # softplus of it is 1
+
+
+class IPAShared(NamedTuple):
+    """What invariant point attention needs in every iteration and is the same in all of them."""
+
+    pair_bias: Tensor  # [B, N, N, H]
+    weight: Tensor  # [q + kv + q points + kv points, c_s], one projection of s instead of four
+    bias: Tensor  # [q + kv + q points + kv points]
 
 
 class InvariantPointAttention(nn.Module):
@@ -42,15 +50,26 @@ class InvariantPointAttention(nn.Module):
 
     def forward(self, s: Tensor, z: Tensor, frames: Rigid, mask: Tensor) -> Tensor:
         """s: [B, N, c_s]; z: [B, N, N, c_z]; frames: [B, N] in internal units; mask: [B, N] -> update of s."""
-        q = self.linear_q(s).unflatten(-1, (self.num_heads, -1))
-        k, v = self.linear_kv(s).unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1)
+        return self.attend(s, z, self.share(z), frames, mask)
+
+    def share(self, z: Tensor) -> IPAShared:
+        """z: [B, N, N, c_z]. Weights are shared by the iterations, so all this is worked out once."""
+        of_s = (self.linear_q, self.linear_kv, self.linear_q_points, self.linear_kv_points)
+        weight, bias = (torch.cat([getattr(linear, name) for linear in of_s]) for name in ("weight", "bias"))
+        return IPAShared(self.linear_b(z), weight, bias)
+
+    def attend(self, s: Tensor, z: Tensor, shared: IPAShared, frames: Rigid, mask: Tensor) -> Tensor:
+        """The update of s, see ``forward``."""
+        of_s = (self.linear_q, self.linear_kv, self.linear_q_points, self.linear_kv_points)
+        projected = F.linear(s, shared.weight, shared.bias).split([linear.out_features for linear in of_s], dim=-1)
+        q = projected[0].unflatten(-1, (self.num_heads, -1))
+        k, v = projected[1].unflatten(-1, (self.num_heads, -1)).chunk(2, dim=-1)
         per_point = frames.broadcast(2)
-        q_points = per_point.apply(self._points(self.linear_q_points(s)))
-        kv_points = per_point.apply(self._points(self.linear_kv_points(s)))
+        q_points, kv_points = (per_point.apply(self._points(x)) for x in projected[2:])
         k_points, v_points = kv_points.split((self.num_qk_points, self.num_v_points), dim=-2)
         point_weights = F.softplus(self.head_weights) * math.sqrt(2.0 / (27.0 * self.num_qk_points))
         o, o_points, o_pair = self.ops.invariant_point_attention(
-            q, k, v, q_points, k_points, v_points, self.linear_b(z), z, point_weights, mask, MASK_INF
+            q, k, v, q_points, k_points, v_points, shared.pair_bias, z, point_weights, mask, MASK_INF
         )
         local = per_point.apply_inverse(o_points)
         norms = torch.sqrt(local.square().sum(-1) + NORM_EPS)
@@ -70,20 +89,17 @@ class InvariantPointAttention(nn.Module):
 class StructureTransition(nn.Module):
     """Three-layer perceptron with residual, dropout and layer norm (Supplement Algorithm 20, lines 8 and 9)."""
 
-    ops: Operations = REFERENCE
-
-    def __init__(self, c: int, dropout: float) -> None:
+    def __init__(self, c: int) -> None:
         super().__init__()
-        self.dropout = dropout
         self.linear_1 = Linear(c, c, init="relu")
         self.linear_2 = Linear(c, c, init="relu")
         self.linear_3 = Linear(c, c, init="final")
         self.layer_norm = LayerNorm(c)
 
-    def forward(self, s: Tensor) -> Tensor:
-        """[B, N, c] -> [B, N, c]."""
+    def forward(self, s: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """s: [B, N, c]; dropout: a mask like s, or None -> [B, N, c]."""
         s = s + self.linear_3(relu_linear(self.linear_2, relu_linear(self.linear_1, s)))
-        return self.layer_norm(full_dropout(self.ops, s, self.dropout, self.training))
+        return self.layer_norm(dropped(s, dropout))
 
 
 class BackboneUpdate(nn.Module):
@@ -126,7 +142,7 @@ class AngleResnet(nn.Module):
         self.linear_out = Linear(c, NUM_ANGLES * 2)
 
     def forward(self, s: Tensor, s_initial: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (sin, cos) of omega, phi, psi, chi 1..4 before and after normalisation, [B, N, 7, 2] each."""
+        """[*, c_s] each -> (sin, cos) of omega, phi, psi, chi 1..4 before and after normalisation, [*, 7, 2] each."""
         a = self.linear_in(F.relu(s)) + self.linear_initial(F.relu(s_initial))
         for layer in self.layers:
             a = layer(a)
@@ -155,35 +171,34 @@ class AtomPlacement(nn.Module):
             self.register_buffer(name, table.clone(), persistent=False)
 
     def group_frames(self, backbone: Rigid, angles: Tensor, aatype: Tensor) -> Rigid:
-        """Frames of the eight groups. backbone: [B, N], angstrom; angles: [B, N, 7, 2] -> [B, N, 8].
+        """Frames of the eight groups. backbone: [*, N], angstrom; angles: [*, N, 7, 2]; aatype: [*, N] -> [*, N, 8].
 
         chi 2 to 4 hang on the group before them; a group that the residue lacks has a zero rotation and its parent's
         translation.
         """
         local = self._turned_defaults(angles, aatype)
-        groups = [Rigid(local.rotation[:, :, k], local.translation[:, :, k]) for k in range(8)]
+        groups = [Rigid(local.rotation[..., k, :, :], local.translation[..., k, :]) for k in range(8)]
         for k in (5, 6, 7):
             groups[k] = groups[k - 1].compose(groups[k])
-        rotation = torch.stack([group.rotation for group in groups], dim=2)
-        translation = torch.stack([group.translation for group in groups], dim=2)
+        rotation = torch.stack([group.rotation for group in groups], dim=-3)
+        translation = torch.stack([group.translation for group in groups], dim=-2)
         return backbone.broadcast(1).compose(Rigid(rotation, translation))
 
     def _turned_defaults(self, angles: Tensor, aatype: Tensor) -> Rigid:
         """Default frame of each group, turned about its x axis by its angle (backbone: not turned)."""
-        default = Rigid.from_matrix(self.default_frames[aatype])
-        no_turn = torch.zeros_like(angles[:, :, :1])
-        no_turn[..., 1] = 1.0
-        sin, cos = torch.cat((no_turn, angles), dim=2).unbind(-1)
+        default = Rigid.from_matrix(self.default_frames[aatype].expand(*angles.shape[:-2], 8, 4, 4))
+        no_turn = torch.stack((torch.zeros_like(angles[..., :1, 0]), torch.ones_like(angles[..., :1, 0])), dim=-1)
+        sin, cos = torch.cat((no_turn, angles), dim=-2).unbind(-1)
         zero, one = torch.zeros_like(sin), torch.ones_like(sin)
         rows = ((one, zero, zero), (zero, cos, -sin), (zero, sin, cos))
         turn = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
         return Rigid(multiply(default.rotation, turn), default.translation)
 
     def atom14(self, frames: Rigid, aatype: Tensor) -> Tensor:
-        """Positions [B, N, 14, 3], angstrom; zero where the residue type has no such atom."""
+        """Positions [*, N, 14, 3], angstrom; zero where the residue type has no such atom."""
         select = self.atom_groups[aatype]
-        rotation = (select[..., None, None] * frames.rotation[:, :, None]).sum(3)
-        translation = (select[..., None] * frames.translation[:, :, None]).sum(3)
+        rotation = (select[..., None, None] * frames.rotation[..., None, :, :, :]).sum(-3)
+        translation = (select[..., None] * frames.translation[..., None, :, :]).sum(-2)
         placed = rotate(rotation, self.atom_positions[aatype]) + translation
         return placed * self.atom_mask[aatype][..., None]
 
@@ -214,39 +229,81 @@ class StructureModule(nn.Module):
         self.linear_in = Linear(config.c_s, config.c_s)
         self.ipa = InvariantPointAttention(config.c_s, config.c_z, c)
         self.layer_norm_ipa = LayerNorm(config.c_s)
-        self.transition = StructureTransition(config.c_s, c.dropout)
+        self.transition = StructureTransition(config.c_s)
         self.bb_update = BackboneUpdate(config.c_s)
         self.angle_resnet = AngleResnet(config.c_s, c)
         self.place_atoms = AtomPlacement()
 
     def forward(self, s: Tensor, z: Tensor, mask: Tensor, aatype: Tensor) -> StructureOutputs:
         """s: [B, N, c_s]; z: [B, N, N, c_z]; mask: [B, N], fp32; aatype: int64 [B, N]. Weights are shared."""
-        s_initial, z = self.layer_norm_s(s.float()), self.layer_norm_z(z.float())
-        s = self.linear_in(s_initial)
+        s_initial, z, s, shared = self.enter(s, z)
         quaternion, translation = self._identity_frames(s)
-        steps = []
-        for _ in range(self.num_iterations):
-            s = self._update_single(s, z, Rigid(quaternion_to_rotation(quaternion), translation), mask)
-            quaternion, translation = update_frame(quaternion, translation, self.bb_update(s))
-            steps.append(self._step_outputs(s, s_initial, quaternion, translation, aatype))
+        dropout = self._dropout_masks(s)
+        states, quaternions, translations = [], [], []
+        for index in range(self.num_iterations):
+            s, quaternion, translation = self.iteration(
+                s, z, shared, quaternion, translation, mask, None if dropout is None else dropout[index]
+            )
+            states.append(s)
+            quaternions.append(quaternion)
+            translations.append(translation)
             # Gradients flow between iterations through translations and s only (Supplement 1.8.3).
             quaternion = quaternion.detach()
-        return StructureOutputs(*(torch.stack(values, dim=1) for values in zip(*steps, strict=True)), sm_single=s)
+        return self.read_out(states, s_initial, quaternions, translations, aatype)
+
+    def enter(self, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, IPAShared]:
+        """Normalised s and z, the first state, and what all iterations share; fp32."""
+        s_initial, z = self.layer_norm_s(s.float()), self.layer_norm_z(z.float())
+        return s_initial, z, self.linear_in(s_initial), self.ipa.share(z)
+
+    def iteration(
+        self,
+        s: Tensor,
+        z: Tensor,
+        shared: IPAShared,
+        quaternion: Tensor,
+        translation: Tensor,
+        mask: Tensor,
+        dropout: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """s [B, N, c_s], quaternion [B, N, 4] and translation [B, N, 3] after one iteration (lines 5 to 10)."""
+        after_attention, after_transition = (None, None) if dropout is None else dropout.unbind(0)
+        frames = Rigid(quaternion_to_rotation(quaternion), translation)
+        s = s + self.ipa.attend(s, z, shared, frames, mask)
+        s = self.transition(self.layer_norm_ipa(dropped(s, after_attention)), after_transition)
+        return s, *update_frame(quaternion, translation, self.bb_update(s))
+
+    def read_out(
+        self,
+        states: list[Tensor],
+        s_initial: Tensor,
+        quaternions: list[Tensor],
+        translations: list[Tensor],
+        aatype: Tensor,
+    ) -> StructureOutputs:
+        """Angles, groups and atoms of all iterations at once: none of them feeds the next iteration."""
+        s, aatype = torch.stack(states, dim=1), aatype[:, None]
+        quaternion = torch.stack(quaternions, dim=1)
+        unnormalised, angles = self.angle_resnet(s, s_initial[:, None])
+        translation = torch.stack(translations, dim=1) * ANGSTROM_PER_UNIT
+        groups = self.place_atoms.group_frames(Rigid(quaternion_to_rotation(quaternion), translation), angles, aatype)
+        return StructureOutputs(
+            sm_frames=torch.cat((quaternion, translation), dim=-1),
+            sm_sidechain_frames=groups.to_matrix(),
+            sm_unnormalized_angles=unnormalised,
+            sm_angles=angles,
+            sm_positions=self.place_atoms.atom14(groups, aatype),
+            sm_states=s,
+            sm_single=states[-1],
+        )
 
     def _identity_frames(self, s: Tensor) -> tuple[Tensor, Tensor]:
         quaternion = s.new_zeros((*s.shape[:2], 4))
         quaternion[..., 0] = 1.0
         return quaternion, s.new_zeros((*s.shape[:2], 3))
 
-    def _update_single(self, s: Tensor, z: Tensor, frames: Rigid, mask: Tensor) -> Tensor:
-        s = s + self.ipa(s, z, frames, mask)
-        return self.transition(self.layer_norm_ipa(full_dropout(self.ops, s, self.dropout, self.training)))
-
-    def _step_outputs(
-        self, s: Tensor, s_initial: Tensor, quaternion: Tensor, translation: Tensor, aatype: Tensor
-    ) -> tuple[Tensor, ...]:
-        unnormalised, angles = self.angle_resnet(s, s_initial)
-        backbone = Rigid(quaternion_to_rotation(quaternion), translation * ANGSTROM_PER_UNIT)
-        groups = self.place_atoms.group_frames(backbone, angles, aatype)
-        frames = torch.cat((quaternion, backbone.translation), dim=-1)
-        return frames, groups.to_matrix(), unnormalised, angles, self.place_atoms.atom14(groups, aatype), s
+    def _dropout_masks(self, s: Tensor) -> Tensor | None:
+        """[iterations, 2, B, N, c_s]: after attention and after the transition, from one draw."""
+        if not self.training or self.dropout == 0.0:
+            return None
+        return self.ops.dropout_mask((self.num_iterations, 2, *s.shape), self.dropout, s.device)
