@@ -1,7 +1,8 @@
 """End of a gated attention in Triton: x + dropout * (W (sigmoid(gate) * o) + b), forward and backward.
 
-One kernel forward; backward two kernels (gradients of o and gate; weight and bias) and a sum. The gradient of x is
-the incoming gradient itself. Saved: o, gate, dropout; nothing that is not an input.
+One kernel forward. Backward: one kernel for the gradients of o and gate and the operands of the weight gradient, a
+product of the library, a sum. The gradient of x is the incoming gradient itself. Saved: o, gate, dropout; nothing that
+is not an input.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -22,14 +23,13 @@ from scalefold.kernels.rows import (
     register_tiles,
     row_fields,
     store_tile,
-    sum_partials,
+    sum_all,
 )
-from scalefold.kernels.weight_gradient import NUM_PROGRAMS
+from scalefold.kernels.weight_gradient import Product, weight_partials
 
 for _name, _default in {
     "gated_output_forward": {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)},
     "gated_output_backward": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
-    "gated_output_weight": {64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
 }.items():
     register_tiles(
         _name,
@@ -79,42 +79,27 @@ def _forward_kernel(
 @triton.jit
 def _input_gradient_kernel(
     d, d_strides, o, o_strides, gate, gate_strides, weight, dropout, dropout_strides, d_o, d_o_strides, d_gate,
-    d_gate_strides, dims, count, C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    d_gate_strides, update_out, update_strides, gated_out, gated_strides, partials, dims, count,
+    C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Tile of rows: gradients of o and gate; the operands of the weight gradient (update_out None: it is d itself);
+    sums of the bias gradient at partials[tile]."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     update = _load_update_gradient(d, dropout, rows, c, dims, d_strides, dropout_strides, count)
+    if update_out is not None:
+        store_tile(update_out, update, rows, c, dims, update_strides, count)
+    tl.store(partials + tl.program_id(0).to(tl.int64) * C + c, tl.sum(update.to(tl.float32), 0))
     for first in range(0, HD, BLOCK_N):
         k = first + tl.arange(0, BLOCK_N)
         block = tl.load(weight + c[:, None] * HD + k[None, :])
         d_gated = dot(update, block, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         value = load_tile(o, rows, k, dims, o_strides, count).to(tl.float32)
         opening = tl.sigmoid(load_tile(gate, rows, k, dims, gate_strides, count).to(tl.float32))
+        store_tile(gated_out, value * opening, rows, k, dims, gated_strides, count)
         d_gated *= opening
         store_tile(d_o, d_gated, rows, k, dims, d_o_strides, count)
         store_tile(d_gate, d_gated * value * (1.0 - opening), rows, k, dims, d_gate_strides, count)
-
-
-@triton.jit
-def _weight_gradient_kernel(
-    d, d_strides, o, o_strides, gate, gate_strides, dropout, dropout_strides, partials, dims, count, rows_per_split,
-    C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Program (block of output channels, range of rows) -> partials[range, C * HD + C]."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, HD)
-    start = tl.program_id(1) * rows_per_split
-    end = tl.minimum(start + rows_per_split, count)
-    acc = tl.zeros([BLOCK_N, HD], tl.float32)
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    for first in range(start, end, BLOCK_M):
-        rows = first + tl.arange(0, BLOCK_M)
-        update = _load_update_gradient(d, dropout, rows, n, dims, d_strides, dropout_strides, end)
-        acc = dot(tl.trans(update), _load_gated(o, gate, rows, k, dims, o_strides, gate_strides, end), acc)
-        sums += tl.sum(update.to(tl.float32), 0)
-    partials += tl.program_id(1).to(tl.int64) * (C * HD + C)
-    tl.store(partials + n[:, None] * HD + k[None, :], acc)
-    tl.store(partials + C * HD + n, sums)
 
 
 class _GatedOutput(torch.autograd.Function):
@@ -138,34 +123,22 @@ class _GatedOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d):
         o, gate, weight, dropout = ctx.saved_tensors
-        d_o, d_gate = torch.empty_like(o), torch.empty_like(gate)
-        dims, count, strides = common_rows(d, o, gate, d if dropout is None else dropout, d_o, d_gate)
+        d_o, d_gate, gated = torch.empty_like(o), torch.empty_like(gate), torch.empty_like(o)
+        update = None if dropout is None else torch.empty_like(d)
+        dims, count, strides = common_rows(
+            d, o, gate, d if dropout is None else dropout, d_o, d_gate, d if update is None else update, gated
+        )
         c, hd = weight.shape
         config = _config("gated_output_backward", count, d.dtype, c, hd, hd)
-        _input_gradient_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+        tiles = triton.cdiv(count, config["BLOCK_M"])
+        partials = torch.empty(tiles, c, dtype=torch.float32, device=d.device)
+        _input_gradient_kernel[(tiles,)](
             d, strides[0], o, strides[1], gate, strides[2], weight.contiguous(), dropout, strides[3], d_o, strides[4],
-            d_gate, strides[5], dims, count, C=c, HD=hd, **config,
+            d_gate, strides[5], update, strides[6], gated, strides[7], partials, dims, count, C=c, HD=hd, **config,
         )  # fmt: skip
-        d_weight, d_bias = _weight_gradient(d, o, gate, dropout, weight)
-        return d, d_o, d_gate, d_weight, d_bias.to(ctx.bias_dtype), None
-
-
-def _weight_gradient(d: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, weight: Tensor) -> list[Tensor]:
-    """Gradients of the weight [c, H * D] and the bias [c]."""
-    c, hd = weight.shape
-    dims, count, strides = common_rows(d, o, gate, d if dropout is None else dropout)
-    config = _config("gated_output_weight", count, d.dtype, c, hd, c)
-    num_blocks = c // config["BLOCK_N"]
-    tiles = triton.cdiv(count, config["BLOCK_M"])
-    rows_per_split = triton.cdiv(tiles, max(1, NUM_PROGRAMS // num_blocks)) * config["BLOCK_M"]
-    num_splits = triton.cdiv(count, rows_per_split)
-    partials = torch.empty(num_splits, c * hd + c, dtype=torch.float32, device=d.device)
-    _weight_gradient_kernel[(num_blocks, num_splits)](
-        d, strides[0], o, strides[1], gate, strides[2], dropout, strides[3], partials, dims, count, rows_per_split,
-        C=c, HD=hd, **config,
-    )  # fmt: skip
-    flat = sum_partials(partials, weight.dtype)
-    return [flat[: c * hd].view(c, hd), flat[c * hd :]]
+        product = Product(d if update is None else update, gated)
+        d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
+        return d, d_o, d_gate, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype), None
 
 
 def _config(name: str, count: int, dtype: torch.dtype, c: int, hd: int, limit: int) -> tuning.Config:

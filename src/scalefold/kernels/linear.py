@@ -1,7 +1,8 @@
 """Layer norm followed by several projections, forward and backward, in Triton.
 
-One kernel forward (the norm stays in registers), three backward: input gradient with the norm's backward, weight
-gradients, sums of the partial gradients. Nothing but the inputs is saved.
+One kernel forward (the norm stays in registers). Backward: one kernel for the input gradient, the norm's backward and
+the bias gradients, which also stores the norm for the weight gradients; products of the library; one sum of all partial
+gradients. Nothing but the inputs is saved.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -28,9 +29,9 @@ from scalefold.kernels.rows import (
     row_fields,
     row_offsets,
     store_tile,
-    sum_partials,
+    sum_all,
 )
-from scalefold.kernels.weight_gradient import Product, weight_gradients
+from scalefold.kernels.weight_gradient import Product, weight_partials
 
 NARROW_WIDTH = 16  # narrower outputs (attention biases) go channels first, as their reader wants them
 register_tiles(
@@ -82,31 +83,53 @@ def _forward_kernel(
 
 
 @triton.jit
+def _column_sums(d, keep):
+    """Sums over the rows of d, times ``keep``: [rows] or None."""
+    value = d.to(tl.float32)
+    if keep is not None:
+        value *= keep[:, None]
+    return tl.sum(value, 0)
+
+
+@triton.jit
 def _input_gradient_kernel(
-    x, x_strides, norm_weight, weight, ds, d_strides, narrow_weight, narrow_d, narrow_strides, row_mask, mask_strides,
-    dx, dx_strides, partials, dims, count, COUNT: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr,
+    x, x_strides, norm_weight, norm_bias, weight, ds, d_strides, narrow_weight, narrow_d, narrow_strides,
+    row_mask, mask_strides, dx, dx_strides, normed, normed_strides, partials, num_sums, dims, count,
+    COUNT: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, NARROW_SUM: tl.constexpr,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of rows: sum over the projections of d W, then the backward of the layer norm."""
+    """Tile of rows: sum over the projections of d W, then the backward of the layer norm.
+
+    partials[tile] gets the sums for the norm (2 C) and the bias gradients: those of wide projection i from column
+    SUMS[i] on (-1: it has no bias), those of the narrow one from NARROW_SUM on.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
+    own = partials + tl.program_id(0).to(tl.int64) * num_sums
+    keep = None
+    if row_mask is not None:
+        keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
     for i in tl.static_range(COUNT):
         for first in range(0, WIDTH, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
             d = load_tile(ds[i], rows, n, dims, d_strides[i], count)
             acc = dot(d, tl.load(weight + (i * WIDTH + n)[:, None] * C + c[None, :]), acc)
+            if SUMS[i] >= 0:
+                tl.store(own + SUMS[i] + n, _column_sums(d, keep))
     if NARROW > 0:
         n = tl.arange(0, 16)
         offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
         d = tl.load(narrow_d + offsets, mask=(rows < count)[:, None] & (n < NARROW)[None, :], other=0.0)
         block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
         acc = dot(d, block, acc)
-    if row_mask is not None:
-        keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0)
-        acc *= keep.to(tl.float32)[:, None]
-    own = partials + tl.program_id(0).to(tl.int64) * (2 * C)
-    gradient = norm_input_gradient(acc, x, norm_weight, own, rows, dims, x_strides, count, C)
+        if NARROW_SUM >= 0:
+            tl.store(own + NARROW_SUM + n, _column_sums(d, keep), mask=n < NARROW)
+    if keep is not None:
+        acc *= keep[:, None]
+    gradient = norm_input_gradient(
+        acc, x, norm_weight, norm_bias, keep, normed, normed_strides, own, rows, dims, x_strides, count, C
+    )
     store_tile(dx, gradient, rows, c, dims, dx_strides, count)
 
 
@@ -148,11 +171,14 @@ class _NormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *ds):
         x, norm_weight, norm_bias, row_mask, *weights = ctx.saved_tensors
-        dx, norm_gradients = _input_gradient(x, norm_weight, row_mask, ctx.num_wide, weights, ds)
-        products = [Product(d, x, (norm_weight, norm_bias)) for d in ds]
-        pairs = weight_gradients(products, norm_weight.dtype, row_mask)
-        biases = [pair[1] if has else None for pair, has in zip(pairs, ctx.has_bias, strict=True)]
-        return dx, norm_gradients[0], norm_gradients[1], None, None, *[pair[0] for pair in pairs], *biases
+        c, dtype = x.shape[-1], norm_weight.dtype
+        widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
+        normed, dx, partials = _input_gradient(x, norm_weight, norm_bias, row_mask, ctx.num_wide, weights, ds, widths)
+        sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
+        norm_weight_sum, norm_bias_sum, *bias_sums = sums.split([c, c, *widths])
+        biases = [total if has else None for total, has in zip(bias_sums, ctx.has_bias, strict=True)]
+        d_weights = [part.view_as(weight) for part, weight in zip(flat, weights, strict=True)]
+        return dx, norm_weight_sum, norm_bias_sum, None, None, *d_weights, *biases
 
 
 def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> tuple[Tensor, ...]:
@@ -183,25 +209,28 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     return tuple(outs)
 
 
-def _input_gradient(x, norm_weight, row_mask, num_wide, weights, ds) -> tuple[Tensor, Tensor]:
-    """Gradient of x, in its memory order, and of the norm's weight and bias [2, c]."""
+def _input_gradient(x, norm_weight, norm_bias, row_mask, num_wide, weights, ds, widths) -> tuple[Tensor, ...]:
+    """Gradient of x and its (masked) layer norm, both in the memory order of x, and partial sums per tile of rows:
+    gradients of the norm's weight and bias, then of the biases, whose ``widths`` are 0 where there is none."""
     c = x.shape[-1]
     wide, narrow = weights[:num_wide], weights[num_wide:]
-    dx = torch.empty_like(x)
+    dx, normed = torch.empty_like(x), torch.empty_like(x)
     narrow_d = ds[num_wide] if narrow else None
     mask_view = x if row_mask is None else row_mask[..., None]
-    dims, count, strides = common_rows(x, dx, x if narrow_d is None else narrow_d, mask_view, *ds[:num_wide])
+    dims, count, strides = common_rows(x, dx, x if narrow_d is None else narrow_d, mask_view, normed, *ds[:num_wide])
     width = wide[0].shape[0] if wide else NARROW_WIDTH
     config = dict(tuning.lookup("norm_linear_backward", **row_fields(count, x.dtype, c=c, n=num_wide * width)))
     config["BLOCK_N"] = min(config["BLOCK_N"], width)
-    tiles = triton.cdiv(count, config["BLOCK_M"])
-    partials = torch.empty(tiles, 2 * c, dtype=torch.float32, device=x.device)
+    tiles, num_sums = triton.cdiv(count, config["BLOCK_M"]), 2 * c + sum(widths)
+    partials = torch.empty(tiles, num_sums, dtype=torch.float32, device=x.device)
+    starts = [2 * c + sum(widths[:n]) if own else -1 for n, own in enumerate(widths)]
     _input_gradient_kernel[(tiles,)](
-        x, strides[0], norm_weight, fused_view(wide) if wide else None, tuple(ds[:num_wide]), tuple(strides[4:]),
-        narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], dx, strides[1], partials, dims,
-        count, COUNT=num_wide, WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, C=c, **config,
+        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, tuple(ds[:num_wide]),
+        tuple(strides[5:]), narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], dx, strides[1],
+        normed, strides[4], partials, num_sums, dims, count, COUNT=num_wide, SUMS=tuple(starts[:num_wide]),
+        WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, NARROW_SUM=starts[-1] if narrow else -1, C=c, **config,
     )  # fmt: skip
-    return dx, sum_partials(partials, norm_weight.dtype).view(2, c)
+    return normed, dx, partials
 
 
 def _is_supported(x: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -185,7 +185,7 @@ def outer_product_project(
     weight_2: Tensor,
     bias_2: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``reference.outer_product_project``: one kernel forward, four backward (two of them small sums)."""
+    """``reference.outer_product_project``: one kernel forward, two and library products backward."""
     widths_fit = is_tile_width(m.shape[-1], weight_1.shape[0]) and weight_1.shape == weight_2.shape
     if not (widths_fit and m.stride(-1) == 1 and has_plain_strides(m)):
         return reference.outer_product_project(m, mask, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)

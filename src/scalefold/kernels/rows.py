@@ -7,7 +7,7 @@ transposed, broadcast and channel-first views cost no copy and no kernel of thei
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -72,38 +72,88 @@ def load_normed(x, norm_weight, norm_bias, rows, dims, strides, count, C: tl.con
 
 
 @triton.jit
-def norm_input_gradient(d, x, norm_weight, partials, rows, dims, strides, count, C: tl.constexpr):
-    """Gradient [rows, C] of a tile of x for the gradient d of its layer norm; stores the tile's sums of the
-    gradients of the norm's weight and bias at partials[0:C] and partials[C:2C]."""
+def norm_input_gradient(
+    d, x, norm_weight, norm_bias, keep, normed, normed_strides, partials, rows, dims, strides, count, C: tl.constexpr
+):  # fmt: skip
+    """Gradient [rows, C] of a tile of x for the gradient d of its layer norm.
+
+    Stores the tile's sums of the gradients of the norm's weight and bias at partials[0:C] and partials[C:2C], and the
+    layer norm itself (times ``keep``: [rows] or None) in ``normed``, where the weight gradients read it.
+    """
     columns = tl.arange(0, C)
-    hat, rstd = normalise(load_tile(x, rows, columns, dims, strides, count).to(tl.float32), C)
+    tile = load_tile(x, rows, columns, dims, strides, count)
+    hat, rstd = normalise(tile.to(tl.float32), C)
+    weight = tl.load(norm_weight + columns).to(tl.float32)
+    value = (hat * weight[None, :] + tl.load(norm_bias + columns).to(tl.float32)[None, :]).to(tile.dtype)
+    if keep is not None:
+        value = (value.to(tl.float32) * keep[:, None]).to(tile.dtype)
+    store_tile(normed, value, rows, columns, dims, normed_strides, count)
     tl.store(partials + columns, tl.sum(d * hat, 0))
     tl.store(partials + C + columns, tl.sum(d, 0))
-    scaled = d * tl.load(norm_weight + columns).to(tl.float32)[None, :]
+    scaled = d * weight[None, :]
     mean = tl.sum(scaled, 1)[:, None] / C
     along = tl.sum(scaled * hat, 1)[:, None] / C
     return (scaled - mean - hat * along) * rstd[:, None]
 
 
 @triton.jit
-def _sum_kernel(partials, out, num_partials, n, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _sum_block(partials, out, block, num_partials, stride, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    columns = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_partials, ROWS):
         rows = start + tl.arange(0, ROWS)
-        keep = (rows < num_partials)[:, None] & (columns < n)[None, :]
-        total += tl.sum(tl.load(partials + rows[:, None].to(tl.int64) * n + columns[None, :], mask=keep, other=0.0), 0)
-    tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < n)
+        keep = (rows < num_partials)[:, None] & (columns < N)[None, :]
+        tile = tl.load(partials + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=keep, other=0.0)
+        total += tl.sum(tile.to(tl.float32), 0)
+    tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < N)
+
+
+@triton.jit
+def _sum_kernel(
+    partials, outs, nums, strides, COUNT: tl.constexpr, SIZES: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program: one block of columns of one of several matrices of partial sums."""
+    block = tl.program_id(0)
+    for i in tl.static_range(COUNT):
+        if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
+            own = block - FIRST_BLOCKS[i]
+            _sum_block(partials[i], outs[i], own, nums[i], strides[i], SIZES[i], BLOCKS[i], ROWS[i])
+
+
+SUM_TILE = 8192  # elements in flight per program; 8 columns (a sector of 32 bytes) where there are many partial sums
+
+
+def sum_all(partials: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Sums over P_i of partial sums [P_i, n_i] (rows dense), in fp32 and always in the same order, in one launch.
+
+    Returns [n_i] in ``dtype``; a single partial sum of that type is handed on as it is.
+    """
+    outs = [
+        p[0] if p.shape[0] == 1 and p.dtype == dtype else torch.empty(p.shape[1], dtype=dtype, device=p.device)
+        for p in partials
+    ]
+    work = [(p, out) for p, out in zip(partials, outs, strict=True) if p.shape[0] > 1 or p.dtype != dtype]
+    if not work:
+        return outs
+    given, results = zip(*work, strict=True)
+    rows = tuple(min(1024, triton.next_power_of_2(p.shape[0])) for p in given)
+    blocks = tuple(
+        min(max(16, triton.next_power_of_2(p.shape[1])), SUM_TILE // r) for p, r in zip(given, rows, strict=True)
+    )
+    sizes = tuple(p.shape[1] for p in given)
+    counts = [triton.cdiv(n, block) for n, block in zip(sizes, blocks, strict=True)]
+    first = tuple(sum(counts[:n]) for n in range(len(counts) + 1))
+    _sum_kernel[(first[-1],)](
+        given, results, tuple(p.shape[0] for p in given), tuple(p.stride(0) for p in given), COUNT=len(given),
+        SIZES=sizes, FIRST_BLOCKS=first, BLOCKS=blocks, ROWS=rows, num_warps=8,
+    )  # fmt: skip
+    return outs
 
 
 def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum fp32 partial sums [P, n] over P, always in the same order -> [n] in ``dtype``."""
-    num_partials, n = partials.shape
-    out = torch.empty(n, dtype=dtype, device=partials.device)
-    block = 32 if n <= 8192 else 128
-    grid = (triton.cdiv(n, block),)
-    _sum_kernel[grid](partials, out, num_partials, n, BLOCK=block, ROWS=4096 // block, num_warps=4)
-    return out
+    return sum_all([partials], dtype)[0]
 
 
 def common_rows(*views: Tensor) -> tuple[tuple[int, int], int, list[Strides]]:
@@ -161,14 +211,16 @@ def row_fields(count: int, dtype: torch.dtype, **sizes: int) -> dict[str, int | 
     return {"rows": 1 << (count - 1).bit_length(), "dtype": str(dtype).removeprefix("torch."), **sizes}
 
 
-def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: tuple[int, ...]) -> None:
-    """Register a kernel of tiles: tuples are (rows, columns, warps, stages), defaults by the largest width ``c``."""
+def tile_config(values: Sequence[int]) -> tuning.Config:
+    """Launch parameters of a kernel of tiles from (rows, columns, warps, stages)."""
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
 
-    def config(values: tuple[int, ...]) -> tuning.Config:
-        return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
+
+def tile_default(default: dict[int, tuple[int, ...]]) -> Callable[[tuning.Fields, int], tuning.Config]:
+    """Default launch parameters by the largest width ``c``, made smaller for fp32 and capabilities below 9.0."""
 
     def choose(fields: tuning.Fields, capability: int) -> tuning.Config:
-        chosen = config(next(values for width, values in sorted(default.items()) if int(fields["c"]) <= width))
+        chosen = tile_config(next(values for width, values in sorted(default.items()) if int(fields["c"]) <= width))
         if fields["dtype"] == "float32":  # twice the bytes per element: smaller tiles
             chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 32)
             chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 32)
@@ -178,4 +230,10 @@ def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: 
             chosen["num_stages"] = min(chosen["num_stages"], 2)
         return chosen
 
-    tuning.register(name, default=choose, candidates=lambda fields: [config(values) for values in candidates])
+    return choose
+
+
+def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: tuple[int, ...]) -> None:
+    """Register a kernel of tiles: tuples are (rows, columns, warps, stages), defaults by the largest width ``c``."""
+    choices = [tile_config(values) for values in candidates]
+    tuning.register(name, default=tile_default(default), candidates=lambda fields: choices)

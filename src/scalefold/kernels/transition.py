@@ -1,8 +1,8 @@
 """Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
 
 One kernel forward, in which the hidden layer never leaves the chip. Saved: x. The backward computes the hidden layer
-again, block by block, together with its gradient and that of x, residual included; it stores both for the weight
-gradients.
+again, block by block, together with its gradient, those of the biases and that of x, residual included; it stores the
+hidden layer, its gradient and the norm for the weight gradients, which are products of the library.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -25,9 +25,9 @@ from scalefold.kernels.rows import (
     register_tiles,
     row_fields,
     store_tile,
-    sum_partials,
+    sum_all,
 )
-from scalefold.kernels.weight_gradient import Product, weight_gradients
+from scalefold.kernels.weight_gradient import Product, weight_partials
 
 register_tiles(
     "transition_forward",
@@ -65,7 +65,7 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     x, x_strides, norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, d_strides, hidden_out, d_hidden_out,
-    hidden_strides, dx, dx_strides, partials, dims, count,
+    hidden_strides, normed_out, normed_strides, dx, dx_strides, partials, dims, count,
     HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -73,6 +73,7 @@ def _backward_kernel(
     normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
     d = load_tile(d_out, rows, c, dims, d_strides, count)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
+    own = partials + tl.program_id(0).to(tl.int64) * (3 * C + HIDDEN)
     for first in range(0, HIDDEN, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         block_1 = tl.load(weight_1 + n[:, None] * C + c[None, :])
@@ -83,11 +84,13 @@ def _backward_kernel(
         d_hidden = dot(d, block_2, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(normed.dtype)
         store_tile(d_hidden_out, d_hidden, rows, n, dims, hidden_strides, count)
+        tl.store(own + 3 * C + n, tl.sum(d_hidden.to(tl.float32), 0))
         acc = dot(d_hidden, block_1, acc)
-    own = partials + tl.program_id(0).to(tl.int64) * (3 * C)
     d = load_tile(d_out, rows, c, dims, d_strides, count).to(tl.float32)
     tl.store(own + 2 * C + c, tl.sum(d, 0))
-    gradient = d + norm_input_gradient(acc, x, norm_weight, own, rows, dims, x_strides, count, C)
+    gradient = d + norm_input_gradient(
+        acc, x, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, x_strides, count, C
+    )
     store_tile(dx, gradient, rows, c, dims, dx_strides, count)
 
 
@@ -114,20 +117,21 @@ class _Transition(torch.autograd.Function):
         x, norm_weight, norm_bias, weight_1, bias_1, weight_2 = ctx.saved_tensors
         width, c = weight_1.shape
         hidden, d_hidden = x.new_empty(2, *x.shape[:-1], width).unbind(0)
-        dx = torch.empty_like(x)
-        dims, count, strides = common_rows(x, d_out, hidden, dx)
+        dx, normed = torch.empty_like(x), torch.empty_like(x)
+        dims, count, strides = common_rows(x, d_out, hidden, dx, normed)
         config = tuning.lookup("transition_backward", **row_fields(count, x.dtype, c=c, n=width))
         config = {**config, "BLOCK_N": min(config["BLOCK_N"], width)}
         tiles = triton.cdiv(count, config["BLOCK_M"])
-        partials = torch.empty(tiles, 3 * c, dtype=torch.float32, device=x.device)
+        partials = torch.empty(tiles, 3 * c + width, dtype=torch.float32, device=x.device)
         _backward_kernel[(tiles,)](
             x, strides[0], norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, strides[1], hidden, d_hidden,
-            strides[2], dx, strides[3], partials, dims, count, HIDDEN=width, C=c, **config,
+            strides[2], normed, strides[4], dx, strides[3], partials, dims, count, HIDDEN=width, C=c, **config,
         )  # fmt: skip
-        d_norm_weight, d_norm_bias, d_bias_2 = sum_partials(partials, norm_weight.dtype).chunk(3)
-        products = [Product(d_hidden, x, (norm_weight, norm_bias)), Product(hidden, d_out, transposed=True)]
-        (d_weight_1, d_bias_1), (d_weight_2, _) = weight_gradients(products, norm_weight.dtype)
-        return dx, d_norm_weight, d_norm_bias, d_weight_1, d_bias_1, d_weight_2, d_bias_2
+        products = [Product(d_hidden, normed), Product(hidden, d_out, transposed=True)]
+        sums, d_weight_1, d_weight_2 = sum_all([partials, *weight_partials(products)], norm_weight.dtype)
+        d_norm_weight, d_norm_bias, d_bias_2, d_bias_1 = sums.split([c, c, c, width])
+        weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
+        return dx, d_norm_weight, d_norm_bias, weights[0], d_bias_1, weights[1], d_bias_2
 
 
 def transition(

@@ -25,9 +25,9 @@ from scalefold.kernels.rows import (
     row_fields,
     row_offsets,
     store_tile,
-    sum_partials,
+    sum_all,
 )
-from scalefold.kernels.weight_gradient import Product, weight_gradients
+from scalefold.kernels.weight_gradient import Product, weight_partials
 
 for _name, _default in {
     "triangle_project_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
@@ -71,7 +71,7 @@ def _project_forward_kernel(
 @triton.jit
 def _project_backward_kernel(
     z, z_strides, mask, mask_strides, norm_weight, norm_bias, weights, biases, ds, d_strides, projected, p_strides,
-    dz, dz_strides, partials, dims, count,
+    dz, dz_strides, normed_out, normed_strides, partials, dims, count,
     WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward."""
@@ -79,6 +79,7 @@ def _project_backward_kernel(
     normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
     keep = tl.load(mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * C + 4 * WIDTH)
     for side in tl.static_range(2):
         for first in range(0, WIDTH, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
@@ -91,9 +92,12 @@ def _project_backward_kernel(
             store_tile(projected, d_value, rows, 2 * side * WIDTH + n, dims, p_strides, count)
             store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, dims, p_strides, count)
             acc = dot(d_value, value_block, acc)
+            tl.store(own + 2 * C + 2 * side * WIDTH + n, tl.sum(d_value.to(tl.float32), 0))
+            tl.store(own + 2 * C + (2 * side + 1) * WIDTH + n, tl.sum(d_logits.to(tl.float32), 0))
             acc = dot(d_logits, gate_block, acc)
-    own = partials + tl.program_id(0).to(tl.int64) * (2 * C)
-    gradient = norm_input_gradient(acc, z, norm_weight, own, rows, dims, z_strides, count, C)
+    gradient = norm_input_gradient(
+        acc, z, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, z_strides, count, C
+    )
     store_tile(dz, gradient, rows, tl.arange(0, C), dims, dz_strides, count)
 
 
@@ -122,7 +126,8 @@ def _output_forward_kernel(
 def _output_backward_kernel(
     z, z_strides, x, x_strides, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z,
     weight_g, bias_g, dropout, dropout_strides, d_out, d_strides, projected, p_strides, dz, dz_strides, dx, dx_strides,
-    partials, dims, count, C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    normed_z_out, nz_strides, normed_x_out, nx_strides, partials, dims, count,
+    C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: value and gate again, their gradients [rows, 2 C] stored, then the backward of both norms."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -130,6 +135,7 @@ def _output_backward_kernel(
     normed_x = load_normed(x, norm_out_weight, norm_out_bias, rows, dims, x_strides, count, CX)
     acc_z = tl.zeros([BLOCK_M, C], tl.float32)
     acc_x = tl.zeros([BLOCK_M, CX], tl.float32)
+    own = partials + tl.program_id(0).to(tl.int64) * (4 * C + 2 * CX)
     for first in range(0, C, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         logits, gate_block = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
@@ -143,13 +149,19 @@ def _output_backward_kernel(
         d_value = d.to(normed_z.dtype)
         store_tile(projected, d_value, rows, n, dims, p_strides, count)
         store_tile(projected, d_logits, rows, C + n, dims, p_strides, count)
+        tl.store(own + 2 * C + 2 * CX + n, tl.sum(d_value.to(tl.float32), 0))
+        tl.store(own + 3 * C + 2 * CX + n, tl.sum(d_logits.to(tl.float32), 0))
         acc_x = dot(d_value, value_block, acc_x)
         acc_z = dot(d_logits, gate_block, acc_z)
-    own = partials + tl.program_id(0).to(tl.int64) * (2 * C + 2 * CX)
-    gradient = norm_input_gradient(acc_x, x, norm_out_weight, own + 2 * C, rows, dims, x_strides, count, CX)
+    gradient = norm_input_gradient(
+        acc_x, x, norm_out_weight, norm_out_bias, None, normed_x_out, nx_strides, own + 2 * C, rows, dims, x_strides,
+        count, CX,
+    )  # fmt: skip
     store_tile(dx, gradient, rows, tl.arange(0, CX), dims, dx_strides, count)
     c = tl.arange(0, C)
-    gradient = norm_input_gradient(acc_z, z, norm_in_weight, own, rows, dims, z_strides, count, C)
+    gradient = norm_input_gradient(
+        acc_z, z, norm_in_weight, norm_in_bias, None, normed_z_out, nz_strides, own, rows, dims, z_strides, count, C
+    )
     gradient += load_tile(d_out, rows, c, dims, d_strides, count).to(tl.float32)
     store_tile(dz, gradient, rows, c, dims, dz_strides, count)
 
@@ -183,17 +195,19 @@ class _Project(torch.autograd.Function):
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
         c, width = z.shape[-1], weights[0].shape[0]
         projected, dz = z.new_empty(*z.shape[:-1], 4 * width), torch.empty_like(z)
-        dims, count, strides = common_rows(z, mask[..., None], *map(_channels_last, ds), projected, dz)
+        normed = torch.empty_like(z)
+        dims, count, strides = common_rows(z, mask[..., None], *map(_channels_last, ds), projected, dz, normed)
         config = _config("triangle_project_backward", count, z.dtype, c, width)
         tiles = triton.cdiv(count, config["BLOCK_M"])
-        partials = torch.empty(tiles, 2 * c, dtype=torch.float32, device=z.device)
+        partials = torch.empty(tiles, 2 * c + 4 * width, dtype=torch.float32, device=z.device)
         _project_backward_kernel[(tiles,)](
             z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, ds, tuple(strides[2:4]),
-            projected, strides[4], dz, strides[5], partials, dims, count, WIDTH=width, C=c, **config,
+            projected, strides[4], dz, strides[5], normed, strides[6], partials, dims, count,
+            WIDTH=width, C=c, **config,
         )  # fmt: skip
-        norms = sum_partials(partials, norm_weight.dtype).view(2, c)
-        ((weight, bias),) = weight_gradients([Product(projected, z, (norm_weight, norm_bias))], norm_weight.dtype)
-        return dz, None, norms[0], norms[1], *weight.chunk(4), *bias.chunk(4)
+        sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
+        d_norm_weight, d_norm_bias, bias = sums.split([c, c, 4 * width])
+        return dz, None, d_norm_weight, d_norm_bias, *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
 
 class _Product(torch.autograd.Function):
@@ -235,32 +249,32 @@ class _Output(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         z, x, *parameters, dropout = ctx.saved_tensors
-        norm_in, norm_out = (parameters[0], parameters[1]), (parameters[2], parameters[3])
-        c, cx = z.shape[-1], x.shape[1]
-        projected = z.new_empty(*z.shape[:-1], 2 * c)
-        dz, dx = torch.empty_like(z), torch.empty_like(x)
+        c, cx, dtype = z.shape[-1], x.shape[1], parameters[0].dtype
+        projected, normed_x = z.new_empty(*z.shape[:-1], 2 * c), z.new_empty(*z.shape[:-1], cx)
+        normed_z, dz, dx = torch.empty_like(z), torch.empty_like(z), torch.empty_like(x)
         dims, count, strides = common_rows(
-            z, _channels_last(x), z if dropout is None else dropout, d_out, projected, dz, _channels_last(dx)
-        )
+            z, _channels_last(x), z if dropout is None else dropout, d_out, projected, dz, _channels_last(dx),
+            normed_z, normed_x,
+        )  # fmt: skip
         config = _config("triangle_output_backward", count, z.dtype, c, cx)
         tiles = triton.cdiv(count, config["BLOCK_M"])
-        partials = torch.empty(tiles, 2 * (c + cx), dtype=torch.float32, device=z.device)
+        partials = torch.empty(tiles, 4 * c + 2 * cx, dtype=torch.float32, device=z.device)
         _output_backward_kernel[(tiles,)](
             z, strides[0], x, strides[1], *parameters, dropout, strides[2], d_out, strides[3], projected, strides[4],
-            dz, strides[5], dx, strides[6], partials, dims, count, C=c, CX=cx, **config,
+            dz, strides[5], dx, strides[6], normed_z, strides[7], normed_x, strides[8], partials, dims, count,
+            C=c, CX=cx, **config,
         )  # fmt: skip
-        dtype = parameters[0].dtype
-        norms = sum_partials(partials, dtype).split([c, c, cx, cx])
-        value = Product(projected[..., :c], _channels_last(x), norm_out)
-        (weight_z, bias_z), (weight_g, bias_g) = _output_weights(value, Product(projected[..., c:], z, norm_in), dtype)
-        return dz, dx, *norms, weight_z, bias_z, weight_g, bias_g, None
+        value, gate = Product(projected[..., :c], normed_x), Product(projected[..., c:], normed_z)
+        sums, weight_z, weight_g = sum_all([partials, *_output_weights(value, gate)], dtype)
+        *norms, bias_z, bias_g = sums.split([c, c, cx, cx, c, c])
+        return dz, dx, *norms, weight_z.view(c, cx), bias_z, weight_g.view(c, c), bias_g, None
 
 
-def _output_weights(value: Product, gate: Product, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of the two linears: in one launch if x and z are equally wide."""
+def _output_weights(value: Product, gate: Product) -> list[Tensor]:
+    """Partial gradients of the two linears: together if x and z are equally wide."""
     if value.a.shape[-1] == gate.a.shape[-1]:
-        return weight_gradients([value, gate], dtype)
-    return [*weight_gradients([value], dtype), *weight_gradients([gate], dtype)]
+        return weight_partials([value, gate])
+    return [*weight_partials([value]), *weight_partials([gate])]
 
 
 def _config(name: str, count: int, dtype: torch.dtype, c: int, width: int) -> tuning.Config:
@@ -283,7 +297,7 @@ def triangle_project(
     weight_b_gate: Tensor,
     bias_b_gate: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """``reference.triangle_project``: one kernel forward, four backward (two of them small sums)."""
+    """``reference.triangle_project``: one kernel forward, two and library products backward."""
     weights = (weight_a, weight_a_gate, weight_b, weight_b_gate)
     biases = (bias_a, bias_a_gate, bias_b, bias_b_gate)
     if not is_tile_width(z.shape[-1], weight_a.shape[0]) or z.stride(-1) != 1 or not has_plain_strides(z):
@@ -310,7 +324,7 @@ def triangle_output(
     bias_g: Tensor,
     dropout: Tensor | None,
 ) -> Tensor:
-    """``reference.triangle_output``: one kernel forward, four backward (two of them small sums)."""
+    """``reference.triangle_output``: one kernel forward, two and library products backward."""
     parameters = (norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z, weight_g, bias_g)
     if not is_tile_width(z.shape[-1], x.shape[1]) or z.stride(-1) != 1:
         return reference.triangle_output(z, x, *parameters, dropout)

@@ -1,9 +1,10 @@
-"""Weight gradients of row-wise linears: tall products over all rows, split over programs, without atomics.
+"""Weight gradients of row-wise linears: tall products over all rows, by the library or by split tiles.
 
-dW[n, c] = sum over rows of d[row, n] * a[row, c] with up to 10^6 rows and small n, c. The rows are split into ranges;
-each program keeps one fp32 tile of one range and writes it once; a second kernel adds the ranges in fixed order.
-The right operand may be the layer norm of what is stored, computed in registers. All products of an operation share
-the two launches.
+dW[n, c] = sum over rows of d[row, n] * a[row, c] with up to 10^6 rows and small n, c. A single product of such a shape
+fills few multiprocessors, so the rows are split: the library takes the ranges as a batch of products, the kernel here
+gives each range to a program. Either way the partial products are summed in fixed order afterwards, together with the
+other partial sums of the operation (``rows.sum_all``), so results repeat bit for bit. The kernel also takes operands
+that are no matrices in the common order of rows, and very narrow ones.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -17,135 +18,158 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.rows import (
-    common_rows,
-    dot,
-    load_normed,
-    load_tile,
-    register_tiles,
-    row_fields,
-    row_offsets,
-    sum_partials,
-)
+from scalefold.kernels.rows import common_rows, dot, load_tile, row_fields, row_offsets, tile_config, tile_default
 
 NUM_PROGRAMS = 264  # two per multiprocessor of an H200
-register_tiles(
-    "weight_gradient",
-    {64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 128, 8, 2)},
-    *((m, n, w, s) for m in (32, 64, 128) for n in (64, 128) for w in (4, 8) for s in (2, 3, 4)),
-)
+NARROWEST = 16  # the library is not asked for narrower products
+SHORTEST_RANGE = 64  # rows that a product of the library should at least see
+_tiles_default = tile_default({64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 128, 8, 2)})
+
+
+def _default(fields: tuning.Fields, capability: int) -> tuning.Config:
+    """LIBRARY: into how many ranges the library's batch splits the rows; 0: the kernel, with its tiles."""
+    if int(fields["n"]) < NARROWEST:
+        return {"LIBRARY": 0, **_tiles_default(fields, capability)}
+    tiles = tuning.ceil_div(int(fields["n"]), 128) * tuning.ceil_div(int(fields["c"]), 128)
+    return {"LIBRARY": tuning.power_of_two(max(1, 128 // tiles))}
+
+
+def _candidates(fields: tuning.Fields) -> list[tuning.Config]:
+    tiles = [(64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)]
+    kernels = [{"LIBRARY": 0, **tile_config(values)} for values in tiles]
+    libraries = [{"LIBRARY": splits} for splits in (1, 8, 16, 32, 64, 128, 256)]
+    return kernels if int(fields["n"]) < NARROWEST else libraries + kernels
+
+
+tuning.register("weight_gradient", _default, _candidates)
 
 
 @dataclass(frozen=True)
 class Product:
-    """One weight gradient: d [*, n] with a [*, c], or with its layer norm (weight, bias), both of any strides.
+    """One weight gradient: d [*, n] with a [*, c], both of any strides.
 
     ``transposed`` gives [c, n] instead of [n, c].
     """
 
     d: Tensor
     a: Tensor
-    norm: tuple[Tensor, Tensor] | None = None
     transposed: bool = False
 
     @property
     def width(self) -> int:
         return self.d.shape[-1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the gradient."""
+        n, c = self.width, self.a.shape[-1]
+        return (c, n) if self.transposed else (n, c)
+
 
 @triton.jit
 def _accumulate(
-    d, d_strides, a, a_strides, norm_weight, norm_bias, row_mask, mask_strides, dims, block, start, end,
+    d, d_strides, a, a_strides, dims, block, start, end,
     WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Products and column sums of one block of columns of d over rows start..end: [BLOCK_N, C], [BLOCK_N]."""
+    """Product of one block of columns of d with a over rows start..end: [BLOCK_N, C]."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, C], tl.float32)
-    sums = tl.zeros([BLOCK_N], tl.float32)
     for first in range(start, end, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         offsets = row_offsets(rows, dims, d_strides)[:, None] + n[None, :] * d_strides[3]
         tile = tl.load(d + offsets, mask=(rows < end)[:, None] & (n < WIDTH)[None, :], other=0.0)
-        if row_mask is not None:
-            keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < end, other=0.0)
-            tile = (tile.to(tl.float32) * keep.to(tl.float32)[:, None]).to(tile.dtype)
-        if norm_weight is not None:
-            right = load_normed(a, norm_weight, norm_bias, rows, dims, a_strides, end, C)
-        else:
-            right = load_tile(a, rows, tl.arange(0, C), dims, a_strides, end)
-        acc = dot(tl.trans(tile), right, acc)
-        sums += tl.sum(tile.to(tl.float32), 0)
-    return acc, sums
+        acc = dot(tl.trans(tile), load_tile(a, rows, tl.arange(0, C), dims, a_strides, end), acc)
+    return acc
 
 
 @triton.jit
 def _kernel(
-    ds, d_strides, operands, a_strides, norm_weights, norm_biases, row_mask, mask_strides, dims, count, partials,
-    rows_per_split, COUNT: tl.constexpr, WIDTHS: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
+    ds, d_strides, operands, a_strides, dims, count, partials, rows_per_split,
+    COUNT: tl.constexpr, WIDTHS: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
     FIRST_COLUMNS: tl.constexpr, TOTAL: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of columns over all products, range of rows) -> partials[range, TOTAL * C + TOTAL]."""
+    """Program (block of columns over all products, range of rows) -> partials[range, TOTAL * C]."""
     block = tl.program_id(0)
     start = tl.program_id(1) * rows_per_split
     end = tl.minimum(start + rows_per_split, count)
-    partials += tl.program_id(1).to(tl.int64) * (TOTAL * C + TOTAL)
+    partials += tl.program_id(1).to(tl.int64) * (TOTAL * C)
     c = tl.arange(0, C)
     for i in tl.static_range(COUNT):
         if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
             own = block - FIRST_BLOCKS[i]
-            acc, sums = _accumulate(
-                ds[i], d_strides[i], operands[i], a_strides[i], norm_weights[i], norm_biases[i], row_mask, mask_strides,
-                dims, own, start, end, WIDTHS[i], C, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            acc = _accumulate(
+                ds[i], d_strides[i], operands[i], a_strides[i], dims, own, start, end, WIDTHS[i], C, BLOCK_M, BLOCK_N
+            )
             n = own * BLOCK_N + tl.arange(0, BLOCK_N)
             if TRANSPOSED[i]:
                 offsets = n[:, None] + c[None, :] * WIDTHS[i]
             else:
                 offsets = n[:, None] * C + c[None, :]
             tl.store(partials + FIRST_COLUMNS[i] * C + offsets, acc, mask=(n < WIDTHS[i])[:, None])
-            tl.store(partials + TOTAL * C + FIRST_COLUMNS[i] + n, sums, mask=n < WIDTHS[i])
 
 
 def _cumulative(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sum(sizes[:n]) for n in range(len(sizes) + 1))
 
 
-def weight_gradients(
-    products: Sequence[Product], dtype: torch.dtype, row_mask: Tensor | None = None
-) -> list[tuple[Tensor, Tensor]]:
-    """Gradients of weights and biases for several linears over the same rows, all with equal c.
+def weight_partials(products: Sequence[Product]) -> list[Tensor]:
+    """Partial gradients of several linears over the same rows, all with equal c.
 
-    row_mask: [*] factor of every row of every d, or None -> per product dW ([n, c], or [c, n] if transposed) and
-    db [n] in ``dtype``. The sums over rows are in fp32 and repeat bit for bit.
+    One tensor [P_i, n * c] per product, for ``rows.sum_all``; P_i depends on shapes and launch parameters only.
     """
+    done: list[Tensor | None] = [_library_product(product, len(products)) for product in products]
+    rest = [product for product, partial in zip(products, done, strict=True) if partial is None]
+    tiled = iter(_tiled_products(rest) if rest else [])
+    return [next(tiled) if partial is None else partial for partial in done]
+
+
+def _fields(product: Product, num_products: int) -> dict[str, int | str]:
+    count, c = product.a.shape[:-1].numel(), product.a.shape[-1]
+    return row_fields(count, product.d.dtype, c=c, n=product.width, products=num_products)
+
+
+def _library_product(product: Product, num_products: int) -> Tensor | None:
+    """The product as a batch over ranges of rows: [ranges, n * c]; None where it is left to the kernel."""
+    splits = tuning.lookup("weight_gradient", **_fields(product, num_products))["LIBRARY"]
+    dims, count, strides = common_rows(product.a, product.d)
+    if splits == 0 or dims != (1, 1):
+        return None
+    while count % splits or (splits > 1 and count < splits * SHORTEST_RANGE):
+        splits //= 2
+    a, d = (
+        tensor.as_strided((splits, count // splits, tensor.shape[-1]), (count // splits * s[0], s[0], s[3]))
+        for tensor, s in zip((product.a, product.d), strides, strict=True)
+    )
+    left, right = (a, d) if product.transposed else (d, a)
+    if splits == 1:  # the library may split the rows by itself
+        return (left[0].t() @ right[0]).view(1, -1)
+    return torch.bmm(left.transpose(1, 2), right).flatten(1)
+
+
+def _tiled_products(products: Sequence[Product]) -> list[Tensor]:
+    """The products by the kernel, in one launch; views of one buffer of fp32 partial gradients."""
     ds, operands = [p.d for p in products], [p.a for p in products]
-    mask = [] if row_mask is None else [row_mask[..., None]]
-    dims, count, strides = common_rows(operands[0], *ds, *operands, *mask)
-    c, widths = operands[0].shape[-1], tuple(p.width for p in products)
-    config = dict(tuning.lookup("weight_gradient", **row_fields(count, ds[0].dtype, c=c, n=sum(widths))))
+    dims, count, strides = common_rows(operands[0], *ds, *operands)
+    c, widths, num = operands[0].shape[-1], tuple(p.width for p in products), len(products)
+    config = _tiles(max(products, key=lambda product: product.width), num)
     config["BLOCK_N"] = min(config["BLOCK_N"], max(16, triton.next_power_of_2(max(widths))))
     first_blocks = _cumulative([triton.cdiv(width, config["BLOCK_N"]) for width in widths])
     tiles = triton.cdiv(count, config["BLOCK_M"])
     rows_per_split = triton.cdiv(tiles, max(1, NUM_PROGRAMS // first_blocks[-1])) * config["BLOCK_M"]
     num_splits, total = triton.cdiv(count, rows_per_split), sum(widths)
-    partials = torch.empty(num_splits, total * (c + 1), dtype=torch.float32, device=ds[0].device)
-    num = len(products)
-    norms = [p.norm or (None, None) for p in products]
+    partials = torch.empty(num_splits, total * c, dtype=torch.float32, device=ds[0].device)
     _kernel[(first_blocks[-1], num_splits)](
-        tuple(ds), tuple(strides[1 : 1 + num]), tuple(operands), tuple(strides[1 + num : 1 + 2 * num]),
-        tuple(n[0] for n in norms), tuple(n[1] for n in norms), row_mask, strides[-1], dims, count, partials,
+        tuple(ds), tuple(strides[1 : 1 + num]), tuple(operands), tuple(strides[1 + num :]), dims, count, partials,
         rows_per_split, COUNT=num, WIDTHS=widths, TRANSPOSED=tuple(p.transposed for p in products),
         FIRST_BLOCKS=first_blocks, FIRST_COLUMNS=_cumulative(widths), TOTAL=total, C=c, **config,
     )  # fmt: skip
-    flat = sum_partials(partials, dtype)
-    return _views(flat, products, c, total)
+    return list(partials.split([width * c for width in widths], 1))
 
 
-def _views(flat: Tensor, products: Sequence[Product], c: int, total: int) -> list[tuple[Tensor, Tensor]]:
-    views, column = [], 0
-    for product in products:
-        shape = (c, product.width) if product.transposed else (product.width, c)
-        weight = flat[column * c : (column + product.width) * c].view(shape)
-        views.append((weight, flat[total * c + column : total * c + column + product.width]))
-        column += product.width
-    return views
+def _tiles(product: Product, num_products: int) -> tuning.Config:
+    """Launch parameters of the kernel: the tuned ones where it was chosen, else its defaults."""
+    fields = _fields(product, num_products)
+    chosen = tuning.lookup("weight_gradient", **fields)
+    if chosen["LIBRARY"]:
+        return _tiles_default(fields, tuning.capability())
+    return {name: value for name, value in chosen.items() if name != "LIBRARY"}

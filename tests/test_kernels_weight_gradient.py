@@ -1,0 +1,68 @@
+"""Weight gradients by the library and by the kernel, and sums of partial sums."""
+
+import pytest
+import torch
+
+from scalefold.kernels import tuning
+from scalefold.kernels.rows import sum_all
+from scalefold.kernels.weight_gradient import Product, weight_partials
+
+TILES = {"LIBRARY": 0, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+
+
+def draw(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def gradients(products):
+    flat = sum_all(weight_partials(products), torch.float32)
+    return [part.view(product.shape) for part, product in zip(flat, products, strict=True)]
+
+
+def exact(product):
+    d, a = product.d.flatten(0, -2).double(), product.a.flatten(0, -2).double()
+    return ((a.t() @ d) if product.transposed else (d.t() @ a)).float()
+
+
+@pytest.mark.parametrize("config", [{"LIBRARY": 1}, {"LIBRARY": 4}, {"LIBRARY": 8}, TILES], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16, 32), (2, 5, 7), (1, 1, 1)], ids=str)
+def test_products_agree_however_they_are_computed(config, shape):
+    a, wide = draw(*shape, 32), draw(*shape, 96)
+    products = [
+        Product(wide[..., :64], a),
+        Product(wide[..., 64:], a, transposed=True),
+        Product(draw(*shape, 4), a),
+        Product(draw(shape[0], shape[2], shape[1], 16).transpose(1, 2), a),  # no matrix in the order of a
+    ]
+    with tuning.override("weight_gradient", config):
+        found = gradients(products)
+    for product, value in zip(products, found, strict=True):
+        torch.testing.assert_close(value, exact(product), rtol=1e-5, atol=1e-4)
+
+
+def test_rows_are_split_where_the_number_of_ranges_divides_them():
+    a, d = draw(1, 16, 32, 16), draw(1, 16, 32, 16)
+    with tuning.override("weight_gradient", {"LIBRARY": 128}):
+        (partial,) = weight_partials([Product(d, a)])
+    assert partial.shape == (8, 256)  # 512 rows in ranges of at least 64
+
+
+def test_sums_of_several_shapes_take_one_launch_and_keep_single_ones():
+    given = [draw(1500, 40), draw(3, 1000)[:, 100:900], draw(1, 24)]
+    sums = sum_all(given, torch.float32)
+    for partial, total in zip(given, sums, strict=True):
+        torch.testing.assert_close(total, partial.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+    assert sums[2].data_ptr() == given[2].data_ptr()
+    halves = sum_all([draw(1, 24)], torch.bfloat16)
+    torch.testing.assert_close(halves[0], draw(1, 24)[0].bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "n", "c"), [((256, 256), 128, 128), ((128, 256), 1024, 256), ((1024, 256), 64, 64)])
+def test_full_products_repeat_bit_for_bit(rows, n, c):
+    d, a = (torch.randn(1, *rows, width, device="cuda", dtype=torch.bfloat16) for width in (n, c))
+    for config in tuning.candidates("weight_gradient", rows=1, dtype="bfloat16", n=n, c=c, products=1):
+        with tuning.override("weight_gradient", config):
+            first, second = (gradients([Product(d, a)])[0] for _ in range(2))
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, exact(Product(d, a)), rtol=2e-2, atol=0.5)
