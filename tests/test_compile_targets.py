@@ -20,4 +20,4 @@ def test_attention_kernels_compile_without_a_gpu(repository, target, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     kernels = [line.split()[1] for line in finished.stdout.splitlines()[1:]]
-    assert kernels == ["_forward_rows", "_backward_rows", "_backward_bias"]
+    assert kernels == ["forward_rows", "backward_rows", "backward_bias"]

@@ -61,11 +61,15 @@ def test_global_attention_is_as_accurate_as_pytorch(batch, sequences, n, c, head
 def test_sequences_in_several_chunks_and_tiles_give_the_same_result():
     inputs, d_out = make_inputs(1, 150, 2, 16, 2, torch.float32)
     with (
-        tuning.override("global_attention_columns", {"BLOCK_S": 4, "SEQUENCES": 40, "num_warps": 4}),
-        tuning.override("global_attention_columns_backward", {"BLOCK_S": 8, "SEQUENCES": 8, "num_warps": 4}),
-        tuning.override("global_attention_attend", {"BLOCK_S": 64, "num_warps": 4}),
-        tuning.override("global_attention_attend_backward", {"BLOCK_S": 64, "num_warps": 4}),
-        tuning.override("global_attention_rows_backward", {"BLOCK": 16, "PROGRAMS": 3, "num_warps": 4}),
+        tuning.override("global_attention_columns", {"BLOCK_S": 4, "SEQUENCES": 40, "num_warps": 4, "num_stages": 1}),
+        tuning.override(
+            "global_attention_columns_backward", {"BLOCK_S": 8, "SEQUENCES": 8, "num_warps": 4, "num_stages": 1}
+        ),
+        tuning.override("global_attention_attend", {"BLOCK_S": 64, "num_warps": 4, "num_stages": 1}),
+        tuning.override("global_attention_attend_backward", {"BLOCK_S": 64, "num_warps": 4, "num_stages": 1}),
+        tuning.override(
+            "global_attention_rows_backward", {"BLOCK": 16, "PROGRAMS": 3, "num_warps": 4, "num_stages": 1}
+        ),
     ):
         assert_as_accurate_as_pytorch(inputs, d_out, 2)
 
