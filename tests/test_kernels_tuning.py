@@ -1,0 +1,57 @@
+"""Launch parameters: which source wins, and that a saved sweep is found again."""
+
+import pytest
+
+from scalefold.kernels import tuning
+
+FIELDS = {"n": 256, "dtype": "bfloat16"}
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """A registered kernel and an empty folder of tables."""
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    monkeypatch.setattr(tuning, "_tunables", {})
+    tuning.register("example", lambda fields, target: {"BLOCK": target}, lambda fields: [{"BLOCK": 16}, {"BLOCK": 90}])
+    yield "example"
+    tuning.table.cache_clear()
+    tuning._settled.cache_clear()
+
+
+def test_the_default_follows_the_assumed_capability(kernel):
+    with tuning.assume_capability(80):
+        assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 80}
+    with tuning.assume_capability(90):
+        assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 90}
+
+
+def test_a_saved_entry_beats_the_default_for_its_problem_and_target_only(kernel):
+    tuning.save("sm_90", {kernel: {tuning.problem_key(FIELDS): {"BLOCK": 32}}})
+    tuning.save("sm_90", {kernel: {"other problem": {"BLOCK": 1}}})
+    with tuning.assume_capability(90):
+        assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 32}
+        assert tuning.lookup(kernel, **(FIELDS | {"n": 128})) == {"BLOCK": 90}
+    with tuning.assume_capability(80):
+        assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 80}
+
+
+def test_an_override_beats_everything_and_ends_with_its_block(kernel):
+    with tuning.assume_capability(90):
+        with tuning.override(kernel, {"BLOCK": 8}, **FIELDS):
+            assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 8}
+            assert tuning.lookup(kernel, n=1) == {"BLOCK": 90}
+            with tuning.override(kernel, {"BLOCK": 4}):
+                assert tuning.lookup(kernel, n=1) == {"BLOCK": 4}
+        assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 90}
+
+
+def test_candidates_start_with_the_present_choice_and_do_not_repeat_it(kernel):
+    with tuning.assume_capability(90):
+        assert tuning.candidates(kernel, **FIELDS) == [{"BLOCK": 90}, {"BLOCK": 16}]
+
+
+def test_unknown_and_doubly_registered_kernels_are_refused(kernel):
+    with pytest.raises(KeyError, match="registered: example"), tuning.override("missing", {}):
+        pass
+    with pytest.raises(ValueError, match="twice"):
+        tuning.register(kernel, lambda fields, target: {}, lambda fields: [])
