@@ -3,12 +3,14 @@
 Heavy imports happen inside the verbs, so that ``scalefold show`` works on a login node without touching torch.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from scalefold.cli_results import add_verbs
 from scalefold.errors import ScaleFoldError
 
 app = typer.Typer(
@@ -23,12 +25,20 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, afte
 
 
 def main() -> None:
-    """Entry of the ``scalefold`` command: user errors are one line and exit status 2."""
+    """Entry of the ``scalefold`` command: user errors are one line and a status; other errors keep their traceback."""
     try:
         app()
     except ScaleFoldError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        leave(error.exit_status)
+
+
+def leave(status: int) -> None:
+    """End with ``status``; in a run of several ranks at once, because exchanges under way may never end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @app.command()
@@ -90,6 +100,26 @@ def prepare(
     summary = prepare_store(layout, out, workers, team=mpi_team() if mpi else None)
     print(f"{summary.num_chains} chains in {summary.seconds:.1f} s; {summary.num_rejected} rejected, see rejected.csv")
 
+@app.command()
+def download(
+    out: Annotated[Path, typer.Option(help="folder to fill")],
+    only: Annotated[
+        list[str] | None, typer.Option(help="mmcif, obsolete, openproteinset, preprocessed or checkpoint")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="address of the one part named with --only")] = None,
+    listing: Annotated[Path | None, typer.Option("--list", help="PDB ids, or a CSV of path, bytes, sha256")] = None,
+    dry_run: Annotated[bool, typer.Option(help="say what would be fetched, fetch nothing")] = False,
+    workers: Annotated[int, typer.Option(help="transfers at once")] = 8,
+) -> None:
+    """Fetch data and checkpoint. Run it again to continue. Exit status 1 if something is missing.
+
+    Example: scalefold download --out data --only mmcif --dry-run
+    """
+    from scalefold.data.download import run_downloads
+
+    complete = run_downloads(out, only or [], source, listing, dry_run, workers)
+    raise typer.Exit(code=int(not complete))
+
 
 @app.command()
 def verify_data(
@@ -120,7 +150,8 @@ def train(
 ) -> None:
     """Train until the target is reached. The same command under srun, torchrun and mpirun.
 
-    Exit status 0: target reached; 4: step budget ended or stop was requested.
+    Exit status 0: target reached; 4: step budget ended or stop was requested; 5: another rank was lost; 2: any other
+    error that has a message.
 
     Example: scalefold train configs/tiny.yaml run.run_dir=runs/mine
     """
@@ -219,3 +250,6 @@ def launch(
         return
     file, job_id = submit(loaded, text, folder)
     print(f"job {job_id} submitted: {file}; output: {loaded.run.run_dir}/slurm-{job_id}.out")
+
+
+add_verbs(app)

@@ -1,12 +1,14 @@
 """Errors that a user can act on: one line, naming what is wrong, where, and what to do.
 
-The command line prints them as ``error: ...`` and exits with status 2; every other exception is a
+The command line prints them as ``error: ...`` and exits with their ``exit_status``; every other exception is a
 defect of this package and keeps its traceback.
 """
 
 
 class ScaleFoldError(Exception):
     """Base of all errors caused by input, configuration or environment."""
+
+    exit_status = 2
 
 
 class ConfigError(ScaleFoldError):
@@ -27,3 +29,9 @@ class LogError(ScaleFoldError):
 
 class TrainingError(ScaleFoldError):
     """Training cannot continue, for example because a loss is not finite."""
+
+
+class RankLostError(ScaleFoldError):
+    """A rank of the run was killed, failed or stands still, so that the others cannot continue."""
+
+    exit_status = 5

@@ -289,7 +289,12 @@ def serve_evaluations(
     assert ranks.eval_group is not None
     receiver = SnapshotReceiver(run_store(), ranks.hand_over_group, ranks.eval_group, 0, layout.eval_ranks[0])
     target, last = config.training.target_avg_lddt_ca_value, None
-    while (step := receiver.next(flat.master)) is not None:
+    while True:
+        ranks.watch.at("waiting for weights")
+        step = receiver.next(flat.master)
+        if step is None:
+            break
+        ranks.watch.at("evaluation", step)
         events.eval_start(step)
         result = scorer.score(flat, flat.master)
         last = result.lddt_ca

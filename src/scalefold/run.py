@@ -154,6 +154,7 @@ class Run:
 def prepare_process(config: Config) -> None:
     """Settings that must precede the first use of a device: allocator, threads, matrix precision, determinism."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the watch names the collective that does not end
     if config.execution.cpu_threads:
         torch.set_num_threads(config.execution.cpu_threads)
     torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
@@ -196,6 +197,7 @@ def assemble(config: Config, options: RunOptions, ranks: Ranks) -> Run:
     check_shares(config.model, config.parallel.dap_size)
     beginning = begin(config, options, ranks)
     seed, events, checkpoints = beginning.seed, beginning.events, beginning.checkpoints
+    ranks.watch.before_exit = events.abort
     run_dir, resumed_from = config.run.run_dir, beginning.resumed_from
     ops = choose_operations(config, ranks)
     model = build_model(config, initialisation_seed(seed), ranks)
@@ -254,6 +256,8 @@ def evaluate_elsewhere(config: Config, options: RunOptions, ranks: Ranks) -> Non
     scorer = ChainScorer(config, ranks, settings, ops, ranks.eval_group)
     log_header(events, config, ranks, beginning.seed, scorer.model.model, None)
     accept_connection(ranks)
+    ranks.watch.before_exit = events.abort
+    ranks.watch.at("warm-up")
     scorer.warm_up()
     ranks.barrier()
     events.init_stop()

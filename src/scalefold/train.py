@@ -40,17 +40,20 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
     """What one process of a run does from start to end; the outcome on training ranks, None on evaluation ranks.
 
     Raises:
+        RankLostError: another rank was killed, failed or stands still.
         ScaleFoldError: see ``train``; configuration, checkpoint and data errors.
     """
     prepare_process(config)
     ranks = start(config)
     outcome = None
-    if ranks.trains:
-        run = assemble(config, options, ranks)
-        outcome = train(run)
-    else:
-        evaluate_elsewhere(config, options, ranks)
-    ranks.barrier()
+    with ranks.watch:
+        if ranks.trains:
+            run = assemble(config, options, ranks)
+            outcome = train(run)
+        else:
+            evaluate_elsewhere(config, options, ranks)
+        ranks.watch.at("end")
+        ranks.barrier()
     if ranks.is_root and ranks.layout.num_eval_ranks:
         merge_parts(run.result_file)
     ranks.stop()
@@ -79,6 +82,7 @@ def train(run: Run) -> Outcome:
 
 def warm_up(run: Run) -> None:
     """Everything slow that needs no data set: compile, capture, first collectives, on a synthetic batch."""
+    run.ranks.watch.at("warm-up")
     if run.config.execution.warm_up or run.config.execution.cuda_graphs:
         run.step.warm_up(run.synthetic_batch(), run.config.data.num_recycling_iters + 1, run.progress.note)
     run.evaluator.warm_up()
@@ -97,11 +101,13 @@ def start_clock(run: Run) -> None:
 
 def loop(run: Run, steps: "StepLog") -> Outcome:
     """Iterate; evaluate, save and stop where they are due."""
-    t = run.config.training
+    t, at = run.config.training, run.ranks.watch.at
     cycle = Cycle(run)
     for step in range(run.first_step, t.num_train_iters + 1):
         cycle.begin(step)
+        at("waiting for a batch", step)
         batch = run.loader.next(step)
+        at("training step", step)
         torch.manual_seed(forward_seed(run.seed, run.ranks.dp_index, step))
         values = run.step(run.to_device(batch), batch.passes, step)
         steps.push(step, batch, values)
@@ -110,13 +116,16 @@ def loop(run: Run, steps: "StepLog") -> Outcome:
         if step % t.val_every_iters == 0:
             steps.flush()
             cycle.end(step)
+            at("evaluation", step)
             reached = run.evaluator.submit(step)
             steps.restart()
+            at("training step", step)
         code = run.stop_code()
         if reached or code == TARGET_REACHED:
             return finish(run, steps, step, reached=True)
         if run.checkpoint_due(step) or code == STOP_REQUESTED:
             steps.flush()
+            at("checkpoint", step)
             run.save(RunState(step, run.seed, run.optimizer.num_averaged))
         if code == STOP_REQUESTED:
             return finish(run, steps, step, reached=False)
@@ -126,6 +135,7 @@ def loop(run: Run, steps: "StepLog") -> Outcome:
 def finish(run: Run, steps: "StepLog", step: int, reached: bool) -> Outcome:
     """Write the last step, wait for evaluations under way, and say how it ended."""
     steps.flush()
+    run.ranks.watch.at("evaluation", step)
     reached = run.evaluator.finish() or reached
     return Outcome("success" if reached else "aborted", step, run.evaluator.last)
 

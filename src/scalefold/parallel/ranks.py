@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from scalefold.config import Config
-from scalefold.errors import ConfigError
+from scalefold.errors import ConfigError, RankLostError
+from scalefold.parallel.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Ranks:
     control_group: dist.ProcessGroup | None = None
     train_control_group: dist.ProcessGroup | None = None
     hand_over_group: dist.ProcessGroup | None = None
+    watch: Watch = field(default_factory=Watch)
     launcher: str = "single"
     host: str = field(default_factory=socket.gethostname)
 
@@ -134,6 +137,8 @@ class Ranks:
 
     def stop(self) -> None:
         """Leave the process groups in an orderly way; safe to call in a single process."""
+        self.watch.stop()
+        self.barrier()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -179,7 +184,9 @@ def start(config: Config) -> Ranks:
     ranks = Ranks(layout, environment.rank, environment.local_rank, device, launcher=environment.launcher)
     if layout.world_size > 1:
         _rendezvous(environment)
-        _join(ranks, datetime.timedelta(seconds=p.startup_timeout_s))
+        store = _open_store(ranks, p.startup_timeout_s)
+        _join(ranks, store, datetime.timedelta(seconds=p.startup_timeout_s))
+        _start_watch(ranks, store, p.startup_timeout_s, p.step_timeout_s)
     return ranks
 
 
@@ -198,7 +205,13 @@ def _rendezvous(environment: Environment) -> None:
 
 def _share_address() -> tuple[str, int]:
     """Rank 0 chooses a free port and tells the others through MPI."""
-    from mpi4py import MPI
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ConfigError(
+            f"mpirun started this process, but mpi4py is missing ({error}): pip install 'scalefold[mpi]' against this "
+            "MPI, or set MASTER_ADDR and MASTER_PORT to a free port of the node of rank 0"
+        ) from None
 
     with socket.socket() as probe:
         probe.bind(("", 0))
@@ -206,18 +219,78 @@ def _share_address() -> tuple[str, int]:
     return MPI.COMM_WORLD.bcast(mine if MPI.COMM_WORLD.rank == 0 else None, root=0)
 
 
-def _join(ranks: Ranks, timeout: datetime.timedelta) -> None:
+def _open_store(ranks: Ranks, timeout_s: float) -> Store:
+    """The run's key-value store on rank 0 (under torchrun: its agent), once every rank has announced itself.
+
+    Raises:
+        RankLostError: naming the ranks that did not come within ``parallel.startup_timeout_s``.
+    """
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = ranks.is_root and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    timeout, me, size = datetime.timedelta(seconds=timeout_s), ranks.describe(), ranks.layout.world_size
+    try:
+        server = TCPStore(address, port, None, serves, timeout, wait_for_workers=False)
+    except (dist.DistError, RuntimeError) as error:
+        raise RankLostError(
+            f"{me}: no connection to rank 0 at {address}:{port} within {timeout_s} s (parallel.startup_timeout_s): "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+    store.set(f"joined_{ranks.rank}", ranks.host)
+    try:
+        if ranks.is_root:
+            store.wait([f"joined_{rank}" for rank in range(size)], timeout)
+            store.set("all_joined", "1")
+        store.wait(["all_joined"], timeout)
+    except (dist.DistError, RuntimeError):
+        missing = [rank for rank in range(size) if not store.check([f"joined_{rank}"])]
+        raise RankLostError(
+            f"{me}: {len(missing)} of {size} ranks did not come to {address}:{port} within {timeout_s} s "
+            f"(parallel.startup_timeout_s): ranks {', '.join(map(str, missing[:16]))}"
+            f"{', ...' if len(missing) > 16 else ''}; look at their first lines"
+        ) from None
+    return store
+
+
+def _start_watch(ranks: Ranks, store: Store, startup_timeout_s: float, step_timeout_s: float) -> None:
+    """Begin to watch over each other; the groups of the training loop get the short timeout after its first step."""
+    layout = ranks.layout
+    peers = layout.train_ranks if ranks.trains else layout.eval_ranks
+    ranks.watch = Watch(ranks.rank, layout.world_size, store, startup_timeout_s, step_timeout_s, peers)
+    if ranks.trains:
+        groups = (ranks.train_group, ranks.train_control_group, ranks.dap_group)
+        ranks.watch.groups = [group for group in groups if group is not None]
+    ranks.watch.start()
+    ranks.barrier()
+
+
+def _join(ranks: Ranks, store: Store, timeout: datetime.timedelta) -> None:
     layout, cuda = ranks.layout, ranks.device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=ranks.device if cuda else None)
-    ranks.control_group = dist.new_group(backend="gloo", timeout=timeout)
-    ranks.train_group = dist.new_group(layout.train_ranks, timeout=timeout)
-    ranks.train_control_group = dist.new_group(layout.train_ranks, backend="gloo", timeout=timeout)
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        store=PrefixStore("groups", store),
+        rank=ranks.rank,
+        world_size=layout.world_size,
+        device_id=ranks.device if cuda else None,
+    )
+    ranks.control_group = _new_group(None, timeout, "gloo")
+    ranks.train_group = _new_group(layout.train_ranks, timeout)
+    ranks.train_control_group = _new_group(layout.train_ranks, timeout, "gloo")
     if layout.num_eval_ranks:
-        ranks.eval_group = dist.new_group(layout.eval_ranks, timeout=timeout)
-        ranks.hand_over_group = dist.new_group([0, layout.eval_ranks[0]], timeout=timeout)
+        ranks.eval_group = _new_group(layout.eval_ranks, timeout)
+        ranks.hand_over_group = _new_group([0, layout.eval_ranks[0]], timeout)
     if layout.dap_size > 1:
         for first in range(0, layout.num_train_ranks, layout.dap_size):
-            group = dist.new_group(layout.dap_group(first), timeout=timeout)
+            group = _new_group(layout.dap_group(first), timeout)
             if ranks.trains and ranks.rank in layout.dap_group(first):
                 ranks.dap_group = group
+
+
+def _new_group(
+    members: list[int] | None, timeout: datetime.timedelta, backend: str | None = None
+) -> dist.ProcessGroup | None:
+    """A process group, or None on ranks outside it; every rank of the run must call this in the same order."""
+    group = dist.new_group(members, backend=backend, timeout=timeout)
+    return group if isinstance(group, dist.ProcessGroup) else None

@@ -138,9 +138,7 @@ class SnapshotReceiver:
 
         Returns its step, or None when training is over.
         """
-        header: list[int | None] = [self._await_header() if dist.get_rank() == self.root else None]
-        dist.broadcast_object_list(header, src=self.root, group=self.eval_group)
-        step = header[0]
+        step = self._await_header()
         if step is None:
             return None
         if dist.get_rank() == self.root:
@@ -157,11 +155,14 @@ class SnapshotReceiver:
                 self.store.set("target_reached", "1")
 
     def _await_header(self) -> int | None:
-        self.store.set(f"ready_{self._count}", "1")
+        """Every rank looks for itself: a cycle may last longer than a collective may."""
+        is_root = dist.get_rank() == self.root
+        if is_root:
+            self.store.set(f"ready_{self._count}", "1")
         while not self.store.check([f"snapshot_{self._count}"]):
             if self.store.check(["finished"]):
                 return None
-            time.sleep(POLL_S)
+            time.sleep(POLL_S if is_root else 10 * POLL_S)
         step = int(self.store.get(f"snapshot_{self._count}"))
         self._count += 1
         return step
