@@ -21,7 +21,7 @@ def _default(fields: tuning.Fields, capability: int) -> tuning.Config:
 
 for _name in ("layer_norm_forward", "layer_norm_backward"):
     tuning.register(
-        _name, _default, lambda fields: [{"BLOCK_M": m, "num_warps": w} for m in (8, 16, 32, 64, 128) for w in (4, 8)]
+        _name, _default, lambda fields: [{"BLOCK_M": m, "num_warps": w} for m in (8, 16, 32, 64) for w in (4, 8)]
     )
 
 
