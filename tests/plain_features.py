@@ -267,12 +267,9 @@ def summarise(masked, deletions, extra, extra_deletions):
     extra_one_hot, centre_one_hot = F.one_hot(extra, 23).float(), F.one_hot(masked, 23).float()
     agreement = (extra_one_hot * weight).flatten(1) @ centre_one_hot.flatten(1).T
     cluster = agreement.argmax(dim=1)
-    sums, deletion_sums = centre_one_hot.clone(), deletions.clone()
-    counts = torch.ones_like(deletions)
-    for row, k in enumerate(cluster.tolist()):
-        sums[k] += extra_one_hot[row]
-        deletion_sums[k] += extra_deletions[row]
-        counts[k] += 1.0
+    sums = centre_one_hot.index_add(0, cluster, extra_one_hot)
+    deletion_sums = deletions.index_add(0, cluster, extra_deletions)
+    counts = torch.ones_like(deletions).index_add(0, cluster, torch.ones_like(extra_deletions))
     denominator = 1e-6 + counts
     return sums / denominator[..., None], deletion_sums / denominator
 

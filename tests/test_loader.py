@@ -1,5 +1,6 @@
 """Delivery of batches: order, determinism, slow samples, failures, evaluation cache."""
 
+import os
 import time
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ SLOW_SEED = 63  # draws the slow row 3 once in 40 iterations, as the 11th
 class FakeStore:
     """Chains made from their row number; row 7 cannot be read if the folder is called "broken".
 
-    In a folder called "slow" every sample takes 20 ms and row 3 takes 1.5 s.
+    In a folder called "slow" every sample takes 20 ms and row 3 takes 1.5 s; in one called "dead" the process ends.
     """
 
     def __init__(self, path):
@@ -43,6 +44,8 @@ class FakeStore:
     def read(self, row):
         if self.path.name == "broken" and row == 7:
             raise DataError("record is cut")
+        if self.path.name == "dead":
+            os._exit(1)
         if self.path.name == "slow":
             time.sleep(1.5 if row == 3 else 0.02)
         return random_chain(10 + row, 12, seed=row)
@@ -180,6 +183,14 @@ def test_a_failing_sample_stops_training_with_chain_row_seed_and_reason(tmp_path
     folder.mkdir()
     with pytest.raises(DataError, match=r"chain chain07_A \(row 7, seed \d+\): record is cut"):
         deliver(folder, 60, num_workers=num_workers, in_order=in_order)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_worker_that_dies_stops_training_with_a_reason(tmp_path, in_order):
+    folder = tmp_path / "dead"
+    folder.mkdir()
+    with pytest.raises(DataError, match="worker ended unexpectedly"):
+        deliver(folder, 5, num_workers=1, in_order=in_order)
 
 
 def test_more_iterations_than_announced_are_an_error(tmp_path):

@@ -86,13 +86,12 @@ def _add_bits(addends: np.ndarray) -> list[np.ndarray]:
 
     Full adders turn three addends of equal weight into a sum and a carry. Works in place: ``addends`` is destroyed.
     """
-    digits = []
+    digits, scratch = [], np.empty_like(addends[: len(addends) // 3])
     while True:
         carries = []
-        while len(addends) > 2:
-            third = len(addends) // 3
-            a, b, c = (addends[i * third : (i + 1) * third] for i in range(3))
-            half = a ^ b
+        while (third := len(addends) // 3) > 0:
+            a, b, c, half = addends[:third], addends[third : 2 * third], addends[2 * third : 3 * third], scratch[:third]
+            np.bitwise_xor(a, b, out=half)
             np.bitwise_and(a, b, out=b)
             np.bitwise_and(half, c, out=a)
             np.bitwise_xor(half, c, out=c)

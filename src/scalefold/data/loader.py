@@ -219,9 +219,10 @@ class _Workers:
         return batch
 
     def close(self) -> None:
-        """End the processes."""
-        self._batches = None
-        self._loader._iterator = None  # persistent workers live as long as this reference
+        """End the processes now, rather than when the garbage collector finds their iterator."""
+        iterator, self._batches, self._loader._iterator = self._loader._iterator, None, None
+        if iterator is not None:
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
 
 
 class _ReadyFirst:

@@ -113,6 +113,7 @@ class TrainingSampler:
         replica, num_replicas: this data-parallel replica (DAP group) among all.
         local_batch_size: samples per replica and iteration.
         max_recycling_iters, accumulation: see ``RecyclingSchedule``.
+        iterations_before, samples_before: what earlier parts of the run, with another batch size, have used.
     """
 
     def __init__(
@@ -125,18 +126,22 @@ class TrainingSampler:
         local_batch_size: int = 1,
         max_recycling_iters: int = 3,
         accumulation: int = 1,
+        iterations_before: int = 0,
+        samples_before: int = 0,
     ) -> None:
         if not 0 <= replica < num_replicas:
             raise ValueError(f"replica {replica} of {num_replicas}")
         self._rows = np.asarray(rows)
         self._stream = SampleStream(weights, seed_from_string(f"initial_training_sampler_{seed}"))
         self._replica, self._num_replicas, self._local_batch_size = replica, num_replicas, local_batch_size
+        self._iterations_before, self._samples_before = iterations_before, samples_before
         self.recycling = RecyclingSchedule(seed, max_recycling_iters, accumulation)
 
     def pairs(self, iteration: int) -> list[tuple[int, int]]:
         """(training-set index, seed) of this replica's samples at ``iteration`` (1-based)."""
-        first = (iteration - 1) * self._local_batch_size
-        numbers = (self._replica + self._num_replicas * (first + j) for j in range(self._local_batch_size))
+        first = (iteration - 1 - self._iterations_before) * self._local_batch_size
+        mine = self._samples_before + self._replica
+        numbers = (mine + self._num_replicas * (first + j) for j in range(self._local_batch_size))
         return [self._stream.pair(number) for number in numbers]
 
     def task(self, iteration: int) -> Task:
