@@ -3,8 +3,8 @@
 The definition is a matrix product of one-hot rows: 2 GB of floats for 25,000 rows of 900 columns, repeated for every
 recycling slice. Here the alignment becomes one bit per (residue class, column, row) once per sample; the matches of
 64 rows with a centre are then added up at a time by a bit-sliced adder. For 20,000 rows of 500 columns this takes
-0.11 s per slice on one core, byte comparisons take 0.24 s and the float product of one-hots 1.1 s
-(benchmarks/data_pipeline.py).
+0.12 s per slice on one core, byte comparisons take 0.25 s and the float product of one-hots 5.5 s
+(benchmarks/cluster_matching.py).
 """
 
 import numpy as np
