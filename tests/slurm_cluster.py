@@ -4,6 +4,7 @@ Everything lives in one folder and is stopped by process id. Missing packages ar
 """
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -201,6 +202,7 @@ class Cluster:
             "KillWait=30",
             "OverTimeLimit=0",
             "MinJobAge=3600",
+            f"FirstJobId={random.randrange(1000, 1_000_000)}",  # ports of runs follow from it
             *nodes,
             f"PartitionName=test Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO",
         ]

@@ -6,12 +6,11 @@ query and become the deletion count of the next column (AlphaFold 2 Supplement, 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from scalefold.data import residues
-from scalefold.data.rawfile import read_bytes
+from scalefold.data.rawfile import RawFolder, RawText, read_bytes
 from scalefold.errors import DataError
 
 #: Alignment files of one chain in reading order; of equal rows the first one read stays.
@@ -145,16 +144,16 @@ def _first_occurrences(letters: np.ndarray) -> np.ndarray:
     return np.fromiter(seen.values(), dtype=np.int64, count=len(seen))
 
 
-def find_file(folder: Path, name: str) -> Path | None:
+def find_file(folder: RawFolder, name: str) -> RawText | None:
     """The file ``name`` or ``name.gz`` in an alignment folder or one level below; None if absent."""
     for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
-        found = sorted(folder.glob(pattern))
+        found = sorted(folder.glob(pattern), key=str)
         if found:
             return found[0]
     return None
 
 
-def read_alignment(folder: Path) -> Alignment | None:
+def read_alignment(folder: RawFolder) -> Alignment | None:
     """The alignment of one OpenProteinSet-style folder, or None if it holds no alignment text.
 
     Reads the a3m files in the order of :data:`ALIGNMENT_NAMES`; an empty file counts as absent. Stockholm files of the
@@ -175,7 +174,7 @@ def read_alignment(folder: Path) -> Alignment | None:
     return None
 
 
-def _parse_file(path: Path, text: bytes, parse) -> AlignedRows:
+def _parse_file(path: RawText, text: bytes, parse) -> AlignedRows:
     try:
         return parse(text)
     except DataError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from scalefold.data import codec, mmcif, msa, selection, store, templates
+from scalefold.data import codec, mmcif, msa, official, selection, store, templates
 from scalefold.data.manifest import (
     MANIFEST_FILE,
     REJECTED_FILE,
@@ -31,7 +31,7 @@ from scalefold.data.manifest import (
     write_manifest,
     write_rejections,
 )
-from scalefold.data.rawfile import read_bytes
+from scalefold.data.rawfile import RawFolder, read_bytes
 from scalefold.data.rawlayout import Plan, RawFile, RawLayout, scan
 from scalefold.errors import DataError
 
@@ -275,19 +275,25 @@ def _prepare_structures(unit: _Unit) -> dict:
     for file in unit.files:
         name = Path(file.path).name
         try:
-            entry = mmcif.read_entry(Path(file.path))
+            entries = _read_entries(Path(file.path))
         except Exception as error:
             rejected.append(asdict(Rejection("entry", name.split(".")[0].lower(), name, _reason(error))))
             continue
-        for asym, author, types in entry.left_out:
-            reason = f"polymer {asym} has no peptide monomer ({types})"
-            rejected.append(asdict(Rejection("chain", f"{entry.pdb_id}_{author}", name, reason)))
-        for chain in entry.chains:
-            record = codec.pack_structure({"sequence": chain.sequence}, chain.positions, chain.mask)
-            chains.append(_chain_row(entry, chain, *writer.append(record)))
-            rejected += [asdict(note) for note in _chain_notes(entry, chain, name)]
+        for entry in entries:
+            for asym, author, types in entry.left_out:
+                reason = f"polymer {asym} has no peptide monomer ({types})"
+                rejected.append(asdict(Rejection("chain", f"{entry.pdb_id}_{author}", name, reason)))
+            for chain in entry.chains:
+                record = codec.pack_structure({"sequence": chain.sequence}, chain.positions, chain.mask)
+                chains.append(_chain_row(entry, chain, *writer.append(record)))
+                rejected += [asdict(note) for note in _chain_notes(entry, chain, name)]
     writer.close()
     return {"chains": chains, "rejected": rejected, "file": file_entry(writer.path)}
+
+
+def _read_entries(path: Path) -> list[mmcif.Entry]:
+    """The entry of an mmCIF file, or all entries of a pickle of the official set."""
+    return official.read_entries(path) if official.is_structure_file(path) else [mmcif.read_entry(path)]
 
 
 def _chain_row(entry: mmcif.Entry, chain: mmcif.ProteinChain, offset: int, num_bytes: int) -> dict:
@@ -336,6 +342,8 @@ def _cluster_id(row: dict, cluster_of: dict[str, int]) -> int:
 def _merge_structures(job: _Job) -> None:
     """The chain index, still without alignments; an entry that was seen before is left out."""
     cluster_of = read_clusters(job.layout.clusters_file) if job.layout.clusters_file else {}
+    folder = job.layout.mmcif_dir
+    known = official.read_chain_table(folder) if official.holds_structures(folder) else {}
     rows, shards, dropped = [], [], []
     entry_shards: dict[str, int] = {}
     seen: set[str] = set()
@@ -346,7 +354,9 @@ def _merge_structures(job: _Job) -> None:
                 continue
             seen.add(row["chain_id"])
             entry_shards.setdefault(row["chain_id"][:4], shard)
-            row["cluster_id"] = _cluster_id(row, cluster_of)
+            facts = known.get(row["chain_id"])
+            row["asym_ids"] = facts.asym_ids if facts else row["asym_ids"]
+            row["cluster_id"] = facts.cluster_id if facts and not cluster_of else _cluster_id(row, cluster_of)
             rows.append(row)
             shards.append(shard)
     if not rows:
@@ -432,7 +442,10 @@ def _prepare_alignments(unit: _Unit) -> dict:
     writer = store.ShardWriter(unit.out_dir / "alignments" / f"{unit.number:05d}.h5")
     alignments, rejected = [], []
     for file in unit.files:
-        folder, found = Path(file.path), [lookup.table.find(member) for member in unit.members[file.path]]
+        folder, found = (
+            official.open_folder(file.path),
+            [lookup.table.find(member) for member in unit.members[file.path]],
+        )
         rows = [row for row in found if row is not None]
         if not rows:
             rejected.append(
@@ -450,7 +463,7 @@ def _prepare_alignments(unit: _Unit) -> dict:
 
 
 def _prepare_alignment(
-    folder: Path, rows: list[int], lookup: _TemplateLookup, writer: store.ShardWriter, reference_equality: bool
+    folder: RawFolder, rows: list[int], lookup: _TemplateLookup, writer: store.ShardWriter, reference_equality: bool
 ) -> tuple[dict, list[Rejection]]:
     """Write one folder's alignment and the template tables of its chains."""
     sequences = {row: lookup.structure(row).sequence for row in rows}
@@ -473,7 +486,7 @@ def _prepare_alignment(
 
 
 def _members_that_fit(
-    folder: Path, letters: np.ndarray, sequences: dict[int, str], lookup: _TemplateLookup
+    folder: RawFolder, letters: np.ndarray, sequences: dict[int, str], lookup: _TemplateLookup
 ) -> tuple[list[int], list[Rejection]]:
     """Chains whose length is the alignment's. One whose letters differ from the query row is kept, with a note."""
     members, notes = [], []
@@ -493,7 +506,7 @@ def _members_that_fit(
     return members, notes
 
 
-def _read_hits(folder: Path) -> list[templates.HhrHit]:
+def _read_hits(folder: RawFolder) -> list[templates.HhrHit]:
     path = msa.find_file(folder, "pdb70_hits.hhr")
     if path is None:
         return []

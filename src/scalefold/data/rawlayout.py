@@ -2,7 +2,7 @@
 
 Structures: ``<mmcif_dir>/<2nd and 3rd letter>/<id>.cif[.gz]`` or all in one folder. Alignments, as OpenProteinSet
 delivers them: ``<root>/pdb/<chain id>/[<kind>/]<file>[.gz]`` with ``<root>/duplicate_pdb_chains.txt``; a root without
-a ``pdb`` folder holds the chain folders itself.
+a ``pdb`` folder holds the chain folders itself. In the place of either the official preprocessed set (``official.py``).
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scalefold.data import official
 from scalefold.data.rawfile import read_bytes
 from scalefold.errors import DataError
 
@@ -87,6 +88,9 @@ def scan(layout: RawLayout) -> Plan:
 def _structure_files(folder: Path) -> list[RawFile]:
     if not folder.is_dir():
         raise DataError(f"{folder}: folder of mmCIF files is missing")
+    if official.holds_structures(folder):
+        sizes = [(path, path.stat().st_size) for path in official.structure_files(folder)]
+        return [RawFile(str(path), size * _GZIP_RATIO, size) for path, size in sizes]
     found = []
     for inside in (folder, *(Path(e.path) for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir())):
         with os.scandir(inside) as entries:
@@ -102,6 +106,10 @@ def _raw_file(entry: os.DirEntry) -> RawFile:
 
 
 def _alignment_folders(root: Path) -> tuple[list[RawFile], dict[str, list[str]], list[tuple[str, str]]]:
+    if official.holds_alignments(root):
+        shared = dict(sorted(official.alignment_folders(root).items()))
+        files = [RawFile(path, inside.num_bytes, inside.num_bytes) for path, (inside, _) in shared.items()]
+        return files, {path: chains for path, (_, chains) in shared.items()}, []
     folder = root / "pdb" if (root / "pdb").is_dir() else root
     if not folder.is_dir():
         raise DataError(f"{root}: alignment folder is missing")
