@@ -79,9 +79,13 @@ def show(
 
 @app.command()
 def prepare(
-    mmcif_dir: Annotated[Path, typer.Option(help="folder of .cif or .cif.gz files, divided or flat")],
+    mmcif_dir: Annotated[
+        Path, typer.Option(help="folder of .cif or .cif.gz files, or the official set's chains.csv and dicts")
+    ],
     out: Annotated[Path, typer.Option(help="store to write")],
-    alignments: Annotated[list[Path] | None, typer.Option(help="OpenProteinSet-style folder; may be repeated")] = None,
+    alignments: Annotated[
+        list[Path] | None, typer.Option(help="OpenProteinSet-style folder, or one with super.index; repeatable")
+    ] = None,
     clusters: Annotated[Path | None, typer.Option(help="clusters-by-entity-40.txt")] = None,
     obsolete: Annotated[Path | None, typer.Option(help="obsolete.dat")] = None,
     evaluation_list: Annotated[Path | None, typer.Option(help="CAMEO-style csv, or chain ids")] = None,
@@ -99,6 +103,7 @@ def prepare(
     layout = RawLayout(mmcif_dir, tuple(alignments or ()), clusters, obsolete, evaluation_list)
     summary = prepare_store(layout, out, workers, team=mpi_team() if mpi else None)
     print(f"{summary.num_chains} chains in {summary.seconds:.1f} s; {summary.num_rejected} rejected, see rejected.csv")
+
 
 @app.command()
 def download(
