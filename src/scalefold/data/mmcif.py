@@ -201,8 +201,9 @@ def _integer(text: str, tag: str) -> int:
 
 def _codes(values: Iterable[str], count: int) -> tuple[np.ndarray, list[str]]:
     """Integer code of each value and the values by code, unquoted, in order of first appearance."""
-    table: dict[str, int] = {}
-    codes = np.fromiter((table.setdefault(v, len(table)) for v in values), dtype=np.int32, count=count)
+    texts = list(values)
+    table = {text: code for code, text in enumerate(dict.fromkeys(texts))}
+    codes = np.fromiter(map(table.__getitem__, texts), dtype=np.int32, count=count)
     return codes, _unquote(table)
 
 

@@ -142,7 +142,7 @@ class ChainTable:
     template_shard: np.ndarray
     template_offset: np.ndarray
     template_bytes: np.ndarray
-    order: np.ndarray  # int32, argsort of chain_id
+    order: np.ndarray  # int64 (as searchsorted needs it, so nothing is copied), argsort of chain_id
 
     @cached_property
     def has_alignment(self) -> np.ndarray:
@@ -156,6 +156,8 @@ class ChainTable:
     def find(self, chain_id: str) -> int | None:
         """Row of a chain, None if there is no such chain. Binary search in the mapped columns: nothing is loaded."""
         key = np.bytes_(chain_id.encode())
+        if key.itemsize > self.chain_id.itemsize:  # longer than every name; comparing would widen the whole column
+            return None
         at = int(np.searchsorted(self.chain_id, key, sorter=self.order))
         return int(self.order[at]) if at < len(self.order) and self.chain_id[self.order[at]] == key else None
 
