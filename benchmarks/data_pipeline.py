@@ -1,8 +1,10 @@
 """Cost of a training sample, against a plain pipeline that decodes the text files of every sample.
 
-    python benchmarks/data_pipeline.py STORE --raw RAW_DIR [--raw RAW_DIR ...] --out benchmarks/data_pipeline.csv
+    python benchmarks/data_pipeline.py [STORE --raw RAW_DIR [--raw RAW_DIR ...]] [--out benchmarks/data_pipeline.csv]
 
-STORE is a prepared store of the raw folders (OpenProteinSet roots with ``pdb/<chain>/a3m``). Every chain is measured
+STORE is a prepared store of the raw folders (OpenProteinSet roots with ``pdb/<chain>/a3m``). Without STORE the real
+chains of the reference material (``$SCALEFOLD_SHARED`` or ``../shared``) are prepared below ``runs/bench_data``, or
+generated proteins where that is absent. Every chain is measured
 with the fast pipeline; the plain one (text alignments parsed letter by letter, one-hot floats over the whole
 alignment for each slice; structure and templates not counted) for the deepest chains and a spread of the others.
 Two generated chains of 500 residues and 20,000 rows show the deep end. Times are processor seconds of one thread.
@@ -21,10 +23,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from conftest import find_shared
 from plain_features import alignment_features
 from scalefold.data import codec, residues
 from scalefold.data.bench import BenchResult, SampleCost, bench_data
+from scalefold.data.demo import generate
 from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes, fill_sample
+from scalefold.data.prepare import prepare
+from scalefold.data.rawlayout import RawLayout
 from scalefold.data.store import ChainRecord, Store, count_letters
 from scalefold.data.synthetic import synthetic_chain
 
@@ -118,13 +124,15 @@ def deep_cost(seed: int, settings: FeatureSettings) -> tuple[SampleCost, float]:
 def main() -> None:
     """Measure, print the report and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path)
+    parser.add_argument("store", type=Path, nargs="?")
     parser.add_argument("--raw", type=Path, action="append", default=[], help="OpenProteinSet root (repeatable)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--num-plain", type=int, default=18, help="chains measured with the plain pipeline")
     parser.add_argument("--max-chains", type=int, help="measure that many chains, evenly spaced")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.store is None:
+        options.store, options.raw = default_store()
     settings, store = FeatureSettings(), Store(options.store)
     result = bench_data(str(options.store), settings, max_chains=options.max_chains, report=print)
     plain = {}
@@ -137,6 +145,25 @@ def main() -> None:
     write(options.out, rows)
     print_comparison(rows)
     print(*result.lines(), sep="\n")
+
+
+def default_store() -> tuple[Path, list[Path]]:
+    """A prepared store and its alignment roots: real chains if they are at hand, else generated ones."""
+    shared, folder = find_shared(), Path("runs/bench_data")
+    if shared is not None:
+        raw = shared / "data"
+        roots = (raw / "open_protein_set", raw / "open_protein_set_computed")
+        structures = raw / "pdb_mmcif"
+        layout = RawLayout(
+            structures / "raw", roots, structures / "clusters-by-entity-40.txt", structures / "obsolete.dat"
+        )
+        prepare(layout, folder / "real")
+        return folder / "real", list(roots)
+    if not (folder / "raw").exists():
+        generate(folder / "raw")
+    made = folder / "raw" / "open_protein_set"
+    prepare(RawLayout(folder / "raw" / "pdb_mmcif" / "raw", (made,)), folder / "generated")
+    return folder / "generated", [made]
 
 
 def write(path: Path, rows: list[dict]) -> None:
