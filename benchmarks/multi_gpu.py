@@ -44,7 +44,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.cuda.set_device(rank)
-    dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", rank))
+    dist.init_process_group("cpu:gloo,cuda:nccl")
     if not arguments.skip_exchanges:
         rows = measure_exchanges(world)
         if rank == 0:

@@ -273,7 +273,6 @@ def _join(ranks: Ranks, store: Store, timeout: datetime.timedelta) -> None:
         store=PrefixStore("groups", store),
         rank=ranks.rank,
         world_size=layout.world_size,
-        device_id=ranks.device if cuda else None,
     )
     ranks.control_group = _new_group(None, timeout, "gloo")
     ranks.train_group = _new_group(layout.train_ranks, timeout)
