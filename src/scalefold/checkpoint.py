@@ -30,11 +30,17 @@ STATE_FILE = "run_state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: completed iterations, applied optimizer updates in the average, and its seed."""
+    """Where a run stands: completed iterations, applied optimizer updates in the average, its seed, and its phase.
+
+    ``steps_before`` and ``samples_before`` had been done when phase number ``phase`` began.
+    """
 
     iteration: int
     seed: int
     num_averaged: int
+    phase: int = 0
+    steps_before: int = 0
+    samples_before: int = 0
 
 
 def sha256_of(file: Path) -> str:
@@ -111,10 +117,10 @@ def averaged_state(flat: FlatParameters, optimizer: Optimizer, names: list[str])
 
 
 class Checkpoints:
-    """The newest checkpoints of a run, below ``folder/last``."""
+    """The newest ``keep`` checkpoints of a run, below ``folder/last``, and for good every ``archive_every``-th step."""
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder / "last", keep
+    def __init__(self, folder: Path, keep: int, archive_every: int = 0) -> None:
+        self.folder, self.keep, self.archive_every = folder / "last", keep, archive_every
 
     def save(self, flat: FlatParameters, optimizer: Optimizer, names: list[str], state: RunState) -> Path:
         """Write the checkpoint of ``state.iteration`` and drop the oldest beyond ``keep``.
@@ -136,7 +142,8 @@ class Checkpoints:
             temporary.rename(target)
         except OSError as error:
             raise CheckpointError(f"{target}: cannot write the checkpoint: {error.strerror or error}") from None
-        for old in self._all()[: -self.keep]:
+        passing = [p for p in self._all() if not self.archive_every or int(p.name) % self.archive_every]
+        for old in [p for p in passing[: -self.keep] if p != target]:
             shutil.rmtree(old, ignore_errors=True)
         return target
 

@@ -155,16 +155,19 @@ def train(
 ) -> None:
     """Train until the target is reached. The same command under srun, torchrun and mpirun.
 
-    Exit status 0: target reached; 4: step budget ended or stop was requested; 5: another rank was lost; 2: any other
-    error that has a message.
+    Exit status 0: target reached; 4: step budget ended or stop was requested; 5: another rank was lost; 6: the next of
+    the configuration's phases needs other ranks, start them with --resume; 2: any other error that has a message.
 
     Example: scalefold train configs/tiny.yaml run.run_dir=runs/mine
     """
     from scalefold.config import load_config
+    from scalefold.phases import EXIT_NEXT_PHASE
     from scalefold.run import RunOptions
     from scalefold.train import run_rank
 
     outcome = run_rank(load_config(config, overrides or []).config, RunOptions(resume, result_index, instance))
+    if outcome is not None and outcome.status == "next_phase":
+        raise typer.Exit(code=EXIT_NEXT_PHASE)
     if outcome is not None and outcome.status != "success":
         raise typer.Exit(code=4)
 

@@ -6,6 +6,7 @@ Keys take the word of the MLPerf log wherever one exists, so that log and YAML r
 """
 
 import difflib
+import re
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,13 +116,15 @@ class LossConfig(Section):
 class ExecutionConfig(Section):
     """How the mathematics is executed; nothing here changes what is computed beyond rounding.
 
-    ``micro_batch_size``: samples computed at once; None means the whole local batch.
+    ``micro_batch_size``: samples computed at once; None means the whole local batch. ``compile``: fuse embedders,
+    structure module, heads and losses of the training step with Inductor, on CUDA devices.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     kernels: Literal["auto", "triton", "reference"] = "auto"
     cuda_graphs: bool = True
+    compile: bool = True
     activation_checkpointing: bool = False
     deterministic: bool = False
     micro_batch_size: int | None = Field(None, ge=1)
@@ -217,12 +220,13 @@ class TrainingConfig(Section):
 
 
 class RunConfig(Section):
-    """What a run leaves behind."""
+    """What a run leaves behind: the newest ``keep_checkpoints``, and for good one every ``archive_every_iters``."""
 
     run_dir: Path = Path("runs/run")
     log_every_iters: int = Field(1, ge=1)
     checkpoint_every_iters: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
+    archive_every_iters: int = Field(0, ge=0)
     report: bool = True
 
 
@@ -266,6 +270,27 @@ class LaunchConfig(Section):
     signal_grace_s: int = Field(120, ge=0)
 
 
+class PhaseConfig(Section):
+    """A part of a long run: what differs from the rest of the file, and when it ends (at whatever comes first)."""
+
+    name: str
+    until_step: int | None = Field(None, ge=1)
+    until_lddt_ca: float | None = Field(None, gt=0.0, lt=1.0)
+    global_batch_size: int | None = Field(None, ge=1)
+    opt_base_learning_rate: float | None = Field(None, ge=0.0)
+    kernels: Literal["auto", "triton", "reference"] | None = None
+    nodes: int | None = Field(None, ge=1)
+    dap_size: Literal[1, 2, 4, 8] | None = None
+    num_eval_ranks: int | None = Field(None, ge=0)
+
+
+_PHASE_KEYS = {
+    "training": ("global_batch_size", "opt_base_learning_rate"),
+    "execution": ("kernels",),
+    "parallel": ("nodes", "dap_size", "num_eval_ranks"),
+}
+
+
 class Config(Section):
     """Everything one run needs to know."""
 
@@ -282,13 +307,23 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     run: RunConfig = RunConfig()
     launch: LaunchConfig = LaunchConfig()
+    phases: tuple[PhaseConfig, ...] = ()
 
     @model_validator(mode="after")
     def check_combinations(self) -> "Config":
         """Refuse combinations that cannot run, before any GPU is touched."""
-        for problem in combination_problems(self):
+        problems = phase_problems(self) if self.phases else combination_problems(self)
+        for problem in problems:
             raise ValueError(problem)
         return self
+
+    def in_phase(self, index: int) -> "Config":
+        """This configuration with the values of phase ``index`` in place."""
+        phase, sections = self.phases[index], {}
+        for section, keys in _PHASE_KEYS.items():
+            given = {key: getattr(phase, key) for key in keys if getattr(phase, key) is not None}
+            sections[section] = getattr(self, section).model_copy(update=given)
+        return self.model_copy(update=sections)
 
     @property
     def local_batch_size(self) -> int:
@@ -327,12 +362,32 @@ def combination_problems(config: Config) -> list[str]:
     ):
         if value % k:
             problems.append(f"{name} {value} must be a multiple of training.gradient_accumulation_steps {k}")
+    if config.run.archive_every_iters % (config.run.checkpoint_every_iters or 1) or (
+        config.run.archive_every_iters and not config.run.checkpoint_every_iters
+    ):
+        problems.append("run.archive_every_iters must be a multiple of run.checkpoint_every_iters")
     if d.masked_msa_profile_prob + d.masked_msa_same_prob + d.masked_msa_uniform_prob > 1.0:
         problems.append("data.masked_msa_*_prob: the three probabilities add up to more than 1")
     if d.dataloader == "pq" and config.execution.deterministic:
         problems.append(
             "execution.deterministic needs data.dataloader: pt (pq delivers samples in the order of readiness)"
         )
+    return problems
+
+
+def phase_problems(config: Config) -> list[str]:
+    """The same for every phase, and for the order of the phases."""
+    problems, last_step = [], 0
+    for index, phase in enumerate(config.phases):
+        where = f"phases.{index} ({phase.name})"
+        problems += [f"{where}: {problem}" for problem in combination_problems(config.in_phase(index))]
+        if index + 1 < len(config.phases) and phase.until_step is None and phase.until_lddt_ca is None:
+            problems.append(f"{where}: needs until_step or until_lddt_ca, because a phase follows")
+        if phase.until_step is not None and phase.until_step <= last_step:
+            problems.append(f"{where}: until_step {phase.until_step} must be above {last_step} of an earlier phase")
+        if phase.until_step is not None and phase.until_step % config.training.val_every_iters:
+            problems.append(f"{where}: until_step must be a multiple of training.val_every_iters: phases evaluate last")
+        last_step = phase.until_step or last_step
     return problems
 
 
@@ -379,7 +434,12 @@ def dump_config(config: Config) -> str:
 def describe_config(loaded: LoadedConfig) -> list[tuple[str, str, str]]:
     """Every value as (key, value, origin) rows, ``default`` where no file says anything."""
     rows = _flatten(loaded.config.model_dump(mode="json"))
-    return [(key, _plain(value), str(loaded.origins.get(key, "default"))) for key, value in rows]
+    return [(key, _plain(value), str(_origin(key, value, loaded.origins))) for key, value in rows]
+
+
+def _origin(key: str, value: Any, origins: dict[str, Origin]) -> Origin | str:
+    in_list = key.startswith("phases.") and value is not None  # lines are kept for mappings, not inside lists
+    return origins.get(key) or (_parent_origin(key, origins) if in_list else "default")
 
 
 def _plain(value: Any) -> str:
@@ -396,6 +456,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
             rows += _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            for index, item in enumerate(value):
+                rows += _flatten(item, f"{prefix}{key}.{index}.")
         else:
             rows.append((prefix + key, value))
     return rows
@@ -466,7 +529,8 @@ def _apply_override(values: dict[str, Any], origins: dict[str, Origin], override
 
 def _refuse_unknown_keys(values: dict[str, Any], origins: dict[str, Origin]) -> None:
     known = _known_keys(Config)
-    for key, _ in _flatten(values):
+    for numbered, _ in _flatten(values):
+        key = re.sub(r"\.\d+\.", ".", numbered)
         if key in known or any(key.startswith(f"{free}.") for free in known if known[free]):
             continue
         prefix, _, name = key.rpartition(".")
@@ -475,9 +539,8 @@ def _refuse_unknown_keys(values: dict[str, Any], origins: dict[str, Origin]) -> 
         bad = f"{prefix}.{name}" if prefix else name
         sections = {".".join(k.split(".")[: n + 1]) for k in known for n in range(k.count("."))}
         near = difflib.get_close_matches(bad, [*known, *sections], n=1, cutoff=0.0)
-        raise ConfigError(
-            f"{origins.get(key) or origins.get(bad)}: unknown key `{bad}`; the nearest known key is `{near[0]}`"
-        )
+        origin = origins.get(key) or origins.get(bad) or _parent_origin(bad, origins)
+        raise ConfigError(f"{origin}: unknown key `{bad}`; the nearest known key is `{near[0]}`")
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> dict[str, bool]:
@@ -485,6 +548,9 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> dict[str, bool]:
     keys: dict[str, bool] = {}
     for name, field in section.model_fields.items():
         kind = field.annotation
+        if name == "phases":
+            kind = PhaseConfig
+            keys["phases"] = False
         if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) and issubclass(kind, BaseModel):
             keys |= _known_keys(kind, f"{prefix}{name}.")
         else:

@@ -20,6 +20,7 @@ from scalefold.model.alphafold import AlphaFold, cast_trunk
 from scalefold.optim import FlatParameters, Optimizer
 from scalefold.parallel.ranks import Ranks
 from scalefold.parallel.snapshots import SnapshotReceiver, SnapshotSender, run_store
+from scalefold.phases import Schedule
 from scalefold.report.console import Progress
 from scalefold.report.record import EvalRow, Record
 
@@ -46,6 +47,9 @@ class Evaluator(Protocol):
     def finish(self) -> bool:
         """After the last step: wait for evaluations under way; True if one of them reaches the target."""
         ...
+
+    def use(self, ops: Operations) -> None:
+        """Go on with another operations table."""
 
     def close(self) -> None:
         """Let go of workers and memory."""
@@ -151,8 +155,9 @@ class EvaluationHere:
         events: Events,
         record: Record,
         progress: Progress,
+        schedule: Schedule,
     ) -> None:
-        self.config, self.scorer, self.optimizer = config, scorer, optimizer
+        self.config, self.scorer, self.optimizer, self.schedule = config, scorer, optimizer, schedule
         self.events, self.record, self.progress = events, record, progress
         self.last: float | None = None
 
@@ -170,7 +175,7 @@ class EvaluationHere:
         result = self.scorer.score(self.optimizer.flat, self.optimizer.averaged)
         self.events.eval_accuracy(step, result.lddt_ca)
         self.events.eval_stop(step)
-        write_evaluation(self.config, self.record, self.progress, step, result)
+        write_evaluation(self.schedule, self.record, self.progress, step, result)
         self.last = result.lddt_ca
         return result.lddt_ca >= self.config.training.target_avg_lddt_ca_value
 
@@ -182,6 +187,10 @@ class EvaluationHere:
         """Nothing is under way."""
         return False
 
+    def use(self, ops: Operations) -> None:
+        """Evaluate with another operations table."""
+        use_operations(self.scorer.model.model, ops)
+
     def close(self) -> None:
         """End the feature workers."""
         self.scorer.close()
@@ -190,8 +199,16 @@ class EvaluationHere:
 class EvaluationElsewhere:
     """Training side of asynchronous evaluation: rank 0 hands snapshots over, all others do nothing."""
 
-    def __init__(self, config: Config, ranks: Ranks, optimizer: Optimizer, record: Record, progress: Progress) -> None:
-        self.config, self.ranks, self.optimizer = config, ranks, optimizer
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        optimizer: Optimizer,
+        record: Record,
+        progress: Progress,
+        schedule: Schedule,
+    ) -> None:
+        self.config, self.ranks, self.optimizer, self.schedule = config, ranks, optimizer, schedule
         self.record, self.progress = record, progress
         self.last: float | None = None
         self._sender: SnapshotSender | None = None
@@ -240,21 +257,24 @@ class EvaluationElsewhere:
             dist.broadcast_object_list(reached, src=0, group=self.ranks.train_control_group)
         return reached[0]
 
+    def use(self, ops: Operations) -> None:
+        """The evaluation ranks keep theirs: with them, every phase is a process of its own."""
+
     def close(self) -> None:
         """Nothing to let go of."""
 
     def _write_results(self, sender: SnapshotSender) -> None:
         for report in sender.results():
             result = Evaluation(report["chains"], report["seconds"])
-            write_evaluation(self.config, self.record, self.progress, report["step"], result)
+            write_evaluation(self.schedule, self.record, self.progress, report["step"], result)
             self.last = result.lddt_ca
 
 
-def write_evaluation(config: Config, record: Record, progress: Progress, step: int, result: Evaluation) -> None:
+def write_evaluation(schedule: Schedule, record: Record, progress: Progress, step: int, result: Evaluation) -> None:
     """One evaluation to the record and the screen."""
     row = EvalRow(
         step=step,
-        samples=step * config.training.global_batch_size,
+        samples=schedule.samples(step),
         lddt_ca=result.lddt_ca,
         seconds=result.seconds,
         chains=result.chains,
@@ -272,12 +292,14 @@ def make_evaluator(
     record: Record,
     progress: Progress,
     ops: Operations,
+    schedule: Schedule,
 ) -> Evaluator:
     """The evaluator of a training rank."""
     if ranks.layout.num_eval_ranks:
-        return EvaluationElsewhere(config, ranks, optimizer, record, progress)
+        return EvaluationElsewhere(config, ranks, optimizer, record, progress, schedule)
     group = ranks.train_group if ranks.layout.world_size > 1 else None
-    return EvaluationHere(config, ChainScorer(config, ranks, settings, ops, group), optimizer, events, record, progress)
+    scorer = ChainScorer(config, ranks, settings, ops, group)
+    return EvaluationHere(config, scorer, optimizer, events, record, progress, schedule)
 
 
 def serve_evaluations(

@@ -38,7 +38,8 @@ from scalefold.optim import FlatParameters, Optimizer, learning_rate
 from scalefold.parallel.dap import apply_dap, check_shares, gradient_scale
 from scalefold.parallel.ddp import GradientReducer, broadcast_master
 from scalefold.parallel.ranks import Ranks
-from scalefold.parallel.snapshots import STOP_REQUESTED, TARGET_REACHED, StopSignal
+from scalefold.parallel.snapshots import PHASE_REACHED, STOP_REQUESTED, TARGET_REACHED, StopSignal
+from scalefold.phases import Schedule, any_phase
 from scalefold.report.console import Progress
 from scalefold.report.record import Record
 from scalefold.stop_signals import STOP_SIGNALS, leave_stopping_to_others
@@ -61,7 +62,7 @@ class RunOptions:
 class Run:
     """Everything the training loop uses on one training rank."""
 
-    config: Config
+    schedule: Schedule
     ranks: Ranks
     seed: int
     model: AlphaFold
@@ -77,18 +78,33 @@ class Run:
     first_step: int = 1
     settings: FeatureSettings = field(default_factory=FeatureSettings)
     stop_asked: bool = False
+    _training_set: selection.TrainingSet | None = None
     _stop: StopSignal | None = None
     _copies: "torch.cuda.Stream | None" = None
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the present phase."""
+        return self.schedule.config
 
     def open_data(self) -> None:
         """Open the data set, start loader and evaluation features. Only after ``run_start``."""
         c, store = self.config, Store(self.config.data.store_dir)
-        train = selection.training_set(store.table, c.data.train_max_pdb_release_date, c.data.filter_by_alignments)
+        self._training_set = train = selection.training_set(
+            store.table, c.data.train_max_pdb_release_date, c.data.filter_by_alignments
+        )
         self.events.train_samples(len(train.rows))
         lengths = evaluation_lengths(c, store)
         self.events.eval_samples(len(lengths))
         self.events.dataloader_type(self.loader.name)
         self.evaluator.open_data(lengths)
+        store.close()
+        self.start_loader(self.first_step)
+
+    def start_loader(self, first_step: int) -> None:
+        """Deliver the batches of the present phase from iteration ``first_step`` on."""
+        c, train, position = self.config, self._training_set, self.schedule.position
+        assert train is not None, "open_data comes first"
         sampler = TrainingSampler(
             train.rows,
             train.weights,
@@ -98,9 +114,10 @@ class Run:
             c.local_batch_size,
             c.data.num_recycling_iters,
             c.training.gradient_accumulation_steps,
+            position.steps_before,
+            position.samples_before,
         )
-        store.close()
-        self.loader.start(sampler, self.first_step, c.training.num_train_iters)
+        self.loader.start(sampler, first_step, self.schedule.last_step)
 
     def synthetic_batch(self) -> dict[str, Tensor]:
         """A batch of true shapes and plausible geometry that touches no data."""
@@ -123,14 +140,15 @@ class Run:
         every = self.config.run.checkpoint_every_iters
         return every > 0 and step % every == 0
 
-    def save(self, state: RunState) -> None:
-        """Write a checkpoint on rank 0."""
+    def save(self, step: int) -> None:
+        """Write a checkpoint of the ``step`` completed iterations on rank 0."""
         if self.ranks.is_root:
+            state = RunState(step, self.seed, self.optimizer.num_averaged, **vars(self.schedule.position))
             folder = self.checkpoints.save(self.optimizer.flat, self.optimizer, parameter_names(self.model), state)
             self.record.event("checkpoint", step=state.iteration, folder=folder.name)
 
     def stop_code(self) -> int:
-        """0, TARGET_REACHED or STOP_REQUESTED (SIGTERM, SIGUSR1 to rank 0); the same on all training ranks."""
+        """0, TARGET_REACHED, STOP_REQUESTED (a signal to rank 0) or PHASE_REACHED; the same on all training ranks."""
         if self._stop is None:
             self._stop = StopSignal(self.ranks.train_control_group, self._decide_to_stop)
         return self._stop.poll()
@@ -138,7 +156,16 @@ class Run:
     def _decide_to_stop(self) -> int:
         if self.evaluator.poll():
             return TARGET_REACHED
-        return STOP_REQUESTED if self.stop_asked else 0
+        if self.stop_asked:
+            return STOP_REQUESTED
+        elsewhere = self.ranks.layout.num_eval_ranks > 0
+        return PHASE_REACHED if elsewhere and self.schedule.goal_reached(self.evaluator.last) else 0
+
+    def phase_ends(self, step: int, code: int) -> bool:
+        """Whether another phase follows iteration ``step``; the same on all training ranks."""
+        here = self.ranks.layout.num_eval_ranks == 0 and step % self.config.training.val_every_iters == 0
+        due = step == self.schedule.last_step or code == PHASE_REACHED
+        return self.schedule.follows(step) and (due or (here and self.schedule.goal_reached(self.evaluator.last)))
 
     def close(self) -> None:
         """Let go of workers, groups and files."""
@@ -178,7 +205,7 @@ class Beginning:
 def begin(config: Config, options: RunOptions, ranks: Ranks) -> Beginning:
     """Seed, log and checkpoint to resume from; logs ``init_start`` after a barrier of all ranks."""
     run_dir = config.run.run_dir
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints)
+    checkpoints = Checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints, config.run.archive_every_iters)
     resumed_from = checkpoints.newest() if options.resume else None
     seed = agree_on_seed(config, ranks, resumed_from)
     result_file = choose_result_file(run_dir, options, resumed_from)
@@ -188,12 +215,13 @@ def begin(config: Config, options: RunOptions, ranks: Ranks) -> Beginning:
     return Beginning(seed, result_file, events, checkpoints, resumed_from)
 
 
-def assemble(config: Config, options: RunOptions, ranks: Ranks) -> Run:
+def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
     """Build a training rank's run, up to the moment before warm-up.
 
     Raises:
         ConfigError, CheckpointError: the configuration, the launcher or the initial checkpoint do not fit.
     """
+    config = schedule.config
     check_shares(config.model, config.parallel.dap_size)
     beginning = begin(config, options, ranks)
     seed, events, checkpoints = beginning.seed, beginning.events, beginning.checkpoints
@@ -203,20 +231,21 @@ def assemble(config: Config, options: RunOptions, ranks: Ranks) -> Run:
     model = build_model(config, initialisation_seed(seed), ranks)
     use_operations(model, ops)
     apply_dap(model, ranks.dap_group)
-    optimizer = build_optimizer(config, model, ranks, ops)
+    optimizer = build_optimizer(config, model, ranks, ops, any_phase(schedule.base, adds_gradients))
     digest = load_weights_into(config, model, optimizer)
     broadcast_master(optimizer.flat, ranks.train_group)
     state = load_run(resumed_from, optimizer.flat, optimizer, parameter_names(model)) if resumed_from else None
     settings = feature_settings(config)
     log_header(events, config, ranks, seed, model, digest)
+    continue_counting(events, schedule)
     record = Record(run_dir, ranks.is_root, state.iteration if state else None)
     if ranks.is_root:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_resolved(run_dir / CONFIG_FILE, config)
+        write_resolved(run_dir / CONFIG_FILE, schedule.base)
         record.run(**run_header(config, ranks, seed, model, ops))
     progress = make_progress(config, ranks)
     step = build_step(config, model, optimizer, ranks)
-    evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops)
+    evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops, schedule)
     loader = TrainLoader(
         config.data.store_dir,
         settings,
@@ -226,7 +255,7 @@ def assemble(config: Config, options: RunOptions, ranks: Ranks) -> Run:
         pin_memory=config.data.pin_memory and ranks.device.type == "cuda",
     )
     run = Run(
-        config=config,
+        schedule=schedule,
         ranks=ranks,
         seed=seed,
         model=model,
@@ -246,8 +275,37 @@ def assemble(config: Config, options: RunOptions, ranks: Ranks) -> Run:
     return run
 
 
-def evaluate_elsewhere(config: Config, options: RunOptions, ranks: Ranks) -> None:
+def enter_next_phase(run: Run, step: int) -> bool:
+    """Continue with the next phase after ``step``; False, and a checkpoint, if that needs other ranks."""
+    stays = run.schedule.continues_here()
+    run.schedule.advance(step)
+    run.progress.note(f"phase {run.schedule.name} after step {step}, {run.schedule.samples(step)} samples")
+    run.record.event("phase", step=step, phase=run.schedule.name, samples=run.schedule.samples(step))
+    if not stays:
+        run.save(step)
+        return False
+    config = run.config
+    ops = choose_operations(config, run.ranks)
+    use_operations(run.model, ops)
+    run.evaluator.use(ops)
+    run.optimizer.config, run.optimizer.ops = config.training, ops
+    run.step = build_step(config, run.model, run.optimizer, run.ranks, run.step.reducer)
+    continue_counting(run.events, run.schedule)
+    run.loader.close()
+    run.start_loader(step + 1)
+    return True
+
+
+def continue_counting(events: Events, schedule: Schedule) -> None:
+    """Let the log count samples across phases."""
+    if schedule.base.phases:
+        position = schedule.position
+        events.change_batch(position.steps_before, position.samples_before, schedule.config.training.global_batch_size)
+
+
+def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks) -> None:
     """An evaluation rank's whole life, in step with the barriers of the training ranks."""
+    config = schedule.config
     leave_stopping_to_others()
     beginning = begin(config, options, ranks)
     events, settings = beginning.events, feature_settings(config)
@@ -255,6 +313,7 @@ def evaluate_elsewhere(config: Config, options: RunOptions, ranks: Ranks) -> Non
     flat = build_optimizer(config, build_model(config, 0, ranks), ranks, ops).flat
     scorer = ChainScorer(config, ranks, settings, ops, ranks.eval_group)
     log_header(events, config, ranks, beginning.seed, scorer.model.model, None)
+    continue_counting(events, schedule)
     accept_connection(ranks)
     ranks.watch.before_exit = events.abort
     ranks.watch.at("warm-up")
@@ -334,10 +393,21 @@ def compute_dtype(config: Config, name: str) -> torch.dtype:
     return torch.bfloat16 if low else torch.float32
 
 
-def build_optimizer(config: Config, model: AlphaFold, ranks: Ranks, ops: Operations) -> Optimizer:
-    """Flat buffers over the model's parameters, and the optimizer on them."""
+def adds_gradients(config: Config) -> bool:
+    """Whether an update adds up the gradients of several backward passes."""
+    return config.local_batch_size > config.micro_batch_size or config.training.gradient_accumulation_steps > 1
+
+
+def build_optimizer(
+    config: Config, model: AlphaFold, ranks: Ranks, ops: Operations, in_parts: bool | None = None
+) -> Optimizer:
+    """Flat buffers over the model's parameters, and the optimizer on them.
+
+    Gradients are collected in fp32 if ``in_parts`` (by default: if this configuration adds some up), else in their
+    own type.
+    """
     layout = ranks.layout
-    in_parts = config.local_batch_size > config.micro_batch_size or config.training.gradient_accumulation_steps > 1
+    in_parts = adds_gradients(config) if in_parts is None else in_parts
     flat = FlatParameters(
         model,
         ranks.device,
@@ -357,8 +427,13 @@ def load_weights_into(config: Config, model: AlphaFold, optimizer: Optimizer) ->
     return load_initial(t.init_checkpoint, optimizer.flat, optimizer, names, t.init_checkpoint_sha256sum)
 
 
-def build_step(config: Config, model: AlphaFold, optimizer: Optimizer, ranks: Ranks) -> TrainStep:
-    """The training step, captured in CUDA graphs where device and configuration allow."""
+def build_step(
+    config: Config, model: AlphaFold, optimizer: Optimizer, ranks: Ranks, reducer: GradientReducer | None = None
+) -> TrainStep:
+    """The training step, captured in CUDA graphs where device and configuration allow.
+
+    A model has one ``reducer`` for life, because that hangs on its parameters; None makes it.
+    """
 
     def objective(batch: dict[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
         outputs = model(batch, passes)
@@ -369,7 +444,7 @@ def build_step(config: Config, model: AlphaFold, optimizer: Optimizer, ranks: Ra
     return (GraphedTrainStep if graphed else TrainStep)(
         objective,
         optimizer,
-        GradientReducer(optimizer.flat, group),
+        reducer or GradientReducer(optimizer.flat, group),
         config.micro_batch_size,
         config.training.gradient_accumulation_steps,
         group,

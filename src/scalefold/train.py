@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from scalefold.checkpoint import RunState
 from scalefold.config import Config
 from scalefold.data.loader import Batch
 from scalefold.data.sampler import forward_seed
@@ -21,17 +20,25 @@ from scalefold.errors import TrainingError
 from scalefold.mlperf.events import merge_parts
 from scalefold.parallel.ranks import start
 from scalefold.parallel.snapshots import STOP_REQUESTED, TARGET_REACHED
+from scalefold.phases import open_schedule
 from scalefold.report.record import StepRow
-from scalefold.run import Run, RunOptions, assemble, evaluate_elsewhere, prepare_process
+from scalefold.run import (
+    Run,
+    RunOptions,
+    assemble,
+    enter_next_phase,
+    evaluate_elsewhere,
+    prepare_process,
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: status for the MLPerf log, last iteration, last evaluation."""
+    """How a run ended: the target, another end, or a phase that needs other ranks; last iteration, last evaluation."""
 
-    status: Literal["success", "aborted"]
+    status: Literal["success", "aborted", "next_phase"]
     step: int
     lddt_ca: float | None
 
@@ -43,15 +50,16 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
         RankLostError: another rank was killed, failed or stands still.
         ScaleFoldError: see ``train``; configuration, checkpoint and data errors.
     """
-    prepare_process(config)
-    ranks = start(config)
+    schedule = open_schedule(config, options.resume)
+    prepare_process(schedule.config)
+    ranks = start(schedule.config)
     outcome = None
     with ranks.watch:
         if ranks.trains:
-            run = assemble(config, options, ranks)
+            run = assemble(schedule, options, ranks)
             outcome = train(run)
         else:
-            evaluate_elsewhere(config, options, ranks)
+            evaluate_elsewhere(schedule, options, ranks)
         ranks.watch.at("end")
         ranks.barrier()
     if ranks.is_root and ranks.layout.num_eval_ranks:
@@ -71,7 +79,7 @@ def train(run: Run) -> Outcome:
         warm_up(run)
         start_clock(run)
         outcome = loop(run, StepLog(run))
-        run.events.run_stop(outcome.status)
+        run.events.run_stop("success" if outcome.status == "success" else "aborted")
         return outcome
     except BaseException:
         run.events.abort()
@@ -82,12 +90,17 @@ def train(run: Run) -> Outcome:
 
 def warm_up(run: Run) -> None:
     """Everything slow that needs no data set: compile, capture, first collectives, on a synthetic batch."""
-    run.ranks.watch.at("warm-up")
-    if run.config.execution.warm_up or run.config.execution.cuda_graphs:
-        run.step.warm_up(run.synthetic_batch(), run.config.data.num_recycling_iters + 1, run.progress.note)
+    warm_up_step(run)
     run.evaluator.warm_up()
     run.ranks.barrier()
     run.events.init_stop()
+
+
+def warm_up_step(run: Run) -> None:
+    """The training step's part of it, also at the beginning of a later phase."""
+    run.ranks.watch.at("warm-up")
+    if run.config.execution.warm_up or run.config.execution.cuda_graphs:
+        run.step.warm_up(run.synthetic_batch(), run.config.data.num_recycling_iters + 1, run.progress.note)
 
 
 def start_clock(run: Run) -> None:
@@ -122,22 +135,28 @@ def loop(run: Run, steps: "StepLog") -> Outcome:
             at("training step", step)
         code = run.stop_code()
         if reached or code == TARGET_REACHED:
-            return finish(run, steps, step, reached=True)
+            return finish(run, steps, step, "success")
+        if run.phase_ends(step, code):
+            steps.flush()
+            if not enter_next_phase(run, step):
+                return finish(run, steps, step, "next_phase")
+            warm_up_step(run)
+            steps.restart()
         if run.checkpoint_due(step) or code == STOP_REQUESTED:
             steps.flush()
             at("checkpoint", step)
-            run.save(RunState(step, run.seed, run.optimizer.num_averaged))
+            run.save(step)
         if code == STOP_REQUESTED:
-            return finish(run, steps, step, reached=False)
-    return finish(run, steps, t.num_train_iters, reached=False)
+            return finish(run, steps, step, "aborted")
+    return finish(run, steps, t.num_train_iters, "aborted")
 
 
-def finish(run: Run, steps: "StepLog", step: int, reached: bool) -> Outcome:
+def finish(run: Run, steps: "StepLog", step: int, status: Literal["success", "aborted", "next_phase"]) -> Outcome:
     """Write the last step, wait for evaluations under way, and say how it ended."""
     steps.flush()
     run.ranks.watch.at("evaluation", step)
-    reached = run.evaluator.finish() or reached
-    return Outcome("success" if reached else "aborted", step, run.evaluator.last)
+    reached = run.evaluator.finish()
+    return Outcome("success" if reached else status, step, run.evaluator.last)
 
 
 class Cycle:
@@ -254,7 +273,7 @@ class StepLog:
             data_ms=pending.data_ms,
             passes=pending.passes,
             peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-            samples=pending.step * run.config.training.global_batch_size,
+            samples=run.schedule.samples(pending.step),
         )
         run.record.step(row)
         run.progress.step(row)

@@ -149,6 +149,7 @@ class Events:
         self._now_ms = now_ms
         self._logged: set[str] = set()
         self._samples_per_step: int | None = None
+        self._before = (0, 0)
         self._steps_per_cycle = 1
         self._target = float("inf")
         self._open_epoch: int | None = None
@@ -264,6 +265,10 @@ class Events:
         self._log("INTERVAL_END", "epoch_stop", None, self._at(step))
         self._open_epoch = None
 
+    def change_batch(self, step: int, samples: int, global_batch_size: int) -> None:
+        """From here on iterations use ``global_batch_size``; the first ``step`` used ``samples`` (runs in phases)."""
+        self._before, self._samples_per_step = (step, samples), global_batch_size
+
     def throughput(self, step: int, samples_per_second: float, next_batch_seconds: float) -> None:
         """Training speed of the cycle that ended after ``step``, and the mean wait for the next batch."""
         value = {"throughput": samples_per_second, "avg_perf_next_batch": next_batch_seconds}
@@ -310,7 +315,8 @@ class Events:
     # -------------------------------------------------------------------------------------------------------------
 
     def _at(self, step: int) -> dict[str, Any]:
-        return {"epoch_num": step * (self._samples_per_step or 0), "instance": self._instance}
+        steps, samples = self._before
+        return {"epoch_num": samples + (step - steps) * (self._samples_per_step or 0), "instance": self._instance}
 
     def _need_open_eval(self, key: str, step: int) -> None:
         if self._open_eval != step:

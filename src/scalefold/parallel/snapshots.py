@@ -26,7 +26,7 @@ from scalefold.errors import TrainingError
 log = logging.getLogger(__name__)
 
 POLL_S = 0.002
-TARGET_REACHED, STOP_REQUESTED = 1, 2
+TARGET_REACHED, STOP_REQUESTED, PHASE_REACHED = 1, 2, 3
 
 
 def run_store() -> dist.Store:
