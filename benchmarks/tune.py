@@ -129,8 +129,14 @@ def start_worker(daps: list[int], lengths: list[int]) -> None:
 
 
 def find_task(n: int) -> list[Problem]:
-    """``find_problems`` in a worker."""
-    return find_problems(_worker_cases, n)
+    """``find_problems`` in a worker; a case that fails is printed and left out."""
+    try:
+        return find_problems(_worker_cases, n)
+    except Exception as problem:
+        print(f"{_worker_cases[n].name} does not run: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+        return []
+    finally:
+        torch.cuda.empty_cache()
 
 
 def compile_task(problem: Problem, config: tuning.Config) -> bool:
@@ -155,10 +161,12 @@ def unique(problems: list[Problem], cases: list[Case]) -> list[Problem]:
 
 
 def compile_all(pool: ProcessPoolExecutor, problems: list[Problem], deadline: float) -> None:
-    """Keep of every problem's candidates those that run and were compiled before the deadline."""
+    """Keep of every problem's candidates the present choice and those that ran before the deadline."""
     futures: dict[Future[bool], tuple[Problem, tuning.Config]] = {}
     for problem in problems:
-        for config in choices(problem):
+        present, *others = choices(problem)
+        problem.candidates = [present]
+        for config in others:
             futures[pool.submit(compile_task, problem, config)] = (problem, config)
     done, late = wait(futures, timeout=max(0.0, deadline - time.monotonic()))
     for future in late:
@@ -199,11 +207,17 @@ def time_problem(problem: Problem, inputs: Inputs) -> dict[str, float]:
     """Microseconds of the operation per candidate, in their order (keys: configurations as JSON)."""
     expected, times = None, {}
     for config in problem.candidates:
-        with tuning.override(problem.kernel, config, **problem.fields):
-            found = run_once(inputs, problem.backward)
-            expected = expected or found
-            if agrees(found, expected):
-                times[json.dumps(config, sort_keys=True)] = microseconds(inputs, problem.backward)
+        text = json.dumps(config, sort_keys=True)
+        try:
+            with tuning.override(problem.kernel, config, **problem.fields):
+                found = run_once(inputs, problem.backward)
+                expected = expected or found
+                if agrees(found, expected):
+                    times[text] = microseconds(inputs, problem.backward)
+                else:
+                    print(f"{problem.kernel} {problem.key[1]}: {text} disagrees", flush=True)
+        except Exception as error:
+            print(f"{problem.kernel} {problem.key[1]}: {text}: {type(error).__name__}: {str(error)[:120]}", flush=True)
     return times
 
 
@@ -231,14 +245,17 @@ def time_all(problems: list[Problem], cases: list[Case], deadline: float) -> lis
     for problem in problems:
         if time.monotonic() > deadline:
             break
-        if not problem.candidates:
+        if len(problem.candidates) < 2:  # nothing else was compiled in time
             continue
         if problem.case != built:
             inputs, built = None, problem.case
             torch.cuda.empty_cache()
             inputs = cases[built].build()
         assert inputs is not None
-        config, row = choose(problem, cases[built], time_problem(problem, inputs))
+        times = time_problem(problem, inputs)
+        if not times:
+            continue
+        config, row = choose(problem, cases[built], times)
         tuning.save(tuning.device_kind(), {problem.kernel: {problem.key[1]: config}})
         rows.append(row)
     return rows
