@@ -34,17 +34,19 @@ from scalefold.run import (
     prepare_process,
 )
 
+PLAIN = ["execution.kernels=reference", "execution.compile=false"]
 VARIANTS = {
     "ours": [],
     "ours_ckpt": ["execution.activation_checkpointing=true"],
-    "plain_ckpt": ["execution.kernels=reference", "execution.activation_checkpointing=true"],
-    "plain": ["execution.kernels=reference"],
+    "ours_unfused": ["execution.compile=false"],
+    "plain_ckpt": [*PLAIN, "execution.activation_checkpointing=true"],
+    "plain": PLAIN,
     "plain_eager_ckpt": [
-        "execution.kernels=reference",
+        *PLAIN,
         "execution.activation_checkpointing=true",
         "execution.cuda_graphs=false",
     ],
-    "fp32": ["execution.kernels=reference", "execution.precision=fp32", "execution.activation_checkpointing=true"],
+    "fp32": [*PLAIN, "execution.precision=fp32", "execution.activation_checkpointing=true"],
 }
 CLASSES = {
     "attention": ("attention", "attn", "softmax"),

@@ -30,6 +30,7 @@ RESOLUTION_RANGE_ANGSTROM = (0.1, 3.0)
 AMBIGUOUS_SLOTS = slice(6, 10)
 
 Tensors = Mapping[str, Tensor]
+Terms = Mapping[str, tuple[float, Callable[[Tensors, Tensors], Tensor]]]
 
 
 def masked_mean(values: Tensor, mask: Tensor, eps: float, dims: tuple[int, ...]) -> Tensor:
@@ -227,10 +228,10 @@ class FiniteGate:
 
 def loss_terms(weights: LossConfig) -> dict[str, tuple[float, Callable[[Tensors, Tensors], Tensor]]]:
     """Name -> (weight, function) of all terms; violations only if they have a weight (they cost the most)."""
+    backbone_weight, sidechain_weight = weights.fape_loss_backbone_weight, weights.fape_loss_sidechain_weight
 
     def fape(outputs: Tensors, batch: Tensors) -> Tensor:
-        backbone, sidechain = backbone_fape(outputs, batch), sidechain_fape(outputs, batch)
-        return weights.fape_loss_backbone_weight * backbone + weights.fape_loss_sidechain_weight * sidechain
+        return backbone_weight * backbone_fape(outputs, batch) + sidechain_weight * sidechain_fape(outputs, batch)
 
     terms = {
         "fape": (weights.fape_loss_weight, fape),
@@ -246,6 +247,11 @@ def loss_terms(weights: LossConfig) -> dict[str, tuple[float, Callable[[Tensors,
 
 
 def alphafold_loss(outputs: Tensors, batch: Tensors, weights: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """``total_of_terms`` with the terms and weights that the configuration asks for."""
+    return total_of_terms(outputs, batch, loss_terms(weights))
+
+
+def total_of_terms(outputs: Tensors, batch: Tensors, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar to minimise, and what to log.
 
     outputs: of ``AlphaFold.forward``; batch: fp32 features of the supervised slice. The total is the mean over samples
@@ -258,7 +264,7 @@ def alphafold_loss(outputs: Tensors, batch: Tensors, weights: LossConfig) -> tup
     """
     logged: dict[str, Tensor] = {}
     weighted, num_non_finite = [], []
-    for name, (weight, function) in loss_terms(weights).items():
+    for name, (weight, function) in terms.items():
         gate = FiniteGate()
         values = function(gate.open(outputs), batch)
         logged[name] = values.detach().mean()

@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from scalefold.evaluators import (
     make_evaluator,
     serve_evaluations,
 )
+from scalefold.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.kernels import Operations, operations, use_operations
-from scalefold.loss import alphafold_loss
+from scalefold.loss import loss_terms, total_of_terms
 from scalefold.mlperf.events import Events, Hyperparameters, SubmissionInfo
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.optim import FlatParameters, Optimizer, learning_rate
@@ -430,14 +432,17 @@ def load_weights_into(config: Config, model: AlphaFold, optimizer: Optimizer) ->
 def build_step(
     config: Config, model: AlphaFold, optimizer: Optimizer, ranks: Ranks, reducer: GradientReducer | None = None
 ) -> TrainStep:
-    """The training step, captured in CUDA graphs where device and configuration allow.
+    """The training step, fused and captured in CUDA graphs where device and configuration allow.
 
     A model has one ``reducer`` for life, because that hangs on its parameters; None makes it.
     """
+    terms = loss_terms(config.loss)
+    if config.execution.compile and ranks.device.type == "cuda" and can_fuse(ranks.device):
+        fuse_model(model)
+        terms = fuse_terms(terms)
 
-    def objective(batch: dict[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
-        outputs = model(batch, passes)
-        return alphafold_loss(outputs, select_slice(batch, passes - 1), config.loss)
+    def objective(batch: Mapping[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms)
 
     graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
     group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None

@@ -135,27 +135,38 @@ class AlphaFold(nn.Module):
         """Everything before the Evoformer: m [B, S, N, c_m], z, msa_mask [B, S, N], pair_mask [B, N, N]."""
         seq_mask = features["seq_mask"]
         pair_mask = seq_mask[:, :, None] * seq_mask[:, None, :]
-        m, z = self.input_embedder(features["target_feat"], features["residue_index"], features["msa_feat"])
-        x_prev = pseudo_beta(features["aatype"], recycled.x)
-        m0_update, z_update = self.recycling_embedder(recycled.m0, recycled.z, x_prev)
-        m = torch.cat((m[:, :1] + m0_update[:, None], m[:, 1:]), dim=1)
-        z = z + z_update
+        m, z = self.embed_sample(features, recycled)
         msa_mask = features["msa_mask"]
         if self.templates_enabled and features["template_mask"].shape[1]:
-            z = z + self.embed_template_pairs(features, z, pair_mask)
-            m = torch.cat((m, self.template_angle_embedder(template_angle_features(features))), dim=1)
+            t, angles = self.embed_templates(features)
+            z = self.add_templates(z, self.template_pair_stack(t, pair_mask), features["template_mask"])
+            m = torch.cat((m, angles), dim=1)
             msa_mask = torch.cat((msa_mask, features["template_torsion_angles_mask"][..., PSI]), dim=1)
-        a = self.extra_msa_embedder(extra_msa_features(features))
+        a = self.embed_extra_msa(features)
         z = self.extra_msa_stack(a, z, features["extra_msa_mask"], pair_mask)
         return m, z, msa_mask, pair_mask
 
-    def embed_template_pairs(self, features: Features, z: Tensor, pair_mask: Tensor) -> Tensor:
-        """Update of z from all templates, [B, N, N, c_z]; zero for samples without one."""
+    def embed_sample(self, features: Features, recycled: Recycled) -> tuple[Tensor, Tensor]:
+        """m [B, S, N, c_m] and z [B, N, N, c_z] from target, clustered MSA and the previous pass."""
+        m, z = self.input_embedder(features["target_feat"], features["residue_index"], features["msa_feat"])
+        x_prev = pseudo_beta(features["aatype"], recycled.x)
+        m0_update, z_update = self.recycling_embedder(recycled.m0, recycled.z, x_prev)
+        return torch.cat((m[:, :1] + m0_update[:, None], m[:, 1:]), dim=1), z + z_update
+
+    def embed_templates(self, features: Features) -> tuple[Tensor, Tensor]:
+        """Pair representation [B, T, N, N, c_t] and rows of the MSA representation [B, T, N, c_m] of all templates."""
         t = self.template_pair_embedder(template_pair_features(features))
-        t = self.template_pair_stack(t, pair_mask)
-        update = self.template_pointwise_attention(t, z, features["template_mask"])
-        any_template = (features["template_mask"].sum(1) > 0).to(update.dtype)
-        return update * any_template[:, None, None, None]
+        return t, self.template_angle_embedder(template_angle_features(features))
+
+    def add_templates(self, z: Tensor, t: Tensor, template_mask: Tensor) -> Tensor:
+        """z plus what it attends to in t, [B, N, N, c_z]; z itself for samples without any template."""
+        update = self.template_pointwise_attention(t, z, template_mask)
+        any_template = (template_mask.sum(1) > 0).to(update.dtype)
+        return z + update * any_template[:, None, None, None]
+
+    def embed_extra_msa(self, features: Features) -> Tensor:
+        """Representation of the extra sequences, [B, S_extra, N, c_e]."""
+        return self.extra_msa_embedder(extra_msa_features(features))
 
 
 def atom14_to_atom37(atom14: Tensor, features: Features) -> Tensor:
