@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from scalefold.cli import app
 from scalefold.config import Config, load_config
 from scalefold.errors import ConfigError
-from scalefold.launch.render import render_sbatch
+from scalefold.launch.render import in_named_phase, render_sbatch
 from scalefold.launch.submit import find_project_dir, submit
 from scalefold.scaling.from_config import expectations, plan_config, simulate_config, system_spec
 
@@ -32,7 +32,11 @@ def load(system: str, *overrides: str) -> Config:
 
 
 def render(system: str, *overrides: str) -> str:
-    return render_sbatch(load(system, *overrides), PROJECT / "configs" / f"{system}.yaml", PROJECT, overrides)
+    config = in_named_phase(load(system, *overrides), None)
+    return render_sbatch(config, PROJECT / "configs" / f"{system}.yaml", PROJECT, overrides)
+
+
+BENCHMARK_SYSTEMS = [system for system in SYSTEMS if load(system).training.init_checkpoint]
 
 
 def shellcheck(*files: Path) -> None:
@@ -57,11 +61,15 @@ def test_the_launch_scripts_pass_shellcheck() -> None:
     shellcheck(*(REPOSITORY / "launch").glob("*.sh"))
 
 
-@pytest.mark.parametrize("system", [s for s in SYSTEMS if s not in ("base", "tiny")])
-def test_a_system_states_the_minutes_and_memory_that_the_plan_gives(system: str) -> None:
+@pytest.mark.parametrize("system", BENCHMARK_SYSTEMS)
+def test_a_benchmark_system_states_the_minutes_and_memory_that_the_plan_gives(system: str) -> None:
     config = load(system)
-    assert config.system == system
     assert (config.expected_minutes, config.expected_peak_gib) == expectations(config)
+
+
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if s not in ("base", "tiny")])
+def test_a_system_is_called_like_its_file(system: str) -> None:
+    assert load(system).system == system
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -141,6 +149,24 @@ def test_weak_instances_get_nodes_folders_and_logs_of_their_own() -> None:
     assert re.search(r"^nodes=16 ", text, re.M)
     assert re.search(r"^ntasks=128 ", text, re.M)
     assert "$((repeat * instances + instance)) $((instance * nodes))" in text
+
+
+def test_the_next_phase_starts_on_its_own_nodes_in_the_folder_of_the_job_before() -> None:
+    command = ["launch", str(config_file("from_scratch_1056_to_2080_h100")), "--dry-run"]
+    first = CliRunner().invoke(app, command).output
+    second = CliRunner().invoke(app, [*command, "--phase", "batch_256", "--continue-job", "41"]).output
+    assert "#SBATCH --nodes=132\n" in first
+    assert "--phase NEXT --continue-job ${SLURM_JOB_ID}" in first
+    assert "#SBATCH --nodes=260\n" in second
+    assert re.search(r"^ntasks=2080 ", second, re.M)
+    assert "/job_41 # continues that job's runs\n" in second
+
+
+def test_a_phase_that_a_system_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--phase b: from_scratch_8_h100 has batch_128, batch_256"):
+        in_named_phase(load("from_scratch_8_h100"), "b")
+    with pytest.raises(ConfigError, match="--phase b: tiny_cpu has no phases"):
+        in_named_phase(load("tiny"), "b")
 
 
 def test_overrides_of_the_launch_reach_every_run() -> None:

@@ -241,18 +241,20 @@ def launch(
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option(help="print the job file, submit nothing")] = False,
     project_dir: Annotated[Path | None, typer.Option(help="checkout, as the nodes see it")] = None,
+    phase: Annotated[str | None, typer.Option(help="name of the phase to start, where the file has phases")] = None,
+    continue_job: Annotated[int | None, typer.Option(help="continue the runs of this earlier job")] = None,
 ) -> None:
     """Render one sbatch file and submit it. Overrides hold for every run of the job.
 
     Example: scalefold launch configs/eos_h100_260x8_dap8.yaml launch.account=me --dry-run
     """
     from scalefold.config import load_config
-    from scalefold.launch.render import render_sbatch
+    from scalefold.launch.render import in_named_phase, render_sbatch
     from scalefold.launch.submit import find_project_dir, submit
 
-    loaded = load_config(config, overrides or []).config
+    loaded = in_named_phase(load_config(config, overrides or []).config, phase)
     folder = project_dir or find_project_dir(Path.cwd())
-    text = render_sbatch(loaded, config.resolve(), folder, overrides or [])
+    text = render_sbatch(loaded, config.resolve(), folder, overrides or [], continue_job)
     if dry_run:
         print(text, end="")
         return

@@ -18,14 +18,21 @@ TEMPLATE = Path(__file__).with_name("job.sbatch")
 IMAGE_PROJECT_DIR = "/opt/scalefold"
 
 
-def render_sbatch(config: Config, config_file: Path, project_dir: Path, overrides: Sequence[str] = ()) -> str:
+def render_sbatch(
+    config: Config,
+    config_file: Path,
+    project_dir: Path,
+    overrides: Sequence[str] = (),
+    continue_job: int | None = None,
+) -> str:
     """The text of the job file.
 
     Args:
-        config: the validated configuration, overrides included.
+        config: the validated configuration, overrides included; see ``in_named_phase`` for one with phases.
         config_file: the file it came from; the job reads it again, so it must be visible on the nodes.
         project_dir: checkout that holds ``launch/run.sh``; visible on the nodes. Relative paths start here.
         overrides: ``key.sub=value`` for every run of the job.
+        continue_job: number of an earlier job whose runs this one continues from their checkpoints.
 
     Raises:
         ConfigError: keys that contradict each other for a job.
@@ -40,6 +47,8 @@ def render_sbatch(config: Config, config_file: Path, project_dir: Path, override
         "config_file": shlex.quote(str(_relative(config_file, project_dir))),
         "overrides": shlex.join(overrides),
         "run_dir": shlex.quote(str(config.run.run_dir)),
+        "job": "${SLURM_JOB_ID}" if continue_job is None else str(continue_job),
+        "job_note": "stays the same when the job is requeued" if continue_job is None else "continues that job's runs",
         "nodes": str(parallel.nodes),
         "ntasks": str(parallel.world_size),
         "repeats": str(launch.repeats),
@@ -55,6 +64,16 @@ def render_sbatch(config: Config, config_file: Path, project_dir: Path, override
     }
     text = re.sub(r"@(\w+)@", lambda match: values[match[1]], TEMPLATE.read_text())
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def in_named_phase(config: Config, name: str | None) -> Config:
+    """The configuration as it is in the phase of that name; in the first one without a name. ConfigError if unknown."""
+    if not config.phases and name is None:
+        return config
+    names = [phase.name for phase in config.phases]
+    if name is not None and name not in names:
+        raise ConfigError(f"--phase {name}: {config.system} has {', '.join(names) or 'no phases'}")
+    return config.in_phase(names.index(name) if name else 0)
 
 
 def check_launch(config: Config) -> None:
