@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefold.config import EvoformerConfig
-from scalefold.model.layers import Linear, Transition, run_block
+from scalefold.model.layers import Linear, Transition, run_block, shared_row_dropout
 from scalefold.model.msa import (
     MSAColumnAttention,
     MSAColumnGlobalAttention,
@@ -68,6 +68,16 @@ class StackMasks(NamedTuple):
     num_rows: Tensor  # [B, N, N], rows: sequences that cover both residues, plus OUTER_PRODUCT_EPS
 
 
+class BlockDropout(NamedTuple):
+    """Masks of one block, drawn with those of all other blocks of its stack; all None where nothing is dropped."""
+
+    msa_row: Tensor | None = None  # [B, 1, N, c_m]
+    tri_mul_out: Tensor | None = None  # [B, 1, N, c_z], like all that follow
+    tri_mul_in: Tensor | None = None
+    tri_att_start: Tensor | None = None
+    tri_att_end: Tensor | None = None
+
+
 class EvoformerBlockCore(nn.Module):
     """The part that both stacks share: MSA transition, outer product, pair updates."""
 
@@ -84,16 +94,16 @@ class EvoformerBlockCore(nn.Module):
         self.rows_to_columns = nn.Identity()
         self.columns_to_rows = nn.Identity()
 
-    def forward(self, m: Tensor, z: Tensor, masks: StackMasks) -> tuple[Tensor, Tensor]:
+    def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, z, both rows."""
         m = self.msa_transition(m)
         z = self.outer_product_mean(z, m, masks.msa_columns, masks.num_rows)
         m = self.columns_to_rows(m)
-        z = self.tri_mul_out(z, masks.pair_rows)
-        z = self.tri_mul_in(z, masks.pair_rows)
-        z = self.tri_att_start(z, masks.pair_rows)
+        z = self.tri_mul_out(z, masks.pair_rows, dropout.tri_mul_out)
+        z = self.tri_mul_in(z, masks.pair_rows, dropout.tri_mul_in)
+        z = self.tri_att_start(z, masks.pair_rows, dropout.tri_att_start)
         z = self.rows_to_columns(z)
-        z = around_ending_node(self.tri_att_end, z, masks.pair_columns)
+        z = around_ending_node(self.tri_att_end, z, masks.pair_columns, dropout.tri_att_end)
         z = self.pair_transition(z)
         return m, self.columns_to_rows(z)
 
@@ -110,12 +120,12 @@ class EvoformerBlock(nn.Module):
         self.core = EvoformerBlockCore(c_m, c_z, config)
         self.rows_to_columns = nn.Identity()
 
-    def forward(self, m: Tensor, z: Tensor, masks: StackMasks) -> tuple[Tensor, Tensor]:
+    def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], z: [B, N, N, c_z], both rows -> the same."""
-        m = self.msa_att_row(m, z, masks.msa_rows)
+        m = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row)
         m = self.rows_to_columns(m)
         m = self.msa_att_col(m, masks.msa_columns)
-        return self.core(m, z, masks)
+        return self.core(m, z, masks, dropout)
 
 
 class BlockStack(nn.Module):
@@ -133,9 +143,20 @@ class BlockStack(nn.Module):
         """Full tensors and masks in, row shards out."""
         masks = self.prepare_masks(msa_mask, pair_mask)
         m, z = self.shard_rows(m), self.shard_rows(z)
-        for block in self.blocks:
-            m, z = run_block(block, self.checkpoint_blocks, m, z, masks)
+        for block, dropout in zip(self.blocks, self.draw_dropout(m, z), strict=True):
+            m, z = run_block(block, self.checkpoint_blocks, m, z, masks, dropout)
         return m, z
+
+    def draw_dropout(self, m: Tensor, z: Tensor) -> list[BlockDropout]:
+        """Masks of all blocks, which share their rates, in two draws: hundreds of small launches fewer per pass."""
+        count, first = len(self.blocks), self.blocks[0]
+        assert isinstance(first, EvoformerBlock)
+        msa, pair = first.msa_att_row, first.core.tri_mul_out
+        of_m = shared_row_dropout(msa.ops, m, msa.dropout, self.training, (count,))
+        of_z = shared_row_dropout(pair.ops, z, pair.dropout, self.training, (count, 4))
+        rows = [None] * count if of_m is None else of_m.unbind(0)
+        pairs = [(None,) * 4] * count if of_z is None else [block.unbind(0) for block in of_z.unbind(0)]
+        return [BlockDropout(row, *four) for row, four in zip(rows, pairs, strict=True)]
 
     def prepare_masks(self, msa_mask: Tensor, pair_mask: Tensor) -> StackMasks:
         """Everything that blocks derive from masks, once per stack. msa_mask: [B, S, N]; pair_mask: [B, N, N]."""

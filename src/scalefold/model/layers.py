@@ -107,11 +107,17 @@ class AttentionProjections(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
 
-def shared_row_dropout(ops: Operations, x: Tensor, rate: float, training: bool) -> Tensor | None:
-    """Dropout mask [B, 1, N, c] for x [B, rows, N, c], the same for all rows, or None outside training."""
+def shared_row_dropout(
+    ops: Operations, x: Tensor, rate: float, training: bool, several: tuple[int, ...] = ()
+) -> Tensor | None:
+    """Dropout mask [B, 1, N, c] for x [B, rows, N, c], the same for all rows, or None outside training.
+
+    ``several``: leading dimensions of independent masks, to draw those of many blocks in one go.
+    """
     if not training or rate == 0.0:
         return None
-    return ops.dropout_mask((x.shape[0], 1, x.shape[2], x.shape[3]), rate, x.device)
+    shape = (x.shape[0], 1, x.shape[2], x.shape[3])
+    return ops.dropout_mask((*several, *shape), rate, x.device)
 
 
 def dropped(x: Tensor, mask: Tensor | None) -> Tensor:

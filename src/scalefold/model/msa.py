@@ -26,8 +26,11 @@ class MSARowAttentionWithPairBias(nn.Module):
         self.mha = AttentionProjections(c_m, c_m, c_hidden, num_heads)
         self.gather_bias = nn.Identity()
 
-    def forward(self, m: Tensor, z: Tensor, mask: Tensor) -> Tensor:
-        """m + dropout(update). m: [B, S, N, c_m]; z: [B, I, J, c_z]; mask: [B, S, N] -> [B, S, N, c_m]."""
+    def forward(self, m: Tensor, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """m + dropout(update). m: [B, S, N, c_m]; z: [B, I, J, c_z]; mask: [B, S, N] -> [B, S, N, c_m].
+
+        ``dropout``: a mask drawn ahead, or None to draw it here.
+        """
         ops, mha, norm = self.ops, self.mha, self.layer_norm_m
         (bias,) = ops.layer_norm_linear(
             z, self.layer_norm_z.weight, self.layer_norm_z.bias, (self.linear_z.weight,), (None,)
@@ -41,7 +44,8 @@ class MSARowAttentionWithPairBias(nn.Module):
             (None, None, None, mha.linear_g.bias),
         )
         o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)
-        dropout = shared_row_dropout(ops, m, self.dropout, self.training)
+        if dropout is None:
+            dropout = shared_row_dropout(ops, m, self.dropout, self.training)
         return ops.gated_output(m, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout)
 
 

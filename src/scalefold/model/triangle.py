@@ -30,8 +30,11 @@ class TriangleMultiplication(nn.Module):
         self.rows_to_channels = nn.Identity()
         self.channels_to_rows = nn.Identity()
 
-    def forward(self, z: Tensor, mask: Tensor) -> Tensor:
-        """z + dropout(update). z: [B, I, J, c_z]; mask: [B, I, J] -> [B, I, J, c_z]."""
+    def forward(self, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """z + dropout(update). z: [B, I, J, c_z]; mask: [B, I, J] -> [B, I, J, c_z].
+
+        ``dropout``: a mask drawn ahead, or None to draw it here.
+        """
         norm = self.layer_norm_in
         a, b = self.ops.triangle_project(
             z,
@@ -47,6 +50,8 @@ class TriangleMultiplication(nn.Module):
             self.linear_b_g.weight,
             self.linear_b_g.bias,
         )
+        if dropout is None:
+            dropout = shared_row_dropout(self.ops, z, self.dropout, self.training)
         x = self.ops.triangle_product(self.rows_to_channels(a), self.rows_to_channels(b), self.outgoing)
         return self.ops.triangle_output(
             z,
@@ -59,7 +64,7 @@ class TriangleMultiplication(nn.Module):
             self.linear_z.bias,
             self.linear_g.weight,
             self.linear_g.bias,
-            shared_row_dropout(self.ops, z, self.dropout, self.training),
+            dropout,
         )
 
 
@@ -79,8 +84,11 @@ class TriangleAttention(nn.Module):
         self.mha = AttentionProjections(c_z, c_z, c_hidden, num_heads)
         self.gather_bias = nn.Identity()
 
-    def forward(self, z: Tensor, mask: Tensor) -> Tensor:
-        """z + dropout(update). z: [B, I, J, c_z]; mask: [B, I, J] -> [B, I, J, c_z]."""
+    def forward(self, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:
+        """z + dropout(update). z: [B, I, J, c_z]; mask: [B, I, J] -> [B, I, J, c_z].
+
+        ``dropout``: a mask drawn ahead, or None to draw it here.
+        """
         ops, mha, norm = self.ops, self.mha, self.layer_norm
         q, k, v, gate, bias = ops.layer_norm_linear(
             z,
@@ -97,10 +105,11 @@ class TriangleAttention(nn.Module):
         )
         bias = self.gather_bias(bias).permute(0, 3, 1, 2)
         o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)
-        dropout = shared_row_dropout(ops, z, self.dropout, self.training)
+        if dropout is None:
+            dropout = shared_row_dropout(ops, z, self.dropout, self.training)
         return ops.gated_output(z, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout)
 
 
-def around_ending_node(attention: TriangleAttention, z: Tensor, mask: Tensor) -> Tensor:
+def around_ending_node(attention: TriangleAttention, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:
     """Triangle attention around the ending node: the same operation on the transposed edges (Algorithm 14)."""
-    return attention(z.transpose(1, 2), mask.transpose(1, 2)).transpose(1, 2)
+    return attention(z.transpose(1, 2), mask.transpose(1, 2), dropout).transpose(1, 2)
