@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalefold.config import EvoformerConfig
+from scalefold.config import ModelConfig
 from scalefold.kernels import REFERENCE, use_operations
 from scalefold.model.evoformer import BlockDropout, EvoformerStack
 
@@ -15,7 +15,8 @@ NUM_BLOCKS = 3
 
 
 def stack(msa_dropout: float = 0.15, pair_dropout: float = 0.25) -> EvoformerStack:
-    config = EvoformerConfig(num_blocks=NUM_BLOCKS, msa_dropout=msa_dropout, pair_dropout=pair_dropout)
+    rates = {"msa_dropout": msa_dropout, "pair_dropout": pair_dropout}
+    config = ModelConfig().evoformer.model_copy(update={"num_blocks": NUM_BLOCKS, **rates})
     return EvoformerStack(8, 16, 8, config).train()
 
 
