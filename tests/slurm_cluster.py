@@ -85,6 +85,11 @@ class Cluster:
             time.sleep(0.3)
         return job
 
+    def elapsed_s(self, job_id: str) -> int:
+        """How long a job has been running."""
+        hours, minutes, seconds = map(int, self.job(job_id)["RunTime"].split(":"))
+        return 3600 * hours + 60 * minutes + seconds
+
     def release(self, job_id: str) -> None:
         """Let a requeued job start now rather than after Slurm's usual pause."""
         deadline = time.monotonic() + 60

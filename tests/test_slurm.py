@@ -148,8 +148,10 @@ def metrics_steps(run_dir: Path, kept: int) -> tuple[list[int], list[int]]:
 
 
 def test_the_time_limit_ends_in_a_checkpoint_and_the_queue(cluster: Cluster, submit: Submit, jobs: Jobs) -> None:
-    job_id = submit(*ENDLESS, "launch.time_limit_min=1", "launch.signal_grace_s=30")
+    job_id = submit(*ENDLESS, "launch.signal_grace_s=120")
     jobs.wait_for_checkpoint(job_id)
+    elapsed_min = cluster.elapsed_s(job_id) // 60
+    cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={elapsed_min + 2}")  # one to two minutes are left
     jobs.wait_for_output(job_id, "time limit is near: stopping", timeout_s=180)
     jobs.wait_for_output(job_id, "run 0: exit status 4")
     deadline = time.monotonic() + 60
