@@ -65,7 +65,7 @@ def row(what: str, summary: prepare.Summary, clock: Clock, workers: int) -> dict
         "units_done": summary.units_done,
         "units_found": summary.units_found,
         **used,
-        "chains_per_cpu_s": round(summary.num_chains / float(str(used["cpu_s"])), 2) if summary.units_done else "",
+        "chains_per_cpu_s": round(summary.num_chains / float(str(used["cpu_s"])), 2) if not summary.units_found else "",
     }
 
 
@@ -140,7 +140,7 @@ def synthetic_index(folder: Path, num_chains: int) -> None:
         num_template_hits=numbers.astype(np.int32), structure_shard=numbers.astype(np.int32),
         structure_offset=numbers, structure_bytes=numbers.astype(np.int32),
         template_shard=numbers.astype(np.int32), template_offset=numbers, template_bytes=numbers.astype(np.int32),
-        order=np.argsort(chain_id, kind="stable").astype(np.int32),
+        order=np.argsort(chain_id, kind="stable"),
     )  # fmt: skip
     alignments = store.AlignmentTable(chain_id, *(numbers for _ in range(5)))
     store.write_table(folder / "index", "chain", table)

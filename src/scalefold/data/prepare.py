@@ -393,7 +393,7 @@ def _chain_table(rows: list[dict], shards: list[int]) -> store.ChainTable:
         template_shard=none.astype(np.int32),
         template_offset=none.copy(),
         template_bytes=np.zeros(len(rows), dtype=np.int32),
-        order=np.argsort(chain_id, kind="stable").astype(np.int32),
+        order=np.argsort(chain_id, kind="stable"),
     )
 
 
