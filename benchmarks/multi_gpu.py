@@ -142,7 +142,7 @@ def build(gpus: int, dap: int, overrides: list[str]) -> tuple[TrainStep, dict[st
     without_dropout(model)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     step.model = model  # type: ignore[attr-defined]
-    batch = synthetic_batch(feature_settings(config), 1, device=ranks.device).features
+    batch = synthetic_batch(feature_settings(config), 1, seed=1, device=ranks.device).features
     return step, batch, config
 
 

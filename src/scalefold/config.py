@@ -124,7 +124,7 @@ class ExecutionConfig(Section):
     precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     kernels: Literal["auto", "triton", "reference"] = "auto"
     cuda_graphs: bool = True
-    compile: bool = True
+    compile: bool = False
     activation_checkpointing: bool = False
     deterministic: bool = False
     micro_batch_size: int | None = Field(None, ge=1)
