@@ -27,57 +27,57 @@ class Section(BaseModel):
 class TemplateConfig(Section):
     """Template pair stack and pointwise attention (Supplement Algorithms 16 and 17)."""
 
-    num_blocks: int = Field(2, ge=1)
-    c_hidden_tri_att: int = Field(16, ge=1)
-    num_heads_tri: int = Field(4, ge=1)
-    c_hidden_tri_mul: int = Field(64, ge=1)
-    transition_n: int = Field(2, ge=1)
-    dropout: float = Field(0.25, ge=0.0, lt=1.0)
-    c_hidden_pointwise: int = Field(16, ge=1)
-    num_heads_pointwise: int = Field(4, ge=1)
+    num_blocks: int = Field(default=2, ge=1)
+    c_hidden_tri_att: int = Field(default=16, ge=1)
+    num_heads_tri: int = Field(default=4, ge=1)
+    c_hidden_tri_mul: int = Field(default=64, ge=1)
+    transition_n: int = Field(default=2, ge=1)
+    dropout: float = Field(default=0.25, ge=0.0, lt=1.0)
+    c_hidden_pointwise: int = Field(default=16, ge=1)
+    num_heads_pointwise: int = Field(default=4, ge=1)
 
 
 class EvoformerConfig(Section):
     """One stack of Evoformer-like blocks (Supplement Algorithms 6 and 18)."""
 
-    num_blocks: int = Field(48, ge=1)
-    c_hidden_msa_att: int = Field(32, ge=1)
-    num_heads_msa: int = Field(8, ge=1)
-    c_hidden_opm: int = Field(32, ge=1)
-    c_hidden_tri_att: int = Field(32, ge=1)
-    num_heads_tri: int = Field(4, ge=1)
-    c_hidden_tri_mul: int = Field(128, ge=1)
-    transition_n: int = Field(4, ge=1)
-    msa_dropout: float = Field(0.15, ge=0.0, lt=1.0)
-    pair_dropout: float = Field(0.25, ge=0.0, lt=1.0)
+    num_blocks: int = Field(default=48, ge=1)
+    c_hidden_msa_att: int = Field(default=32, ge=1)
+    num_heads_msa: int = Field(default=8, ge=1)
+    c_hidden_opm: int = Field(default=32, ge=1)
+    c_hidden_tri_att: int = Field(default=32, ge=1)
+    num_heads_tri: int = Field(default=4, ge=1)
+    c_hidden_tri_mul: int = Field(default=128, ge=1)
+    transition_n: int = Field(default=4, ge=1)
+    msa_dropout: float = Field(default=0.15, ge=0.0, lt=1.0)
+    pair_dropout: float = Field(default=0.25, ge=0.0, lt=1.0)
 
 
 class ExtraMsaConfig(EvoformerConfig):
     """The extra MSA stack: the same block with fewer, narrower heads."""
 
-    num_blocks: int = Field(4, ge=1)
-    c_hidden_msa_att: int = Field(8, ge=1)
+    num_blocks: int = Field(default=4, ge=1)
+    c_hidden_msa_att: int = Field(default=8, ge=1)
 
 
 class StructureConfig(Section):
     """Structure module (Supplement Algorithms 20 to 24); weights are shared by its iterations."""
 
-    num_blocks: int = Field(8, ge=1)
-    c_hidden_ipa: int = Field(16, ge=1)
-    num_heads_ipa: int = Field(12, ge=1)
-    num_qk_points: int = Field(4, ge=1)
-    num_v_points: int = Field(8, ge=1)
-    c_hidden_angle_resnet: int = Field(128, ge=1)
-    num_angle_resnet_blocks: int = Field(2, ge=0)
-    dropout: float = Field(0.1, ge=0.0, lt=1.0)
+    num_blocks: int = Field(default=8, ge=1)
+    c_hidden_ipa: int = Field(default=16, ge=1)
+    num_heads_ipa: int = Field(default=12, ge=1)
+    num_qk_points: int = Field(default=4, ge=1)
+    num_v_points: int = Field(default=8, ge=1)
+    c_hidden_angle_resnet: int = Field(default=128, ge=1)
+    num_angle_resnet_blocks: int = Field(default=2, ge=0)
+    dropout: float = Field(default=0.1, ge=0.0, lt=1.0)
 
 
 class HeadsConfig(Section):
     """Auxiliary heads (Supplement 1.9.6 to 1.9.10)."""
 
-    c_hidden_plddt: int = Field(128, ge=1)
-    num_plddt_bins: int = Field(50, ge=2)
-    num_distogram_bins: int = Field(64, ge=2)
+    c_hidden_plddt: int = Field(default=128, ge=1)
+    num_plddt_bins: int = Field(default=50, ge=2)
+    num_distogram_bins: int = Field(default=64, ge=2)
     num_msa_classes: int = 23
     num_atoms: int = 37
 
@@ -85,12 +85,12 @@ class HeadsConfig(Section):
 class ModelConfig(Section):
     """Sizes of the model; the defaults are the benchmark's 93,229,082 parameters."""
 
-    c_m: int = Field(256, ge=1)
-    c_z: int = Field(128, ge=1)
-    c_s: int = Field(384, ge=1)
-    c_t: int = Field(64, ge=1)
-    c_e: int = Field(64, ge=1)
-    relpos_k: int = Field(32, ge=1)
+    c_m: int = Field(default=256, ge=1)
+    c_z: int = Field(default=128, ge=1)
+    c_s: int = Field(default=384, ge=1)
+    c_t: int = Field(default=64, ge=1)
+    c_e: int = Field(default=64, ge=1)
+    relpos_k: int = Field(default=32, ge=1)
     templates_enabled: bool = True
     template: TemplateConfig = TemplateConfig()
     extra_msa: ExtraMsaConfig = ExtraMsaConfig()
@@ -127,8 +127,8 @@ class ExecutionConfig(Section):
     compile: bool = False
     activation_checkpointing: bool = False
     deterministic: bool = False
-    micro_batch_size: int | None = Field(None, ge=1)
-    cpu_threads: int | None = Field(None, ge=1)
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    cpu_threads: int | None = Field(default=None, ge=1)
     eval_precision: Literal["fp32", "tf32", "bf16"] = "tf32"
     warm_up: bool = True
 
@@ -139,17 +139,17 @@ class ParallelConfig(Section):
     ``gpu`` (for example H100-SXM-80GB) and ``cores_per_node`` tell ``scalefold plan`` what a node is made of.
     """
 
-    nodes: int = Field(1, ge=1)
-    gpus_per_node: int = Field(1, ge=0)
-    ranks_per_node: int | None = Field(None, ge=1)
+    nodes: int = Field(default=1, ge=1)
+    gpus_per_node: int = Field(default=1, ge=0)
+    ranks_per_node: int | None = Field(default=None, ge=1)
     gpu: str = ""
-    cores_per_node: int | None = Field(None, ge=1)
+    cores_per_node: int | None = Field(default=None, ge=1)
     dap_size: Literal[1, 2, 4, 8] = 1
-    num_eval_ranks: int = Field(0, ge=0)
-    eval_queue_depth: int = Field(1, ge=1)
+    num_eval_ranks: int = Field(default=0, ge=0)
+    eval_queue_depth: int = Field(default=1, ge=1)
     when_evaluation_is_behind: Literal["wait", "skip"] = "wait"
-    startup_timeout_s: int = Field(1800, ge=1)
-    step_timeout_s: int = Field(600, ge=1)
+    startup_timeout_s: int = Field(default=1800, ge=1)
+    step_timeout_s: int = Field(default=600, ge=1)
 
     @property
     def world_size(self) -> int:
@@ -172,26 +172,26 @@ class DataConfig(Section):
 
     store_dir: Path = Path("data/store")
     dataloader: Literal["pt", "pq"] = "pt"
-    num_workers: int = Field(4, ge=0)
-    prefetch_factor: int = Field(4, ge=1)
-    num_eval_workers: int = Field(2, ge=0)
+    num_workers: int = Field(default=4, ge=0)
+    prefetch_factor: int = Field(default=4, ge=1)
+    num_eval_workers: int = Field(default=2, ge=0)
     pin_memory: bool = True
-    train_max_pdb_release_date: str = Field("2021-09-16", pattern=r"^\d{4}-\d{2}-\d{2}$")
-    val_min_cameo_submission_date: str = Field("2021-09-17", pattern=r"^\d{4}-\d{2}-\d{2}$")
-    val_max_cameo_submission_date: str = Field("2021-12-11", pattern=r"^\d{4}-\d{2}-\d{2}$")
-    val_max_sequence_length: int = Field(700, ge=1)
+    train_max_pdb_release_date: str = Field(default="2021-09-16", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    val_min_cameo_submission_date: str = Field(default="2021-09-17", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    val_max_cameo_submission_date: str = Field(default="2021-12-11", pattern=r"^\d{4}-\d{2}-\d{2}$")
+    val_max_sequence_length: int = Field(default=700, ge=1)
     filter_by_alignments: bool = False
-    train_sequence_crop_size: int = Field(256, ge=1)
-    max_msa_clusters: int = Field(124, ge=1)
-    max_extra_msa: int = Field(1024, ge=1)
-    max_templates: int = Field(4, ge=0)
-    num_recycling_iters: int = Field(3, ge=0)
-    shuffle_top_k_prefiltered: int = Field(20, ge=0)
-    masked_msa_replace_fraction: float = Field(0.15, ge=0.0, le=1.0)
-    masked_msa_profile_prob: float = Field(0.1, ge=0.0, le=1.0)
-    masked_msa_same_prob: float = Field(0.1, ge=0.0, le=1.0)
-    masked_msa_uniform_prob: float = Field(0.1, ge=0.0, le=1.0)
-    use_clamped_fape_probability: float = Field(0.9, ge=0.0, le=1.0)
+    train_sequence_crop_size: int = Field(default=256, ge=1)
+    max_msa_clusters: int = Field(default=124, ge=1)
+    max_extra_msa: int = Field(default=1024, ge=1)
+    max_templates: int = Field(default=4, ge=0)
+    num_recycling_iters: int = Field(default=3, ge=0)
+    shuffle_top_k_prefiltered: int = Field(default=20, ge=0)
+    masked_msa_replace_fraction: float = Field(default=0.15, ge=0.0, le=1.0)
+    masked_msa_profile_prob: float = Field(default=0.1, ge=0.0, le=1.0)
+    masked_msa_same_prob: float = Field(default=0.1, ge=0.0, le=1.0)
+    masked_msa_uniform_prob: float = Field(default=0.1, ge=0.0, le=1.0)
+    use_clamped_fape_probability: float = Field(default=0.9, ge=0.0, le=1.0)
 
 
 class TrainingConfig(Section):
@@ -202,31 +202,31 @@ class TrainingConfig(Section):
     """
 
     seed: int | None = None
-    global_batch_size: int = Field(128, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    num_train_iters: int = Field(2000, ge=1)
-    val_every_iters: int = Field(40, ge=1)
-    target_avg_lddt_ca_value: float = Field(0.8, gt=0.0, le=1.0)
+    global_batch_size: int = Field(default=128, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    num_train_iters: int = Field(default=2000, ge=1)
+    val_every_iters: int = Field(default=40, ge=1)
+    target_avg_lddt_ca_value: float = Field(default=0.8, gt=0.0, le=1.0)
     init_checkpoint: Path | None = None
     init_checkpoint_sha256sum: str | None = None
-    opt_base_learning_rate: float = Field(1e-3, ge=0.0)
-    opt_learning_rate_warmup_init: float = Field(1e-5, ge=0.0)
-    opt_learning_rate_warmup_steps: int = Field(0, ge=0)
-    opt_adam_beta_1: float = Field(0.9, ge=0.0, lt=1.0)
-    opt_adam_beta_2: float = Field(0.999, ge=0.0, lt=1.0)
-    opt_adam_epsilon: float = Field(1e-6, gt=0.0)
-    opt_gradient_clip_norm: float = Field(0.1, gt=0.0)
-    swa_decay_rate: float = Field(0.9, ge=0.0, lt=1.0)
+    opt_base_learning_rate: float = Field(default=1e-3, ge=0.0)
+    opt_learning_rate_warmup_init: float = Field(default=1e-5, ge=0.0)
+    opt_learning_rate_warmup_steps: int = Field(default=0, ge=0)
+    opt_adam_beta_1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    opt_adam_beta_2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    opt_adam_epsilon: float = Field(default=1e-6, gt=0.0)
+    opt_gradient_clip_norm: float = Field(default=0.1, gt=0.0)
+    swa_decay_rate: float = Field(default=0.9, ge=0.0, lt=1.0)
 
 
 class RunConfig(Section):
     """What a run leaves behind: the newest ``keep_checkpoints``, and for good one every ``archive_every_iters``."""
 
     run_dir: Path = Path("runs/run")
-    log_every_iters: int = Field(1, ge=1)
-    checkpoint_every_iters: int = Field(0, ge=0)
-    keep_checkpoints: int = Field(2, ge=1)
-    archive_every_iters: int = Field(0, ge=0)
+    log_every_iters: int = Field(default=1, ge=1)
+    checkpoint_every_iters: int = Field(default=0, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    archive_every_iters: int = Field(default=0, ge=0)
     report: bool = True
 
 
@@ -250,38 +250,38 @@ class LaunchConfig(Section):
     partition: str | None = None
     account: str | None = None
     sbatch_options: tuple[str, ...] = ()
-    time_limit_min: int = Field(60, ge=1)
+    time_limit_min: int = Field(default=60, ge=1)
     mpi: Literal["none", "pmix", "pmi2"] = "none"
     container_image: str | None = None
     container_mounts: tuple[str, ...] = ()
     venv: str | None = None
     modules: tuple[str, ...] = ()
-    repeats: int = Field(1, ge=1)
-    instances: int = Field(1, ge=1)
+    repeats: int = Field(default=1, ge=1)
+    instances: int = Field(default=1, ge=1)
     exclusive: bool = True
-    cpus_per_task: int | None = Field(None, ge=1)
+    cpus_per_task: int | None = Field(default=None, ge=1)
     numa_binding: Literal["none", "socket", "reversed"] = "socket"
     nics: tuple[str, ...] = ()
     drop_caches_command: str | None = None
-    network_check_gb_per_s: float | None = Field(None, ge=0.0)
+    network_check_gb_per_s: float | None = Field(default=None, ge=0.0)
     cache_dir: str = "/tmp/scalefold-${USER:-cache}"
     environment: dict[str, str] = {}
     requeue: bool = True
-    signal_grace_s: int = Field(120, ge=0)
+    signal_grace_s: int = Field(default=120, ge=0)
 
 
 class PhaseConfig(Section):
     """A part of a long run: what differs from the rest of the file, and when it ends (at whatever comes first)."""
 
     name: str
-    until_step: int | None = Field(None, ge=1)
-    until_lddt_ca: float | None = Field(None, gt=0.0, lt=1.0)
-    global_batch_size: int | None = Field(None, ge=1)
-    opt_base_learning_rate: float | None = Field(None, ge=0.0)
+    until_step: int | None = Field(default=None, ge=1)
+    until_lddt_ca: float | None = Field(default=None, gt=0.0, lt=1.0)
+    global_batch_size: int | None = Field(default=None, ge=1)
+    opt_base_learning_rate: float | None = Field(default=None, ge=0.0)
     kernels: Literal["auto", "triton", "reference"] | None = None
-    nodes: int | None = Field(None, ge=1)
+    nodes: int | None = Field(default=None, ge=1)
     dap_size: Literal[1, 2, 4, 8] | None = None
-    num_eval_ranks: int | None = Field(None, ge=0)
+    num_eval_ranks: int | None = Field(default=None, ge=0)
 
 
 _PHASE_KEYS = {

@@ -65,7 +65,9 @@ def _devices() -> list[Finding]:
         found.append(
             Finding(level, f"cuda:{index}", f"{facts.name}, compute {facts.major}.{facts.minor}, {gib:.0f} GiB")
         )
-    return [*found, Finding("ok", "nccl", ".".join(map(str, torch.cuda.nccl.version())))]
+    from torch.cuda import nccl
+
+    return [*found, Finding("ok", "nccl", ".".join(map(str, nccl.version())))]
 
 
 def _host() -> list[Finding]:

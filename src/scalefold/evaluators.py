@@ -307,7 +307,6 @@ def serve_evaluations(
 ) -> float | None:
     """An evaluation rank's life after ``run_start``: score snapshots until training ends or the target is reached."""
     layout = ranks.layout
-    assert ranks.hand_over_group is not None or not ranks.is_eval_root
     assert ranks.eval_group is not None
     receiver = SnapshotReceiver(run_store(), ranks.hand_over_group, ranks.eval_group, 0, layout.eval_ranks[0])
     target, last = config.training.target_avg_lddt_ca_value, None

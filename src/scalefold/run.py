@@ -181,8 +181,7 @@ class Run:
 
 
 def prepare_process(config: Config) -> None:
-    """Settings that must precede the first use of a device: allocator, threads, matrix precision, determinism."""
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    """Settings that must precede the first use of a device: threads, matrix precision, determinism."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the watch names the collective that does not end
     if config.execution.cpu_threads:
         torch.set_num_threads(config.execution.cpu_threads)

@@ -127,7 +127,7 @@ class SnapshotReceiver:
     """Evaluation ranks' end: the root receives, the group shares."""
 
     def __init__(
-        self, store: dist.Store, group: dist.ProcessGroup, eval_group: dist.ProcessGroup, source: int, root: int
+        self, store: dist.Store, group: dist.ProcessGroup | None, eval_group: dist.ProcessGroup, source: int, root: int
     ) -> None:
         self.store, self.group, self.eval_group = store, group, eval_group
         self.source, self.root = source, root
