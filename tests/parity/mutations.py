@@ -60,8 +60,8 @@ MUTATIONS = (
     Mutation(
         "attention around the ending node forgets to transpose its mask",
         "model/triangle.py",
-        "attention(z.transpose(1, 2), mask.transpose(1, 2))",
-        "attention(z.transpose(1, 2), mask)",
+        "attention(z.transpose(1, 2), mask.transpose(1, 2), dropout)",
+        "attention(z.transpose(1, 2), mask, dropout)",
         "test_model_properties.py::test_masked_edges_have_no_influence_on_triangle_attention[ending]",
     ),
     Mutation(
