@@ -254,6 +254,8 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
         prefetch_factor=config.data.prefetch_factor,
         in_order=config.data.dataloader == "pt",
         pin_memory=config.data.pin_memory and ranks.device.type == "cuda",
+        agree=ranks.agree_in_replica if ranks.dap_group is not None else None,
+        chooses=ranks.layout.dap_index(ranks.rank) == 0,
     )
     run = Run(
         schedule=schedule,

@@ -105,6 +105,7 @@ class Ranks:
     eval_group: dist.ProcessGroup | None = None
     control_group: dist.ProcessGroup | None = None
     train_control_group: dist.ProcessGroup | None = None
+    dap_control_group: dist.ProcessGroup | None = None
     hand_over_group: dist.ProcessGroup | None = None
     watch: Watch = field(default_factory=Watch)
     launcher: str = "single"
@@ -129,6 +130,13 @@ class Ranks:
     def dp_index(self) -> int:
         """Replica of this rank."""
         return self.layout.dp_index(self.rank)
+
+    def agree_in_replica(self, choice: int | None) -> int:
+        """The first rank's ``choice``, on every rank of its axial-parallel group."""
+        number = torch.tensor([-1 if choice is None else choice])
+        first = self.layout.dap_group(self.rank)[0]
+        dist.broadcast(number, src=first, group=self.dap_control_group)
+        return int(number)
 
     def barrier(self) -> None:
         """Wait for all ranks of the run."""
@@ -283,8 +291,9 @@ def _join(ranks: Ranks, store: Store, timeout: datetime.timedelta) -> None:
     if layout.dap_size > 1:
         for first in range(0, layout.num_train_ranks, layout.dap_size):
             group = _new_group(layout.dap_group(first), timeout)
+            control = _new_group(layout.dap_group(first), timeout, "gloo")
             if ranks.trains and ranks.rank in layout.dap_group(first):
-                ranks.dap_group = group
+                ranks.dap_group, ranks.dap_control_group = group, control
 
 
 def _new_group(
