@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-distributed test-slurm test-gpu check format equivalence mutations bench-data clean
@@ -24,7 +25,7 @@ demo: setup  ## generate tiny proteins, prepare, train to the target, check the 
 	$(BIN)/scalefold demo
 
 test: setup  ## CPU tests
-	$(BIN)/python -m pytest -q -m "not gpu and not multi_gpu and not slurm and not distributed"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not gpu and not multi_gpu and not slurm and not distributed"
 	$(MAKE) test-distributed
 
 test-distributed: setup  ## multi-process CPU tests
