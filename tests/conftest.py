@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,9 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     triton_interpreter.repair()
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+# programs of this environment (scalefold, torchrun, shellcheck) are found whether or not it is activated
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def find_shared() -> Path | None:
