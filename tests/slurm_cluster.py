@@ -185,7 +185,7 @@ class Cluster:
             "SlurmUser=root",
             "SlurmdUser=root",
             "AuthType=auth/munge",
-            f"AuthInfo=socket={self._munge_socket}",
+            f"AuthInfo=socket={self._munge_socket},cred_expire=30",  # a requeued job waits that long; default 120 s
             "CryptoType=crypto/munge",
             f"StateSaveLocation={self.folder / 'state'}",
             f"SlurmdSpoolDir={self.folder / 'spool'}/%n",
