@@ -40,7 +40,7 @@ def evaluate(
 def report(
     runs: Runs,
     out: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
-    scaling_csv: Annotated[Path | None, typer.Option(help="scaling curve, see `scalefold plan --csv`")] = None,
+    scaling_csv: Annotated[Path | None, typer.Option(help="scaling curve: columns kind, accelerators, minutes")] = None,
     step_time_csv: Annotated[Path | None, typer.Option(help="benchmarks/step_time.csv")] = None,
 ) -> None:
     """Write one self-contained HTML page (and SVG, PNG figures) on our own or anybody's runs.

@@ -88,13 +88,8 @@ class _GatherSame(torch.autograd.Function):
         return local_part(grads[0], ctx.dim, ctx.group), None, None
 
 
-class _GatherShared(torch.autograd.Function):
+class _GatherShared(_GatherSame):
     """All-gather forward, reduce-scatter backward: every rank does different work with the result."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
