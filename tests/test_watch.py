@@ -4,6 +4,7 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,3 +271,12 @@ def test_waiting_for_weights_has_no_limit_and_is_nobodys_fault() -> None:
 def test_a_single_process_keeps_its_errors() -> None:
     error = DataError("as it was")
     assert Watch().explain(error) is error
+
+
+def test_only_the_first_thread_of_a_process_tells_why_it_ends() -> None:
+    watch = Watch()
+    assert watch._speaks()
+    other = threading.Thread(target=watch._exit, args=("told already",))  # would end this process
+    other.start()
+    other.join()
+    assert watch._speaks()

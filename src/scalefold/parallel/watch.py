@@ -91,6 +91,7 @@ class Watch:
         self._main = threading.main_thread().ident or 0
         self._neighbour: tuple[int, float] = (-1, time.monotonic())
         self._explaining, self._broken_call = False, None
+        self._speaker: list[int] = []  # the thread that ends this process and prints why; the other keeps silent
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -140,6 +141,8 @@ class Watch:
         store, self._broken_call, self._explaining = self._store, call_of(error), True
         if store is None or isinstance(error, RankLostError):
             return error
+        if not self._speaks() and self._thread is not None:
+            self._thread.join()  # never returns: that thread is ending this process
         try:
             if not is_collective_error(error):
                 self._agree(store, f"{self.sign().text()} failed: {type(error).__name__}: {first_line(error)}")
@@ -224,6 +227,11 @@ class Watch:
             time.sleep(self.beat_s / 3)
         return None
 
+    def _speaks(self) -> bool:
+        """Whether it is this thread that tells why the process ends: the first of the two that asks."""
+        self._speaker.append(threading.get_ident())  # an atomic operation: no lock
+        return self._speaker[0] == threading.get_ident()
+
     def _linger(self) -> None:
         """Rank 0 may hold the store: leave the others time to read the verdict."""
         if self.rank == 0:
@@ -237,6 +245,8 @@ class Watch:
 
     def _exit(self, verdict: str) -> None:
         """End this process whatever its main thread waits for; a collective on a GPU cannot be interrupted."""
+        if not self._speaks():
+            return
         print(f"error: {verdict}", file=sys.stderr, flush=True)
         self._linger()
         self.before_exit()
