@@ -31,7 +31,7 @@ def random_rigid(generator: torch.Generator, *shape: int) -> Rigid:
 def test_frame_update_and_matrices_equal_the_reference() -> None:
     a = golden.load(golden.locate("rigid.npz"))
     quats = a["quats"] / a["quats"].norm(dim=-1, keepdim=True)
-    quaternion, translation = update_frame(quats, a["trans"], a["update6"])
+    quaternion, translation = update_frame(quats, Rigid(quaternion_to_rotation(quats), a["trans"]), a["update6"])
     assert golden.relative_error(torch.cat((quaternion, translation), -1), a["after_tensor7"]) <= 1e-6
     matrix = Rigid(quaternion_to_rotation(quaternion), translation).to_matrix()
     assert golden.relative_error(matrix, a["after_4x4"]) <= 1e-6

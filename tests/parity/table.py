@@ -85,7 +85,7 @@ def rigid_errors() -> dict[str, float]:
     """Frame update (23) and frames from three points (21)."""
     a = golden.load(golden.locate("rigid.npz"))
     quats = a["quats"] / a["quats"].norm(dim=-1, keepdim=True)
-    quaternion, translation = update_frame(quats, a["trans"], a["update6"])
+    quaternion, translation = update_frame(quats, Rigid(quaternion_to_rotation(quats), a["trans"]), a["update6"])
     matrix = Rigid(quaternion_to_rotation(quaternion), translation).to_matrix()
     frame = frame_from_three_points(a["p_neg_x"], a["origin"], a["p_xy"])
     return {

@@ -3,6 +3,7 @@
 A rotation is [*, 3, 3], a translation [*, 3]; quaternions are (w, x, y, z).
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -54,13 +55,45 @@ class Rigid(NamedTuple):
 
 def rotate(rotation: Tensor, points: Tensor) -> Tensor:
     """rotation p. [*, 3, 3], [*, 3] -> [*, 3]."""
-    x, y, z = points.unbind(-1)
-    return rotation[..., 0] * x[..., None] + rotation[..., 1] * y[..., None] + rotation[..., 2] * z[..., None]
+    return (rotation * points[..., None, :]).sum(-1)
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """Product of rotations, [*, 3, 3] each."""
-    return sum(a[..., :, k, None] * b[..., None, k, :] for k in range(3))  # type: ignore[return-value]
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+
+
+# Coefficients of the products of two quaternions' entries; columns are all pairs (ww, wx, ... zz), rows the result.
+_ROTATION = (
+    # ww wx wy wz  xw xx xy xz  yw yx  yy yz  zw zx zy zz
+    (1, 0, 0, 0, 0, 1, 0, 0, 0, 0, -1, 0, 0, 0, 0, -1),
+    (0, 0, 0, -2, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    (0, 0, 2, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0),
+    (0, 0, 0, 2, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0),
+    (1, 0, 0, 0, 0, -1, 0, 0, 0, 0, 1, 0, 0, 0, 0, -1),
+    (0, -2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0),
+    (0, 0, -2, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0),
+    (0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0),
+    (1, 0, 0, 0, 0, -1, 0, 0, 0, 0, -1, 0, 0, 0, 0, 1),
+)
+# The same for a quaternion times a vector (0, b, c, d); columns are wb, wc, wd, xb, ... zd.
+_TIMES_VECTOR = (
+    (0, 0, 0, -1, 0, 0, 0, -1, 0, 0, 0, -1),
+    (1, 0, 0, 0, 0, 0, 0, 0, 1, 0, -1, 0),
+    (0, 1, 0, 0, 0, -1, 0, 0, 0, 1, 0, 0),
+    (0, 0, 1, 0, 1, 0, -1, 0, 0, 0, 0, 0),
+)
+
+
+@lru_cache
+def _table(rows: tuple[tuple[int, ...], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(rows, device=device, dtype=dtype)
+
+
+def _bilinear(rows: tuple[tuple[int, ...], ...], a: Tensor, b: Tensor) -> Tensor:
+    """Sums of products of all entries of a with all of b: three kernels, where entry by entry takes forty."""
+    products = (a[..., :, None] * b[..., None, :]).flatten(-2)
+    return (products[..., None, :] * _table(rows, a.device, a.dtype)).sum(-1)
 
 
 def quaternion_to_rotation(quaternion: Tensor) -> Tensor:
@@ -68,37 +101,22 @@ def quaternion_to_rotation(quaternion: Tensor) -> Tensor:
 
     Among the forms that agree on unit quaternions this is the reference's, which fixes the gradient.
     """
-    w, x, y, z = quaternion.unbind(-1)
-    ww, xx, yy, zz = w * w, x * x, y * y, z * z
-    entries = (
-        (ww + xx - yy - zz, 2 * (x * y - w * z), 2 * (x * z + w * y)),
-        (2 * (x * y + w * z), ww - xx + yy - zz, 2 * (y * z - w * x)),
-        (2 * (x * z - w * y), 2 * (y * z + w * x), ww - xx - yy + zz),
-    )
-    return torch.stack([torch.stack(row, dim=-1) for row in entries], dim=-2)
+    return _bilinear(_ROTATION, quaternion, quaternion).unflatten(-1, (3, 3))
 
 
 def multiply_by_vector(quaternion: Tensor, vector: Tensor) -> Tensor:
     """Quaternion product q (0, v). [*, 4], [*, 3] -> [*, 4]."""
-    w, x, y, z = quaternion.unbind(-1)
-    b, c, d = vector.unbind(-1)
-    product = (
-        -x * b - y * c - z * d,
-        w * b + y * d - z * c,
-        w * c + z * b - x * d,
-        w * d + x * c - y * b,
-    )
-    return torch.stack(product, dim=-1)
+    return _bilinear(_TIMES_VECTOR, quaternion, vector)
 
 
-def update_frame(quaternion: Tensor, translation: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def update_frame(quaternion: Tensor, frames: Rigid, update: Tensor) -> tuple[Tensor, Tensor]:
     """Compose frames with a small move given in their own coordinates (Supplement Algorithm 23).
 
-    quaternion: [*, 4]; translation: [*, 3]; update: [*, 6] = (b, c, d) of a quaternion (1, b, c, d), then a shift.
+    quaternion: [*, 4], that of ``frames`` [*]; update: [*, 6] = (b, c, d) of a quaternion (1, b, c, d), then a shift.
     """
-    moved = translation + rotate(quaternion_to_rotation(quaternion), update[..., 3:])
-    turned = quaternion + multiply_by_vector(quaternion, update[..., :3])
-    return turned / torch.linalg.vector_norm(turned, dim=-1, keepdim=True), moved
+    turn, shift = update.split(3, dim=-1)
+    turned = quaternion + multiply_by_vector(quaternion, turn)
+    return turned / torch.linalg.vector_norm(turned, dim=-1, keepdim=True), frames.apply(shift)
 
 
 def frame_from_three_points(negative_x: Tensor, origin: Tensor, xy_plane: Tensor, eps: float = 1e-8) -> Rigid:

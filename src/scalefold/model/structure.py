@@ -11,7 +11,7 @@ from scalefold.config import ModelConfig, StructureConfig
 from scalefold.data import residues
 from scalefold.kernels import REFERENCE, Operations
 from scalefold.model.layers import LayerNorm, Linear, dropped, relu_linear
-from scalefold.model.rigid import Rigid, multiply, quaternion_to_rotation, rotate, update_frame
+from scalefold.model.rigid import Rigid, quaternion_to_rotation, rotate, update_frame
 
 ANGSTROM_PER_UNIT = 10.0
 MASK_INF = 1e5
@@ -26,6 +26,7 @@ class IPAShared(NamedTuple):
     pair_bias: Tensor  # [B, N, N, H]
     weight: Tensor  # [q + kv + q points + kv points, c_s], one projection of s instead of four
     bias: Tensor  # [q + kv + q points + kv points]
+    point_weights: Tensor  # [H]
 
 
 class InvariantPointAttention(nn.Module):
@@ -56,7 +57,8 @@ class InvariantPointAttention(nn.Module):
         """z: [B, N, N, c_z]. Weights are shared by the iterations, so all this is worked out once."""
         of_s = (self.linear_q, self.linear_kv, self.linear_q_points, self.linear_kv_points)
         weight, bias = (torch.cat([getattr(linear, name) for linear in of_s]) for name in ("weight", "bias"))
-        return IPAShared(self.linear_b(z), weight, bias)
+        point_weights = F.softplus(self.head_weights) * math.sqrt(2.0 / (27.0 * self.num_qk_points))
+        return IPAShared(self.linear_b(z), weight, bias, point_weights)
 
     def attend(self, s: Tensor, z: Tensor, shared: IPAShared, frames: Rigid, mask: Tensor) -> Tensor:
         """The update of s, see ``forward``."""
@@ -67,9 +69,8 @@ class InvariantPointAttention(nn.Module):
         per_point = frames.broadcast(2)
         q_points, kv_points = (per_point.apply(self._points(x)) for x in projected[2:])
         k_points, v_points = kv_points.split((self.num_qk_points, self.num_v_points), dim=-2)
-        point_weights = F.softplus(self.head_weights) * math.sqrt(2.0 / (27.0 * self.num_qk_points))
         o, o_points, o_pair = self.ops.invariant_point_attention(
-            q, k, v, q_points, k_points, v_points, shared.pair_bias, z, point_weights, mask, MASK_INF
+            q, k, v, q_points, k_points, v_points, shared.pair_bias, z, shared.point_weights, mask, MASK_INF
         )
         local = per_point.apply_inverse(o_points)
         norms = torch.sqrt(local.square().sum(-1) + NORM_EPS)
@@ -158,6 +159,7 @@ class AtomPlacement(nn.Module):
     atom_groups: Tensor  # [21, 14, 8], one-hot
     atom_positions: Tensor  # [21, 14, 3], angstrom, in the frame of the atom's group
     atom_mask: Tensor  # [21, 14]
+    backbone_group: Tensor  # [8, 1], 1 for the group that no angle turns
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,6 +168,7 @@ class AtomPlacement(nn.Module):
             "atom_groups": F.one_hot(torch.from_numpy(residues.ATOM14_TO_RIGID_GROUP), 8).float(),
             "atom_positions": torch.from_numpy(residues.ATOM14_RIGID_GROUP_POSITIONS),
             "atom_mask": torch.from_numpy(residues.ATOM14_MASK),
+            "backbone_group": F.one_hot(torch.tensor(0), 8).float()[:, None],
         }
         for name, table in tables.items():
             self.register_buffer(name, table.clone(), persistent=False)
@@ -177,7 +180,7 @@ class AtomPlacement(nn.Module):
         translation.
         """
         local = self._turned_defaults(angles, aatype)
-        groups = [Rigid(local.rotation[..., k, :, :], local.translation[..., k, :]) for k in range(8)]
+        groups = [Rigid(*group) for group in zip(local.rotation.unbind(-3), local.translation.unbind(-2), strict=True)]
         for k in (5, 6, 7):
             groups[k] = groups[k - 1].compose(groups[k])
         rotation = torch.stack([group.rotation for group in groups], dim=-3)
@@ -187,12 +190,10 @@ class AtomPlacement(nn.Module):
     def _turned_defaults(self, angles: Tensor, aatype: Tensor) -> Rigid:
         """Default frame of each group, turned about its x axis by its angle (backbone: not turned)."""
         default = Rigid.from_matrix(self.default_frames[aatype].expand(*angles.shape[:-2], 8, 4, 4))
-        no_turn = torch.stack((torch.zeros_like(angles[..., :1, 0]), torch.ones_like(angles[..., :1, 0])), dim=-1)
-        sin, cos = torch.cat((no_turn, angles), dim=-2).unbind(-1)
-        zero, one = torch.zeros_like(sin), torch.ones_like(sin)
-        rows = ((one, zero, zero), (zero, cos, -sin), (zero, sin, cos))
-        turn = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
-        return Rigid(multiply(default.rotation, turn), default.translation)
+        sin, cos = F.pad(angles, (0, 0, 1, 0))[..., None].unbind(-2)
+        cos = cos + self.backbone_group
+        x, y, z = default.rotation.unbind(-1)
+        return Rigid(torch.stack((x, cos * y + sin * z, cos * z - sin * y), dim=-1), default.translation)
 
     def atom14(self, frames: Rigid, aatype: Tensor) -> Tensor:
         """Positions [*, N, 14, 3], angstrom; zero where the residue type has no such atom."""
@@ -271,7 +272,7 @@ class StructureModule(nn.Module):
         frames = Rigid(quaternion_to_rotation(quaternion), translation)
         s = s + self.ipa.attend(s, z, shared, frames, mask)
         s = self.transition(self.layer_norm_ipa(dropped(s, after_attention)), after_transition)
-        return s, *update_frame(quaternion, translation, self.bb_update(s))
+        return s, *update_frame(quaternion, frames, self.bb_update(s))
 
     def read_out(
         self,
