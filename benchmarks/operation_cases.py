@@ -49,9 +49,9 @@ def triangle_multiplication(rows: "Rows", c: int, outgoing: bool, calls: int) ->
         mask = draw.ones(*rows)
 
         def call(ops: Operations) -> Tensor:
-            a, b = ops.triangle_project(z, mask, *norm_in, *linears[:8])
+            z_, a, b = ops.triangle_project(z, mask, *norm_in, *linears[:8])
             x = ops.triangle_product(a, b, outgoing)
-            return ops.triangle_output(z, x, *norm_in, *norm_out, *linears[8:], None)
+            return ops.triangle_output(z_, x, *norm_in, *norm_out, *linears[8:], None)
 
         return Inputs(draw.leaves, call)
 

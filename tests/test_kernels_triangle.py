@@ -70,7 +70,7 @@ def test_masked_pairs_get_no_operand_and_give_no_gradient():
     draw = Draw(5)
     z, mask = draw(1, 6, 6, 16).requires_grad_(), draw.mask(1, 6, 6)
     parameters = [p for _ in range(4) for p in (draw.weight(16, 16), draw(16))]
-    a, b = triangle.triangle_project(z, mask, *draw.norm(16), *parameters)
+    _, a, b = triangle.triangle_project(z, mask, *draw.norm(16), *parameters)
     (gradient,) = torch.autograd.grad((a.square() + b).sum(), z)
     outside = mask == 0
     assert outside.any()

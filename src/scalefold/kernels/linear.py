@@ -96,11 +96,13 @@ def _column_sums(d, keep):
 @triton.jit
 def _input_gradient_kernel(
     x, x_strides, norm_weight, norm_bias, weight, ds, d_strides, narrow_weight, narrow_d, narrow_strides,
-    row_mask, mask_strides, dx, dx_strides, normed, normed_strides, partials, num_sums, dims, count,
+    row_mask, mask_strides, through, through_strides, dx, dx_strides, normed, normed_strides, partials, num_sums, dims,
+    count,
     COUNT: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, NARROW_SUM: tl.constexpr,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of rows: sum over the projections of d W, then the backward of the layer norm.
+    """Tile of rows: sum over the projections of d W, then the backward of the layer norm, plus the gradient of x that
+    came ``through`` a residual connection (None: there was none).
 
     partials[tile] gets the sums for the norm (2 C) and the bias gradients: those of wide projection i from column
     SUMS[i] on (-1: it has no bias), those of the narrow one from NARROW_SUM on.
@@ -132,6 +134,8 @@ def _input_gradient_kernel(
     gradient = norm_input_gradient(
         acc, x, norm_weight, norm_bias, keep, normed, normed_strides, own, rows, dims, x_strides, count, C
     )
+    if through is not None:
+        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
     store_tile(dx, gradient, rows, c, dims, dx_strides, count)
 
 
@@ -167,15 +171,19 @@ class _NormLinear(torch.autograd.Function):
         weights, biases = parameters[:num], parameters[num:]
         ctx.save_for_backward(x, norm_weight, norm_bias, row_mask, *weights)
         ctx.num_wide, ctx.has_bias = num_wide, [bias is not None for bias in biases]
-        return _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases)
+        ctx.set_materialize_grads(False)  # without a residual connection x gets no gradient but the projections' own
+        return x.view_as(x), *_forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *ds):
+    def backward(ctx, through, *ds):
         x, norm_weight, norm_bias, row_mask, *weights = ctx.saved_tensors
+        ds = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(ds, weights, strict=True)]
         c, dtype = x.shape[-1], norm_weight.dtype
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
-        normed, dx, partials = _input_gradient(x, norm_weight, norm_bias, row_mask, ctx.num_wide, weights, ds, widths)
+        normed, dx, partials = _input_gradient(
+            x, norm_weight, norm_bias, row_mask, ctx.num_wide, weights, ds, widths, through
+        )
         sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
         norm_weight_sum, norm_bias_sum, *bias_sums = sums.split([c, c, *widths])
         biases = [total if has else None for total, has in zip(bias_sums, ctx.has_bias, strict=True)]
@@ -211,7 +219,9 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     return tuple(outs)
 
 
-def _input_gradient(x, norm_weight, norm_bias, row_mask, num_wide, weights, ds, widths) -> tuple[Tensor, ...]:
+def _input_gradient(
+    x, norm_weight, norm_bias, row_mask, num_wide, weights, ds, widths, through
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of x and its (masked) layer norm, both in the memory order of x, and partial sums per tile of rows:
     gradients of the norm's weight and bias, then of the biases, whose ``widths`` are 0 where there is none."""
     c = x.shape[-1]
@@ -219,7 +229,8 @@ def _input_gradient(x, norm_weight, norm_bias, row_mask, num_wide, weights, ds, 
     dx, normed = torch.empty_like(x), torch.empty_like(x)
     narrow_d = ds[num_wide] if narrow else None
     mask_view = x if row_mask is None else row_mask[..., None]
-    dims, count, strides = common_rows(x, dx, x if narrow_d is None else narrow_d, mask_view, normed, *ds[:num_wide])
+    views = (x, dx, x if narrow_d is None else narrow_d, mask_view, normed, x if through is None else through)
+    dims, count, strides = common_rows(*views, *ds[:num_wide])
     width = wide[0].shape[0] if wide else NARROW_WIDTH
     config = dict(tuning.lookup("norm_linear_backward", **row_fields(count, x.dtype, c=c, n=num_wide * width)))
     config["BLOCK_N"] = min(config["BLOCK_N"], width)
@@ -228,9 +239,10 @@ def _input_gradient(x, norm_weight, norm_bias, row_mask, num_wide, weights, ds, 
     starts = [2 * c + sum(widths[:n]) if own else -1 for n, own in enumerate(widths)]
     _input_gradient_kernel[(tiles,)](
         x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, tuple(ds[:num_wide]),
-        tuple(strides[5:]), narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], dx, strides[1],
-        normed, strides[4], partials, num_sums, dims, count, COUNT=num_wide, SUMS=tuple(starts[:num_wide]),
-        WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, NARROW_SUM=starts[-1] if narrow else -1, C=c, **config,
+        tuple(strides[6:]), narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], through,
+        strides[5], dx, strides[1], normed, strides[4], partials, num_sums, dims, count, COUNT=num_wide,
+        SUMS=tuple(starts[:num_wide]), WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0,
+        NARROW_SUM=starts[-1] if narrow else -1, C=c, **config,
     )  # fmt: skip
     return normed, dx, partials
 
@@ -247,8 +259,8 @@ def layer_norm_linear(
 ) -> tuple[Tensor, ...]:
     """``reference.layer_norm_linear`` for equally wide weights and at most one narrower than 16.
 
-    Each wide output is dense in the memory order of x; the narrow one is stored channels first. Other widths take
-    the plain definition.
+    Each wide output is dense in the memory order of x; the narrow one is stored channels first. x comes back as a
+    view. Other widths take the plain definition.
     """
     if not _is_supported(x, weights):
         return reference.layer_norm_linear(x, norm_weight, norm_bias, weights, biases)
@@ -263,13 +275,13 @@ def masked_projections(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """``layer_norm_linear`` whose rows are multiplied by row_mask: [*]."""
-    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases)
+    """The outputs of ``layer_norm_linear``, without x, whose rows are multiplied by row_mask: [*]."""
+    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases)[1:]
 
 
 def _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases) -> tuple[Tensor, ...]:
     order = sorted(range(len(weights)), key=lambda n: weights[n].shape[0] < NARROW_WIDTH)
     num_wide = sum(weight.shape[0] >= NARROW_WIDTH for weight in weights)
     ordered = [weights[n] for n in order] + [biases[n] for n in order]
-    outs = _NormLinear.apply(x, norm_weight, norm_bias, row_mask, num_wide, *ordered)
-    return tuple(outs[order.index(n)] for n in range(len(weights)))
+    through, *outs = _NormLinear.apply(x, norm_weight, norm_bias, row_mask, num_wide, *ordered)
+    return through, *(outs[order.index(n)] for n in range(len(weights)))

@@ -24,9 +24,12 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def layer_norm_linear(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Several projections of one layer norm. x: [*, c]; weights: [c_i, c] each -> tuple of [*, c_i]."""
+    """Several projections of one layer norm. x: [*, c]; weights: [c_i, c] each -> x itself, then [*, c_i] each.
+
+    A residual connection takes x from the result: the two gradients of x then meet in one operation.
+    """
     normed = layer_norm(x, norm_weight, norm_bias)
-    return tuple(F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    return x, *(F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float) -> Tensor:
@@ -113,16 +116,16 @@ def triangle_project(
     bias_b: Tensor,
     weight_b_gate: Tensor,
     bias_b_gate: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gated, masked operands of the triangle multiplication, channels first (Supplement Algorithms 11, 12, lines 1-2).
 
-    z: [B, I, J, c_z]; mask: [B, I, J]; weights: [c, c_z] -> a, b: [B, c, I, J].
+    z: [B, I, J, c_z]; mask: [B, I, J]; weights: [c, c_z] -> z itself (see ``layer_norm_linear``), a, b: [B, c, I, J].
     """
     normed = layer_norm(z, norm_weight, norm_bias)
     keep = mask[..., None].to(z.dtype)
     a = torch.sigmoid(F.linear(normed, weight_a_gate, bias_a_gate)) * F.linear(normed, weight_a, bias_a) * keep
     b = torch.sigmoid(F.linear(normed, weight_b_gate, bias_b_gate)) * F.linear(normed, weight_b, bias_b) * keep
-    return a.permute(0, 3, 1, 2).contiguous(), b.permute(0, 3, 1, 2).contiguous()
+    return z, a.permute(0, 3, 1, 2).contiguous(), b.permute(0, 3, 1, 2).contiguous()
 
 
 def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:

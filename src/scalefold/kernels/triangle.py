@@ -79,11 +79,12 @@ def _project_forward_kernel(
 
 @triton.jit
 def _project_backward_kernel(
-    z, z_strides, mask, mask_strides, norm_weight, norm_bias, weights, biases, ds, d_strides, projected, p_strides,
-    dz, dz_strides, normed_out, normed_strides, partials, dims, count,
+    z, z_strides, mask, mask_strides, norm_weight, norm_bias, weights, biases, through, through_strides, ds, d_strides,
+    projected, p_strides, dz, dz_strides, normed_out, normed_strides, partials, dims, count,
     WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward."""
+    """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward, plus the
+    gradient of z that came ``through`` the output's residual connection (None: there was none)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
     keep = tl.load(mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
@@ -107,7 +108,10 @@ def _project_backward_kernel(
     gradient = norm_input_gradient(
         acc, z, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, z_strides, count, C
     )
-    store_tile(dz, gradient, rows, tl.arange(0, C), dims, dz_strides, count)
+    c = tl.arange(0, C)
+    if through is not None:
+        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
+    store_tile(dz, gradient, rows, c, dims, dz_strides, count)
 
 
 @triton.jit
@@ -195,23 +199,27 @@ class _Project(torch.autograd.Function):
             z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, outs, tuple(strides[2:]),
             dims, count, WIDTH=width, C=c, **config,
         )  # fmt: skip
-        return outs
+        ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
+        return z.view_as(z), *outs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *ds):
+    def backward(ctx, through, *ds):
         z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
         c, width = z.shape[-1], weights[0].shape[0]
         projected, dz = z.new_empty(*z.shape[:-1], 4 * width), torch.empty_like(z)
         normed = torch.empty_like(z)
-        dims, count, strides = common_rows(z, mask[..., None], *map(_channels_last, ds), projected, dz, normed)
+        ds = tuple(z.new_zeros(z.shape[0], width, *z.shape[1:3]) if d is None else d for d in ds)
+        dims, count, strides = common_rows(
+            z, mask[..., None], *map(_channels_last, ds), projected, dz, normed, z if through is None else through
+        )
         config = _config("triangle_project_backward", count, z.dtype, c, width)
         tiles = triton.cdiv(count, config["BLOCK_M"])
         partials = torch.empty(tiles, 2 * c + 4 * width, dtype=torch.float32, device=z.device)
         _project_backward_kernel[(tiles,)](
-            z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, ds, tuple(strides[2:4]),
-            projected, strides[4], dz, strides[5], normed, strides[6], partials, dims, count,
+            z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, through, strides[7], ds,
+            tuple(strides[2:4]), projected, strides[4], dz, strides[5], normed, strides[6], partials, dims, count,
             WIDTH=width, C=c, **config,
         )  # fmt: skip
         sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
@@ -305,7 +313,7 @@ def triangle_project(
     bias_b: Tensor,
     weight_b_gate: Tensor,
     bias_b_gate: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.triangle_project``: one kernel forward, two and library products backward."""
     weights = (weight_a, weight_a_gate, weight_b, weight_b_gate)
     biases = (bias_a, bias_a_gate, bias_b, bias_b_gate)

@@ -32,11 +32,11 @@ class MSARowAttentionWithPairBias(nn.Module):
         ``dropout``: a mask drawn ahead, or None to draw it here.
         """
         ops, mha, norm = self.ops, self.mha, self.layer_norm_m
-        (bias,) = ops.layer_norm_linear(
+        _, bias = ops.layer_norm_linear(
             z, self.layer_norm_z.weight, self.layer_norm_z.bias, (self.linear_z.weight,), (None,)
         )
         bias = self.gather_bias(bias).permute(0, 3, 1, 2)
-        q, k, v, gate = ops.layer_norm_linear(
+        m, q, k, v, gate = ops.layer_norm_linear(
             m,
             norm.weight,
             norm.bias,
@@ -63,7 +63,7 @@ class MSAColumnAttention(nn.Module):
         """m + update. m: [B, S, N, c_m]; mask: [B, S, N] -> [B, S, N, c_m], a transposed view."""
         ops, mha, norm = self.ops, self.mha, self.layer_norm_m
         m, mask = m.transpose(1, 2), mask.transpose(1, 2)
-        q, k, v, gate = ops.layer_norm_linear(
+        m, q, k, v, gate = ops.layer_norm_linear(
             m,
             norm.weight,
             norm.bias,

@@ -36,7 +36,7 @@ class TriangleMultiplication(nn.Module):
         ``dropout``: a mask drawn ahead, or None to draw it here.
         """
         norm = self.layer_norm_in
-        a, b = self.ops.triangle_project(
+        z, a, b = self.ops.triangle_project(
             z,
             mask,
             norm.weight,
@@ -90,7 +90,7 @@ class TriangleAttention(nn.Module):
         ``dropout``: a mask drawn ahead, or None to draw it here.
         """
         ops, mha, norm = self.ops, self.mha, self.layer_norm
-        q, k, v, gate, bias = ops.layer_norm_linear(
+        z, q, k, v, gate, bias = ops.layer_norm_linear(
             z,
             norm.weight,
             norm.bias,
