@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalefold.config import LossConfig
+from scalefold.kernels import REFERENCE, Operations
 from scalefold.metrics import CA, lddt_ca_per_residue
 from scalefold.model.rigid import Rigid, squared_distances
 from scalefold.violations import violation_loss
@@ -51,36 +52,26 @@ def frame_aligned_point_error(
     points: Tensor,
     target_points: Tensor,
     points_mask: Tensor,
-    clamp_angstrom: float | None,
+    clamp_weight: Tensor,
+    ops: Operations = REFERENCE,
 ) -> Tensor:
-    """FAPE (Supplement Algorithm 28). frames: [*, F]; points: [*, P, 3]; masks: [*, F], [*, P] -> [*]."""
-    local = frames.broadcast(1).apply_inverse(points[..., None, :, :])
-    target = target_frames.broadcast(1).apply_inverse(target_points[..., None, :, :])
-    error = torch.sqrt((local - target).square().sum(-1) + FAPE_EPS)
-    if clamp_angstrom is not None:
-        error = error.clamp(0.0, clamp_angstrom)
-    return weighted_error(error, frames_mask, points_mask)
+    """FAPE (Supplement Algorithm 28) in units of 10 angstrom: a mean over frames and points.
+
+    frames: [*, F]; points: [*, P, 3]; masks: [*, F], [*, P]; clamp_weight: [*], 1 if errors are clamped -> [*].
+    """
+    total = ops.point_errors(
+        *frames, *target_frames, frames_mask, points, target_points, points_mask, clamp_weight, FAPE_CLAMP_ANGSTROM
+    )
+    return total / FAPE_UNIT_ANGSTROM / (FAPE_EPS + frames_mask.sum(-1)) / (FAPE_EPS + points_mask.sum(-1))
 
 
-def weighted_error(error: Tensor, frames_mask: Tensor, points_mask: Tensor) -> Tensor:
-    """Mean over frames and points in units of 10 angstrom. error: [*, F, P] -> [*]."""
-    error = error / FAPE_UNIT_ANGSTROM * frames_mask[..., :, None] * points_mask[..., None, :]
-    per_frame = error.sum(-1) / (FAPE_EPS + frames_mask.sum(-1))[..., None]
-    return per_frame.sum(-1) / (FAPE_EPS + points_mask.sum(-1))
-
-
-def backbone_fape(outputs: Tensors, batch: Tensors) -> Tensor:
+def backbone_fape(outputs: Tensors, batch: Tensors, ops: Operations = REFERENCE) -> Tensor:
     """Backbone FAPE of all iterations, clamped or not as the sample says (Supplement 1.9.2). -> [B]."""
     frames = Rigid.from_quaternion_and_translation(outputs["sm_frames"])
     target = Rigid.from_matrix(batch["backbone_rigid_tensor"][:, None])
-    mask = batch["backbone_rigid_mask"][:, None]
-    local = frames.broadcast(1).apply_inverse(frames.translation[..., None, :, :])
-    true_local = target.broadcast(1).apply_inverse(target.translation[..., None, :, :])
-    error = torch.sqrt((local - true_local).square().sum(-1) + FAPE_EPS)
-    clamped = weighted_error(error.clamp(0.0, FAPE_CLAMP_ANGSTROM), mask, mask)
-    unclamped = weighted_error(error, mask, mask)
-    use_clamped = batch["use_clamped_fape"][:, None]
-    return (use_clamped * clamped + (1.0 - use_clamped) * unclamped).mean(1)
+    mask, use_clamped = batch["backbone_rigid_mask"][:, None], batch["use_clamped_fape"][:, None]
+    points, true_points = frames.translation, target.translation
+    return frame_aligned_point_error(frames, target, mask, points, true_points, mask, use_clamped, ops).mean(1)
 
 
 class RenamedTruth(NamedTuple):
@@ -118,7 +109,7 @@ def _distances_to_all(atom14: Tensor) -> Tensor:
     return torch.sqrt(DISTANCE_EPS + difference.square().sum(-1))
 
 
-def sidechain_fape(outputs: Tensors, batch: Tensors) -> Tensor:
+def sidechain_fape(outputs: Tensors, batch: Tensors, ops: Operations = REFERENCE) -> Tensor:
     """FAPE of all rigid groups and atoms of the last iteration, clamped (Supplement 1.9.3). -> [B]."""
     positions = outputs["sm_positions"][:, -1]
     renamed = rename_symmetric_atoms(positions, batch)
@@ -131,7 +122,8 @@ def sidechain_fape(outputs: Tensors, batch: Tensors) -> Tensor:
         positions.flatten(1, 2),
         renamed.positions.flatten(1, 2),
         renamed.exists.flatten(1, 2),
-        FAPE_CLAMP_ANGSTROM,
+        torch.ones_like(positions[:, 0, 0, 0]),
+        ops,
     )
 
 
@@ -226,12 +218,15 @@ class FiniteGate:
         return gated
 
 
-def loss_terms(weights: LossConfig) -> dict[str, tuple[float, Callable[[Tensors, Tensors], Tensor]]]:
+def loss_terms(
+    weights: LossConfig, ops: Operations = REFERENCE
+) -> dict[str, tuple[float, Callable[[Tensors, Tensors], Tensor]]]:
     """Name -> (weight, function) of all terms; violations only if they have a weight (they cost the most)."""
     backbone_weight, sidechain_weight = weights.fape_loss_backbone_weight, weights.fape_loss_sidechain_weight
 
     def fape(outputs: Tensors, batch: Tensors) -> Tensor:
-        return backbone_weight * backbone_fape(outputs, batch) + sidechain_weight * sidechain_fape(outputs, batch)
+        backbone, sidechain = backbone_fape(outputs, batch, ops), sidechain_fape(outputs, batch, ops)
+        return backbone_weight * backbone + sidechain_weight * sidechain
 
     terms = {
         "fape": (weights.fape_loss_weight, fape),

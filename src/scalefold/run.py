@@ -437,10 +437,10 @@ def build_step(
 
     A model has one ``reducer`` for life, because that hangs on its parameters; None makes it.
     """
-    terms = loss_terms(config.loss)
+    terms = loss_terms(config.loss, optimizer.ops)
     if config.execution.compile and ranks.device.type == "cuda" and can_fuse(ranks.device):
         fuse_model(model)
-        terms = fuse_terms(terms)
+        terms = fuse_terms(loss_terms(config.loss))  # the compiler sees through plain operations only
 
     def objective(batch: Mapping[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
         return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms)

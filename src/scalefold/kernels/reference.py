@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LAYER_NORM_EPS = 1e-5
+POINT_ERROR_EPS = 1e-4  # under the root of a distance
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -218,6 +219,37 @@ def invariant_point_attention(
     o_points = torch.einsum("bhij,bjhpx->bihpx", weights, v_points)
     o_pair = torch.einsum("bhij,bijc->bihc", weights, z)
     return o, o_points, o_pair
+
+
+def point_errors(
+    rotation: Tensor,
+    translation: Tensor,
+    target_rotation: Tensor,
+    target_translation: Tensor,
+    frames_mask: Tensor,
+    points: Tensor,
+    target_points: Tensor,
+    points_mask: Tensor,
+    clamp_weight: Tensor,
+    clamp: float,
+) -> Tensor:
+    """Masked sum over frames and points of the errors of Supplement Algorithm 28; all in fp32.
+
+    rotation: [*, F, 3, 3]; translation: [*, F, 3]; points: [*, P, 3]; targets like them; masks: [*, F], [*, P];
+    clamp_weight: [*], the share of min(e, clamp) in a cost, e itself has the rest -> [*]. Leading dimensions of the
+    targets and masks broadcast. Rotations are inverted by transposing.
+    """
+
+    def seen(rotation: Tensor, translation: Tensor, points: Tensor) -> Tensor:
+        x, y, z = (points[..., None, :, :] - translation[..., :, None, :])[..., None].unbind(-2)
+        row = rotation[..., :, None, :, :].unbind(-2)
+        return row[0] * x + row[1] * y + row[2] * z
+
+    difference = seen(rotation, translation, points) - seen(target_rotation, target_translation, target_points)
+    error = torch.sqrt(difference.square().sum(-1) + POINT_ERROR_EPS)
+    share = clamp_weight[..., None, None]
+    cost = share * error.clamp(max=clamp) + (1.0 - share) * error
+    return (cost * frames_mask[..., :, None] * points_mask[..., None, :]).sum((-1, -2))
 
 
 def dropout_mask(shape: Sequence[int], rate: float, device: torch.device) -> Tensor:

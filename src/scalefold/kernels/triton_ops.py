@@ -1,7 +1,6 @@
 """The table of Triton operations. Each takes the plain definition where its kernels cannot run, and says so once."""
 
 import functools
-import importlib.util
 import logging
 import os
 from collections.abc import Callable
@@ -16,9 +15,11 @@ from scalefold.kernels import (
     attention,
     elementwise,
     gated_output,
+    global_attention,
     layer_norm,
     linear,
     outer_product,
+    point_errors,
     reference,
     transition,
     triangle,
@@ -77,13 +78,6 @@ def dropout_mask(shape: Any, rate: float, device: torch.device) -> Tensor:
     return reference.dropout_mask(shape, rate, device)
 
 
-def _global_attention() -> Callable[..., Any]:
-    if importlib.util.find_spec("scalefold.kernels.global_attention") is None:
-        return reference.global_attention
-    module = importlib.import_module("scalefold.kernels.global_attention")
-    return guarded(module.global_attention, reference.global_attention, matrix_obstacle)
-
-
 TRITON = Operations(
     name="triton",
     layer_norm=guarded(layer_norm.layer_norm, reference.layer_norm, buffer_obstacle),
@@ -98,7 +92,8 @@ TRITON = Operations(
     triangle_project=guarded(triangle.triangle_project, reference.triangle_project, matrix_obstacle),
     triangle_product=guarded(triangle.triangle_product, reference.triangle_product, matrix_obstacle),
     triangle_output=guarded(triangle.triangle_output, reference.triangle_output, matrix_obstacle),
-    global_attention=_global_attention(),
+    global_attention=guarded(global_attention.global_attention, reference.global_attention, matrix_obstacle),
+    point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle),
     dropout_mask=dropout_mask,
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
     sum_of_squares=guarded(adam_swa.sum_of_squares, reference.sum_of_squares, buffer_obstacle),

@@ -1,0 +1,293 @@
+"""Frame-aligned point error in Triton, forward and backward: nothing of size frames x points is ever stored.
+
+The plain form writes some sixty such arrays (88 MB each for the side chains of a benchmark crop). Here every program
+keeps a tile of differences in registers: one kernel forward; backward one over frames and one over points, so that
+each gradient has a single writer and results repeat bit for bit. Saved: the inputs. All element-wise in fp32.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.reference import POINT_ERROR_EPS
+
+EPS = tl.constexpr(POINT_ERROR_EPS)
+
+
+def _tile(frames: int, points: int) -> tuning.Config:
+    return {"BLOCK_F": frames, "BLOCK_P": points, "num_warps": 4}
+
+
+# Few frames or few points per program, so that 256 frames of eight iterations still fill a GPU.
+for _name, _default in {
+    "point_errors_frames": _tile(8, 64),
+    "point_errors_points": _tile(32, 16),
+}.items():
+    tuning.register(
+        _name,
+        default=lambda fields, capability, config=_default: config,
+        candidates=lambda fields: [_tile(f, p) for f, p in ((8, 64), (8, 128), (16, 64), (16, 32), (32, 16), (64, 8))],
+    )
+
+
+@triton.jit
+def _load_vectors(pointer, index, valid):
+    """Three neighbouring numbers at each index."""
+    first = pointer + index * 3
+    x = tl.load(first, mask=valid, other=0.0)
+    y = tl.load(first + 1, mask=valid, other=0.0)
+    return x, y, tl.load(first + 2, mask=valid, other=0.0)
+
+
+@triton.jit
+def _load_frames(rotation, translation, index, valid):
+    """Rows of the rotations, and the translations."""
+    xx, xy, xz = _load_vectors(rotation, index * 3, valid)
+    yx, yy, yz = _load_vectors(rotation, index * 3 + 1, valid)
+    zx, zy, zz = _load_vectors(rotation, index * 3 + 2, valid)
+    tx, ty, tz = _load_vectors(translation, index, valid)
+    return xx, xy, xz, yx, yy, yz, zx, zy, zz, tx, ty, tz
+
+
+@triton.jit
+def _seen(xx, xy, xz, yx, yy, yz, zx, zy, zz, tx, ty, tz, x, y, z):
+    """Points [P] seen from frames [F]: relative to their origins, then turned; six tiles [F, P]."""
+    x, y, z = x[None, :] - tx[:, None], y[None, :] - ty[:, None], z[None, :] - tz[:, None]
+    u = xx[:, None] * x + yx[:, None] * y + zx[:, None] * z
+    v = xy[:, None] * x + yy[:, None] * y + zy[:, None] * z
+    w = xz[:, None] * x + yz[:, None] * y + zz[:, None] * z
+    return x, y, z, u, v, w
+
+
+@triton.jit
+def _slope(u, v, w, clamp, clamp_weight):
+    """Derivative of a tile of costs by the differences, divided by the differences."""
+    error = tl.sqrt(u * u + v * v + w * w + EPS)
+    return (clamp_weight * tl.where(error <= clamp, 1.0, 0.0) + (1.0 - clamp_weight)) / error
+
+
+@triton.jit
+def _forward_kernel(
+    rotation, translation, target_rotation, target_translation, frames_mask, points, target_points, points_mask,
+    clamp_weights, sums, num_frames, num_points, repeat, clamp, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Program (block of frames, item): their masked sums over all points."""
+    item = tl.program_id(1).to(tl.int64)
+    truth = item // repeat
+    frame = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    is_frame = frame < num_frames
+    clamp_weight = tl.load(clamp_weights + item)
+    axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az = _load_frames(
+        rotation, translation, item * num_frames + frame, is_frame
+    )
+    bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz = _load_frames(
+        target_rotation, target_translation, truth * num_frames + frame, is_frame
+    )
+    total = tl.zeros([BLOCK_F, BLOCK_P], tl.float32)
+    for start in range(0, num_points, BLOCK_P):
+        point = start + tl.arange(0, BLOCK_P)
+        is_point = point < num_points
+        px, py, pz = _load_vectors(points, item * num_points + point, is_point)
+        qx, qy, qz = _load_vectors(target_points, truth * num_points + point, is_point)
+        _, _, _, u, v, w = _seen(axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az, px, py, pz)
+        _, _, _, r, s, t = _seen(bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz, qx, qy, qz)
+        u, v, w = u - r, v - s, w - t
+        error = tl.sqrt(u * u + v * v + w * w + EPS)
+        keep = tl.load(points_mask + truth * num_points + point, mask=is_point, other=0.0)
+        total += (clamp_weight * tl.minimum(error, clamp) + (1.0 - clamp_weight) * error) * keep[None, :]
+    own = tl.load(frames_mask + truth * num_frames + frame, mask=is_frame, other=0.0)
+    tl.store(sums + item * num_frames + frame, tl.sum(total, 1) * own, mask=is_frame)
+
+
+@triton.jit
+def _frames_backward_kernel(
+    d, rotation, translation, target_rotation, target_translation, frames_mask, points, target_points, points_mask,
+    clamp_weights, d_rotation, d_translation, num_frames, num_points, repeat, clamp,
+    BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Program (block of frames, item): gradients of their rotations and translations."""
+    item = tl.program_id(1).to(tl.int64)
+    truth = item // repeat
+    frame = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    is_frame = frame < num_frames
+    clamp_weight = tl.load(clamp_weights + item)
+    axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az = _load_frames(
+        rotation, translation, item * num_frames + frame, is_frame
+    )
+    bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz = _load_frames(
+        target_rotation, target_translation, truth * num_frames + frame, is_frame
+    )
+    zero = tl.zeros([BLOCK_F, BLOCK_P], tl.float32)
+    gx, gy, gz = zero, zero, zero
+    gxx, gxy, gxz, gyx, gyy, gyz, gzx, gzy, gzz = zero, zero, zero, zero, zero, zero, zero, zero, zero
+    for start in range(0, num_points, BLOCK_P):
+        point = start + tl.arange(0, BLOCK_P)
+        is_point = point < num_points
+        px, py, pz = _load_vectors(points, item * num_points + point, is_point)
+        qx, qy, qz = _load_vectors(target_points, truth * num_points + point, is_point)
+        x, y, z, u, v, w = _seen(axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az, px, py, pz)
+        _, _, _, r, s, t = _seen(bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz, qx, qy, qz)
+        u, v, w = u - r, v - s, w - t
+        keep = tl.load(points_mask + truth * num_points + point, mask=is_point, other=0.0)
+        slope = _slope(u, v, w, clamp, clamp_weight) * keep[None, :]
+        u, v, w = u * slope, v * slope, w * slope
+        gx, gy, gz = gx + u, gy + v, gz + w
+        gxx, gxy, gxz = gxx + x * u, gxy + x * v, gxz + x * w
+        gyx, gyy, gyz = gyx + y * u, gyy + y * v, gyz + y * w
+        gzx, gzy, gzz = gzx + z * u, gzy + z * v, gzz + z * w
+    scale = tl.load(frames_mask + truth * num_frames + frame, mask=is_frame, other=0.0) * tl.load(d + item)
+    u, v, w = tl.sum(gx, 1) * scale, tl.sum(gy, 1) * scale, tl.sum(gz, 1) * scale
+    out = d_translation + (item * num_frames + frame) * 3
+    tl.store(out, -(axx * u + axy * v + axz * w), mask=is_frame)
+    tl.store(out + 1, -(ayx * u + ayy * v + ayz * w), mask=is_frame)
+    tl.store(out + 2, -(azx * u + azy * v + azz * w), mask=is_frame)
+    out = d_rotation + (item * num_frames + frame) * 9
+    tl.store(out, tl.sum(gxx, 1) * scale, mask=is_frame)
+    tl.store(out + 1, tl.sum(gxy, 1) * scale, mask=is_frame)
+    tl.store(out + 2, tl.sum(gxz, 1) * scale, mask=is_frame)
+    tl.store(out + 3, tl.sum(gyx, 1) * scale, mask=is_frame)
+    tl.store(out + 4, tl.sum(gyy, 1) * scale, mask=is_frame)
+    tl.store(out + 5, tl.sum(gyz, 1) * scale, mask=is_frame)
+    tl.store(out + 6, tl.sum(gzx, 1) * scale, mask=is_frame)
+    tl.store(out + 7, tl.sum(gzy, 1) * scale, mask=is_frame)
+    tl.store(out + 8, tl.sum(gzz, 1) * scale, mask=is_frame)
+
+
+@triton.jit
+def _points_backward_kernel(
+    d, rotation, translation, target_rotation, target_translation, frames_mask, points, target_points, points_mask,
+    clamp_weights, d_points, num_frames, num_points, repeat, clamp, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Program (block of points, item): their gradients, summed over all frames."""
+    item = tl.program_id(1).to(tl.int64)
+    truth = item // repeat
+    point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    is_point = point < num_points
+    clamp_weight = tl.load(clamp_weights + item)
+    px, py, pz = _load_vectors(points, item * num_points + point, is_point)
+    qx, qy, qz = _load_vectors(target_points, truth * num_points + point, is_point)
+    zero = tl.zeros([BLOCK_F, BLOCK_P], tl.float32)
+    gx, gy, gz = zero, zero, zero
+    for start in range(0, num_frames, BLOCK_F):
+        frame = start + tl.arange(0, BLOCK_F)
+        is_frame = frame < num_frames
+        axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az = _load_frames(
+            rotation, translation, item * num_frames + frame, is_frame
+        )
+        bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz = _load_frames(
+            target_rotation, target_translation, truth * num_frames + frame, is_frame
+        )
+        _, _, _, u, v, w = _seen(axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az, px, py, pz)
+        _, _, _, r, s, t = _seen(bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz, qx, qy, qz)
+        u, v, w = u - r, v - s, w - t
+        own = tl.load(frames_mask + truth * num_frames + frame, mask=is_frame, other=0.0)
+        slope = _slope(u, v, w, clamp, clamp_weight) * own[:, None]
+        u, v, w = u * slope, v * slope, w * slope
+        gx += axx[:, None] * u + axy[:, None] * v + axz[:, None] * w
+        gy += ayx[:, None] * u + ayy[:, None] * v + ayz[:, None] * w
+        gz += azx[:, None] * u + azy[:, None] * v + azz[:, None] * w
+    scale = tl.load(points_mask + truth * num_points + point, mask=is_point, other=0.0) * tl.load(d + item)
+    out = d_points + (item * num_points + point) * 3
+    tl.store(out, tl.sum(gx, 0) * scale, mask=is_point)
+    tl.store(out + 1, tl.sum(gy, 0) * scale, mask=is_point)
+    tl.store(out + 2, tl.sum(gz, 0) * scale, mask=is_point)
+
+
+class _PointErrors(torch.autograd.Function):
+    """Arguments: those of ``point_errors``, all dense, ``clamp_weight`` with the predictions' leading dimensions."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        *tensors, clamp = arguments
+        ctx.save_for_backward(*tensors)
+        ctx.clamp = clamp
+        rotation, target, points = tensors[0], tensors[2], tensors[5]
+        num_frames, num_points, items, repeat = _sizes(rotation, target, points)
+        sums = rotation.new_empty(*rotation.shape[:-2])
+        config = _config("point_errors_frames", num_frames, num_points)
+        _forward_kernel[(triton.cdiv(num_frames, config["BLOCK_F"]), items)](
+            *tensors, sums, num_frames, num_points, repeat, clamp, **config
+        )
+        return sums.sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d):
+        tensors = ctx.saved_tensors
+        rotation, translation, target, points = tensors[0], tensors[1], tensors[2], tensors[5]
+        num_frames, num_points, items, repeat = _sizes(rotation, target, points)
+        d, sizes = d.contiguous(), (num_frames, num_points, repeat, ctx.clamp)
+        d_rotation, d_translation, d_points = (torch.empty_like(x) for x in (rotation, translation, points))
+        config = _config("point_errors_frames", num_frames, num_points)
+        _frames_backward_kernel[(triton.cdiv(num_frames, config["BLOCK_F"]), items)](
+            d, *tensors, d_rotation, d_translation, *sizes, **config
+        )
+        config = _config("point_errors_points", num_frames, num_points)
+        _points_backward_kernel[(triton.cdiv(num_points, config["BLOCK_P"]), items)](
+            d, *tensors, d_points, *sizes, **config
+        )
+        return d_rotation, d_translation, None, None, None, d_points, None, None, None, None
+
+
+def _sizes(rotation: Tensor, target: Tensor, points: Tensor) -> tuple[int, int, int, int]:
+    """Frames, points, items, and how many neighbouring items share one truth."""
+    items = prod(rotation.shape[:-3])
+    return rotation.shape[-3], points.shape[-2], items, items // prod(target.shape[:-3])
+
+
+def _config(name: str, num_frames: int, num_points: int) -> tuning.Config:
+    return tuning.lookup(name, frames=num_frames, points=num_points)
+
+
+def point_errors(
+    rotation: Tensor,
+    translation: Tensor,
+    target_rotation: Tensor,
+    target_translation: Tensor,
+    frames_mask: Tensor,
+    points: Tensor,
+    target_points: Tensor,
+    points_mask: Tensor,
+    clamp_weight: Tensor,
+    clamp: float,
+) -> Tensor:
+    """``reference.point_errors`` in fp32, where targets and masks have the leading dimensions of the prediction, or 1
+    in place of the last of them. Everything else takes the plain definition."""
+    truth = (target_rotation, target_translation, frames_mask, target_points, points_mask)
+    lead, shared = rotation.shape[:-3], target_rotation.shape[:-3]
+    leads = (shared, target_translation.shape[:-2], frames_mask.shape[:-1], target_points.shape[:-2])
+    fits = shared in (lead, (*lead[:-1], 1)) and {*leads, points_mask.shape[:-1]} == {shared}
+    single = all(x.dtype == torch.float32 for x in (rotation, translation, points, clamp_weight, *truth))
+    arguments = (rotation, translation, *truth[:3], points, *truth[3:])
+    if not (fits and single and rotation.numel() and points.numel()):
+        return reference.point_errors(*arguments, clamp_weight, clamp)
+    weights = clamp_weight.expand(lead).contiguous()
+    return _PointErrors.apply(*(x.contiguous() for x in arguments), weights, clamp)  # type: ignore[return-value]
+
+
+def compile_cases() -> list[tuple[str, Callable[[], None]]]:
+    """Backbone and side chains of a benchmark crop; see ``tuning``."""
+    return [
+        ("point_errors_backbone", lambda: _meta_call((1, 8), (1, 1), 256, 256)),
+        ("point_errors_sidechain", lambda: _meta_call((1,), (1,), 2048, 3584)),
+    ]
+
+
+def _meta_call(lead: tuple[int, ...], shared: tuple[int, ...], num_frames: int, num_points: int) -> None:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, device="meta", requires_grad=True)
+
+    frames = (empty(*lead, num_frames, 3, 3), empty(*lead, num_frames, 3))
+    target = (empty(*shared, num_frames, 3, 3).detach(), empty(*shared, num_frames, 3).detach())
+    masks = (empty(*shared, num_frames).detach(), empty(*shared, num_points).detach())
+    true_points, weights = empty(*shared, num_points, 3).detach(), empty(*lead).detach()
+    points = empty(*lead, num_points, 3)
+    point_errors(*frames, *target, masks[0], points, true_points, masks[1], weights, 10.0).sum().backward()
