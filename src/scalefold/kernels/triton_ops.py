@@ -19,6 +19,7 @@ from scalefold.kernels import (
     layer_norm,
     linear,
     outer_product,
+    point_attention,
     point_errors,
     reference,
     transition,
@@ -93,6 +94,9 @@ TRITON = Operations(
     triangle_product=guarded(triangle.triangle_product, reference.triangle_product, matrix_obstacle),
     triangle_output=guarded(triangle.triangle_output, reference.triangle_output, matrix_obstacle),
     global_attention=guarded(global_attention.global_attention, reference.global_attention, matrix_obstacle),
+    invariant_point_attention=guarded(
+        point_attention.invariant_point_attention, reference.invariant_point_attention, buffer_obstacle
+    ),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle),
     dropout_mask=dropout_mask,
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
