@@ -216,12 +216,44 @@ def layer_norm(rows: Rows, c: int, calls: int) -> Case:
     return Case("layer_norm", f"{label(rows)}x{c}", calls, build)
 
 
+def point_attention(n: int, calls: int, evaluate=False) -> Case:
+    """Invariant point attention, which is fp32 for every variant."""
+
+    def build(dtype: torch.dtype = torch.float32) -> Inputs:
+        draw, heads = Draw(not evaluate, dtype), (1, n, 12)
+        scalars, points = [draw(*heads, 16) for _ in range(3)], [draw(*heads, count, 3) for count in (4, 4, 8)]
+        pairs, weights, mask = (draw(1, n, n, 12), draw(1, n, n, 128)), draw(12), torch.ones(1, n, device=DEVICE)
+        return Inputs(
+            draw.leaves, lambda ops: ops.invariant_point_attention(*scalars, *points, *pairs, weights, mask, 1e5)
+        )
+
+    return Case("invariant_point_attention", f"{n}x12", calls, build)
+
+
+def point_errors(repeat: int, frames: int, points: int, calls: int) -> Case:
+    """Frame-aligned point error of ``repeat`` predictions of one truth, in fp32 for every variant."""
+
+    def build(dtype: torch.dtype = torch.float32) -> Inputs:
+        draw, true = Draw(True, dtype), Draw(False, dtype)
+        own, shared = (1, repeat), (1, 1)
+        frames_of = [(d(*lead, frames, 3, 3), d(*lead, frames, 3)) for d, lead in ((draw, own), (true, shared))]
+        masks = [torch.ones(*shared, count, device=DEVICE) for count in (frames, points)]
+        seen, truth = draw(*own, points, 3), true(*shared, points, 3)
+        share = torch.full(own, 0.9, device=DEVICE)
+        return Inputs(
+            draw.leaves,
+            lambda ops: ops.point_errors(*frames_of[0], *frames_of[1], masks[0], seen, truth, masks[1], share, 10.0),
+        )
+
+    return Case("point_errors", f"{repeat}x{frames}x{points}", calls, build)
+
+
 def label(rows: Rows, transposed: bool = False) -> str:
     return "x".join(map(str, rows)) + ("t" if transposed else "")
 
 
 def training_cases(dap: int) -> list[Case]:
-    """Every trunk operation at this rank's share of the training crop."""
+    """Every operation at this rank's share of the training crop; structure module and losses are not shared out."""
     pair, msa, column = (1, N // dap, N), (1, MSA // dap, N), (1, N // dap, MSA)
     extra, template = (1, EXTRA // dap, N), (TEMPLATES, N // dap, N)
     heads = [128] * 4 + [4]
@@ -262,6 +294,9 @@ def training_cases(dap: int) -> list[Case]:
         transition(template, 64, 2, 2),
         layer_norm(pair, 128, 2),
         layer_norm((1, 1, N), 384, 10),
+        point_attention(N, 8),
+        point_errors(8, N, N, 1),
+        point_errors(1, 8 * N, 14 * N, 1),
     ]
 
 
@@ -289,4 +324,5 @@ def evaluation_cases(length: int) -> list[Case]:
         transition(extra, 64, 4, 0, evaluate=True),
         outer_product_project(extra, 64, 0, evaluate=True),
         outer_product_update(EXTRA, length, length, 0, evaluate=True),
+        point_attention(length, 0, evaluate=True),
     ]
