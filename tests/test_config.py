@@ -53,6 +53,7 @@ def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
         ("- 1\n", "must hold `key: value` lines"),
         ("system: x\nparallel: {dap_size: 3}\n", r"parallel.dap_size"),
         ("system: x\nparallel: {gpus_per_node: 8, dap_size: 8, num_eval_ranks: 1}\n", "multiple of dap_size 8"),
+        ("system: x\nparallel: {nodes: 2, gpus_per_node: 6, dap_size: 4}\n", "must divide the 6 ranks of a node"),
         ("system: x\nparallel: {gpus_per_node: 3}\n", "global_batch_size 128 must be a multiple of the 3"),
         ("system: x\ntraining: {gradient_accumulation_steps: 3}\n", "val_every_iters 40 must be a multiple"),
         (

@@ -25,7 +25,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "launch": ({"torch", "yaml"}, {"config", "errors", "launch", "parallel.ranks"}),
     "data": (DATA_FILES | {"torch"}, {"errors", "data", "stop_signals"}),
 }
-TORCH_IN_DATA = {"loader", "transforms", "synthetic", "features", "sampler", "bench"}
+TORCH_IN_DATA = {"loader", "shared_loader", "transforms", "synthetic", "features", "sampler", "bench"}
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names
 
 

@@ -105,7 +105,7 @@ def test_the_benchmark_systems_have_the_shape_of_their_name(
     assert evaluate % per_node == 0, "evaluation ranks fill whole nodes, so that a DAP group never spans two"
     assert config.micro_batch_size == 1
     assert config.parallel.cores_per_node is not None
-    assert per_node * (config.data.num_workers + 1) <= config.parallel.cores_per_node
+    assert per_node + per_node // dap * config.data.num_workers <= config.parallel.cores_per_node
     spec = system_spec(config)
     assert (spec.world_size, spec.dp_size, spec.is_benchmark) == (gpus, p.dp_size, True)
 

@@ -345,6 +345,11 @@ def combination_problems(config: Config) -> list[str]:
             f"parallel: {p.world_size} ranks minus num_eval_ranks {p.num_eval_ranks} must be a positive "
             f"multiple of dap_size {p.dap_size}"
         )
+    elif p.nodes > 1 and p.world_size // p.nodes % p.dap_size:
+        problems.append(
+            f"parallel.dap_size {p.dap_size} must divide the {p.world_size // p.nodes} ranks of a node: the ranks of a "
+            "group share a sample through the node's memory"
+        )
     elif t.global_batch_size % p.dp_size:
         problems.append(
             f"training.global_batch_size {t.global_batch_size} must be a multiple of the {p.dp_size} "

@@ -21,6 +21,7 @@ from scalefold.data import selection
 from scalefold.data.features import FeatureSettings
 from scalefold.data.loader import Batch, TrainLoader, to_device
 from scalefold.data.sampler import TrainingSampler, initialisation_seed
+from scalefold.data.shared_loader import SharedLoader
 from scalefold.data.store import Store
 from scalefold.data.synthetic import synthetic_batch
 from scalefold.errors import ConfigError
@@ -70,7 +71,7 @@ class Run:
     model: AlphaFold
     optimizer: Optimizer
     step: TrainStep
-    loader: TrainLoader
+    loader: TrainLoader | SharedLoader
     evaluator: Evaluator
     events: Events
     record: Record
@@ -98,7 +99,7 @@ class Run:
         self.events.train_samples(len(train.rows))
         lengths = evaluation_lengths(c, store)
         self.events.eval_samples(len(lengths))
-        self.events.dataloader_type(self.loader.name)
+        self.events.dataloader_type(f"InitialTrainingDataloader{c.data.dataloader.upper()}")
         self.evaluator.open_data(lengths)
         store.close()
         self.start_loader(self.first_step)
@@ -247,16 +248,7 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
     progress = make_progress(config, ranks)
     step = build_step(config, model, optimizer, ranks)
     evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops, schedule)
-    loader = TrainLoader(
-        config.data.store_dir,
-        settings,
-        num_workers=config.data.num_workers,
-        prefetch_factor=config.data.prefetch_factor,
-        in_order=config.data.dataloader == "pt",
-        pin_memory=config.data.pin_memory and ranks.device.type == "cuda",
-        agree=ranks.agree_in_replica if ranks.dap_group is not None else None,
-        chooses=ranks.layout.dap_index(ranks.rank) == 0,
-    )
+    loader = make_loader(config, ranks, settings)
     run = Run(
         schedule=schedule,
         ranks=ranks,
@@ -278,6 +270,25 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
     return run
 
 
+def make_loader(config: Config, ranks: Ranks, settings: FeatureSettings) -> TrainLoader | SharedLoader:
+    """The training loader of one rank; in a DAP group the first rank's workers build for all."""
+    d, grouped = config.data, ranks.dap_group is not None
+    page_locked = d.pin_memory and ranks.device.type == "cuda"
+    own = None
+    if not grouped or ranks.layout.dap_index(ranks.rank) == 0:
+        own = TrainLoader(
+            d.store_dir,
+            settings,
+            num_workers=d.num_workers,
+            prefetch_factor=d.prefetch_factor,
+            in_order=d.dataloader == "pt",
+            pin_memory=page_locked and not grouped,
+        )
+    if own is not None and not grouped:
+        return own
+    return SharedLoader(own, ranks, settings, config.local_batch_size, page_locked)
+
+
 def enter_next_phase(run: Run, step: int) -> bool:
     """Continue with the next phase after ``step``; False, and a checkpoint, if that needs other ranks."""
     stays = run.schedule.continues_here()
@@ -295,6 +306,7 @@ def enter_next_phase(run: Run, step: int) -> bool:
     run.step = build_step(config, run.model, run.optimizer, run.ranks, run.step.reducer)
     continue_counting(run.events, run.schedule)
     run.loader.close()
+    run.loader = make_loader(config, run.ranks, run.settings)
     run.start_loader(step + 1)
     return True
 

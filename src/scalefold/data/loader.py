@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -234,7 +234,6 @@ class _ReadyFirst:
         self._changed = threading.Condition()
         self._end: BaseException | None = None
         self._closed = False
-        self._wanted: int | None = None
         self._thread = threading.Thread(target=self._collect, name="ready-first", daemon=True)
         self._thread.start()
 
@@ -243,7 +242,7 @@ class _ReadyFirst:
             while not self._closed:
                 batch = self._workers.next()
                 with self._changed:
-                    self._changed.wait_for(self._has_room)
+                    self._changed.wait_for(lambda: self._closed or len(self._ready) < self._capacity)
                     heapq.heappush(self._ready, (batch.iteration, batch))
                     self._changed.notify_all()
         except BaseException as error:  # delivered by next(), in the training thread
@@ -251,29 +250,16 @@ class _ReadyFirst:
                 self._end = error
                 self._changed.notify_all()
 
-    def _has_room(self) -> bool:
-        return self._closed or self._wanted is not None or len(self._ready) < self._capacity
-
-    def next(self, wanted: int | None = None) -> Batch:
-        """The earliest ready draw; waits only if nothing is ready. With ``wanted`` that draw, waiting for it."""
+    def next(self) -> Batch:
+        """The earliest ready draw; waits only if nothing is ready."""
         with self._changed:
-            self._wanted = wanted
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: self._position(wanted) is not None or self._end is not None)
-            position, self._wanted = self._position(wanted), None
-            if position is None:
+            self._changed.wait_for(lambda: self._ready or self._end is not None)
+            if not self._ready:
                 assert self._end is not None
                 raise self._end
-            _, batch = self._ready.pop(position)
-            heapq.heapify(self._ready)
+            _, batch = heapq.heappop(self._ready)
             self._changed.notify_all()
         return batch
-
-    def _position(self, wanted: int | None) -> int | None:
-        """Place in the heap of the draw to hand out, None while it is not there."""
-        if wanted is None:
-            return 0 if self._ready else None
-        return next((i for i, (draw, _) in enumerate(self._ready) if draw == wanted), None)
 
     def close(self) -> None:
         """End the thread; it may still be waiting for one batch."""
@@ -316,8 +302,6 @@ class TrainLoader:
         prefetch_factor: batches in flight per worker. One batch of a benchmark sample takes 16 to 54 MB of /dev/shm.
         in_order: see above.
         pin_memory: page-locked batches (when a GPU is there).
-        agree: for ranks that share each sample (a DAP group) without order: called with the draw of this rank's choice
-            by the rank that ``chooses``, with None by the others; returns the chosen draw on all of them.
     """
 
     def __init__(
@@ -329,11 +313,8 @@ class TrainLoader:
         prefetch_factor: int = 4,
         in_order: bool = True,
         pin_memory: bool = False,
-        agree: Callable[[int | None], int] | None = None,
-        chooses: bool = True,
     ) -> None:
         self._settings, self._in_order = settings, in_order
-        self._agree, self._chooses = agree, chooses
         self._capacity = max(1, num_workers * prefetch_factor)
         self._workers = _Workers(
             ChainDataset(store_path, settings, training=True),
@@ -346,11 +327,6 @@ class TrainLoader:
         self._sampler: TrainingSampler | None = None
         self._num_workers = num_workers
         self.slow_samples = SlowSamples()
-
-    @property
-    def name(self) -> str:
-        """What the MLPerf log calls this loader."""
-        return f"InitialTrainingDataloader{'PT' if self._in_order else 'PQ'}"
 
     def spawn(self) -> None:
         """Start the worker processes without touching data; allowed before ``run_start``."""
@@ -376,7 +352,7 @@ class TrainLoader:
             raise RuntimeError("the loader has not been started")
         start = time.perf_counter()
         try:
-            batch = self._next_batch()
+            batch = self._workers.next() if self._ready is None else self._ready.next()
         except StopIteration:
             raise DataError(f"iteration {iteration}: the loader was started for fewer iterations") from None
         wait_ms = 1e3 * (time.perf_counter() - start)
@@ -386,17 +362,6 @@ class TrainLoader:
             )
         self.slow_samples.add(batch)
         return replace(batch.first_slices(self._sampler.recycling(iteration) + 1), wait_ms=wait_ms)
-
-    def _next_batch(self) -> Batch:
-        if self._ready is None:
-            return self._workers.next()
-        if self._agree is None:
-            return self._ready.next()
-        if self._chooses:
-            batch = self._ready.next()
-            self._agree(batch.iteration)
-            return batch
-        return self._ready.next(self._agree(None))
 
     def close(self) -> None:
         """End thread and worker processes; the loader may be started again."""

@@ -131,12 +131,13 @@ class Ranks:
         """Replica of this rank."""
         return self.layout.dp_index(self.rank)
 
-    def agree_in_replica(self, choice: int | None) -> int:
-        """The first rank's ``choice``, on every rank of its axial-parallel group."""
-        number = torch.tensor([-1 if choice is None else choice])
-        first = self.layout.dap_group(self.rank)[0]
-        dist.broadcast(number, src=first, group=self.dap_control_group)
-        return int(number)
+    def broadcast_in_replica(self, values: torch.Tensor) -> None:
+        """Overwrite a CPU tensor with the first rank's, on every rank of this axial-parallel group."""
+        dist.broadcast(values, src=self.layout.dap_group(self.rank)[0], group=self.dap_control_group)
+
+    def barrier_in_replica(self) -> None:
+        """Wait for all ranks of this axial-parallel group."""
+        dist.barrier(group=self.dap_control_group)
 
     def barrier(self) -> None:
         """Wait for all ranks of the run."""
