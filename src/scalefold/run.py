@@ -273,9 +273,8 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
 def make_loader(config: Config, ranks: Ranks, settings: FeatureSettings) -> TrainLoader | SharedLoader:
     """The training loader of one rank; in a DAP group the first rank's workers build for all."""
     d, grouped = config.data, ranks.dap_group is not None
-    page_locked = d.pin_memory and ranks.device.type == "cuda"
-    own = None
-    if not grouped or ranks.layout.dap_index(ranks.rank) == 0:
+    page_locked, own = d.pin_memory and ranks.device.type == "cuda", None
+    if ranks.layout.dap_index(ranks.rank) == 0:
         own = TrainLoader(
             d.store_dir,
             settings,
@@ -284,9 +283,9 @@ def make_loader(config: Config, ranks: Ranks, settings: FeatureSettings) -> Trai
             in_order=d.dataloader == "pt",
             pin_memory=page_locked and not grouped,
         )
-    if own is not None and not grouped:
-        return own
-    return SharedLoader(own, ranks, settings, config.local_batch_size, page_locked)
+    if grouped or own is None:
+        return SharedLoader(own, ranks, settings, config.local_batch_size, page_locked)
+    return own
 
 
 def enter_next_phase(run: Run, step: int) -> bool:

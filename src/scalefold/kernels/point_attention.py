@@ -1,14 +1,20 @@
-"""Weights of invariant point attention in Triton, forward and backward (Supplement Algorithm 22).
+"""Invariant point attention (Supplement Algorithm 22), forward and backward: library products around four kernels.
 
-Scalar products, point distances, bias, mask and softmax of a block of rows stay in registers, where the plain form
-stores an array [N, N, H, P, 3] several times per iteration of the structure module. The products of the weights with
-values, points and pair representation stay with the library. Saved: the inputs and the weights. All in fp32, the
-coordinates element-wise; each gradient has a single writer.
+Same meaning as ``reference.invariant_point_attention``, without its [N, N, H, P, 3] intermediate: distances and softmax
+happen in registers, and of the size N^2 H only the weights are written. Channels and points are packed side by side
+first, whatever their strides: q and k as components of residues [C, N], which the kernels read in contiguous pieces; v
+as rows [N, C], so that one product gives both of its outputs. All in fp32. Products of q and k and everything about a
+coordinate are element-wise; the products with the weights are the library's and follow its tf32 switch.
+
+Forward:  pack; logits and softmax by rows; two products.
+Backward: pack the gradients of o and o_points; gradient of the weights (two products); gradients of logits, bias and q
+          by rows, of k by columns; the sum for the point weights; gradients of v and z (two products).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,163 +23,252 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference, tuning
+from scalefold.kernels.rows import sum_partials
 
-LONGEST = 2048  # residues whose row fits into registers
+LONGEST = 2048  # residues: a row of scores stays in registers
+TILE = 2048  # scores per program: 16 per thread of four warps
+PACKED_RESIDUES = 16  # per program that packs
+SQRT_THIRD = tl.constexpr((1.0 / 3.0) ** 0.5)  # weight of the bias, one of three terms of the logits
+SQRT_3 = tl.constexpr(3.0**0.5)
 
-
-def _tile(elements: int, warps: int) -> tuning.Config:
-    return {"ELEMENTS": elements, "num_warps": warps}
-
-
-for _name in ("point_attention_forward", "point_attention_rows", "point_attention_columns"):
-    tuning.register(
-        _name,
-        default=lambda fields, capability: _tile(2048, 4),
-        candidates=lambda fields: [_tile(e, w) for e, w in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8))],
-    )
+Split = tuple[Tensor, Tensor]  # channels [B, N, H, D], points [B, N, H, P, 3]
 
 
 @triton.jit
-def _load(pointer, strides, b, n, h, c, valid):
-    """Channel c of head h at residues n of a tensor [B, N, H, C]."""
-    offsets = b * strides[0] + n.to(tl.int64) * strides[1] + h * strides[2] + c * strides[3]
-    return tl.load(pointer + offsets, mask=valid, other=0.0)
+def _pack_one(
+    channels, points, packed, channel_strides, point_strides, packed_strides, b, i, h, n,
+    D: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """packed[b, i, h] = D channels, then C - D coordinates; WIDTH is C rounded up."""
+    c = tl.arange(0, WIDTH)[None, :]
+    exists = (i < n)[:, None]
+    channels += b * channel_strides[0] + h * channel_strides[2]
+    points += b * point_strides[0] + h * point_strides[2]
+    packed += b * packed_strides[0] + h * packed_strides[2]
+    i = i[:, None]
+    value = tl.load(channels + i * channel_strides[1] + c * channel_strides[3], mask=exists & (c < D), other=0.0)
+    where = i * point_strides[1] + (c - D) // 3 * point_strides[3] + (c - D) % 3 * point_strides[4]
+    value += tl.load(points + where, mask=exists & (c >= D) & (c < C), other=0.0)
+    tl.store(packed + i * packed_strides[1] + c * packed_strides[3], value, mask=exists & (c < C))
 
 
 @triton.jit
-def _distances_sq(qp, qp_strides, kp, kp_strides, b, i, j, h, is_i, is_j, POINTS: tl.constexpr):
-    """Squared distances summed over the points of a head, tile [i, j]; points as [B, N, H, 3 P]."""
-    total = tl.zeros([i.shape[0], j.shape[0]], tl.float32)
-    for c in tl.static_range(POINTS):
-        here = _load(qp, qp_strides, b, i, h, c, is_i)
-        there = _load(kp, kp_strides, b, j, h, c, is_j)
-        difference = here[:, None] - there[None, :]
-        total += difference * difference
-    return total
+def _pack_kernel(
+    channels, points, packed, channel_strides, point_strides, packed_strides, n, COUNT: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (block of residues, head, sample) of each of COUNT tensors."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    for t in tl.static_range(COUNT):
+        _pack_one(
+            channels[t], points[t], packed[t], channel_strides[t], point_strides[t], packed_strides[t], b, i, h, n,
+            D[t], C[t], WIDTH[t],
+        )  # fmt: skip
+
+
+@triton.jit
+def _component(packed, c, at, n):
+    """Component c of residues ``at`` of one head; packed: [C, n]."""
+    return tl.load(packed + c * n + at, mask=at < n, other=0.0)
 
 
 @triton.jit
 def _forward_kernel(
-    q, q_strides, k, k_strides, qp, qp_strides, kp, kp_strides, bias, bias_strides, point_weights, mask, weights,
-    N, H, scale, bias_scale, inf, D: tl.constexpr, POINTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    q, k, bias, bias_strides, point_weights, mask, mask_strides, weights, n, scale, inf,
+    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of rows i, head, sample): softmax over all j."""
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    is_i, is_j = i < N, j < N
-    logits = tl.zeros([ROWS, BLOCK], tl.float32)
-    for d in tl.static_range(D):
-        here, there = _load(q, q_strides, b, i, h, d, is_i), _load(k, k_strides, b, j, h, d, is_j)
-        logits += here[:, None] * there[None, :]
-    inside = is_i[:, None] & is_j[None, :]
-    offsets = b * bias_strides[0] + i[:, None].to(tl.int64) * bias_strides[1] + j[None, :] * bias_strides[2]
-    logits = logits * scale + tl.load(bias + offsets + h * bias_strides[3], mask=inside, other=0.0) * bias_scale
-    distance_sq = _distances_sq(qp, qp_strides, kp, kp_strides, b, i, j, h, is_i, is_j, POINTS)
-    logits -= 0.5 * tl.load(point_weights + h) * distance_sq
-    keep_i = tl.load(mask + b * N + i, mask=is_i, other=0.0)
-    keep_j = tl.load(mask + b * N + j, mask=is_j, other=0.0)
+    """Program (head, block of i, sample): weights [B, H, n, n]. q, k: [B, H, C, n]; LENGTH is n rounded up."""
+    h, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    head = b * tl.num_programs(0) + h
+    q += head * C * n
+    k += head * C * n
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, LENGTH)
+    logits = tl.zeros([BLOCK, LENGTH], tl.float32)
+    for c in tl.static_range(D):
+        logits += _component(q, c, i, n)[:, None] * _component(k, c, j, n)[None, :]
+    inside = (i < n)[:, None] & (j < n)[None, :]
+    bias += b * bias_strides[0] + h * bias_strides[3]
+    where = i[:, None] * bias_strides[1] + j[None, :] * bias_strides[2]
+    logits = logits * scale + tl.load(bias + where, mask=inside, other=0.0) * SQRT_THIRD
+    distance_sq = tl.zeros([BLOCK, LENGTH], tl.float32)
+    for c in tl.static_range(D, C):
+        difference = _component(q, c, i, n)[:, None] - _component(k, c, j, n)[None, :]
+        distance_sq += difference * difference
+    logits -= 0.5 * (distance_sq * tl.load(point_weights + h))
+    mask += b * mask_strides[0]
+    keep_i = tl.load(mask + i * mask_strides[1], mask=i < n, other=0.0)
+    keep_j = tl.load(mask + j * mask_strides[1], mask=j < n, other=0.0)
     logits += (keep_i[:, None] * keep_j[None, :] - 1.0) * inf
-    logits = tl.where(is_j[None, :], logits, -float("inf"))
+    logits = tl.where((j < n)[None, :], logits, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits, 1)[:, None])
-    own = weights + ((b * H + h) * N + i[:, None]) * N + j[None, :]
-    tl.store(own, exponentials / tl.sum(exponentials, 1)[:, None], mask=inside)
+    normalised = exponentials / tl.sum(exponentials, 1)[:, None]
+    tl.store(weights + head * n * n + i[:, None] * n + j[None, :], normalised, mask=inside)
 
 
 @triton.jit
-def _rows_backward_kernel(
-    d_weights, weights, k, k_strides, qp, qp_strides, kp, kp_strides, point_weights, d_logits, dq, dqp, partials,
-    N, H, scale, D: tl.constexpr, POINTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _own_gradient(
+    d, own, other, d_own, at, along, n, scale, point_weight, D: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
-    """Program (block of rows i, head, sample): gradients of logits, q and its points; sum for the head's weight."""
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    is_i, is_j = i < N, j < N
-    inside = is_i[:, None] & is_j[None, :]
-    own = ((b * H + h) * N + i[:, None]) * N + j[None, :]
-    p = tl.load(weights + own, mask=inside, other=0.0)
-    d = tl.load(d_weights + own, mask=inside, other=0.0)
-    d = p * (d - tl.sum(p * d, 1)[:, None])
-    tl.store(d_logits + own, d, mask=inside)
+    """Store the gradient of components ``own`` [C, n] of residues ``at``, which attend or are attended ``along``.
+
+    d: gradient of the bias [at, along] = that of the logits times sqrt(1/3), so the other terms carry sqrt(3).
+    Returns d times the squared distances, [at, along].
+    """
     for c in tl.static_range(D):
-        there = _load(k, k_strides, b, j, h, c, is_j)
-        tl.store(dq + ((b * N + i) * H + h) * D + c, tl.sum(d * there[None, :], 1) * scale, mask=is_i)
-    weight = tl.load(point_weights + h)
-    total = tl.zeros([ROWS], tl.float32)
-    for c in tl.static_range(POINTS):
-        here, there = _load(qp, qp_strides, b, i, h, c, is_i), _load(kp, kp_strides, b, j, h, c, is_j)
-        difference = here[:, None] - there[None, :]
-        pull = tl.sum(d * difference, 1)
-        tl.store(dqp + ((b * N + i) * H + h) * POINTS + c, -weight * pull, mask=is_i)
-        total += tl.sum(d * difference * difference, 1)
-    tl.store(partials + (b * tl.num_programs(0) + tl.program_id(0)) * H + h, -0.5 * tl.sum(total, 0))
+        gradient = tl.sum(d * _component(other, c, along, n)[None, :], 1) * scale
+        tl.store(d_own + c * n + at, gradient, mask=at < n)
+    weighted = tl.zeros(d.shape, tl.float32)
+    for c in tl.static_range(D, C):
+        difference = _component(own, c, at, n)[:, None] - _component(other, c, along, n)[None, :]
+        product = d * difference
+        tl.store(d_own + c * n + at, tl.sum(product, 1) * (-SQRT_3 * point_weight), mask=at < n)
+        weighted += product * difference
+    return weighted
 
 
 @triton.jit
-def _columns_backward_kernel(
-    d_logits, q, q_strides, qp, qp_strides, kp, kp_strides, point_weights, dk, dkp, N, H, scale,
-    D: tl.constexpr, POINTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+def _rows_kernel(
+    q, k, point_weights, weights, d_weights, d_q, partials, n, scale,
+    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of columns j, head, sample): gradients of k and its points, summed over all i."""
-    h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i, j = tl.arange(0, BLOCK), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_i, is_j = i < N, j < N
-    own = ((b * H + h) * N + i[:, None]) * N + j[None, :]
-    d = tl.load(d_logits + own, mask=is_i[:, None] & is_j[None, :], other=0.0)
-    for c in tl.static_range(D):
-        here = _load(q, q_strides, b, i, h, c, is_i)
-        tl.store(dk + ((b * N + j) * H + h) * D + c, tl.sum(d * here[:, None], 0) * scale, mask=is_j)
+    """Program (head, block of i, sample): d_weights [B, H, n, n] becomes the gradient of the bias; gradient of q.
+
+    partials: [B, blocks of i, H], the share of each program in the gradient of the point weights.
+    """
+    h = tl.program_id(0)
+    head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + h
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, LENGTH)
+    inside = (i < n)[:, None] & (j < n)[None, :]
+    where = head * n * n + i[:, None] * n + j[None, :]
+    p = tl.load(weights + where, mask=inside, other=0.0)
+    d = tl.load(d_weights + where, mask=inside, other=0.0)
+    d = p * (d - tl.sum(p * d, 1)[:, None]) * SQRT_THIRD
+    tl.store(d_weights + where, d, mask=inside)
+    first = head * C * n
     weight = tl.load(point_weights + h)
-    for c in tl.static_range(POINTS):
-        here, there = _load(qp, qp_strides, b, i, h, c, is_i), _load(kp, kp_strides, b, j, h, c, is_j)
-        pull = tl.sum(d * (here[:, None] - there[None, :]), 0)
-        tl.store(dkp + ((b * N + j) * H + h) * POINTS + c, weight * pull, mask=is_j)
+    weighted = _own_gradient(d, q + first, k + first, d_q + first, i, j, n, scale, weight, D, C)
+    program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + h
+    tl.store(partials + program, tl.sum(tl.sum(weighted, 1), 0) * (-0.5 * SQRT_3))
 
 
-class _Weights(torch.autograd.Function):
-    """Arguments: q, k [B, N, H, D], points [B, N, H, 3 P], bias [B, N, N, H], point weights [H], mask [B, N], inf."""
+@triton.jit
+def _columns_kernel(
+    q, k, point_weights, d_bias, d_k, n, scale,
+    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
+):  # fmt: skip
+    """Program (head, block of j, sample): gradient of k. d_bias: [B, H, n, n], from the rows kernel."""
+    h = tl.program_id(0)
+    head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + h
+    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.arange(0, LENGTH)
+    inside = (j < n)[:, None] & (i < n)[None, :]
+    d = tl.load(d_bias + head * n * n + j[:, None] + i[None, :] * n, mask=inside, other=0.0)
+    first = head * C * n
+    weight = tl.load(point_weights + h)
+    _own_gradient(d, k + first, q + first, d_k + first, j, i, n, scale, weight, D, C)
 
+
+def _pack(splits: Sequence[Split], packed: Sequence[Tensor]) -> None:
+    """Write channels and flattened points side by side, several tensors in one launch. packed: [B, N, H, C] each."""
+    channels, points = zip(*splits, strict=True)
+    batch, n, heads, _ = packed[0].shape
+    widths = tuple(tensor.shape[-1] for tensor in packed)
+    _pack_kernel[(tuning.ceil_div(n, PACKED_RESIDUES), heads, batch)](
+        channels, points, tuple(packed), *(tuple(t.stride() for t in group) for group in (channels, points, packed)), n,
+        COUNT=len(packed), D=tuple(tensor.shape[-1] for tensor in channels), C=widths,
+        WIDTH=tuple(map(tuning.power_of_two, widths)), BLOCK=PACKED_RESIDUES, num_warps=4,
+    )  # fmt: skip
+
+
+def _components(packed: Tensor) -> Tensor:
+    """Memory [B, H, C, N] seen as [B, N, H, C]."""
+    return packed.permute(0, 3, 1, 2)
+
+
+def _split(packed: Tensor, width: int) -> Split:
+    """Packed [B, N, H, C] as ``width`` channels and points, both views."""
+    return packed[..., :width], packed[..., width:].unflatten(-1, (-1, 3))
+
+
+def _rows_launch(name: str, weights: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and options of a kernel whose programs hold whole rows of weights [B, H, N, N]."""
+    batch, heads, n, _ = weights.shape
+    length = tuning.power_of_two(n)
+    config = tuning.lookup(name, batch=batch, heads=heads, n=length)
+    return (heads, tuning.ceil_div(n, config["BLOCK"]), batch), {"LENGTH": length, **config}
+
+
+class _PointAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, qp, kp, bias, point_weights, mask, inf):
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, q_points: Tensor, k_points: Tensor, v_points: Tensor,
+        bias: Tensor, z: Tensor, point_weights: Tensor, mask: Tensor, inf: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         batch, n, heads, width = q.shape
-        ctx.scales = scale, bias_scale = (3.0 * width) ** -0.5, (1.0 / 3.0) ** 0.5
+        qk = q.new_empty(2, batch, heads, width + q_points[0, 0, 0].numel(), n)
+        values = q.new_empty(batch, n, heads, v.shape[-1] + v_points[0, 0, 0].numel())
+        _pack([(q, q_points), (k, k_points), (v, v_points)], [_components(qk[0]), _components(qk[1]), values])
         weights = q.new_empty(batch, heads, n, n)
-        config, blocks = _config("point_attention_forward", n)
-        _forward_kernel[(blocks, heads, batch)](
-            q, q.stride(), k, k.stride(), qp, qp.stride(), kp, kp.stride(), bias, bias.stride(), point_weights,
-            mask.contiguous(), weights, n, heads, scale, bias_scale, inf, D=width, POINTS=qp.shape[-1], **config,
+        grid, options = _rows_launch("point_attention_forward", weights)
+        _forward_kernel[grid](
+            qk[0], qk[1], bias, bias.stride(), point_weights, mask, mask.stride(), weights, n, (3.0 * width) ** -0.5,
+            inf, D=width, C=qk.shape[3], **options,
         )  # fmt: skip
-        ctx.save_for_backward(q, k, qp, kp, point_weights, weights)
-        return weights
+        out, pair = torch.empty_like(values), q.new_empty(batch, n, heads, z.shape[-1])
+        for weights_n, values_n, z_n, out_n, pair_n in zip(weights, values, z, out, pair, strict=True):
+            torch.bmm(weights_n, values_n.transpose(0, 1), out=out_n.transpose(0, 1))
+            torch.bmm(weights_n.transpose(0, 1), z_n, out=pair_n)
+        ctx.save_for_backward(qk, values, z, point_weights, weights)
+        ctx.widths = width, v.shape[-1]
+        return *_split(out, v.shape[-1]), pair
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_weights):
-        q, k, qp, kp, point_weights, weights = ctx.saved_tensors
-        batch, n, heads, width = q.shape
-        scale, bias_scale = ctx.scales
-        d_logits = torch.empty_like(weights)
-        dq, dk, dqp, dkp = (x.new_empty(x.shape) for x in (q, k, qp, kp))
-        sizes = {"D": width, "POINTS": qp.shape[-1]}
-        config, blocks = _config("point_attention_rows", n)
-        partials = q.new_empty(batch * blocks, heads)
-        _rows_backward_kernel[(blocks, heads, batch)](
-            d_weights.contiguous(), weights, k, k.stride(), qp, qp.stride(), kp, kp.stride(), point_weights, d_logits,
-            dq, dqp, partials, n, heads, scale, **sizes, **config,
-        )  # fmt: skip
-        config, blocks = _config("point_attention_columns", n)
-        _columns_backward_kernel[(blocks, heads, batch)](
-            d_logits, q, q.stride(), qp, qp.stride(), kp, kp.stride(), point_weights, dk, dkp, n, heads, scale,
-            **sizes, **config,
-        )  # fmt: skip
-        return dq, dk, dqp, dkp, (d_logits * bias_scale).permute(0, 2, 3, 1), partials.sum(0), None, None
+    def backward(ctx: Any, *d_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        qk, values, z, point_weights, weights = ctx.saved_tensors
+        width, v_width = ctx.widths
+        d_o, d_points, d_pair = d_outputs
+        d_out = torch.empty_like(values)
+        _pack([(d_o, d_points)], [d_out])
+        d_bias = _weights_gradient(values, z, d_out, d_pair)
+        d_qk, d_point_weights = _logits_gradient(qk, point_weights, weights, d_bias, width)
+        d_values, d_z = torch.empty_like(values), torch.empty(z.shape, dtype=z.dtype, device=z.device)
+        for weights_n, d_out_n, d_pair_n, d_values_n, d_z_n in zip(weights, d_out, d_pair, d_values, d_z, strict=True):
+            torch.bmm(weights_n.transpose(1, 2), d_out_n.transpose(0, 1), out=d_values_n.transpose(0, 1))
+            torch.bmm(weights_n.permute(1, 2, 0), d_pair_n, out=d_z_n)
+        d_q, d_q_points = _split(_components(d_qk[0]), width)
+        d_k, d_k_points = _split(_components(d_qk[1]), width)
+        d_v, d_v_points = _split(d_values, v_width)
+        d_bias = d_bias.permute(0, 2, 3, 1)
+        return d_q, d_k, d_v, d_q_points, d_k_points, d_v_points, d_bias, d_z, d_point_weights, None, None
 
 
-def _config(name: str, n: int) -> tuple[tuning.Config, int]:
-    """Launch parameters for rows of n residues, and the number of blocks of rows."""
-    block = 1 << (n - 1).bit_length()
-    chosen = tuning.lookup(name, residues=block)
-    rows = max(1, min(chosen["ELEMENTS"] // block, block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": chosen["num_warps"]}, -(-n // rows)
+def _weights_gradient(values: Tensor, z: Tensor, d_out: Tensor, d_pair: Tensor) -> Tensor:
+    """[B, H, N, N] from the gradients of the packed outputs [B, N, H, C] and of o_pair [B, N, H, c_z]."""
+    batch, n, heads, _ = values.shape
+    d_weights = values.new_empty(batch, heads, n, n)
+    for values_n, z_n, d_out_n, d_pair_n, d_weights_n in zip(values, z, d_out, d_pair, d_weights, strict=True):
+        torch.bmm(d_out_n.transpose(0, 1), values_n.permute(1, 2, 0), out=d_weights_n)
+        d_weights_n.transpose(0, 1).baddbmm_(d_pair_n, z_n.transpose(1, 2))
+    return d_weights
+
+
+def _logits_gradient(
+    qk: Tensor, point_weights: Tensor, weights: Tensor, d_weights: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k [2, B, H, C, N] and of the point weights [H]; d_weights becomes that of the bias."""
+    n, sizes = weights.shape[-1], {"D": width, "C": qk.shape[3]}
+    scale = width**-0.5
+    d_qk = torch.empty_like(qk)
+    grid, options = _rows_launch("point_attention_rows", weights)
+    partials = qk.new_empty(grid[2] * grid[1], grid[0])
+    _rows_kernel[grid](qk[0], qk[1], point_weights, weights, d_weights, d_qk[0], partials, n, scale, **sizes, **options)
+    grid, options = _rows_launch("point_attention_columns", weights)
+    _columns_kernel[grid](qk[0], qk[1], point_weights, d_weights, d_qk[1], n, scale, **sizes, **options)
+    return d_qk, sum_partials(partials, point_weights.dtype)
 
 
 def invariant_point_attention(
@@ -189,29 +284,42 @@ def invariant_point_attention(
     mask: Tensor,
     inf: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``reference.invariant_point_attention`` in fp32 for up to 2048 residues; all else takes the plain definition."""
-    given = (q, k, q_points, k_points, bias, point_weights, mask)
-    if not all(x.dtype == torch.float32 for x in given) or not 0 < q.shape[1] <= LONGEST:
-        return reference.invariant_point_attention(
-            q, k, v, q_points, k_points, v_points, bias, z, point_weights, mask, inf
-        )
-    weights = _Weights.apply(q, k, q_points.flatten(-2), k_points.flatten(-2), bias, point_weights, mask, inf)
-    return reference.weigh_values_points_and_pairs(weights, v, v_points, z)  # type: ignore[arg-type]
+    """``reference.invariant_point_attention``, once differentiable: four launches forward, eight backward at B = 1.
+
+    Inputs of any strides. The plain definition where a tensor is not fp32, is empty, or has more than 2048 residues.
+    Saved: z, the point weights, packed copies of q, k, v and points, and the attention weights [B, H, N, N].
+    """
+    tensors = (q, k, v, q_points, k_points, v_points, bias, z, point_weights, mask)
+    fits = all(x.dtype == torch.float32 and x.numel() > 0 for x in tensors) and q.shape[1] <= LONGEST
+    return (_PointAttention.apply if fits else reference.invariant_point_attention)(*tensors, inf)
+
+
+def _default(fields: tuning.Fields, capability: int) -> tuning.Config:
+    return {"BLOCK": max(1, min(16, TILE // int(fields["n"]))), "num_warps": 4}
+
+
+def _candidates(fields: tuning.Fields) -> list[tuning.Config]:
+    blocks = [tile // int(fields["n"]) for tile in (1024, 2048, 4096, 8192)]
+    return [{"BLOCK": block, "num_warps": warps} for block in blocks if 1 <= block <= 32 for warps in (2, 4, 8)]
+
+
+for _name in ("point_attention_forward", "point_attention_rows", "point_attention_columns"):
+    tuning.register(_name, _default, _candidates)
 
 
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
-    """A benchmark crop; see ``tuning``."""
-    return [("point_attention", _meta_call)]
+    """Forward and backward at the benchmark's shapes on meta tensors; see ``tuning``."""
+    return [("point_attention", lambda: _meta_run(256)), ("point_attention_evaluation", lambda: _meta_run(704))]
 
 
-def _meta_call() -> None:
+def _meta_run(n: int) -> None:
     def empty(*shape: int) -> Tensor:
-        return torch.empty(1, *shape, device="meta", requires_grad=True)
+        return torch.empty(shape, device="meta", requires_grad=True)
 
-    scalars = [empty(256, 12, 16) for _ in range(3)]
-    points = [empty(256, 12, count, 3) for count in (4, 4, 8)]
-    weights, mask = empty(12).view(12), torch.empty(1, 256, device="meta")
+    projected = empty(1, n, 12, 48).split(16, dim=-1)
+    points = empty(1, n, 12, 16, 3).split((4, 4, 8), dim=-2)
+    mask = torch.empty((1, n), device="meta")
     outputs = invariant_point_attention(
-        *scalars, *points, empty(256, 256, 12), empty(256, 256, 128), weights, mask, 1e5
+        *projected, *points, empty(1, n, n, 12), empty(1, n, n, 128), empty(12), mask, 1e5
     )
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])

@@ -215,13 +215,6 @@ def invariant_point_attention(
     logits = logits - 0.5 * (distance_sq * point_weights).permute(0, 3, 1, 2)
     pair_mask = mask[:, :, None] * mask[:, None, :]
     weights = torch.softmax(logits + (pair_mask - 1.0)[:, None] * inf, dim=-1)
-    return weigh_values_points_and_pairs(weights, v, v_points, z)
-
-
-def weigh_values_points_and_pairs(
-    weights: Tensor, v: Tensor, v_points: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The three sums of Supplement Algorithm 22, lines 8 to 10. weights: [B, H, N, N], softmax over the last."""
     o = torch.einsum("bhij,bjhd->bihd", weights, v)
     o_points = torch.einsum("bhij,bjhpx->bihpx", weights, v_points)
     o_pair = torch.einsum("bhij,bijc->bihc", weights, z)

@@ -267,7 +267,7 @@ def _start_watch(ranks: Ranks, store: Store, startup_timeout_s: float, step_time
     peers = layout.train_ranks if ranks.trains else layout.eval_ranks
     ranks.watch = Watch(ranks.rank, layout.world_size, store, startup_timeout_s, step_timeout_s, peers)
     if ranks.trains:
-        groups = (ranks.train_group, ranks.train_control_group, ranks.dap_group)
+        groups = (ranks.train_group, ranks.train_control_group, ranks.dap_group, ranks.dap_control_group)
         ranks.watch.groups = [group for group in groups if group is not None]
     ranks.watch.start()
     ranks.barrier()
