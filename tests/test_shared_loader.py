@@ -122,7 +122,7 @@ def test_shared_memory_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.distributed
 @pytest.mark.parametrize("order", ["pt", "pq"])
 def test_only_the_first_rank_of_a_group_builds_samples(tiny_store: Path, tmp_path: Path, order: str) -> None:
-    group = ("parallel.ranks_per_node=2", "parallel.dap_size=2", f"data.dataloader={order}", "data.num_workers=1")
+    group = ("parallel.ranks_per_node=2", "parallel.dap_size=2", f"data.dataloader={order}")
     config = tiny_config(tiny_store, tmp_path, *group)
     context, port = mp.get_context("fork"), free_port()
     found = context.SimpleQueue()
