@@ -82,7 +82,7 @@ def main() -> int:
     counted = metrics.step > FILLING
     kinds = np.unique(metrics.passes[counted])
     rows = [row(f"{passes:.0f}", metrics, counted & (metrics.passes == passes), workers) for passes in kinds]
-    mean = np.mean([metrics.step_ms[counted & (metrics.passes == passes)].mean() for passes in kinds])
+    mean = np.mean([own["mean_ms"] for own in rows])
     rows.append(row("all", metrics, counted, workers))
     print_table(rows)
     print(f"mean over {len(kinds)} numbers of passes, each counted once: {mean:.1f} ms")

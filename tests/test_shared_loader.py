@@ -120,8 +120,10 @@ def test_shared_memory_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("order", ["pt", "pq"])
-def test_only_the_first_rank_of_a_group_builds_samples(tiny_store: Path, tmp_path: Path, order: str) -> None:
+@pytest.mark.parametrize(
+    ("order", "name"), [("pt", "InitialTrainingDataloaderPT"), ("pq", "InitialTrainingDataloaderPQ")]
+)
+def test_only_the_first_rank_of_a_group_builds_samples(tiny_store: Path, tmp_path: Path, order: str, name: str) -> None:
     group = ("parallel.ranks_per_node=2", "parallel.dap_size=2", f"data.dataloader={order}")
     config = tiny_config(tiny_store, tmp_path, *group)
     context, port = mp.get_context("fork"), free_port()
@@ -136,6 +138,7 @@ def test_only_the_first_rank_of_a_group_builds_samples(tiny_store: Path, tmp_pat
     assert seen[0] == (True, seen[1][1])
     assert seen[1][0] is False
     assert len(seen[1][1]) == 4
+    assert f'"{name}"' in (tmp_path / "result_0.txt").read_text()
 
 
 def _train_and_tell(config: Config, rank: int, port: int, found: "SimpleQueue") -> None:

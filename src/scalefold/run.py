@@ -448,10 +448,11 @@ def build_step(
 
     A model has one ``reducer`` for life, because that hangs on its parameters; None makes it.
     """
-    terms = loss_terms(config.loss, optimizer.ops)
     if config.execution.compile and ranks.device.type == "cuda" and can_fuse(ranks.device):
         fuse_model(model)
         terms = fuse_terms(loss_terms(config.loss))  # the compiler sees through plain operations only
+    else:
+        terms = loss_terms(config.loss, optimizer.ops)
 
     def objective(batch: Mapping[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
         return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms)

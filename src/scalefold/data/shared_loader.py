@@ -84,7 +84,7 @@ class SharedLoader:
             return self._receive(slot, start)
         batch = self._own.next(iteration)
         slot[: batch.buffer.numel()].copy_(batch.buffer)
-        self._replica.broadcast_in_replica(_header(batch, self._shapes[0].batch_size))
+        self._replica.broadcast_in_replica(_header(batch))
         return replace(batch, buffer=slot[: batch.buffer.numel()])
 
     def close(self) -> None:
@@ -160,8 +160,8 @@ def _empty_header(batch_size: int) -> np.ndarray:
     return np.zeros(1, [("iteration", "i8"), ("num_slices", "i8"), ("samples", sample, (batch_size,))])
 
 
-def _header(batch: Batch, batch_size: int) -> Tensor:
-    header = _empty_header(batch_size)
+def _header(batch: Batch) -> Tensor:
+    header = _empty_header(batch.shape.batch_size)
     header["iteration"], header["num_slices"] = batch.iteration, batch.passes
     samples = header["samples"][0]
     samples["index"], samples["seed"], samples["build_s"] = batch.indices, batch.seeds, batch.build_s

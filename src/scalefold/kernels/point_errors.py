@@ -48,8 +48,17 @@ def _load_vectors(pointer, index, valid):
 
 
 @triton.jit
+def _store_vectors(pointer, index, x, y, z, valid):
+    """What ``_load_vectors`` loads."""
+    first = pointer + index * 3
+    tl.store(first, x, mask=valid)
+    tl.store(first + 1, y, mask=valid)
+    tl.store(first + 2, z, mask=valid)
+
+
+@triton.jit
 def _load_frames(rotation, translation, index, valid):
-    """Rows of the rotations, and the translations."""
+    """Rows of the rotations, and the translations: twelve vectors [F]."""
     xx, xy, xz = _load_vectors(rotation, index * 3, valid)
     yx, yy, yz = _load_vectors(rotation, index * 3 + 1, valid)
     zx, zy, zz = _load_vectors(rotation, index * 3 + 2, valid)
@@ -58,13 +67,23 @@ def _load_frames(rotation, translation, index, valid):
 
 
 @triton.jit
-def _seen(xx, xy, xz, yx, yy, yz, zx, zy, zz, tx, ty, tz, x, y, z):
+def _seen(frames, points):
     """Points [P] seen from frames [F]: relative to their origins, then turned; six tiles [F, P]."""
+    xx, xy, xz, yx, yy, yz, zx, zy, zz, tx, ty, tz = frames
+    x, y, z = points
     x, y, z = x[None, :] - tx[:, None], y[None, :] - ty[:, None], z[None, :] - tz[:, None]
     u = xx[:, None] * x + yx[:, None] * y + zx[:, None] * z
     v = xy[:, None] * x + yy[:, None] * y + zy[:, None] * z
     w = xz[:, None] * x + yz[:, None] * y + zz[:, None] * z
     return x, y, z, u, v, w
+
+
+@triton.jit
+def _differences(frames, points, target_frames, target_points):
+    """Points relative to the origins of their frames, and by how much they are seen elsewhere than in the truth."""
+    x, y, z, u, v, w = _seen(frames, points)
+    _, _, _, r, s, t = _seen(target_frames, target_points)
+    return x, y, z, u - r, v - s, w - t
 
 
 @triton.jit
@@ -85,26 +104,20 @@ def _forward_kernel(
     frame = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_frame = frame < num_frames
     clamp_weight = tl.load(clamp_weights + item)
-    axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az = _load_frames(
-        rotation, translation, item * num_frames + frame, is_frame
-    )
-    bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz = _load_frames(
-        target_rotation, target_translation, truth * num_frames + frame, is_frame
-    )
+    own = _load_frames(rotation, translation, item * num_frames + frame, is_frame)
+    true = _load_frames(target_rotation, target_translation, truth * num_frames + frame, is_frame)
     total = tl.zeros([BLOCK_F, BLOCK_P], tl.float32)
     for start in range(0, num_points, BLOCK_P):
         point = start + tl.arange(0, BLOCK_P)
         is_point = point < num_points
-        px, py, pz = _load_vectors(points, item * num_points + point, is_point)
-        qx, qy, qz = _load_vectors(target_points, truth * num_points + point, is_point)
-        _, _, _, u, v, w = _seen(axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az, px, py, pz)
-        _, _, _, r, s, t = _seen(bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz, qx, qy, qz)
-        u, v, w = u - r, v - s, w - t
+        p = _load_vectors(points, item * num_points + point, is_point)
+        q = _load_vectors(target_points, truth * num_points + point, is_point)
+        _, _, _, u, v, w = _differences(own, p, true, q)
         error = tl.sqrt(u * u + v * v + w * w + EPS)
         keep = tl.load(points_mask + truth * num_points + point, mask=is_point, other=0.0)
         total += (clamp_weight * tl.minimum(error, clamp) + (1.0 - clamp_weight) * error) * keep[None, :]
-    own = tl.load(frames_mask + truth * num_frames + frame, mask=is_frame, other=0.0)
-    tl.store(sums + item * num_frames + frame, tl.sum(total, 1) * own, mask=is_frame)
+    keep = tl.load(frames_mask + truth * num_frames + frame, mask=is_frame, other=0.0)
+    tl.store(sums + item * num_frames + frame, tl.sum(total, 1) * keep, mask=is_frame)
 
 
 @triton.jit
@@ -119,23 +132,17 @@ def _frames_backward_kernel(
     frame = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     is_frame = frame < num_frames
     clamp_weight = tl.load(clamp_weights + item)
-    axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az = _load_frames(
-        rotation, translation, item * num_frames + frame, is_frame
-    )
-    bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz = _load_frames(
-        target_rotation, target_translation, truth * num_frames + frame, is_frame
-    )
+    own = _load_frames(rotation, translation, item * num_frames + frame, is_frame)
+    true = _load_frames(target_rotation, target_translation, truth * num_frames + frame, is_frame)
     zero = tl.zeros([BLOCK_F, BLOCK_P], tl.float32)
     gx, gy, gz = zero, zero, zero
     gxx, gxy, gxz, gyx, gyy, gyz, gzx, gzy, gzz = zero, zero, zero, zero, zero, zero, zero, zero, zero
     for start in range(0, num_points, BLOCK_P):
         point = start + tl.arange(0, BLOCK_P)
         is_point = point < num_points
-        px, py, pz = _load_vectors(points, item * num_points + point, is_point)
-        qx, qy, qz = _load_vectors(target_points, truth * num_points + point, is_point)
-        x, y, z, u, v, w = _seen(axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az, px, py, pz)
-        _, _, _, r, s, t = _seen(bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz, qx, qy, qz)
-        u, v, w = u - r, v - s, w - t
+        p = _load_vectors(points, item * num_points + point, is_point)
+        q = _load_vectors(target_points, truth * num_points + point, is_point)
+        x, y, z, u, v, w = _differences(own, p, true, q)
         keep = tl.load(points_mask + truth * num_points + point, mask=is_point, other=0.0)
         slope = _slope(u, v, w, clamp, clamp_weight) * keep[None, :]
         u, v, w = u * slope, v * slope, w * slope
@@ -145,20 +152,16 @@ def _frames_backward_kernel(
         gzx, gzy, gzz = gzx + z * u, gzy + z * v, gzz + z * w
     scale = tl.load(frames_mask + truth * num_frames + frame, mask=is_frame, other=0.0) * tl.load(d + item)
     u, v, w = tl.sum(gx, 1) * scale, tl.sum(gy, 1) * scale, tl.sum(gz, 1) * scale
-    out = d_translation + (item * num_frames + frame) * 3
-    tl.store(out, -(axx * u + axy * v + axz * w), mask=is_frame)
-    tl.store(out + 1, -(ayx * u + ayy * v + ayz * w), mask=is_frame)
-    tl.store(out + 2, -(azx * u + azy * v + azz * w), mask=is_frame)
-    out = d_rotation + (item * num_frames + frame) * 9
-    tl.store(out, tl.sum(gxx, 1) * scale, mask=is_frame)
-    tl.store(out + 1, tl.sum(gxy, 1) * scale, mask=is_frame)
-    tl.store(out + 2, tl.sum(gxz, 1) * scale, mask=is_frame)
-    tl.store(out + 3, tl.sum(gyx, 1) * scale, mask=is_frame)
-    tl.store(out + 4, tl.sum(gyy, 1) * scale, mask=is_frame)
-    tl.store(out + 5, tl.sum(gyz, 1) * scale, mask=is_frame)
-    tl.store(out + 6, tl.sum(gzx, 1) * scale, mask=is_frame)
-    tl.store(out + 7, tl.sum(gzy, 1) * scale, mask=is_frame)
-    tl.store(out + 8, tl.sum(gzz, 1) * scale, mask=is_frame)
+    xx, xy, xz, yx, yy, yz, zx, zy, zz, _, _, _ = own
+    x, y, z = -(xx * u + xy * v + xz * w), -(yx * u + yy * v + yz * w), -(zx * u + zy * v + zz * w)
+    index = item * num_frames + frame
+    _store_vectors(d_translation, index, x, y, z, is_frame)
+    x, y, z = tl.sum(gxx, 1) * scale, tl.sum(gxy, 1) * scale, tl.sum(gxz, 1) * scale
+    _store_vectors(d_rotation, index * 3, x, y, z, is_frame)
+    x, y, z = tl.sum(gyx, 1) * scale, tl.sum(gyy, 1) * scale, tl.sum(gyz, 1) * scale
+    _store_vectors(d_rotation, index * 3 + 1, x, y, z, is_frame)
+    x, y, z = tl.sum(gzx, 1) * scale, tl.sum(gzy, 1) * scale, tl.sum(gzz, 1) * scale
+    _store_vectors(d_rotation, index * 3 + 2, x, y, z, is_frame)
 
 
 @triton.jit
@@ -172,33 +175,26 @@ def _points_backward_kernel(
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     is_point = point < num_points
     clamp_weight = tl.load(clamp_weights + item)
-    px, py, pz = _load_vectors(points, item * num_points + point, is_point)
-    qx, qy, qz = _load_vectors(target_points, truth * num_points + point, is_point)
+    p = _load_vectors(points, item * num_points + point, is_point)
+    q = _load_vectors(target_points, truth * num_points + point, is_point)
     zero = tl.zeros([BLOCK_F, BLOCK_P], tl.float32)
     gx, gy, gz = zero, zero, zero
     for start in range(0, num_frames, BLOCK_F):
         frame = start + tl.arange(0, BLOCK_F)
         is_frame = frame < num_frames
-        axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az = _load_frames(
-            rotation, translation, item * num_frames + frame, is_frame
-        )
-        bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz = _load_frames(
-            target_rotation, target_translation, truth * num_frames + frame, is_frame
-        )
-        _, _, _, u, v, w = _seen(axx, axy, axz, ayx, ayy, ayz, azx, azy, azz, ax, ay, az, px, py, pz)
-        _, _, _, r, s, t = _seen(bxx, bxy, bxz, byx, byy, byz, bzx, bzy, bzz, bx, by, bz, qx, qy, qz)
-        u, v, w = u - r, v - s, w - t
-        own = tl.load(frames_mask + truth * num_frames + frame, mask=is_frame, other=0.0)
-        slope = _slope(u, v, w, clamp, clamp_weight) * own[:, None]
+        own = _load_frames(rotation, translation, item * num_frames + frame, is_frame)
+        true = _load_frames(target_rotation, target_translation, truth * num_frames + frame, is_frame)
+        _, _, _, u, v, w = _differences(own, p, true, q)
+        keep = tl.load(frames_mask + truth * num_frames + frame, mask=is_frame, other=0.0)
+        slope = _slope(u, v, w, clamp, clamp_weight) * keep[:, None]
         u, v, w = u * slope, v * slope, w * slope
-        gx += axx[:, None] * u + axy[:, None] * v + axz[:, None] * w
-        gy += ayx[:, None] * u + ayy[:, None] * v + ayz[:, None] * w
-        gz += azx[:, None] * u + azy[:, None] * v + azz[:, None] * w
+        xx, xy, xz, yx, yy, yz, zx, zy, zz, _, _, _ = own
+        gx += xx[:, None] * u + xy[:, None] * v + xz[:, None] * w
+        gy += yx[:, None] * u + yy[:, None] * v + yz[:, None] * w
+        gz += zx[:, None] * u + zy[:, None] * v + zz[:, None] * w
     scale = tl.load(points_mask + truth * num_points + point, mask=is_point, other=0.0) * tl.load(d + item)
-    out = d_points + (item * num_points + point) * 3
-    tl.store(out, tl.sum(gx, 0) * scale, mask=is_point)
-    tl.store(out + 1, tl.sum(gy, 0) * scale, mask=is_point)
-    tl.store(out + 2, tl.sum(gz, 0) * scale, mask=is_point)
+    x, y, z = tl.sum(gx, 0) * scale, tl.sum(gy, 0) * scale, tl.sum(gz, 0) * scale
+    _store_vectors(d_points, item * num_points + point, x, y, z, is_point)
 
 
 class _PointErrors(torch.autograd.Function):
@@ -261,12 +257,12 @@ def point_errors(
 ) -> Tensor:
     """``reference.point_errors`` in fp32, where targets and masks have the leading dimensions of the prediction, or 1
     in place of the last of them. Everything else takes the plain definition."""
-    truth = (target_rotation, target_translation, frames_mask, target_points, points_mask)
+    own, true = (rotation, translation), (target_rotation, target_translation)
+    arguments = (*own, *true, frames_mask, points, target_points, points_mask)
     lead, shared = rotation.shape[:-3], target_rotation.shape[:-3]
-    leads = (shared, target_translation.shape[:-2], frames_mask.shape[:-1], target_points.shape[:-2])
-    fits = shared in (lead, (*lead[:-1], 1)) and {*leads, points_mask.shape[:-1]} == {shared}
-    single = all(x.dtype == torch.float32 for x in (rotation, translation, points, clamp_weight, *truth))
-    arguments = (rotation, translation, *truth[:3], points, *truth[3:])
+    leads = {shared, target_translation.shape[:-2], frames_mask.shape[:-1], target_points.shape[:-2]}
+    fits = shared in (lead, (*lead[:-1], 1)) and leads | {points_mask.shape[:-1]} == {shared}
+    single = all(x.dtype == torch.float32 for x in (*arguments, clamp_weight))
     if not (fits and single and rotation.numel() and points.numel()):
         return reference.point_errors(*arguments, clamp_weight, clamp)
     weights = clamp_weight.expand(lead).contiguous()
