@@ -12,7 +12,9 @@ one device; dropout is on while timing and off while comparing.
 import argparse
 import gc
 import sys
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -178,14 +180,26 @@ def compare(passes: int = 1) -> bool:
     return good
 
 
+def host_time(call: Callable[[], object], repeats: int) -> Timing:
+    """Time until the call returns to Python, the device idle before each."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    torch.cuda.synchronize()
+    return Timing.of(times)
+
+
 def profile(variant: str, extra: list[str], passes: int, out: Path | None) -> None:
-    """Kernels of one replayed step: number, time by class, the longest ones, idle share."""
+    """Host time of a step; kernels of one replayed step: number, time by class, the longest ones, idle share."""
     config = configuration(variant, extra)
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda").features
     _, step = build(config)
     step.warm_up(batch, passes, lambda text: None)
-    step(batch, passes, 1)
-    torch.cuda.synchronize()
+    host_ms = host_time(lambda: step(batch, passes, 1), 10)
+    print(f"{variant} R={passes}: host {host_ms.median_ms:.2f} ms per step (p90 {host_ms.p90_ms:.2f})")
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as traced:
         step(batch, passes, 1)
