@@ -53,7 +53,7 @@ def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGrap
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         call()
     return graph
 

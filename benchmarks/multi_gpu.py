@@ -202,7 +202,7 @@ def row(config: Config, gpus: int, dap: int, passes: int, timing: Timing) -> dic
         "median_ms": round(timing.median_ms, 2),
         "p10_ms": round(timing.p10_ms, 2),
         "p90_ms": round(timing.p90_ms, 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
     }
 
 

@@ -118,7 +118,7 @@ def row(config: Config, variant: str, passes: int, timing: Timing) -> dict[str, 
         "median_ms": round(timing.median_ms, 2),
         "p10_ms": round(timing.p10_ms, 2),
         "p90_ms": round(timing.p90_ms, 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
     }
 
 
@@ -218,6 +218,7 @@ def profile(variant: str, extra: list[str], passes: int, out: Path | None) -> No
     for name, times in longest[:45]:
         print(f"  {sum(times) / 1e3:8.3f} ms  {len(times):5d} x {sum(times) / len(times):8.1f} us  {name[:110]}")
     if out is not None:
+        traced.export_chrome_trace(str(out.with_suffix(".trace.json.gz")))
         out.write_text("".join(f"{sum(t) / 1e3:.4f},{len(t)},{n!r}\n" for n, t in longest))
 
 

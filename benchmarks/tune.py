@@ -61,11 +61,10 @@ def all_cases(daps: list[int], lengths: list[int]) -> list[Case]:
 
 
 def run_once(inputs: Inputs, backward: bool) -> list[Tensor]:
-    """Outputs, then gradients of all leaves that get one."""
+    """Outputs, then gradients of all leaves that get one; no autograd graph, whose stream a capture would wait for."""
     outputs = outputs_of(inputs, TRITON)
-    if not backward:
-        return outputs
-    return outputs + gradients(outputs, inputs.leaves)
+    found = [output.detach() for output in outputs]
+    return found + gradients(outputs, inputs.leaves) if backward else found
 
 
 def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:

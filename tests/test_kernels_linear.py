@@ -46,9 +46,11 @@ def test_projections_are_as_accurate_as_pytorch(shape, widths, biased, dtype, tr
     check_projections(shape, widths, biased, dtype, transposed)
 
 
-def test_a_narrow_projection_is_stored_channels_first():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_narrow_projection_is_stored_channels_first(transposed):
     draw = Draw(1)
-    out = linear.layer_norm_linear(draw(1, 5, 6, 16), *draw.norm(16), [draw.weight(4, 16)], [None])[1]
+    x = draw(1, 6, 5, 16).transpose(1, 2) if transposed else draw(1, 5, 6, 16)
+    _, out = linear.layer_norm_linear(x, *draw.norm(16), [draw.weight(4, 16)], [None])
     assert out.shape == (1, 5, 6, 4)
     assert out.permute(0, 3, 1, 2).is_contiguous()
 

@@ -65,4 +65,5 @@ def test_full_products_repeat_bit_for_bit(rows, n, c):
         with tuning.override("weight_gradient", config):
             first, second = (gradients([Product(d, a)])[0] for _ in range(2))
         assert torch.equal(first, second)
-        torch.testing.assert_close(first, exact(Product(d, a)), rtol=2e-2, atol=0.5)
+        expected = exact(Product(d, a))  # the library rounds each range's product to bf16
+        assert (first - expected).norm() <= 4e-3 * expected.norm()

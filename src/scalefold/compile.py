@@ -93,7 +93,11 @@ class TrainStep:
 
 
 class GraphedTrainStep(TrainStep):
-    """The same step replayed from CUDA graphs that share one memory pool."""
+    """The same step replayed from CUDA graphs that share one memory pool.
+
+    They are captured on one stream: the allocator gives a pool's free blocks only to the stream that freed them, and
+    four graphs captured on four streams held 130 GiB instead of 35 (measured on an H200).
+    """
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -109,9 +113,12 @@ class GraphedTrainStep(TrainStep):
         self._inputs = {key: value.clone() for key, value in parts[0].items()}
         self._pool = torch.cuda.graph_pool_handle()
         with preserved(self.optimizer):
+            stream, total = torch.cuda.Stream(), len(parts) * self.accumulation
             for r in range(passes, 0, -1):
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")
-                self._capture(r, len(parts) * self.accumulation)
+                if r == passes:  # compiles whatever fewer passes use
+                    self._run_uncaptured(r, total, stream)
+                self._capture(r, total, stream)
 
     def load(self, batch: Batch) -> None:
         """Copy a batch into the graphs' input buffers (asynchronous where it is pinned or on the device).
@@ -135,10 +142,9 @@ class GraphedTrainStep(TrainStep):
         if self._update_graph is not None:
             self._update_graph.replay()
 
-    def _capture(self, passes: int, total: int) -> None:
-        """Graph of a whole step; where an update needs several parts, of one part, and one more for the update."""
+    def _run_uncaptured(self, passes: int, total: int, stream: torch.cuda.Stream) -> None:
+        """Steps outside any graph: compile kernels, create library handles, fill caches."""
         whole = total == 1
-        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
@@ -146,6 +152,10 @@ class GraphedTrainStep(TrainStep):
                 self._reduce_and_apply(whole)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
+
+    def _capture(self, passes: int, total: int, stream: torch.cuda.Stream) -> None:
+        """Graph of a whole step; where an update needs several parts, of one part, and one more for the update."""
+        whole = total == 1
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._values[passes] = self._forward_backward(

@@ -129,7 +129,7 @@ class ExecutionConfig(Section):
     deterministic: bool = False
     micro_batch_size: int | None = Field(default=None, ge=1)
     cpu_threads: int | None = Field(default=None, ge=1)
-    eval_precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    eval_precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     warm_up: bool = True
 
 

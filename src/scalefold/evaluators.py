@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalefold.config import Config
-from scalefold.data.features import FeatureSettings
+from scalefold.data.features import EVAL_LENGTH_MULTIPLE, FeatureSettings, padded_length
 from scalefold.data.loader import EvalSet, to_device
 from scalefold.data.synthetic import synthetic_batch
 from scalefold.evaluate import Evaluation, gather_scores, place_chains, score_chains
@@ -93,6 +93,17 @@ class precision:
         torch.backends.cuda.matmul.allow_tf32 = self._before
 
 
+def warm_up_lengths(longest: int) -> list[int]:
+    """Padded chain lengths that between them use every kernel, longest first.
+
+    Launch parameters change at powers of two; within one range kernels differ between rows that tiles cover exactly
+    (the power itself) and rows that they do not (one padding less).
+    """
+    powers = [1 << n for n in range(5, longest.bit_length() + 1)]
+    tops = {min(power, longest) for power in powers}
+    return sorted(tops | {max(EVAL_LENGTH_MULTIPLE, top - EVAL_LENGTH_MULTIPLE) for top in tops}, reverse=True)
+
+
 class ChainScorer:
     """This rank's share of the evaluation chains: features built once, kept in memory, scored on demand."""
 
@@ -105,11 +116,15 @@ class ChainScorer:
         self._chains: EvalSet | None = None
 
     def warm_up(self) -> None:
-        """One synthetic chain through the model, unless the configuration leaves warm-up out."""
+        """Synthetic chains through the model, unless the configuration leaves warm-up out: on a GPU, of every length
+        for which kernels differ, the longest first, so that its memory serves the others."""
         if not self.config.execution.warm_up:
             return
-        batch = synthetic_batch(self.settings, 1, device=self.model.device, training=False)
-        self.model.predict(batch.features)
+        longest = padded_length(self.config.data.val_max_sequence_length)
+        on_gpu = self.model.device.type == "cuda"
+        for length in warm_up_lengths(longest) if on_gpu else [self.settings.train_sequence_crop_size]:
+            batch = synthetic_batch(self.settings, 1, device=self.model.device, training=False, num_res=length)
+            self.model.predict(batch.features)
 
     def open_data(self, lengths: dict[str, int]) -> None:
         """Place the chains over the ranks of the group and start to build features."""

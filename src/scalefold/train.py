@@ -272,7 +272,7 @@ class StepLog:
             step_ms=step_ms,
             data_ms=pending.data_ms,
             passes=pending.passes,
-            peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+            peak_gib=torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None,
             samples=run.schedule.samples(pending.step),
         )
         run.record.step(row)

@@ -214,6 +214,12 @@ class _Layout:
 
 
 _ALIGNMENT_BYTES = 256
+EVAL_LENGTH_MULTIPLE = 16
+
+
+def padded_length(num_res: int) -> int:
+    """Length of an evaluation batch: a few paddings keep strides regular, so that no kernel compiles per length."""
+    return -(-num_res // EVAL_LENGTH_MULTIPLE) * EVAL_LENGTH_MULTIPLE
 
 
 @lru_cache(maxsize=256)

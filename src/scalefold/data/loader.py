@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes, feature_views, fill_sample
+from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes, feature_views, fill_sample, padded_length
 from scalefold.data.sampler import Task, TrainingSampler, seed_from_string
 from scalefold.data.store import Store
 from scalefold.errors import DataError, ScaleFoldError
@@ -113,7 +113,8 @@ class ChainDataset(Dataset):
         current = 0
         try:
             store = self.store()
-            num_res = None if self._training else max(int(store.table.length[i]) for i in task.indices)
+            longest = max(int(store.table.length[i]) for i in task.indices)
+            num_res = None if self._training else padded_length(longest)
             shape = BatchShape.of(
                 self._settings, len(task.indices), task.num_slices, training=self._training, num_res=num_res
             )

@@ -201,7 +201,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     views = [x, outs[0] if wide else x]
     narrow_out = None
     if narrow:
-        narrow_out = _in_order(order, x.new_empty(narrow[0].shape[0], count).t(), x.shape)
+        narrow_out = x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1)
         outs.append(narrow_out)
     mask_view = None if row_mask is None else row_mask[..., None]
     dims, count, strides = common_rows(
@@ -259,8 +259,8 @@ def layer_norm_linear(
 ) -> tuple[Tensor, ...]:
     """``reference.layer_norm_linear`` for equally wide weights and at most one narrower than 16.
 
-    Each wide output is dense in the memory order of x; the narrow one is stored channels first. x comes back as a
-    view. Other widths take the plain definition.
+    Each wide output is dense in the memory order of x; the narrow one is stored channels first in the order of its
+    dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view. Other widths take the plain definition.
     """
     if not _is_supported(x, weights):
         return reference.layer_norm_linear(x, norm_weight, norm_bias, weights, biases)
