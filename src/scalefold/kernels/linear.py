@@ -260,7 +260,8 @@ def layer_norm_linear(
     """``reference.layer_norm_linear`` for equally wide weights and at most one narrower than 16.
 
     Each wide output is dense in the memory order of x; the narrow one is stored channels first in the order of its
-    dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view. Other widths take the plain definition.
+    dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view. Other widths take
+    the plain definition.
     """
     if not _is_supported(x, weights):
         return reference.layer_norm_linear(x, norm_weight, norm_bias, weights, biases)

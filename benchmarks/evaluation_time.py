@@ -1,0 +1,91 @@
+"""Time to evaluate chains of different lengths: uncropped, four passes, as an evaluation rank does it.
+
+    python benchmarks/evaluation_time.py                              # bf16 on the kernels, as shipped
+    python benchmarks/evaluation_time.py --variant plain_tf32 --lengths 128 256 512
+
+Chains are synthetic; every length is warmed up as a run does before its clock starts. Timed is a chain from its
+features in host memory to its score on the device. The last line is the sum for 180 chains, spread evenly over the
+logarithm of the length from 60 to 700 residues (mean 260), interpolated between the measured lengths.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import FOLDER, Timing, append_rows, facts, print_table
+from scalefold.config import Config, load_config
+from scalefold.data.features import padded_length
+from scalefold.data.synthetic import synthetic_batch
+from scalefold.evaluators import EvaluationModel
+from scalefold.parallel.ranks import RankLayout, Ranks
+from scalefold.run import choose_operations, feature_settings, prepare_process
+
+VARIANTS = {
+    "ours": [],
+    "plain_tf32": ["execution.kernels=reference", "execution.eval_precision=tf32"],
+    "plain_bf16": ["execution.kernels=reference"],
+}
+LENGTHS = [64, 96, 144, 208, 304, 400, 512, 608, 704]
+CHAINS = np.geomspace(60, 700, 180)
+REPEATS = 5
+
+
+def measure(config: Config, variant: str, lengths: list[int]) -> list[dict[str, object]]:
+    """One row per length."""
+    ranks = Ranks(RankLayout(1), 0, 0, torch.device("cuda", 0))
+    model = EvaluationModel(config, ranks.device, choose_operations(config, ranks))
+    settings, rows = feature_settings(config), []
+    for length in sorted(map(padded_length, lengths), reverse=True):
+        host = synthetic_batch(settings, 1, training=False, num_res=length).features
+        torch.cuda.reset_peak_memory_stats()
+        times = []
+        with torch.no_grad():
+            for _ in range(REPEATS + 1):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                model.predict({key: value.to(ranks.device) for key, value in host.items()})
+                torch.cuda.synchronize()
+                times.append(1e3 * (time.perf_counter() - start))
+        timing = Timing.of(times[1:])
+        rows.append(
+            {
+                **facts(),
+                "variant": variant,
+                "precision": config.execution.eval_precision,
+                "length": length,
+                "median_ms": round(timing.median_ms, 1),
+                "p10_ms": round(timing.p10_ms, 1),
+                "p90_ms": round(timing.p90_ms, 1),
+                "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            }
+        )
+    return rows
+
+
+def main() -> int:
+    """Measure, print and append."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", choices=sorted(VARIANTS), default="ours")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--csv", type=Path, default=FOLDER / "evaluation_time.csv")
+    arguments = parser.parse_args()
+    config = load_config(FOLDER.parent / "configs" / "base.yaml", VARIANTS[arguments.variant]).config
+    prepare_process(config)
+    rows = measure(config, arguments.variant, arguments.lengths)
+    append_rows(arguments.csv, rows)
+    print_table(rows)
+    if len(rows) > 1:
+        lengths, medians = zip(*((int(str(r["length"])), float(str(r["median_ms"]))) for r in rows[::-1]), strict=True)
+        total = float(np.interp(CHAINS, lengths, medians).sum()) / 1e3
+        print(
+            f"{arguments.variant}: 180 chains of 60 to 700 residues, mean {CHAINS.mean():.0f}: {total:.1f} GPU-seconds"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
