@@ -205,7 +205,7 @@ def profile(variant: str, extra: list[str], passes: int, out: Path | None) -> No
     with torch.profiler.profile(activities=activities) as traced:
         step(batch, passes, 1)
         torch.cuda.synchronize()
-    kernels = [e for e in traced.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in traced.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in kernels:
         by_name[event.name].append(event.time_range.end - event.time_range.start)
