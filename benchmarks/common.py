@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import gc
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -47,13 +48,14 @@ def time_calls(call: Callable[[], object], repeats: int, warm_up: int = 3) -> Ti
 def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
     """A CUDA graph of ``call`` after ``warm_up`` eager calls on a side stream."""
     stream = torch.cuda.Stream()
+    gc.collect()  # an autograd graph left from another stream would make the capture wait for that stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(warm_up):
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         call()
     return graph
 

