@@ -18,7 +18,6 @@ import torch
 
 from common import FOLDER, Timing, append_rows, facts, print_table
 from scalefold.config import Config, load_config
-from scalefold.data.features import padded_length
 from scalefold.data.synthetic import synthetic_batch
 from scalefold.evaluators import EvaluationModel
 from scalefold.parallel.ranks import RankLayout, Ranks
@@ -26,6 +25,7 @@ from scalefold.run import choose_operations, feature_settings, prepare_process
 
 VARIANTS = {
     "ours": [],
+    "ours_uncaptured": ["execution.cuda_graphs=false"],
     "plain_tf32": ["execution.kernels=reference", "execution.eval_precision=tf32"],
     "plain_bf16": ["execution.kernels=reference"],
 }
@@ -39,9 +39,14 @@ def measure(config: Config, variant: str, lengths: list[int], csv: Path) -> list
     ranks = Ranks(RankLayout(1), 0, 0, torch.device("cuda", 0))
     model = EvaluationModel(config, ranks.device, choose_operations(config, ranks))
     settings, rows = feature_settings(config), []
-    for length in sorted(map(padded_length, lengths), reverse=True):
+    for length in sorted(map(settings.padded_length, lengths), reverse=True):
         host = synthetic_batch(settings, 1, training=False, num_res=length).features
+        features = {key: value.to(ranks.device) for key, value in host.items()}
         torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            model.predict(features)
+        if config.execution.cuda_graphs and variant == "ours":
+            model.capture(features)
         times = []
         with torch.no_grad():
             for _ in range(REPEATS + 1):
@@ -59,7 +64,7 @@ def measure(config: Config, variant: str, lengths: list[int], csv: Path) -> list
             "median_ms": round(timing.median_ms, 1),
             "p10_ms": round(timing.p10_ms, 1),
             "p90_ms": round(timing.p90_ms, 1),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         }
         print(f"  {variant}: {length} residues {timing.median_ms:.1f} ms", flush=True)
         append_rows(csv, [row])

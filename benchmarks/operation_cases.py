@@ -112,10 +112,14 @@ def attention(
 ) -> Case:
     def build(dtype: torch.dtype = torch.bfloat16) -> Inputs:
         draw = Draw(not evaluate, dtype)
-        q, k, v = (draw(*rows, heads * width, transposed=transposed).unflatten(-1, (heads, width)) for _ in range(3))
+        projected = [draw(*rows, heads * width, transposed=transposed) for _ in range(3)]
         bias = draw(rows[0], heads, rows[2], rows[2]) if biased else None
         mask = draw.ones(*rows)
-        return Inputs(draw.leaves, lambda ops: ops.attention(q, k, v, mask, bias, 1e9))
+
+        def call(ops: Operations) -> Tensor:  # views are made anew: a capture must not meet nodes of another stream
+            return ops.attention(*(x.unflatten(-1, (heads, width)) for x in projected), mask, bias, 1e9)
+
+        return Inputs(draw.leaves, call)
 
     kind = "bias" if biased else "plain"
     return Case("attention", f"{label(rows, transposed)}x{heads}h{width}_{kind}", calls, build)
@@ -128,9 +132,11 @@ def gated_output(
         draw = Draw(not evaluate, dtype)
         x, o, gate = (draw(*rows, size, transposed=transposed) for size in (c, heads * width, heads * width))
         dropout = draw.dropout(rows[0], 1, rows[2], c) if dropped and not evaluate else None
-        o = o.unflatten(-1, (heads, width))
         weight, bias = draw.weight(c, heads * width), draw(c)
-        return Inputs(draw.leaves, lambda ops: ops.gated_output(x, o, gate, weight, bias, dropout))
+        return Inputs(
+            draw.leaves,
+            lambda ops: ops.gated_output(x, o.unflatten(-1, (heads, width)), gate, weight, bias, dropout),
+        )
 
     return Case("gated_output", f"{label(rows, transposed)}x{c}from{heads * width}", calls, build)
 

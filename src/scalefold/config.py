@@ -180,6 +180,7 @@ class DataConfig(Section):
     val_min_cameo_submission_date: str = Field(default="2021-09-17", pattern=r"^\d{4}-\d{2}-\d{2}$")
     val_max_cameo_submission_date: str = Field(default="2021-12-11", pattern=r"^\d{4}-\d{2}-\d{2}$")
     val_max_sequence_length: int = Field(default=700, ge=1)
+    eval_length_multiple: int = Field(default=64, ge=1)
     filter_by_alignments: bool = False
     train_sequence_crop_size: int = Field(default=256, ge=1)
     max_msa_clusters: int = Field(default=124, ge=1)

@@ -331,7 +331,7 @@ def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks) ->
     accept_connection(ranks)
     ranks.watch.before_exit = events.abort
     ranks.watch.at("warm-up")
-    scorer.warm_up()
+    scorer.warm_up(lambda text: ranks.watch.at(f"warm-up, {text}"))
     ranks.barrier()
     events.init_stop()
     ranks.barrier()
@@ -490,6 +490,7 @@ def feature_settings(config: Config) -> FeatureSettings:
         masked_msa_same_prob=d.masked_msa_same_prob,
         masked_msa_uniform_prob=d.masked_msa_uniform_prob,
         use_clamped_fape_probability=d.use_clamped_fape_probability,
+        eval_length_multiple=d.eval_length_multiple,
     )
 
 

@@ -79,6 +79,7 @@ def train(run: Run) -> Outcome:
         warm_up(run)
         start_clock(run)
         outcome = loop(run, StepLog(run))
+        report_loading(run)
         run.events.run_stop("success" if outcome.status == "success" else "aborted")
         return outcome
     except BaseException:
@@ -110,6 +111,17 @@ def start_clock(run: Run) -> None:
     run.record.start_clock()
     run.ranks.barrier()
     run.open_data()
+
+
+def report_loading(run: Run) -> None:
+    """Workers, prefetch depth and the slowest samples of this rank, to record and screen."""
+    d, slowest = run.config.data, run.loader.slowest()
+    chains = [{"chain": chain, "seconds": round(seconds, 3)} for seconds, chain in slowest]
+    run.record.event("loader", workers=d.num_workers, prefetch=d.prefetch_factor, slowest=chains)
+    shown = ", ".join(f"{chain} {seconds:.2f} s" for seconds, chain in slowest[:3])
+    run.progress.note(
+        f"data: {d.num_workers} workers, {d.prefetch_factor} batches ahead each; slowest samples: {shown}"
+    )
 
 
 def loop(run: Run, steps: "StepLog") -> Outcome:

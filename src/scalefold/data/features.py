@@ -86,6 +86,11 @@ class FeatureSettings:
     masked_msa_same_prob: float = 0.1
     masked_msa_uniform_prob: float = 0.1
     use_clamped_fape_probability: float = 0.9
+    eval_length_multiple: int = 64
+
+    def padded_length(self, num_res: int) -> int:
+        """Length of an evaluation batch: with few different ones nothing compiles on the clock."""
+        return -(-num_res // self.eval_length_multiple) * self.eval_length_multiple
 
     @property
     def num_slices(self) -> int:
@@ -214,12 +219,6 @@ class _Layout:
 
 
 _ALIGNMENT_BYTES = 256
-EVAL_LENGTH_MULTIPLE = 16
-
-
-def padded_length(num_res: int) -> int:
-    """Length of an evaluation batch: a few paddings keep strides regular, so that no kernel compiles per length."""
-    return -(-num_res // EVAL_LENGTH_MULTIPLE) * EVAL_LENGTH_MULTIPLE
 
 
 @lru_cache(maxsize=256)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes, feature_views, fill_sample, padded_length
+from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes, feature_views, fill_sample
 from scalefold.data.sampler import Task, TrainingSampler, seed_from_string
 from scalefold.data.store import Store
 from scalefold.errors import DataError, ScaleFoldError
@@ -114,7 +114,7 @@ class ChainDataset(Dataset):
         try:
             store = self.store()
             longest = max(int(store.table.length[i]) for i in task.indices)
-            num_res = None if self._training else padded_length(longest)
+            num_res = None if self._training else self._settings.padded_length(longest)
             shape = BatchShape.of(
                 self._settings, len(task.indices), task.num_slices, training=self._training, num_res=num_res
             )
@@ -363,6 +363,10 @@ class TrainLoader:
             )
         self.slow_samples.add(batch)
         return replace(batch.first_slices(self._sampler.recycling(iteration) + 1), wait_ms=wait_ms)
+
+    def slowest(self) -> list[tuple[float, str]]:
+        """Seconds and chain of the samples delivered so far that took longest to build, slowest first."""
+        return self.slow_samples.slowest()
 
     def close(self) -> None:
         """End thread and worker processes; the loader may be started again."""

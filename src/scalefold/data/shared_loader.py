@@ -87,6 +87,10 @@ class SharedLoader:
         self._replica.broadcast_in_replica(_header(batch))
         return replace(batch, buffer=slot[: batch.buffer.numel()])
 
+    def slowest(self) -> list[tuple[float, str]]:
+        """``TrainLoader.slowest``; nothing on ranks that do not build."""
+        return [] if self._own is None else self._own.slowest()
+
     def close(self) -> None:
         """``TrainLoader.close``, for good."""
         if self._own is not None:

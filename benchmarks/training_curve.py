@@ -1,0 +1,71 @@
+"""Training curves of the full model on real chains: the kernels against the plain definitions, same seed and batches.
+
+    python benchmarks/training_curve.py STORE --out benchmarks/curve_plain.jsonl --variant plain   # 200 steps, slow
+    python benchmarks/training_curve.py STORE --baseline benchmarks/curve_plain.jsonl              # ours, compared
+
+One pass per step. Crops are shorter than the benchmark's, so that the plain path takes half a second per step and not
+1.6; nothing else differs. Exit status 1 if the curves leave the band of ``scalefold compare-runs``.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import FOLDER
+from scalefold.report.record import METRICS_FILE
+
+BASE = FOLDER.parent / "configs" / "base.yaml"
+VARIANTS = {"ours": [], "plain": ["execution.kernels=reference", "execution.activation_checkpointing=true"]}
+STEPS_DONE = 4  # exit status of ``scalefold train`` at the end of the step budget
+
+
+def train(store: Path, variant: str, steps: int, crop: int, workers: int, run_dir: Path) -> Path:
+    """Train and return the metrics; exits with the training's status if it fails."""
+    settings = [
+        f"data.store_dir={store}",
+        f"data.num_workers={workers}",
+        "data.filter_by_alignments=true",
+        "data.num_recycling_iters=0",
+        f"data.train_sequence_crop_size={crop}",
+        "training.seed=5",
+        f"training.num_train_iters={steps}",
+        "training.val_every_iters=1000000",
+        f"run.run_dir={run_dir}",
+        "run.checkpoint_every_iters=0",
+        "run.log_every_iters=1",
+        *("execution.warm_up=false", "data.val_max_sequence_length=128"),  # no evaluation here
+    ]
+    command = [sys.executable, "-m", "scalefold", "train", str(BASE), *settings, *VARIANTS[variant]]
+    status = subprocess.run(command).returncode
+    if status not in (0, STEPS_DONE):
+        sys.exit(status)
+    return run_dir / METRICS_FILE
+
+
+def main() -> int:
+    """Train, keep, compare; return the comparison's exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, help="prepared data set")
+    parser.add_argument("--variant", choices=sorted(VARIANTS), default="ours")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--crop", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=12, help="loader processes")
+    parser.add_argument("--out", type=Path, help="keep the metrics here")
+    parser.add_argument("--baseline", type=Path, help="metrics of an earlier run to compare with")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        metrics = train(arguments.store, arguments.variant, arguments.steps, arguments.crop, arguments.workers, run_dir)
+        if arguments.out is not None:
+            shutil.copy(metrics, arguments.out)
+        if arguments.baseline is None:
+            return 0
+        command = [sys.executable, "-m", "scalefold", "compare-runs", str(arguments.baseline), str(metrics)]
+        return subprocess.run(command).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
