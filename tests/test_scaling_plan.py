@@ -32,8 +32,9 @@ def test_a_plan_of_2080_gpus_names_the_source_of_every_number():
     assert "guarded" in found.quantities["step time"].source
     assert found.value("throughput") == pytest.approx(256 / 0.188)
     assert found.value("iterations") == pytest.approx(520.0)
-    assert found.value("workers needed") == 66
-    assert any("66 loader workers per replica" in text for text in found.warnings)
+    assert found.value("workers needed") == 7
+    starved = plan(replace(EOS, num_workers=2))
+    assert any("7 loader workers per replica" in text for text in starved.warnings)
     assert found.fits is True
 
 
@@ -59,6 +60,17 @@ def test_rows_of_other_programs_are_not_taken_for_ours(tmp_path):
     rows = ["H100,8,50,reference", "H100,8,100,scalefold"]
     table = write_table(tmp_path / "t.csv", rows, head="gpu,dap_size,step_ms,variant")
     assert [row.step_ms for row in read_step_times(table)] == [100.0]
+
+
+def test_the_rulers_own_table_is_read_newest_rows_first_and_incomplete_systems_left_out(tmp_path):
+    head = "date,device,torch,commit,variant,gpus,dap,precision,passes,median_ms,p10_ms,p90_ms,peak_gib"
+    rows = [f"d,NVIDIA H200,t,old,ours,1,1,bf16,{r},{900 + r},1,1,50" for r in (1, 2, 3, 4)]
+    rows += [f"d,NVIDIA H200,t,new,ours,1,1,bf16,{r},{100 * r},1,1,{30 + r}" for r in (1, 2, 3, 4)]
+    rows += [f"d,NVIDIA H200,t,new,plain,1,1,bf16,{r},5000,1,1,50" for r in (1, 2, 3, 4)]
+    rows += ["d,NVIDIA H100 80GB HBM3,t,new,ours_ckpt,1,1,bf16,1,300,1,1,6"]
+    (found,) = read_step_times(write_table(tmp_path / "t.csv", rows, head=head))
+    assert (found.gpu, found.step_ms, found.peak_gib, found.activation_checkpointing) == ("H200", 250.0, 34.0, False)
+    assert "new" in found.source
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,9 @@ KINDS: tuple[Kind, ...] = ("measured", "guarded", "published", "target")
 REFERENCE_STEP_TIMES = Path(__file__).with_name("reference_step_times.csv")
 REFERENCE_EVAL_TIMES = Path(__file__).with_name("reference_eval_times.csv")
 _ALL_PASSES = {1, 2, 3, 4}
+#: Columns of ``benchmarks/step_time.csv`` and what they are called here; its variants and whether they checkpoint.
+_RULER_COLUMNS = {"device": "gpu", "median_ms": "step_ms", "dap": "dap_size"}
+_RULER_VARIANTS = {"ours": "false", "ours_ckpt": "true"}
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,41 @@ def read_step_times(path: Path | str) -> list[StepTime]:
     Columns: ``gpu`` and ``step_ms``; optional ``precision`` (bf16), ``dap_size`` (1), ``passes`` (1..4, or ``mean``),
     ``peak_gib``, ``activation_checkpointing``, ``kind`` (measured), ``source`` and ``variant``. Rows of one system that
     give the four numbers of passes are averaged. Rows whose ``variant`` is neither empty nor ``scalefold`` describe
-    other programs and are skipped. Raises ConfigError naming file and line.
+    other programs and are skipped. ``benchmarks/step_time.csv`` is read as it is: the newest row of each number of
+    passes counts, and systems of which not all four were measured are left out.
+
+    Raises:
+        ConfigError: naming file and line.
     """
     path = Path(path)
     groups: dict[tuple[str, ...], dict[int, StepTime]] = {}
-    for line, row in _rows(path, ("gpu", "step_ms")):
+    rows = _rows(path, ())
+    from_ruler = bool(rows) and set(_RULER_COLUMNS) <= set(rows[0][1])
+    for line, row in _ruler_rows(path, rows) if from_ruler else _rows(path, ("gpu", "step_ms")):
         if row.get("variant", "") not in ("", "scalefold"):
             continue
         entry, passes = _step_time(path, line, row)
         key = (entry.kind, entry.gpu, entry.precision, str(entry.dap_size), str(entry.activation_checkpointing))
         groups.setdefault(key, {})[passes] = entry
-    return [_mean_over_passes(path, entries) for entries in groups.values()]
+    complete = [entries for entries in groups.values() if not from_ruler or set(entries) >= _ALL_PASSES]
+    return [_mean_over_passes(path, entries) for entries in complete]
+
+
+def _ruler_rows(path: Path, rows: list[tuple[int, dict[str, str]]]) -> list[tuple[int, dict[str, str]]]:
+    """Rows of this project in ``benchmarks/step_time.csv``, with the names of this table."""
+    return [
+        (
+            line,
+            {_RULER_COLUMNS.get(name, name): value for name, value in row.items()}
+            | {
+                "variant": "",
+                "activation_checkpointing": _RULER_VARIANTS[row["variant"]],
+                "source": f"measured {row.get('date')} at {row.get('commit')}, {path.name}",
+            },
+        )
+        for line, row in rows
+        if row.get("variant") in _RULER_VARIANTS
+    ]
 
 
 def read_eval_times(path: Path | str) -> list[EvalTime]:
