@@ -1,10 +1,24 @@
 """Triton projections of a layer norm, and gated output, against their plain definitions."""
 
+import contextlib
+
 import pytest
 import torch
 
 from kernel_accuracy import Draw, assert_as_accurate_as_pytorch
-from scalefold.kernels import gated_output, linear, reference
+from scalefold.kernels import gated_output, linear, reference, rows, tuning
+
+LIBRARY = {"LIBRARY": 1, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+
+
+@pytest.fixture(params=["kernel", "library"])
+def form(request):
+    """Who computes the wide products of the projections: the kernel itself, or the library beside it."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "library":
+            for name in ("norm_linear_forward", "norm_linear_backward"):
+                stack.enter_context(tuning.override(name, LIBRARY))
+        yield request.param
 
 
 def check_projections(shape, widths, biased, dtype, transposed=False):
@@ -42,6 +56,7 @@ def check_projections(shape, widths, biased, dtype, transposed=False):
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("form")
 def test_projections_are_as_accurate_as_pytorch(shape, widths, biased, dtype, transposed):
     check_projections(shape, widths, biased, dtype, transposed)
 
@@ -60,6 +75,23 @@ def test_projections_of_a_transposed_view_keep_its_memory_order():
     x = draw(1, 5, 6, 16).transpose(1, 2)
     _, *outs = linear.layer_norm_linear(x, *draw.norm(16), [draw.weight(32, 16), draw.weight(32, 16)], [None, None])
     assert all(out.transpose(1, 2).is_contiguous() for out in outs)
+
+
+def test_the_library_writes_projections_as_columns_of_one_product_and_the_kernel_each_on_its_own(form):
+    draw = Draw(1)
+    weights = [draw.weight(32, 16) for _ in range(3)]
+    _, *outs = linear.layer_norm_linear(draw(1, 5, 6, 16), *draw.norm(16), weights, [None] * 3)
+    assert [len(run) for run in rows.joined_columns(outs)] == ([3] if form == "library" else [1, 1, 1])
+
+
+def test_columns_are_joined_in_the_order_of_one_buffer_only():
+    buffer = torch.zeros(4, 5, 48)
+    first, second, third = buffer.split(16, -1)
+    assert [len(run) for run in rows.joined_columns([first, second, third])] == [3]
+    assert [len(run) for run in rows.joined_columns([first, third, second])] == [1, 1, 1]
+    assert [len(run) for run in rows.joined_columns([third, buffer[1:, :, :16]])] == [1, 1]
+    dense = torch.zeros(2, 4, 16)
+    assert [len(run) for run in rows.joined_columns(dense.unbind(0))] == [1, 1]
 
 
 def check_gated(shape, heads, width, dtype, transposed, dropped):
@@ -108,6 +140,7 @@ def test_gated_output_lies_in_the_memory_order_of_its_residual():
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("form")
 def test_full_projections_are_as_accurate_as_pytorch(shape, widths):
     biased = tuple(n == 3 for n in range(len(widths)))
     check_projections(shape, widths, biased, torch.bfloat16)

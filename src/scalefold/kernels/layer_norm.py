@@ -57,9 +57,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, x_strides, d, d_strides, weight, dx, dx_strides, partials, dims, count,
+    x, x_strides, d, d_strides, weight, through, through_strides, dx, dx_strides, partials, dims, count,
     C: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    """Tile of rows: gradient of x, plus what came ``through`` a residual connection (None: there was none)."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, WIDTH)
     tile, _, keep = _load_row_tile(x, rows, dims, x_strides, count, C, WIDTH)
@@ -71,8 +72,38 @@ def _backward_kernel(
     scaled = gradient * tl.load(weight + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
     along = tl.sum(scaled * hat, 1)[:, None] / C
     result = (scaled - tl.sum(scaled, 1)[:, None] / C - hat * along) * rstd[:, None]
+    if through is not None:
+        result += _load_row_tile(through, rows, dims, through_strides, count, C, WIDTH)[0]
     offsets = row_offsets(rows, dims, dx_strides)[:, None] + columns[None, :] * dx_strides[3]
     tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=keep)
+
+
+def normed_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Layer norm of x: [*, c] without a gradient, in the memory order of x."""
+    out, c = torch.empty_like(x), x.shape[-1]
+    dims, count, strides = common_rows(x, out)
+    config = tuning.lookup("layer_norm_forward", **row_fields(count, x.dtype, c=c))
+    _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+        x, strides[0], weight, bias, out, strides[1], dims, count, C=c, WIDTH=triton.next_power_of_2(c), **config
+    )
+    return out
+
+
+def norm_gradient(d: Tensor, x: Tensor, weight: Tensor, through: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Gradient of x: [*, c] for the gradient d of its layer norm, plus ``through``; in the memory order of x.
+
+    Also returns partial sums [tiles, 2 c] of the gradients of the norm's weight and bias, for ``rows.sum_all``.
+    """
+    dx, c = torch.empty_like(x), x.shape[-1]
+    dims, count, strides = common_rows(x, d, dx, x if through is None else through)
+    config = tuning.lookup("layer_norm_backward", **row_fields(count, x.dtype, c=c))
+    tiles = triton.cdiv(count, config["BLOCK_M"])
+    partials = torch.empty(tiles, 2 * c, dtype=torch.float32, device=x.device)
+    _backward_kernel[(tiles,)](
+        x, strides[0], d, strides[1], weight, through, strides[3], dx, strides[2], partials, dims, count,
+        C=c, WIDTH=triton.next_power_of_2(c), **config,
+    )  # fmt: skip
+    return dx, partials
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -82,27 +113,13 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.bias_dtype = bias.dtype
-        out, c = torch.empty_like(x), x.shape[-1]
-        dims, count, strides = common_rows(x, out)
-        config = tuning.lookup("layer_norm_forward", **row_fields(count, x.dtype, c=c))
-        _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-            x, strides[0], weight, bias, out, strides[1], dims, count, C=c, WIDTH=triton.next_power_of_2(c), **config
-        )
-        return out
+        return normed_rows(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
         x, weight = ctx.saved_tensors
-        dx, c = torch.empty_like(x), x.shape[-1]
-        dims, count, strides = common_rows(x, d, dx)
-        config = tuning.lookup("layer_norm_backward", **row_fields(count, x.dtype, c=c))
-        tiles = triton.cdiv(count, config["BLOCK_M"])
-        partials = torch.empty(tiles, 2 * c, dtype=torch.float32, device=x.device)
-        _backward_kernel[(tiles,)](
-            x, strides[0], d, strides[1], weight, dx, strides[2], partials, dims, count,
-            C=c, WIDTH=triton.next_power_of_2(c), **config,
-        )  # fmt: skip
+        dx, partials = norm_gradient(d, x, weight)
         d_weight, d_bias = sum_partials(partials, weight.dtype).chunk(2)
         return dx, d_weight, d_bias.to(ctx.bias_dtype)
 

@@ -1,4 +1,4 @@
-"""Outer product mean, forward and backward (Supplement Algorithm 10): library products around three Triton kernels.
+"""Outer product mean, forward and backward (Supplement Algorithm 10): library products around four Triton kernels.
 
 The outer product is one library product, stored as [I, c, J, d]: rows (i, c) of a times rows (j, d) of b, summed over
 sequences. The kernels read that layout in contiguous pieces while they contract (c, d) with the output weight, so
@@ -21,11 +21,12 @@ from scalefold.kernels.rows import (
     is_tile_width,
     register_tiles,
     row_fields,
-    sum_partials,
+    sum_all,
 )
 from scalefold.kernels.weight_gradient import NUM_PROGRAMS
 
 KEEP_FROM_SEQUENCES = 512  # 2 S N^2 c^2 FLOP against 4 N^2 c^2 bytes: storing wins well above S ~ 200
+SCALE_ROWS = 64  # pairs per program of the scaling; 16 KiB at 128 channels
 for _name in ("outer_product_forward", "outer_product_backward", "outer_product_weight"):
     register_tiles(
         _name,
@@ -67,54 +68,61 @@ def _forward_kernel(
 
 
 @triton.jit
-def _load_scaled(d, norm, i, j, c, num_j, C: tl.constexpr):
-    """d / norm of pairs (i, j) in the storage type of d: [J, C]."""
-    tile = tl.load(d + (i * num_j + j)[:, None] * C + c[None, :], mask=(j < num_j)[:, None], other=0.0)
-    return (tile.to(tl.float32) / tl.load(norm + i * num_j + j, mask=j < num_j, other=1.0)[:, None]).to(tile.dtype)
+def _scale_kernel(d, norm, scaled, partials, count, C: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Tile of pairs: scaled = d / norm in the type of d, read by both gradient kernels; partials[tile]: its sum."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, C)
+    offsets, inside = rows[:, None] * C + c[None, :], (rows < count)[:, None]
+    tile = tl.load(d + offsets, mask=inside, other=0.0)
+    value = (tile.to(tl.float32) / tl.load(norm + rows, mask=rows < count, other=1.0)[:, None]).to(tile.dtype)
+    tl.store(scaled + offsets, value, mask=inside)
+    tl.store(partials + tl.program_id(0) * C + c, tl.sum(value.to(tl.float32), 0))
+
+
+@triton.jit
+def _load_pairs(scaled, i, j, c, num_j, C: tl.constexpr):
+    """Rows (i, j) of scaled: [J, C]."""
+    return tl.load(scaled + (i * num_j + j)[:, None] * C + c[None, :], mask=(j < num_j)[:, None], other=0.0)
 
 
 @triton.jit
 def _outer_gradient_kernel(
-    d, norm, weight, d_outer, num_j,
+    scaled, weight, d_outer, num_j,
     K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of j, i): d_outer = (d / norm) W, in the layout of outer."""
+    """Program (tile of j, i): d_outer = scaled W, in the layout of outer."""
     i = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
-    scaled = _load_scaled(d, norm, i, j, c, num_j, C)
+    tile = _load_pairs(scaled, i, j, c, num_j, C)
     d_outer += i * num_j * K
     for first in range(0, K, BLOCK_N):
         k = first + tl.arange(0, BLOCK_N)
-        acc = dot(scaled, tl.load(weight + c[:, None] * K + k[None, :]), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        acc = dot(tile, tl.load(weight + c[:, None] * K + k[None, :]), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         offsets = _outer_offsets(k, j, num_j, CO)
         tl.store(d_outer + offsets, acc.to(d_outer.dtype.element_ty), mask=(j < num_j)[:, None])
 
 
 @triton.jit
 def _weight_gradient_kernel(
-    d, norm, outer, partials, num_i, num_j, rows_per_split,
+    scaled, outer, partials, num_i, num_j, rows_per_split,
     K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of (c, d), range of i) -> partials[range, C * K + C]."""
+    """Program (block of (c, d), range of i) -> partials[range, C * K]."""
     k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, C)
     start = tl.program_id(1) * rows_per_split
     end = tl.minimum(start + rows_per_split, num_i)
     tiles_j = tl.cdiv(num_j, BLOCK_M)
     acc = tl.zeros([C, BLOCK_N], tl.float32)
-    sums = tl.zeros([C], tl.float32)
     for tile in range(start * tiles_j, end * tiles_j):
         i = tl.cast(tile // tiles_j, tl.int64)
         j = (tile % tiles_j) * BLOCK_M + tl.arange(0, BLOCK_M)
-        scaled = _load_scaled(d, norm, i, j, c, num_j, C)
         offsets = i * num_j * K + _outer_offsets(k, j, num_j, CO)
-        acc = dot(tl.trans(scaled), tl.load(outer + offsets, mask=(j < num_j)[:, None], other=0.0), acc)
-        sums += tl.sum(scaled.to(tl.float32), 0)
-    partials += tl.program_id(1).to(tl.int64) * (C * K + C)
+        right = tl.load(outer + offsets, mask=(j < num_j)[:, None], other=0.0)
+        acc = dot(tl.trans(_load_pairs(scaled, i, j, c, num_j, C)), right, acc)
+    partials += tl.program_id(1).to(tl.int64) * (C * K)
     tl.store(partials + c[:, None] * K + k[None, :], acc)
-    if tl.program_id(0) == 0:
-        tl.store(partials + C * K + c, sums)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -147,33 +155,41 @@ class _Update(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d):
         a, b, norm, weight, outer = ctx.saved_tensors
-        dense = d.contiguous()
+        scaled, sums = _scaled(d.contiguous(), norm)
         outer = _outer(a, b) if outer is None else outer
-        d_weight, d_bias = _weight_gradient(dense, norm, outer, weight)
+        d_weight, d_bias = sum_all([_weight_partials(scaled, outer), sums], weight.dtype)
         del outer
         (i, j, c), k, co = d.shape, weight.shape[1], a.shape[-1]
         d_outer = a.new_empty(i * co, j * co)
         config = _config("outer_product_backward", i, j, d.dtype, c, k)
         grid = (triton.cdiv(j, config["BLOCK_M"]), i)
-        _outer_gradient_kernel[grid](dense, norm, weight, d_outer, j, K=k, CO=co, C=c, **config)
+        _outer_gradient_kernel[grid](scaled, weight, d_outer, j, K=k, CO=co, C=c, **config)
         d_a = (b.flatten(1) @ d_outer.t()).view_as(a)
         d_b = (a.flatten(1) @ d_outer).view_as(b)
-        return d, d_a, d_b, None, d_weight, d_bias.to(ctx.bias_dtype)
+        return d, d_a, d_b, None, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
 
 
-def _weight_gradient(d: Tensor, norm: Tensor, outer: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the output weight [c_z, c * c] and its bias."""
-    (i, j, c), k = d.shape, weight.shape[1]
-    config = _config("outer_product_weight", i, j, d.dtype, c, k)
+def _scaled(d: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """d / norm [I, J, c_z] in the type of d, and partial sums [tiles, c_z] of it, the gradient of the bias."""
+    count, c = norm.numel(), d.shape[-1]
+    scaled, tiles = torch.empty_like(d), triton.cdiv(count, SCALE_ROWS)
+    partials = torch.empty(tiles, c, dtype=torch.float32, device=d.device)
+    _scale_kernel[(tiles,)](d, norm, scaled, partials, count, C=c, BLOCK_M=SCALE_ROWS)
+    return scaled, partials
+
+
+def _weight_partials(scaled: Tensor, outer: Tensor) -> Tensor:
+    """Partial gradients [ranges of i, c_z * c * c] of the output weight [c_z, c * c]."""
+    (i, j, c), k = scaled.shape, outer.numel() // (scaled.shape[0] * scaled.shape[1])
+    config = _config("outer_product_weight", i, j, scaled.dtype, c, k)
     num_blocks = k // config["BLOCK_N"]
     rows_per_split = triton.cdiv(i, max(1, NUM_PROGRAMS // num_blocks))
     num_splits = triton.cdiv(i, rows_per_split)
-    partials = torch.empty(num_splits, c * k + c, dtype=torch.float32, device=d.device)
+    partials = torch.empty(num_splits, c * k, dtype=torch.float32, device=scaled.device)
     _weight_gradient_kernel[(num_blocks, num_splits)](
-        d, norm, outer, partials, i, j, rows_per_split, K=k, CO=int(k**0.5), C=c, **config
+        scaled, outer, partials, i, j, rows_per_split, K=k, CO=int(k**0.5), C=c, **config
     )
-    flat = sum_partials(partials, weight.dtype)
-    return flat[: c * k].view(c, k), flat[c * k :]
+    return partials
 
 
 def outer_product_project(
@@ -195,7 +211,7 @@ def outer_product_project(
 
 
 def outer_product_update(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``reference.outer_product_update``: a library product and one kernel forward; backward three products, two
+    """``reference.outer_product_update``: a library product and one kernel forward; backward three products, three
     kernels and a sum. Saved: a, b, norm, and the outer product from 512 sequences on."""
     fits = is_tile_width(z.shape[-1], a.shape[-1]) and a.shape[-1] == b.shape[-1] and weight.is_contiguous()
     if not fits:
