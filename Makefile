@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 TEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-distributed test-slurm test-gpu check format equivalence mutations bench-data clean
+.PHONY: help setup demo test test-distributed test-slurm test-gpu check format equivalence mutations bench-data bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,6 +45,9 @@ mutations: setup  ## plant ten defects in a copy of the source and show that tes
 
 bench-data: setup  ## prepare real or generated chains and measure samples per second on one core
 	$(BIN)/python benchmarks/data_pipeline.py
+
+bench-gpu: setup  ## measure a step on this machine's GPU and judge every line (TORCH=torch==2.11.0 STORE=folder)
+	$(BIN)/python benchmarks/gates.py $(STORE)
 
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .

@@ -2,11 +2,12 @@
 
     python benchmarks/step_time.py                      # ours, R = 1..4, appended to benchmarks/step_time.csv
     python benchmarks/step_time.py --variant plain_ckpt  # plain PyTorch operations with activation checkpointing
-    python benchmarks/step_time.py --check --profile     # compare with the fp32 reference first; kernels by class
+    python benchmarks/step_time.py --check --profile 1   # compare with the fp32 reference first; kernels at R = 1
 
 A step is everything between two batches on the device: casts, forward with R passes, losses, backward, gradient norm,
 clip, Adam, weight averaging, refresh of the bf16 copy. The batch is synthetic, with plausible geometry. One process,
-one device; dropout is on while timing and off while comparing.
+one device; dropout is on while timing and off while comparing. ``--check`` appends to ``precision.csv``, ``--profile``
+to ``step_profile.csv`` (host time, launches, idle share) and ``step_kernels.csv`` (every kernel), beside ``--csv``.
 """
 
 import argparse
@@ -152,32 +153,43 @@ def module_of(name: str) -> str:
     return ".".join(parts[:2])
 
 
-def compare(passes: int = 1) -> bool:
+def cosines_by_module(truth: dict[str, Tensor], found: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+    """Cosine of each variant's gradient with the true one, per module."""
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: {v: [0.0, 0.0, 0.0] for v in found})
+    for name, exact in truth.items():
+        for variant, grads in found.items():
+            own, other = sums[module_of(name)][variant], grads[name]
+            for i, value in enumerate(((exact * other).sum(), exact.square().sum(), other.square().sum())):
+                own[i] += float(value)
+    return {
+        module: {v: s[0] / max((s[1] * s[2]) ** 0.5, 1e-30) for v, s in by_variant.items()}
+        for module, by_variant in sums.items()
+    }
+
+
+def compare(csv: Path, passes: int = 1) -> bool:
     """Ours and plain bf16 against the fp32 reference: losses and gradient cosine per module."""
     truth_terms, truth = gradients("fp32", passes)
-    print(f"{'term':28s} {'fp32':>12s} {'ours':>12s} {'plain bf16':>12s}")
     found = {variant: gradients(variant, passes) for variant in ("ours", "plain_ckpt")}
-    for name, value in truth_terms.items():
-        print(f"{name:28s} {value:12.6f} " + " ".join(f"{found[v][0][name]:12.6f}" for v in found))
-    dots: dict[str, dict[str, list[float]]] = defaultdict(lambda: {v: [0.0, 0.0, 0.0] for v in found})
-    for name, exact in truth.items():
-        for variant, (_, grads) in found.items():
-            sums = dots[module_of(name)][variant]
-            other = grads[name]
-            for i, value in enumerate(((exact * other).sum(), exact.square().sum(), other.square().sum())):
-                sums[i] += float(value)
-    good = True
-    print(f"{'module':52s} {'cos ours':>9s} {'cos plain':>9s}")
-    for module, by_variant in dots.items():
-        cosines = {v: s[0] / max((s[1] * s[2]) ** 0.5, 1e-30) for v, s in by_variant.items()}
-        ok = cosines["ours"] >= 0.99 or 1 - cosines["ours"] <= 2 * (1 - cosines["plain_ckpt"])
-        good &= ok
-        print(f"{module:52s} {cosines['ours']:9.5f} {cosines['plain_ckpt']:9.5f}{'' if ok else '  <-- low'}")
-    relative = abs(found["ours"][0]["loss"] / truth_terms["loss"] - 1)
-    plain = abs(found["plain_ckpt"][0]["loss"] / truth_terms["loss"] - 1)
-    good &= relative <= max(1e-3, 2 * plain)
-    print(f"relative difference of the loss: ours {relative:.2e}, plain bf16 {plain:.2e}: {'ok' if good else 'FAILED'}")
+    cosines = cosines_by_module(truth, {variant: grads for variant, (_, grads) in found.items()})
+    rows: list[dict[str, object]] = [
+        precision_row("term", name, f"{value:.6f}", *(f"{found[v][0][name]:.6f}" for v in found))
+        for name, value in truth_terms.items()
+    ]
+    rows += [precision_row("module", m, "", *(f"{c:.5f}" for c in own.values())) for m, own in cosines.items()]
+    append_rows(csv, rows)
+    print_table([{key: row[key] for key in ("kind", "name", "fp32", "ours_bf16", "plain_bf16")} for row in rows])
+    low = [m for m, c in cosines.items() if c["ours"] < 0.99 and 1 - c["ours"] > 2 * (1 - c["plain_ckpt"])]
+    ours, plain = (abs(found[v][0]["loss"] / truth_terms["loss"] - 1) for v in found)
+    good = not low and ours <= max(1e-3, 2 * plain)
+    print(f"relative difference of the loss: ours {ours:.2e}, plain bf16 {plain:.2e}")
+    print(f"modules below 0.99 and worse than plain bf16: {', '.join(low) or 'none'}: {'ok' if good else 'FAILED'}")
     return good
+
+
+def precision_row(kind: str, name: str, fp32: str, ours: str, plain: str) -> dict[str, object]:
+    """One line of precision.csv: a loss term, or the cosine of a module's gradient with the fp32 one."""
+    return {**facts(), "kind": kind, "name": name, "fp32": fp32, "ours_bf16": ours, "plain_bf16": plain}
 
 
 def host_time(call: Callable[[], object], repeats: int) -> Timing:
@@ -192,34 +204,53 @@ def host_time(call: Callable[[], object], repeats: int) -> Timing:
     return Timing.of(times)
 
 
-def profile(variant: str, extra: list[str], passes: int, out: Path | None) -> None:
+def profile(variant: str, extra: list[str], passes: int, csv: Path, trace: Path | None) -> None:
     """Host time of a step; kernels of one replayed step: number, time by class, the longest ones, idle share."""
     config = configuration(variant, extra)
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda").features
     _, step = build(config)
     step.warm_up(batch, passes, lambda text: None)
-    host_ms = host_time(lambda: step(batch, passes, 1), 10)
-    print(f"{variant} R={passes}: host {host_ms.median_ms:.2f} ms per step (p90 {host_ms.p90_ms:.2f})")
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    median_us = 1e3 * time_calls(lambda: step(batch, passes, 1), 5).median_ms  # profiling itself widens the gaps
-    with torch.profiler.profile(activities=activities) as traced:
-        step(batch, passes, 1)
-        torch.cuda.synchronize()
-    kernels = [e for e in traced.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
-    by_name: dict[str, list[float]] = defaultdict(list)
-    for event in kernels:
-        by_name[event.name].append(event.time_range.end - event.time_range.start)
-    busy = sum(sum(times) for times in by_name.values())
-    print(f"{variant} R={passes}: {len(kernels)} kernels, busy {busy / 1e3:.1f} ms of {median_us / 1e3:.1f} ms", end="")
-    print(f", idle {100 * max(0.0, 1 - busy / median_us):.1f} %")
+    host = host_time(lambda: step(batch, passes, 1), 10)
+    step_ms = time_calls(lambda: step(batch, passes, 1), 5).median_ms  # profiling itself widens the gaps
+    by_name = kernel_times(lambda: step(batch, passes, 1), trace)
+    busy_ms = sum(map(sum, by_name.values())) / 1e3
+    of_run = {**facts(), "variant": variant, "passes": passes}
+    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))
+    whole: dict[str, object] = {
+        **of_run,
+        "step_ms": round(step_ms, 2),
+        "host_ms": round(host.median_ms, 2),
+        "host_p90_ms": round(host.p90_ms, 2),
+        "kernels": sum(map(len, by_name.values())),
+        "busy_ms": round(busy_ms, 2),
+        "idle_percent": round(100 * max(0.0, 1 - busy_ms / step_ms), 2),
+    }
+    append_rows(csv.with_name("step_profile.csv"), [whole])
+    kernels: list[dict[str, object]] = [
+        {**of_run, "total_ms": f"{sum(times) / 1e3:.4f}", "calls": len(times), "kernel": name[:120]}
+        for name, times in longest
+    ]
+    append_rows(csv.with_name("step_kernels.csv"), kernels)
+    print_table([whole])
     for name, total in by_class(by_name).items():
         print(f"  {name:14s} {total / 1e3:8.2f} ms")
-    longest = sorted(by_name.items(), key=lambda item: -sum(item[1]))
     for name, times in longest[:45]:
         print(f"  {sum(times) / 1e3:8.3f} ms  {len(times):5d} x {sum(times) / len(times):8.1f} us  {name[:110]}")
-    if out is not None:
-        traced.export_chrome_trace(str(out.with_suffix(".trace.json.gz")))
-        out.write_text("".join(f"{sum(t) / 1e3:.4f},{len(t)},{n!r}\n" for n, t in longest))
+
+
+def kernel_times(call: Callable[[], object], trace: Path | None) -> dict[str, list[float]]:
+    """Microseconds of every kernel of one call, by name; ``trace``: also keep the timeline there."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as traced:
+        call()
+        torch.cuda.synchronize()
+    by_name: dict[str, list[float]] = defaultdict(list)
+    for event in traced.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            by_name[event.name].append(event.time_range.end - event.time_range.start)
+    if trace is not None:
+        traced.export_chrome_trace(str(trace))
+    return by_name
 
 
 def by_class(by_name: dict[str, list[float]]) -> dict[str, float]:
@@ -240,20 +271,21 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--check", action="store_true", help="compare with the fp32 reference first")
     parser.add_argument("--profile", type=int, nargs="*", metavar="R", help="profile these numbers of passes")
+    parser.add_argument("--trace", type=Path, help="keep the timeline of the profiled step here (.json.gz)")
     parser.add_argument("--csv", type=Path, default=FOLDER / "step_time.csv")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")
     arguments = parser.parse_args()
     prepare_process(configuration("ours", arguments.set))
     status = 0
     if arguments.check:
-        status = int(not compare())
+        status = int(not compare(arguments.csv.with_name("precision.csv")))
     rows = []
     for variant in arguments.variant or ["ours"]:
         rows += measure(variant, arguments.set, arguments.passes, arguments.repeats)
         gc.collect()
         torch.cuda.empty_cache()
     for r in arguments.profile or []:
-        profile((arguments.variant or ["ours"])[0], arguments.set, r, arguments.csv.with_suffix(f".kernels_r{r}.csv"))
+        profile((arguments.variant or ["ours"])[0], arguments.set, r, arguments.csv, arguments.trace)
     append_rows(arguments.csv, rows)
     print_table(rows)
     for variant in arguments.variant or ["ours"]:

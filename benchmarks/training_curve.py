@@ -14,35 +14,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import FOLDER
+from real_chains import BASE, train
 from scalefold.report.record import METRICS_FILE
 
-BASE = FOLDER.parent / "configs" / "base.yaml"
 VARIANTS = {"ours": [], "plain": ["execution.kernels=reference", "execution.activation_checkpointing=true"]}
-STEPS_DONE = 4  # exit status of ``scalefold train`` at the end of the step budget
 
 
-def train(store: Path, variant: str, steps: int, crop: int, workers: int, run_dir: Path) -> Path:
-    """Train and return the metrics; exits with the training's status if it fails."""
-    settings = [
-        f"data.store_dir={store}",
-        f"data.num_workers={workers}",
+def settings(variant: str, crop: int) -> list[str]:
+    """What differs from the benchmark's configuration."""
+    return [
         "data.filter_by_alignments=true",
         "data.num_recycling_iters=0",
         f"data.train_sequence_crop_size={crop}",
-        "training.seed=5",
-        f"training.num_train_iters={steps}",
-        "training.val_every_iters=1000000",
-        f"run.run_dir={run_dir}",
-        "run.checkpoint_every_iters=0",
-        "run.log_every_iters=1",
         *("execution.warm_up=false", "data.val_max_sequence_length=128"),  # no evaluation here
+        *VARIANTS[variant],
     ]
-    command = [sys.executable, "-m", "scalefold", "train", str(BASE), *settings, *VARIANTS[variant]]
-    status = subprocess.run(command).returncode
-    if status not in (0, STEPS_DONE):
-        sys.exit(status)
-    return run_dir / METRICS_FILE
 
 
 def main() -> int:
@@ -58,7 +44,9 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        metrics = train(arguments.store, arguments.variant, arguments.steps, arguments.crop, arguments.workers, run_dir)
+        own = settings(arguments.variant, arguments.crop)
+        train(BASE, arguments.store, arguments.steps, arguments.workers, own, run_dir)
+        metrics = run_dir / METRICS_FILE
         if arguments.out is not None:
             shutil.copy(metrics, arguments.out)
         if arguments.baseline is None:
