@@ -299,6 +299,9 @@ def training_cases(dap: int) -> list[Case]:
         triangle_output(template, 64, 4),
         transition(template, 64, 2, 2),
         layer_norm(pair, 128, 2),
+        layer_norm(msa, 256, 1),  # its kernels serve where the library takes the products of projections, transitions
+        layer_norm(extra, 64, 1),
+        layer_norm(template, 64, 1),
         layer_norm((1, 1, N), 384, 10),
         point_attention(N, 8),
         point_errors(8, N, N, 1),

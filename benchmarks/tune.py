@@ -34,7 +34,7 @@ from scalefold.kernels import tuning
 from scalefold.kernels.triton_ops import TRITON
 
 COMPILE_SHARE = 0.6  # of the time limit
-MAX_CANDIDATES = 16
+MAX_CANDIDATES = 20
 LARGEST_DIFFERENCE = 0.02  # relative, between candidates: bf16 rounding in another order
 REPLAYS = 12
 

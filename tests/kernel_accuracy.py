@@ -1,13 +1,27 @@
 """How kernel tests judge: error against fp32 at most twice PyTorch's own error at the same precision."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
+from scalefold.kernels import tuning
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 FP32_ERROR = 2e-6  # rounding of sums in another order
+LIBRARY_TILES = {"LIBRARY": 1, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+FULL_LIBRARY_TILES = {"LIBRARY": 1, "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+
+
+@contextmanager
+def launch_parameters(config: tuning.Config | None, *kernels: str) -> Iterator[None]:
+    """Use ``config`` for ``kernels``; None: what the tables say."""
+    with ExitStack() as stack:
+        for name in kernels if config else ():
+            stack.enter_context(tuning.override(name, config))
+        yield
 
 
 class Draw:

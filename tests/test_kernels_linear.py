@@ -1,24 +1,17 @@
 """Triton projections of a layer norm, and gated output, against their plain definitions."""
 
-import contextlib
-
 import pytest
 import torch
 
-from kernel_accuracy import Draw, assert_as_accurate_as_pytorch
-from scalefold.kernels import gated_output, linear, reference, rows, tuning
-
-LIBRARY = {"LIBRARY": 1, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+from kernel_accuracy import LIBRARY_TILES, Draw, assert_as_accurate_as_pytorch, launch_parameters
+from scalefold.kernels import gated_output, linear, reference, rows
 
 
-@pytest.fixture(params=["kernel", "library"])
+@pytest.fixture(params=[None, LIBRARY_TILES], ids=["kernel", "library"])
 def form(request):
     """Who computes the wide products of the projections: the kernel itself, or the library beside it."""
-    with contextlib.ExitStack() as stack:
-        if request.param == "library":
-            for name in ("norm_linear_forward", "norm_linear_backward"):
-                stack.enter_context(tuning.override(name, LIBRARY))
-        yield request.param
+    with launch_parameters(request.param, "norm_linear_forward", "norm_linear_backward"):
+        yield "library" if request.param else "kernel"
 
 
 def check_projections(shape, widths, biased, dtype, transposed=False):

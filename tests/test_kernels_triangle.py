@@ -1,35 +1,53 @@
-"""Triton triangle multiplication against its plain definition."""
+"""Triton triangle multiplication against its plain definition, its backward fused and with products of the library."""
 
 import pytest
 import torch
 
-from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
+from kernel_accuracy import (
+    DEVICE,
+    DTYPES,
+    FULL_LIBRARY_TILES,
+    LIBRARY_TILES,
+    Draw,
+    assert_as_accurate_as_pytorch,
+    launch_parameters,
+)
 from scalefold.kernels import reference, triangle
+
+KERNELS = ("triangle_project_backward", "triangle_output_backward")
 
 SMALL = [(1, 9, 32, 16), (2, 7, 16, 32)]  # batch, residues, pair channels, product channels
 FULL = [(1, 256, 128, 128), (4, 256, 64, 64), (1, 301, 128, 128)]
 
 
-def check_project(shape, dtype):
+def transposed_rows(x):
+    """The same values, with the two dimensions of pairs exchanged in memory. x: [B, I, J, c]."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def check_project(shape, dtype, transposed=False):
     batch, n, c, width = shape
     draw = Draw(n)
+    z = draw(batch, n, n, c)
     mask = draw.mask(batch, n, n)
     parameters = [p for _ in range(4) for p in (draw.weight(width, c), draw(width))]
     assert_as_accurate_as_pytorch(
         lambda z, *rest: triangle.triangle_project(z, mask, *rest),
         lambda z, *rest: reference.triangle_project(z, mask.to(z.dtype), *rest),
-        [draw(batch, n, n, c), *draw.norm(c), *parameters],
+        [transposed_rows(z) if transposed else z, *draw.norm(c), *parameters],
         dtype,
     )
 
 
-def check_output(shape, dtype, dropped: str | None):
+def check_output(shape, dtype, dropped: str | None, transposed=False):
     batch, n, c, width = shape
     draw = Draw(n)
+    z = draw(batch, n, n, c)
     masks = {"rows": (batch, 1, n, c), "columns": (batch, n, 1, c)}
     dropout = draw.dropout(*masks[dropped]) if dropped else None
     linears = [draw.weight(c, width), draw(c), draw.weight(c, c), draw(c)]
-    leaves = [draw(batch, n, n, c), draw(batch, width, n, n), *draw.norm(c), *draw.norm(width), *linears]
+    z = transposed_rows(z) if transposed else z
+    leaves = [z, draw(batch, width, n, n), *draw.norm(c), *draw.norm(width), *linears]
     assert_as_accurate_as_pytorch(
         lambda *inputs: triangle.triangle_output(*inputs, dropout),
         lambda *inputs: reference.triangle_output(*inputs, dropout),
@@ -66,12 +84,52 @@ def test_output_is_as_accurate_as_pytorch(shape, dtype, dropped):
     check_output(shape, dtype, dropped)
 
 
-def test_masked_pairs_get_no_operand_and_give_no_gradient():
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_products_of_the_library_are_as_accurate_as_pytorch(shape, dtype, transposed):
+    with launch_parameters(LIBRARY_TILES, *KERNELS):
+        check_project(shape, dtype, transposed)
+        check_output(shape, dtype, "columns", transposed)
+
+
+def test_launch_parameters_choose_the_form_and_both_keep_the_memory_order(monkeypatch):
+    found, norm_gradient = [], triangle.norm_gradient
+
+    def record(*args, **named):
+        found.append(norm_gradient(*args, **named))
+        return found[-1]
+
+    monkeypatch.setattr(triangle, "norm_gradient", record)
+    draw = Draw(7)
+    z = draw(2, 5, 5, 16).transpose(1, 2).requires_grad_()
+    x, mask = draw(2, 16, 5, 5).requires_grad_(), draw.mask(2, 5, 5)
+    norms = [draw.norm(16) for _ in range(3)]
+    linears = [parameter for _ in range(6) for parameter in (draw.weight(16, 16), draw(16))]
+
+    def gradients():
+        through, a, b = triangle.triangle_project(z, mask, *norms[0], *linears[:8])
+        y = triangle.triangle_output(through, x, *norms[1], *norms[2], *linears[8:], None)
+        return torch.autograd.grad(y.square().sum() + (a * b).sum(), (z, x))
+
+    fused = gradients()
+    assert not found
+    with launch_parameters(LIBRARY_TILES, *KERNELS):
+        by_library = gradients()
+    assert len(found) == 3
+    for value, expected, leaf in zip(by_library, fused, (z, x), strict=True):
+        assert value.stride() == expected.stride() == leaf.stride()
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [None, LIBRARY_TILES], ids=["fused", "library"])
+def test_masked_pairs_get_no_operand_and_give_no_gradient(config):
     draw = Draw(5)
     z, mask = draw(1, 6, 6, 16).requires_grad_(), draw.mask(1, 6, 6)
     parameters = [p for _ in range(4) for p in (draw.weight(16, 16), draw(16))]
     _, a, b = triangle.triangle_project(z, mask, *draw.norm(16), *parameters)
-    (gradient,) = torch.autograd.grad((a.square() + b).sum(), z)
+    with launch_parameters(config, *KERNELS):
+        (gradient,) = torch.autograd.grad((a.square() + b).sum(), z)
     outside = mask == 0
     assert outside.any()
     assert (a.permute(0, 2, 3, 1)[outside] == 0).all()
@@ -90,7 +148,9 @@ def test_other_widths_take_the_plain_definition():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, FULL_LIBRARY_TILES], ids=["table", "library"])
 @pytest.mark.parametrize("shape", FULL, ids=str)
-def test_full_shapes_are_as_accurate_as_pytorch(shape):
-    check_project(shape, torch.bfloat16)
-    check_output(shape, torch.bfloat16, "rows")
+def test_full_shapes_are_as_accurate_as_pytorch(shape, config):
+    with launch_parameters(config, *KERNELS):
+        check_project(shape, torch.bfloat16)
+        check_output(shape, torch.bfloat16, "rows")

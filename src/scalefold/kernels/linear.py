@@ -30,6 +30,7 @@ from scalefold.kernels.rows import (
     leaves_to_library,
     load_normed,
     load_tile,
+    memory_order,
     norm_input_gradient,
     register_tiles,
     row_fields,
@@ -172,11 +173,6 @@ def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | N
     return (filled[0] if len(filled) == 1 else torch.cat(filled)), present[0] * width
 
 
-def _row_order(x: Tensor) -> list[int]:
-    """Leading dimensions of x from slow to fast in memory."""
-    return sorted(range(x.dim() - 1), key=lambda d: -x.stride(d))
-
-
 def _in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tensor:
     """View of flat [rows, w], rows numbered in ``order``, as [*shape, w]."""
     inverse = [list(order).index(d) for d in range(len(order))]
@@ -217,7 +213,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     wide, narrow = weights[:num_wide], weights[num_wide:]
     width = wide[0].shape[0] if wide else NARROW_WIDTH
     library, config = _choice("norm_linear_forward", count, x, num_wide, width, row_mask)
-    order = _row_order(x)
+    order = memory_order(x)
     normed = x.new_empty(count, c) if library else None
     out = x.new_empty(0 if library else len(wide), count, width)
     narrow_out = None
@@ -288,7 +284,7 @@ def _input_gradient(
     narrow_d = ds[num_wide] if narrow else None
     width = wide[0].shape[0] if wide else NARROW_WIDTH
     library, config = _choice("norm_linear_backward", x.shape[:-1].numel(), x, num_wide, width, row_mask)
-    order = _row_order(x)
+    order = memory_order(x)
     summed = _in_order(order, _library_sum(ds[:num_wide], wide, order), x.shape) if library else None
     mask_view = x if row_mask is None else row_mask[..., None]
     views = (x, dx, x if narrow_d is None else narrow_d, mask_view, normed, x if through is None else through)

@@ -181,6 +181,11 @@ def common_rows(*views: Tensor) -> tuple[tuple[int, int], int, list[Strides]]:
     return (levels[1][0], levels[2][0]), shape.numel(), result  # type: ignore[return-value]
 
 
+def memory_order(x: Tensor) -> tuple[int, ...]:
+    """Leading dimensions of x: [*, c] from slow to fast in memory."""
+    return tuple(sorted(range(x.dim() - 1), key=lambda d: -x.stride(d)))
+
+
 def is_tile_width(*widths: int) -> bool:
     """Whether channel counts suit the kernels: powers of two from 16 to 256."""
     return all(16 <= width <= 256 and width & (width - 1) == 0 for width in widths)

@@ -1,8 +1,13 @@
 """Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
 
-One kernel forward, in which the hidden layer never leaves the chip. Saved: x. The backward computes the hidden layer
-again, block by block, together with its gradient, those of the biases and that of x, residual included; it stores the
-hidden layer, its gradient and the norm for the weight gradients, which are products of the library.
+Saved: x. Each direction has two forms; launch parameters name the one to take (``rows.leaves_to_library``):
+
+- fused: one kernel forward, in which the hidden layer never leaves the chip. The backward computes the hidden layer
+  again, block by block, together with its gradient, those of the biases and that of x, residual included; it stores the
+  hidden layer, its gradient and the norm for the weight gradients, which are products of the library.
+- by the library: norm, hidden layer, x + b2 and the last product are launches of their own. The backward computes norm
+  and hidden layer again that way; the kernel is left with the gradients of the hidden layer and of the biases, and the
+  last product and the norm's backward, residual included, follow it.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -14,13 +19,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference, tuning
+from scalefold.kernels.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
     common_rows,
     dot,
     has_plain_strides,
     is_tile_width,
+    leaves_to_library,
     load_normed,
     load_tile,
+    memory_order,
     norm_input_gradient,
     register_tiles,
     row_fields,
@@ -34,12 +42,14 @@ register_tiles(
     {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
     *((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2)),
     *((128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+    library=((64, 64, 4, 2),),  # no kernel of this module runs then: one tile is as good as another
 )
 register_tiles(
     "transition_backward",
     {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     *((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 3)),
     *((64, 64, 8, 1), (64, 64, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 2)),
+    library=((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
 )
 
 
@@ -66,34 +76,57 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    x, x_strides, norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, d_strides, hidden_out, d_hidden_out,
+    x, x_strides, norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, d_strides, hidden_rows, d_hidden_out,
     hidden_strides, normed_out, normed_strides, dx, dx_strides, partials, dims, count,
-    HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FUSED: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Tile of rows: gradients of the hidden layer and sums for the biases, block by block.
+
+    FUSED: the hidden layer and the norm are computed and stored too, and dx with the sums for the norm follows. Else
+    the hidden layer is read, and neither x nor anything of its norm is looked at.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
-    normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
     d = load_tile(d_out, rows, c, dims, d_strides, count)
-    acc = tl.zeros([BLOCK_M, C], tl.float32)
     own = partials + tl.program_id(0).to(tl.int64) * (3 * C + HIDDEN)
+    if FUSED:
+        normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
+        acc = tl.zeros([BLOCK_M, C], tl.float32)
     for first in range(0, HIDDEN, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        block_1 = tl.load(weight_1 + n[:, None] * C + c[None, :])
-        hidden = dot(normed, tl.trans(block_1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        hidden = tl.maximum(hidden + tl.load(bias_1 + n).to(tl.float32)[None, :], 0.0)
-        store_tile(hidden_out, hidden, rows, n, dims, hidden_strides, count)
+        if FUSED:
+            block_1 = tl.load(weight_1 + n[:, None] * C + c[None, :])
+            hidden = dot(normed, tl.trans(block_1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            hidden = tl.maximum(hidden + tl.load(bias_1 + n).to(tl.float32)[None, :], 0.0)
+            store_tile(hidden_rows, hidden, rows, n, dims, hidden_strides, count)
+        else:
+            hidden = load_tile(hidden_rows, rows, n, dims, hidden_strides, count)
         block_2 = tl.load(weight_2 + c[:, None] * HIDDEN + n[None, :])
         d_hidden = dot(d, block_2, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(normed.dtype)
+        d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(d.dtype)
         store_tile(d_hidden_out, d_hidden, rows, n, dims, hidden_strides, count)
         tl.store(own + 3 * C + n, tl.sum(d_hidden.to(tl.float32), 0))
-        acc = dot(d_hidden, block_1, acc)
+        if FUSED:
+            acc = dot(d_hidden, block_1, acc)
     d = load_tile(d_out, rows, c, dims, d_strides, count).to(tl.float32)
     tl.store(own + 2 * C + c, tl.sum(d, 0))
-    gradient = d + norm_input_gradient(
-        acc, x, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, x_strides, count, C
-    )
-    store_tile(dx, gradient, rows, c, dims, dx_strides, count)
+    if FUSED:
+        gradient = d + norm_input_gradient(
+            acc, x, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, x_strides, count, C
+        )
+        store_tile(dx, gradient, rows, c, dims, dx_strides, count)
+
+
+def _config(name: str, x: Tensor, width: int) -> tuple[bool, tuning.Config]:
+    """Whether the library takes the wide products, and the tiles of the kernel."""
+    fields = row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], n=width)
+    by_library, config = leaves_to_library(tuning.lookup(name, **fields))
+    return by_library, {**config, "BLOCK_N": min(config["BLOCK_N"], width)}
+
+
+def _hidden_layer(normed: Tensor, weight_1: Tensor, bias_1: Tensor) -> Tensor:
+    """relu(W1 normed + b1) by the library, bias and relu within the product. normed: [*, c] -> [rows, width]."""
+    return torch._addmm_activation(bias_1, normed.reshape(-1, normed.shape[-1]), weight_1.t())
 
 
 class _Transition(torch.autograd.Function):
@@ -104,9 +137,15 @@ class _Transition(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
         out = torch.empty_like(x)
         hidden, c = weight_1.shape
+        by_library, config = _config("transition_forward", x, hidden)
+        if by_library:
+            order, places = memory_order(out), tuple(range(x.dim() - 1))
+            ordered, rows = x.movedim(order, places), out.movedim(order, places).view(-1, c)
+            hidden_rows = _hidden_layer(normed_rows(ordered, norm_weight, norm_bias), weight_1, bias_1)
+            torch.add(x, bias_2, out=out)
+            rows.addmm_(hidden_rows, weight_2.t())
+            return out
         dims, count, strides = common_rows(x, out)
-        config = tuning.lookup("transition_forward", **row_fields(count, x.dtype, c=c, n=hidden))
-        config = {**config, "BLOCK_N": min(config["BLOCK_N"], hidden)}
         _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             x, strides[0], norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, out, strides[1], dims, count,
             HIDDEN=hidden, C=c, **config,
@@ -118,22 +157,33 @@ class _Transition(torch.autograd.Function):
     def backward(ctx, d_out):
         x, norm_weight, norm_bias, weight_1, bias_1, weight_2 = ctx.saved_tensors
         width, c = weight_1.shape
-        hidden, d_hidden = x.new_empty(2, *x.shape[:-1], width).unbind(0)
-        dx, normed = torch.empty_like(x), torch.empty_like(x)
-        dims, count, strides = common_rows(x, d_out, hidden, dx, normed)
-        config = tuning.lookup("transition_backward", **row_fields(count, x.dtype, c=c, n=width))
-        config = {**config, "BLOCK_N": min(config["BLOCK_N"], width)}
+        by_library, config = _config("transition_backward", x, width)
+        order, places = memory_order(x), tuple(range(x.dim() - 1))
+        x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
+        if by_library:
+            normed = normed_rows(x, norm_weight, norm_bias)
+            hidden = _hidden_layer(normed, weight_1, bias_1).view(*x.shape[:-1], width)
+            dx = x  # the kernel leaves it alone
+        else:
+            dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
+        d_hidden = torch.empty_like(hidden)
+        dims, count, strides = common_rows(x, d_out, hidden, normed, dx)
         tiles = triton.cdiv(count, config["BLOCK_M"])
         partials = torch.empty(tiles, 3 * c + width, dtype=torch.float32, device=x.device)
         _backward_kernel[(tiles,)](
             x, strides[0], norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, strides[1], hidden, d_hidden,
-            strides[2], normed, strides[4], dx, strides[3], partials, dims, count, HIDDEN=width, C=c, **config,
+            strides[2], normed, strides[3], dx, strides[4], partials, dims, count, FUSED=not by_library, HIDDEN=width,
+            C=c, **config,
         )  # fmt: skip
-        products = [Product(d_hidden, normed), Product(hidden, d_out, transposed=True)]
-        sums, d_weight_1, d_weight_2 = sum_all([partials, *weight_partials(products)], norm_weight.dtype)
-        d_norm_weight, d_norm_bias, d_bias_2, d_bias_1 = sums.split([c, c, c, width])
+        norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
+        if by_library:
+            d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
+            dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
+        weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
+        norm, bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm_weight.dtype)
+        d_bias_2, d_bias_1 = bias.split([c, width])
         weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
-        return dx, d_norm_weight, d_norm_bias, weights[0], d_bias_1, weights[1], d_bias_2
+        return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
 
 
 def transition(
