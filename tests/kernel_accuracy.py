@@ -11,7 +11,8 @@ from scalefold.kernels import tuning
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 FP32_ERROR = 2e-6  # rounding of sums in another order
-LIBRARY_TILES = {"LIBRARY": 1, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+LIBRARY_TILES = {"LIBRARY": 1, **SMALL_TILES}
 FULL_LIBRARY_TILES = {"LIBRARY": 1, "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
 
 
