@@ -87,6 +87,20 @@ def test_columns_are_joined_in_the_order_of_one_buffer_only():
     assert [len(run) for run in rows.joined_columns(dense.unbind(0))] == [1, 1]
 
 
+@pytest.mark.usefixtures("form")
+def test_gradients_side_by_side_give_the_same_as_apart():
+    draw = Draw(1)
+    x, weights = draw(1, 5, 6, 16), [draw.weight(32, 16) for _ in range(3)]
+    leaves = [leaf.requires_grad_() for leaf in (x, *draw.norm(16), *weights)]
+    beside = draw(1, 5, 6, 96).split(32, -1)
+    found = []
+    for gradients in (beside, [gradient.contiguous() for gradient in beside]):
+        _, *outs = linear.layer_norm_linear(*leaves[:3], weights, [None] * 3)
+        found.append(torch.autograd.grad(outs, leaves, gradients))
+    for value, expected in zip(*found, strict=True):
+        torch.testing.assert_close(value, expected)
+
+
 def check_gated(shape, heads, width, dtype, transposed, dropped):
     draw = Draw(sum(shape))
     batch, rows, n, c = shape

@@ -27,6 +27,7 @@ from scalefold.kernels.rows import (
     has_plain_strides,
     is_tile_width,
     joined_columns,
+    joined_view,
     leaves_to_library,
     load_normed,
     load_tile,
@@ -201,10 +202,13 @@ class _NormLinear(torch.autograd.Function):
         normed, dx, partials = _input_gradient(
             x, norm_weight, norm_bias, row_mask, ctx.num_wide, weights, ds, widths, through
         )
-        sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
+        runs = joined_columns(ds)
+        products = [Product(joined_view(run), normed) for run in runs]
+        sums, *joined = sum_all([partials, *weight_partials(products)], dtype)
         norm_weight_sum, norm_bias_sum, *bias_sums = sums.split([c, c, *widths])
         biases = [total if has else None for total, has in zip(bias_sums, ctx.has_bias, strict=True)]
-        d_weights = [part.view_as(weight) for part, weight in zip(flat, weights, strict=True)]
+        pairs = zip(joined, runs, strict=True)
+        d_weights = [part for total, run in pairs for part in total.view(-1, c).split([d.shape[-1] for d in run])]
         return dx, norm_weight_sum, norm_bias_sum, None, None, *d_weights, *biases
 
 
@@ -263,9 +267,7 @@ def _library_sum(ds: Sequence[Tensor], weights: Sequence[Tensor], order: Sequenc
     """Sum of d_i W_i over the wide projections, rows in ``order``: [rows, c] in storage type."""
     total, done = None, 0
     for run in joined_columns(ds):
-        width, first = sum(d.shape[-1] for d in run), run[0]
-        joined = first.as_strided((*first.shape[:-1], width), first.stride(), first.storage_offset())
-        flat = joined.permute(*order, len(order)).reshape(-1, width)
+        flat = joined_view(run).permute(*order, len(order)).flatten(0, -2)
         weight = fused_view(weights[done : done + len(run)])
         total = flat @ weight if total is None else total.addmm_(flat, weight)
         done += len(run)

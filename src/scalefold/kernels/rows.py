@@ -223,6 +223,12 @@ def joined_columns(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
     return runs
 
 
+def joined_view(run: Sequence[Tensor]) -> Tensor:
+    """The tensors of one run of ``joined_columns`` as one: [*, sum of c_i]."""
+    first = run[0]
+    return first.as_strided((*first.shape[:-1], sum(x.shape[-1] for x in run)), first.stride(), first.storage_offset())
+
+
 def _follows(left: Tensor, right: Tensor) -> bool:
     """Whether the columns of ``right`` come right behind those of ``left`` in every row of one buffer."""
     if left.is_meta or left.stride() != right.stride() or left.shape[:-1] != right.shape[:-1]:
