@@ -1,0 +1,93 @@
+"""Evoformer blocks on the kernels: operations hand over layouts to each other that no test of one alone sees.
+
+Judged against fp32 like single kernels: error at most twice that of the plain definitions in bf16.
+"""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernel_accuracy import DEVICE, LIBRARY_TILES, SMALL_TILES
+from scalefold.config import EvoformerConfig
+from scalefold.kernels import REFERENCE, Operations, triton_ops, tuning, use_operations
+from scalefold.model.evoformer import EvoformerStack
+
+SMALL = EvoformerConfig(
+    num_blocks=1,
+    c_hidden_msa_att=16,
+    num_heads_msa=2,
+    c_hidden_opm=16,
+    c_hidden_tri_att=16,
+    num_heads_tri=2,
+    c_hidden_tri_mul=32,
+    transition_n=2,
+    msa_dropout=0.0,
+    pair_dropout=0.0,
+)
+FULL = EvoformerConfig(num_blocks=1, msa_dropout=0.0, pair_dropout=0.0)
+SECOND_FORMS = {
+    "norm_linear_forward": LIBRARY_TILES,
+    "norm_linear_backward": LIBRARY_TILES,
+    "transition_forward": LIBRARY_TILES,
+    "transition_backward": LIBRARY_TILES,
+    "triangle_project_backward": LIBRARY_TILES,
+    "triangle_output_backward": LIBRARY_TILES,
+    "outer_product_forward": {"PARTS": 2, **SMALL_TILES},
+    "attention_backward": {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1, "TRANSPOSED": 1},
+}
+
+
+def results(
+    ops: Operations, dtype: torch.dtype, config: EvoformerConfig, widths: tuple[int, int, int], sizes: tuple[int, int]
+) -> list[Tensor]:
+    """Outputs and all gradients of one stack with given weights and inputs, in fp32."""
+    generator = torch.Generator().manual_seed(1)
+    torch.manual_seed(1)
+    stack = EvoformerStack(*widths, config).to(DEVICE)
+    for parameter in stack.parameters():
+        scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    stack = stack.to(dtype)
+    use_operations(stack, ops)
+    rows, n = sizes
+    m, z = (torch.randn(1, *shape, generator=generator) for shape in ((rows, n, widths[0]), (n, n, widths[1])))
+    mask = (torch.rand(1, rows, n, generator=generator) > 0.2).float()
+    mask[:, 0] = 1.0
+    inputs = [x.to(DEVICE, dtype).requires_grad_() for x in (m, z)]
+    outputs = stack(*inputs, mask.to(DEVICE), torch.ones(1, n, n, device=DEVICE))
+    seeds = [torch.randn(x.shape, generator=generator).to(DEVICE, x.dtype) for x in outputs]
+    gradients = torch.autograd.grad(outputs, [*inputs, *stack.parameters()], seeds)
+    return [x.detach().float() for x in (*outputs, *gradients)]
+
+
+def check(config: EvoformerConfig, widths: tuple[int, int, int], sizes: tuple[int, int]) -> None:
+    """Sum of squared relative errors of all outputs and gradients, ours against plain bf16's."""
+    exact = results(REFERENCE, torch.float32, config, widths, sizes)
+    errors = []
+    for ops in (triton_ops.TRITON, REFERENCE):
+        found = results(ops, torch.bfloat16, config, widths, sizes)
+        errors.append([((a - b).norm() / b.norm().clamp_min(1e-3)).item() for a, b in zip(found, exact, strict=True)])
+    worst = max(range(len(exact)), key=lambda i: errors[0][i] / (errors[1][i] + 1e-3))
+    shape = tuple(exact[worst].shape)
+    assert errors[0][worst] <= 2 * errors[1][worst] + 1e-3, f"result {worst} {shape}: {errors[0][worst]:.2e}"
+
+
+@pytest.mark.parametrize("forms", [{}, SECOND_FORMS], ids=["table", "second forms"])
+def test_a_block_on_the_kernels_is_as_accurate_as_plain_bf16(forms):
+    if not (torch.cuda.is_available() or triton_ops.INTERPRETED):
+        pytest.skip("needs a GPU or Triton's interpreter")
+    with ExitStack() as stack:
+        for name, config in forms.items():
+            stack.enter_context(tuning.override(name, config))
+        check(SMALL, (64, 32, 16), (5, 11))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("forms", [{}, SECOND_FORMS], ids=["table", "second forms"])
+def test_a_block_of_full_size_is_as_accurate_as_plain_bf16(forms):
+    with ExitStack() as stack:
+        for name, config in forms.items():
+            stack.enter_context(tuning.override(name, config))
+        check(FULL, (256, 128, 384), (128, 256))
