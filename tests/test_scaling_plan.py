@@ -9,6 +9,7 @@ from scalefold.errors import ConfigError
 from scalefold.report.page import write_report
 from scalefold.report.published import PUBLISHED_RUNS
 from scalefold.scaling.convergence import samples_to_converge
+from scalefold.scaling.from_config import plan_config
 from scalefold.scaling.plan import PARAMETERS, SystemSpec, plan, scaling_rows, states_gib, write_scaling_csv
 from scalefold.scaling.replay import replay
 from scalefold.scaling.step_time import EvalTime, gpu_family, read_eval_times, read_step_times
@@ -71,6 +72,36 @@ def test_the_rulers_own_table_is_read_newest_rows_first_and_incomplete_systems_l
     (found,) = read_step_times(write_table(tmp_path / "t.csv", rows, head=head))
     assert (found.gpu, found.step_ms, found.peak_gib, found.activation_checkpointing) == ("H200", 250.0, 34.0, False)
     assert "new" in found.source
+
+
+def test_passes_of_different_measurements_do_not_mix(tmp_path):
+    head = "date,device,torch,commit,variant,gpus,dap,precision,passes,median_ms,p10_ms,p90_ms,peak_gib"
+    rows = [f"d,NVIDIA H200,t,old,ours,1,1,bf16,{r},{100 * r},1,1,30" for r in (1, 2, 3, 4)]
+    rows += ["d,NVIDIA H200,t,new,ours,1,1,bf16,1,1,1,1,30", "d,NVIDIA H200,t,old,ours,4,1,bf16,4,1,1,1,30"]
+    (found,) = read_step_times(write_table(tmp_path / "t.csv", rows, head=head))
+    assert found.step_ms == 250.0
+    assert "at old on 1 GPUs" in found.source
+
+
+def test_estimates_come_after_measurements_and_before_the_model(tmp_path):
+    head = "kind,gpu,dap_size,step_ms"
+    table = write_table(tmp_path / "t.csv", ["estimated,H100,8,150", "estimated,H100,4,210"], head=head)
+    assert plan(EOS, step_time_csv=table).value("step time") == 150.0
+    assert plan(EOS, step_time_csv=table, kind="guarded").value("step time") == 188.0
+    table = write_table(tmp_path / "t.csv", ["estimated,H100,8,150", "measured,H100,8,140"], head=head)
+    assert plan(EOS, step_time_csv=table).value("step time") == 140.0
+
+
+def test_an_unknown_kind_of_time_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"t\.csv:3: kind 'guess' must be one of measured, estimated"):
+        read_step_times(write_table(tmp_path / "t.csv", ["guess,H100,150"], head="kind,gpu,step_ms"))
+
+
+def test_training_in_phases_has_no_planned_minutes(repository):
+    found = plan_config(repository / "configs" / "from_scratch_8_h100.yaml", ["parallel.gpu=H100"])
+    assert found.value("step time") is not None
+    assert found.minutes is None
+    assert "phases" in found.quantities["time to train"].source
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def samples_to_converge(effective_batch: int, basis: Basis = "reference", extrap
     if not inside and not extrapolate:
         raise ConfigError(
             f"effective batch {effective_batch}: convergence is known between {min(points)} and {max(points)} only; "
-            "ask for extrapolation explicitly if you want a guess"
+            "--extrapolate allows a guess"
         )
     weight = max(0.0, (effective_batch - 128) / 128)
     mean, sd = (low + weight * (high - low) for low, high in zip(points[128], points[256], strict=True))

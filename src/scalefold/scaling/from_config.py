@@ -33,7 +33,7 @@ def system_spec(config: Config) -> SystemSpec:
         name=config.system,
         nodes=p.nodes,
         gpus_per_node=p.gpus_per_node,
-        gpu=p.gpu or ("a GPU that parallel.gpu does not name" if p.gpus_per_node else "CPU"),
+        gpu=p.gpu or ("this GPU (parallel.gpu is not set)" if p.gpus_per_node else "CPU"),
         dap_size=p.dap_size,
         num_eval_ranks=p.num_eval_ranks,
         global_batch_size=config.training.global_batch_size,
@@ -45,6 +45,7 @@ def system_spec(config: Config) -> SystemSpec:
         val_every_iters=config.training.val_every_iters,
         ranks_per_node=p.ranks_per_node,
         is_benchmark=is_benchmark(config),
+        in_phases=bool(config.phases),
     )
 
 

@@ -34,7 +34,8 @@ GPU_MEMORY_GIB = {"H100": 79.6, "H200": 139.8, "A100": 79.2}
 class SystemSpec:
     """The facts of a system file that a plan depends on. ``global_batch_size`` excludes gradient accumulation.
 
-    ``is_benchmark`` False (another model or other data) leaves step time, memory and time to train open.
+    ``is_benchmark`` False (another model or other data) leaves step time, memory and time to train open; ``in_phases``
+    (training from scratch with changing batches) leaves time to train open.
     """
 
     name: str
@@ -53,6 +54,7 @@ class SystemSpec:
     ranks_per_node: int | None = None
     gpu_memory_gib: float | None = None
     is_benchmark: bool = True
+    in_phases: bool = False
 
     @property
     def world_size(self) -> int:
@@ -115,7 +117,8 @@ class Quantity:
 
     def text(self) -> str:
         """``time to train            2.17 min    source``."""
-        shown = "open" if self.value is None else f"{self.value:,.4g} {self.unit}"
+        digits = ",.0f" if self.value is not None and self.value >= 1e4 else ",.4g"
+        shown = "open" if self.value is None else f"{self.value:{digits}} {self.unit}"
         return f"{self.name:<34}{shown:>22}   {self.source}"
 
 
@@ -167,8 +170,8 @@ def plan(
     Args:
         step_time_csv, eval_time_csv: measured tables (see :mod:`scalefold.scaling.step_time`); they come before the
             shipped published and modelled values.
-        kind: use this kind of step and evaluation time only; None takes the first of measured, guarded, published,
-            target.
+        kind: use this kind of step and evaluation time only; None takes the first of measured, estimated,
+            guarded, published, target.
         convergence: whether samples to converge are the reference's or those of NVIDIA's published runs.
         extrapolate: allow batches at which nobody observed convergence.
 
@@ -242,7 +245,8 @@ class _Builder:
     def memory(self, step: StepTime | None) -> None:
         spec, assumed = self.spec, self.assumed
         available = spec.gpu_memory_gib or GPU_MEMORY_GIB.get(gpu_family(spec.gpu))
-        self.put("GPU memory", available, "GiB", "given" if spec.gpu_memory_gib else "as the driver reports it")
+        known = "given" if spec.gpu_memory_gib else "as the driver reports it"
+        self.put("GPU memory", available, "GiB", known if available else f"not known for {shown_gpu(spec.gpu)}")
         if not spec.is_benchmark:
             self.put("memory per GPU", None, "GiB", "not the benchmark's model: measure one step")
         elif step is not None and step.peak_gib is not None:
@@ -271,8 +275,8 @@ class _Builder:
         if not spec.is_benchmark:
             self.put("step time", None, "ms", "not the benchmark's model: measure it")
         elif step is None:
-            what = f"{gpu_family(spec.gpu)}, {spec.precision}, DAP-{spec.dap_size}"
-            self.put("step time", None, "ms", f"nothing known for {what}: measure it and give the table")
+            what = f"{shown_gpu(spec.gpu)}, {spec.precision}, DAP-{spec.dap_size}"
+            self.put("step time", None, "ms", f"nothing known for {what}: measure it and give --step-times")
         else:
             samples = f"{spec.local_batch_size} x " if spec.local_batch_size > 1 else ""
             source = f"{step.kind}: {samples}{step.step_ms:g} ms, {step.source}"
@@ -307,9 +311,8 @@ class _Builder:
         ranks = spec.num_eval_ranks or spec.world_size
         where = f"{ranks} evaluation ranks" if spec.num_eval_ranks else f"all {ranks} ranks, training waits"
         if evaluation is None or not spec.is_benchmark:
-            self.put(
-                "evaluation", None, "s", f"nothing known for {gpu_family(spec.gpu)}: measure it and give the table"
-            )
+            what = shown_gpu(spec.gpu) if spec.is_benchmark else "this model"
+            self.put("evaluation", None, "s", f"nothing known for {what}: measure it and give --eval-times")
         else:
             source = f"{evaluation.kind}, {where}: {evaluation.source}"
             self.put("evaluation", evaluation.seconds_on(ranks), "s", source)
@@ -318,6 +321,9 @@ class _Builder:
         spec = self.spec
         step_ms, eval_s = self.get("step time"), self.get("evaluation")
         effective = spec.global_batch_size * spec.gradient_accumulation_steps
+        if spec.in_phases:
+            self._no_time("training in phases: convergence is known for the benchmark's checkpoint and one batch only")
+            return None
         try:
             known = samples_to_converge(effective, basis, extrapolate)
         except ConfigError as error:
@@ -372,6 +378,12 @@ class _Builder:
     def _no_time(self, reason: str) -> None:
         self.put("iterations", None, "", reason)
         self.put("time to train", None, "min", reason)
+
+
+def shown_gpu(name: str) -> str:
+    """Family of a known GPU, any other name as it was given."""
+    family = gpu_family(name)
+    return name if family == name.upper() else family
 
 
 def states_gib() -> float:

@@ -11,14 +11,15 @@ from typing import Literal
 
 from scalefold.errors import ConfigError
 
-Kind = Literal["measured", "published", "guarded", "target"]
+Kind = Literal["measured", "published", "guarded", "target", "estimated"]
 #: Order in which a table is searched when the caller names no kind.
-KINDS: tuple[Kind, ...] = ("measured", "guarded", "published", "target")
+KINDS: tuple[Kind, ...] = ("measured", "estimated", "guarded", "published", "target")
 REFERENCE_STEP_TIMES = Path(__file__).with_name("reference_step_times.csv")
 REFERENCE_EVAL_TIMES = Path(__file__).with_name("reference_eval_times.csv")
 _ALL_PASSES = {1, 2, 3, 4}
 #: Columns of ``benchmarks/step_time.csv`` and what they are called here; its variants and whether they checkpoint.
 _RULER_COLUMNS = {"device": "gpu", "median_ms": "step_ms", "dap": "dap_size"}
+_RULER_FACTS = {"date", "commit", "gpus", "variant"}
 _RULER_VARIANTS = {"ours": "false", "ours_ckpt": "true"}
 
 
@@ -63,8 +64,8 @@ def read_step_times(path: Path | str) -> list[StepTime]:
     Columns: ``gpu`` and ``step_ms``; optional ``precision`` (bf16), ``dap_size`` (1), ``passes`` (1..4, or ``mean``),
     ``peak_gib``, ``activation_checkpointing``, ``kind`` (measured), ``source`` and ``variant``. Rows of one system that
     give the four numbers of passes are averaged. Rows whose ``variant`` is neither empty nor ``scalefold`` describe
-    other programs and are skipped. ``benchmarks/step_time.csv`` is read as it is: the newest row of each number of
-    passes counts, and systems of which not all four were measured are left out.
+    other programs and are skipped. ``benchmarks/step_time.csv`` is read as it is: of a system, the newest measurement
+    (one day, commit and number of GPUs) that has all four numbers of passes counts.
 
     Raises:
         ConfigError: naming file and line.
@@ -72,15 +73,22 @@ def read_step_times(path: Path | str) -> list[StepTime]:
     path = Path(path)
     groups: dict[tuple[str, ...], dict[int, StepTime]] = {}
     rows = _rows(path, ())
-    from_ruler = bool(rows) and set(_RULER_COLUMNS) <= set(rows[0][1])
+    from_ruler = bool(rows) and set(_RULER_COLUMNS) | _RULER_FACTS <= set(rows[0][1])
     for line, row in _ruler_rows(path, rows) if from_ruler else _rows(path, ("gpu", "step_ms")):
         if row.get("variant", "") not in ("", "scalefold"):
             continue
         entry, passes = _step_time(path, line, row)
-        key = (entry.kind, entry.gpu, entry.precision, str(entry.dap_size), str(entry.activation_checkpointing))
-        groups.setdefault(key, {})[passes] = entry
+        measurement = entry.source if from_ruler else ""  # passes of different measurements do not mix
+        groups.setdefault((*_system(entry), measurement), {})[passes] = entry
     complete = [entries for entries in groups.values() if not from_ruler or set(entries) >= _ALL_PASSES]
-    return [_mean_over_passes(path, entries) for entries in complete]
+    found = [_mean_over_passes(path, entries) for entries in complete]
+    return list({_system(entry): entry for entry in found}.values())
+
+
+def _system(entry: StepTime) -> tuple[str, ...]:
+    """What a step time belongs to, as text."""
+    dap, checkpointing = str(entry.dap_size), str(entry.activation_checkpointing)
+    return entry.kind, entry.gpu, entry.precision, dap, checkpointing
 
 
 def _ruler_rows(path: Path, rows: list[tuple[int, dict[str, str]]]) -> list[tuple[int, dict[str, str]]]:
@@ -92,7 +100,7 @@ def _ruler_rows(path: Path, rows: list[tuple[int, dict[str, str]]]) -> list[tupl
             | {
                 "variant": "",
                 "activation_checkpointing": _RULER_VARIANTS[row["variant"]],
-                "source": f"measured {row.get('date')} at {row.get('commit')}, {path.name}",
+                "source": f"measured {row['date']} at {row['commit']} on {row['gpus']} GPUs, {path.name}",
             },
         )
         for line, row in rows
@@ -105,7 +113,7 @@ def read_eval_times(path: Path | str) -> list[EvalTime]:
     path = Path(path)
     return [
         EvalTime(
-            kind=row.get("kind") or "measured",
+            kind=_kind(path, line, row),
             gpu=gpu_family(row["gpu"]),
             total_gpu_s=_positive(path, line, row, "total_gpu_s"),
             longest_chain_s=_positive(path, line, row, "longest_chain_s"),
@@ -138,6 +146,13 @@ def _kinds(kind: Kind | None) -> tuple[Kind, ...]:
     return KINDS if kind is None else (kind,)
 
 
+def _kind(path: Path, line: int, row: dict[str, str]) -> str:
+    kind = row.get("kind") or "measured"
+    if kind not in KINDS:
+        raise ConfigError(f"{path}:{line}: kind '{kind}' must be one of {', '.join(KINDS)}")
+    return kind
+
+
 def _step_time(path: Path, line: int, row: dict[str, str]) -> tuple[StepTime, int]:
     passes = row.get("passes") or "mean"
     if passes != "mean" and (not passes.isdigit() or int(passes) not in _ALL_PASSES):
@@ -147,7 +162,7 @@ def _step_time(path: Path, line: int, row: dict[str, str]) -> tuple[StepTime, in
     if not dap_size.isdigit():
         raise ConfigError(f"{path}:{line}: dap_size '{dap_size}' must be a whole number")
     entry = StepTime(
-        kind=row.get("kind") or "measured",
+        kind=_kind(path, line, row),
         gpu=gpu_family(row["gpu"]),
         precision=row.get("precision") or "bf16",
         dap_size=int(dap_size),

@@ -1,0 +1,227 @@
+"""Scripts that measure or estimate several GPUs: counted exchanges, breakdown of a step, hand-overs, the page."""
+
+import csv
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from processes import run_ranks
+from scalefold.config import load_config
+from scalefold.report.record import read_metrics
+from scalefold.scaling.step_time import read_eval_times, read_step_times
+
+ONE_BLOCK = [f"model.{stack}.num_blocks=1" for stack in ("template", "extra_msa", "evoformer")]
+SHORT = ["data.train_sequence_crop_size=16", "data.max_msa_clusters=12", "data.max_extra_msa=16"]
+
+
+@pytest.fixture
+def script(repository, monkeypatch):
+    """Imports a script of ``benchmarks`` by name."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    before = set(sys.modules)
+    yield __import__
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(repository / "benchmarks")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def base(repository):
+    return load_config(repository / "configs" / "base.yaml", [*ONE_BLOCK, *SHORT]).config
+
+
+def totals(rows, direction):
+    own = [row for row in rows if row["direction"] == direction]
+    return sum(row["calls"] for row in own), sum(row["calls"] * row["mib_per_rank"] for row in own)
+
+
+def test_exchanges_per_block_are_as_documented_whatever_the_dap_size(script, base):
+    counted = {size: script("exchange_counts").count(base, size) for size in (2, 4)}
+    for rows in counted.values():
+        assert totals(rows, "forward")[0] == 14 + 14 + 10 + 4  # Evoformer, extra MSA, template block; ends of stacks
+        assert totals(rows, "backward")[0] == 14 + 14 + 10 + 4
+        assert {row["exchange"] for row in rows} == {"all_to_all", "all_gather", "reduce_scatter"}
+    assert totals(counted[4], "forward")[1] == pytest.approx(totals(counted[2], "forward")[1] / 2, rel=0.01)
+
+
+def test_counting_leaves_the_collectives_as_they_were(script):
+    from scalefold.parallel import collectives, dap
+
+    before = dict(vars(collectives)), dict(vars(dap))
+    with script("exchange_counts").counting(2):
+        assert collectives.all_to_all is not before[0]["all_to_all"]
+    assert (dict(vars(collectives)), dict(vars(dap))) == before
+
+
+@pytest.mark.distributed
+def test_two_real_ranks_call_what_was_counted(script, repository):
+    config = load_config(repository / "configs" / "tiny.yaml", ["parallel.ranks_per_node=2", "parallel.dap_size=2"])
+    rows = script("exchange_counts").count(config.config, 2)
+    expected = {name: sum(r["calls"] for r in rows if r["exchange"] == name) for name in ("all_to_all", "all_gather")}
+
+    def count(rank):
+        import torch.distributed as dist
+
+        calls = {"all_to_all_single": 0, "all_gather_into_tensor": 0}
+        for name in calls:
+            setattr(dist, name, counted(calls, name, getattr(dist, name)))
+        import multi_gpu
+
+        host = multi_gpu.Host(rank, 2, multi_gpu.torch.device("cpu"), None, None)
+        step, batch, _ = multi_gpu.build(host, 2, 2, [])
+        multi_gpu.first_values(step, batch)
+        return calls
+
+    def counted(calls, name, original):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for calls in run_ranks(count, 2):
+        assert (calls["all_to_all_single"], calls["all_gather_into_tensor"]) == tuple(expected.values())
+
+
+def test_layouts_begin_with_one_gpu_and_end_with_data_parallelism(script):
+    layouts = script("multi_gpu").layouts
+    assert layouts(4, [1, 2, 4]) == [(1, 1), (4, 4), (4, 2), (4, 1)]
+    assert layouts(1, [1]) == [(1, 1)]
+    assert layouts(6, [4, 2]) == [(1, 1), (6, 2)]
+
+
+def test_a_breakdown_tells_exchanges_beside_computing_from_exchanges_alone(script):
+    module = script("multi_gpu")
+    span = module.Span
+    spans = [
+        span("matmul", 0, 1000),
+        span("ncclDevKernel_SendRecv(...)", 1000, 1500),
+        span("_forward_kernel", 1600, 2600),
+        span("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 2000, 3000),  # 600 of it beside the kernel
+    ]
+    found = module.breakdown(spans, wall_ms=3.5)
+    assert (found["computing_ms"], found["exchange_ms"], found["exchange_alone_ms"]) == (2.0, 1.5, 0.9)
+    assert found["gaps_ms"] == pytest.approx(3.5 - 2.9)
+    assert (found["all_to_all_ms"], found["all_reduce_ms"], found["other_ms"]) == (0.5, 1.0, 0.0)
+    assert (found["kernels"], found["exchanges"]) == (2, 2)
+
+
+def test_efficiency_is_against_one_gpu(script):
+    means = {(1, 1): {1: 100.0, 4: 300.0}, (4, 4): {1: 50.0, 4: 100.0}, (4, 1): {1: 104.0, 4: 304.0}}
+    lines = script("multi_gpu").summary(means)
+    assert lines[0] == "gpus 1 dap 1: mean over R = 1, 4: 200.0 ms"
+    assert "2.67 times faster than on one GPU, efficiency 66.7 %" in lines[1]
+    assert "data parallel efficiency 98.0 %" in lines[2]
+
+
+@pytest.mark.distributed
+def test_the_multi_gpu_script_runs_on_the_cpu(repository, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--small", "--repeats", "1", "--passes", "1", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [*torchrun, "benchmarks/multi_gpu.py", *options], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "step_time.csv").open()))
+    assert [(row["gpus"], row["dap"], row["passes"]) for row in rows] == [
+        ("1", "1", "1"),
+        ("2", "2", "1"),
+        ("2", "1", "1"),
+    ]
+    assert done.stdout.count("  ok\n") == 3
+    assert "data parallel efficiency" in done.stdout
+
+
+def metrics_of_two_cycles(folder):
+    """Steps of 100 ms; a stall of 20 ms after step 4 beside 300 ms of waiting; results 250 ms after their cycle."""
+    lines = [{"kind": "run", "config": "x"}]
+    for step in range(1, 9):
+        time_s = 0.1 * step + (0.32 if step > 4 else 0.0)
+        row = {"step": step, "loss": 1.0, "step_ms": 100.0, "data_ms": 1.0, "passes": 1, "time_s": time_s}
+        lines.append({"kind": "step", **row})
+    for step, time_s in ((4, 0.97), (8, 1.37)):
+        row = {"step": step, "samples": step, "lddt_ca": 0.5, "seconds": 0.2, "time_s": time_s, "chains": {"a": 0.5}}
+        lines.append({"kind": "eval", **row})
+    lines.append({"kind": "event", "name": "training_waited_for_evaluation", "step": 4, "seconds": 0.3})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return read_metrics(folder)
+
+
+def test_a_hand_over_is_told_from_waiting_for_the_evaluators(script, tmp_path):
+    module, metrics = script("async_evaluation"), metrics_of_two_cycles(tmp_path)
+    np.testing.assert_allclose(module.between_cycles_s(metrics, 4), [0.02])
+    np.testing.assert_allclose(module.result_s(metrics), [0.57, 0.25])
+    assert metrics.step[module.beside_evaluation(metrics)].tolist() == [6]
+    case = module.Case("beside", 1, 1, 1, cycles=2, cycle_steps=4, small=True)
+    row = module.row(case, metrics, module.Ended([4, 0], metrics.path.stat().st_mtime + 1.5))
+    assert (row["step_ms"], row["beside_ms"], row["stall_ms"], row["waited_s"]) == (100.0, 100.0, 20.0, 0.3)
+    assert (row["evaluations"], row["eval_s"], row["end_s"], row["statuses"]) == (2, 0.2, 1.5, "4 0")
+    assert module.complaints(case, metrics, module.Ended([4, 0], 0.0)) == []
+
+
+def test_bad_ends_and_missing_evaluations_are_named(script, tmp_path):
+    module, metrics = script("async_evaluation"), metrics_of_two_cycles(tmp_path)
+    case = module.Case("beside", 1, 1, 1, cycles=3, cycle_steps=4, small=True)
+    found = module.complaints(case, metrics, module.Ended([4, 4], 0.0))
+    assert found == ["rank 1 ended with 4", "1 of 3 evaluations are missing, the first after step 12"]
+    assert module.complaints(case, None, module.Ended([2, None], 0.0))[-1] == "no metrics were written"
+
+
+@pytest.mark.distributed
+def test_training_beside_evaluation_is_measured_on_the_cpu(repository, tiny_store, tmp_path):
+    command = [sys.executable, "benchmarks/async_evaluation.py", str(tiny_store), "--small", "--cycles", "2"]
+    options = ["--cycle-steps", "4", "--csv", str(tmp_path / "t.csv"), "--workers", "1"]
+    done = subprocess.run([*command, *options], cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    beside, alone = csv.DictReader((tmp_path / "t.csv").open())
+    assert (beside["evaluations"], beside["statuses"], alone["statuses"]) == ("2", "4 0", "4")
+    assert float(beside["step_ms"]) > 0
+
+
+def test_estimates_are_ordered_and_readable_by_plans(script, repository):
+    module = script("dap_estimate")
+    for gpu in module.GPUS:
+        for size in module.DAP_SIZES:
+            low, high = (module.parts(gpu, size, scenario).total for scenario in (module.LOW, module.HIGH))
+            assert low <= high * 1.000001
+        assert module.parts(gpu, 1, module.HIGH).total == pytest.approx(module.measured(gpu).mean_ms)
+    for scenario in ("low", "high"):
+        steps = read_step_times(repository / "benchmarks" / f"step_estimate_{scenario}.csv")
+        assert {(row.gpu, row.dap_size) for row in steps} == {(g, s) for g in module.GPUS for s in module.DAP_SIZES}
+        assert len(read_eval_times(repository / "benchmarks" / f"eval_estimate_{scenario}.csv")) == 1
+
+
+def test_an_exchange_costs_what_was_measured_at_its_size(script, monkeypatch):
+    module = script("dap_estimate")
+    table = [{"gpus": "4", "mib_per_rank": f"{mib}", "all_to_all_us": f"{us}"} for mib, us in ((0.25, 9), (4.0, 28))]
+    table.append({"gpus": "4", "mib_per_rank": "4.0", "all_to_all_us": "27"})  # measured again
+    monkeypatch.setattr(module, "read", lambda name: table)
+    row = table[-1]
+    assert module.exchange_us("all_to_all", 4.0, 4, module.LOW) == float(row["all_to_all_us"])
+    assert module.exchange_us("all_to_all", 4.0, 8, module.HIGH) == 2 * float(row["all_to_all_us"])
+    assert module.exchange_us("all_to_all", 0.01, 4, module.LOW) == module.exchange_us(
+        "all_to_all", 0.25, 4, module.LOW
+    )
+
+
+def test_tables_of_the_page_are_replaced_and_nothing_else(script):
+    page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
+    filled = script("plot_scaling").fill(page, {"x": lambda: "new", "y": lambda: "other"})
+    assert filled == "a\n<!-- table: x -->\nnew\n<!-- end -->\nb\n<!-- table: y -->\nother\n<!-- end -->\n"
+    with pytest.raises(KeyError):
+        script("plot_scaling").fill(page, {})
+
+
+def test_figures_of_the_page_exist_and_are_drawings(repository):
+    page = (repository / "docs" / "scaling.md").read_text()
+    names = [part.split(")")[0] for part in page.split("](figures/")[1:]]
+    assert len(names) == 4
+    for name in names:
+        root = xml.etree.ElementTree.parse(repository / "docs" / "figures" / name).getroot()
+        assert root.tag.endswith("svg")
+        assert SimpleNamespace(**root.attrib).viewBox
