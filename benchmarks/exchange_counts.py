@@ -50,7 +50,7 @@ class AbsentGroup:
         """This rank's place in it."""
         return 0
 
-    def all_gather_into_tensor(self, *_: Any, group: Any) -> None:
+    def all_gather_into_tensor(self, *_: Any, group: Any, async_op: bool = False) -> None:
         """Outputs have no storage: nothing to fill."""
 
     all_to_all_single = all_gather_into_tensor
@@ -79,12 +79,13 @@ class Tally(TorchDispatchMode):
             self.copied_bytes[self._inside] += out.numel() * out.element_size()
         return out
 
-    def counted(self, name: str, exchange: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """``exchange`` with its calls counted."""
+    def counted(self, name: str, exchange: Callable[..., Any], begins: bool = True) -> Callable[..., Any]:
+        """``exchange`` with its calls counted, or (not ``begins``) the end of one, whose copies still count."""
 
-        def call(x: Tensor, *args: Any) -> Tensor:
-            self._inside = (self.direction, name, x.numel() * x.element_size())
-            self.calls[self._inside] += 1
+        def call(x: Any, *args: Any) -> Any:
+            sent = x if begins else x.sent
+            self._inside = (self.direction, name, sent.numel() * sent.element_size())
+            self.calls[self._inside] += int(begins)
             result = exchange(x, *args)
             self._inside = None
             return result
@@ -113,6 +114,8 @@ def counting(size: int) -> Iterator[Tally]:
     """Exchanges of a group of ``size`` ranks are counted instead of done."""
     group, tally = AbsentGroup(size), Tally()
     new = {name: tally.counted(name, getattr(collectives, name)) for name in ("all_to_all", "all_gather")}
+    new["begin_all_to_all"] = tally.counted("all_to_all", collectives.begin_all_to_all)
+    new["end_all_to_all"] = tally.counted("all_to_all", collectives.end_all_to_all, begins=False)
     new["reduce_scatter"] = tally.counted("reduce_scatter", group.reduce_scatter)
     before = {name: getattr(collectives, name) for name in new}
     torch_distributed = collectives.dist

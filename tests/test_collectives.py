@@ -6,7 +6,14 @@ import torch
 import torch.distributed as dist
 
 from processes import run_ranks
-from scalefold.parallel.collectives import exchange, gather_same, gather_shared, scatter
+from scalefold.parallel.collectives import (
+    begin_exchange,
+    end_exchange,
+    exchange,
+    gather_same,
+    gather_shared,
+    scatter,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -38,6 +45,36 @@ def test_a_chain_of_exchanges_equals_the_whole_computation(
     for out, grad in run_ranks(chain, size, size, shape, split, concat):
         np.testing.assert_allclose(out, expected.detach().numpy(), rtol=1e-12)
         np.testing.assert_allclose(grad, x.grad.numpy(), rtol=1e-10)
+
+
+def beside(rank: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
+    """An exchange in two halves around another; what was under way then, in the other's backward, and at the end."""
+    group, flights, seen = dist.group.WORLD, {}, []
+    x = (torch.arange(24.0).reshape(4, 3, 2).sin() + rank).double().requires_grad_()
+    other = torch.full((4, 2), 1.0 + rank, dtype=torch.double, requires_grad=True)
+    under_way = begin_exchange(x.square(), 0, 1, group, flights)
+    seen.append(list(flights))
+    other_out = exchange(other.exp(), 0, 1, group)
+    other_out.register_hook(lambda _: seen.append(list(flights)))
+    out = end_exchange(under_way, 0, 1, group, flights)
+    (out.cos().sum() + other_out.sum() * out.mean()).backward()
+    return out.detach().numpy(), x.grad.numpy(), [*seen, list(flights)]
+
+
+def at_once(rank: int) -> tuple[np.ndarray, np.ndarray]:
+    group = dist.group.WORLD
+    x = (torch.arange(24.0).reshape(4, 3, 2).sin() + rank).double().requires_grad_()
+    other = torch.full((4, 2), 1.0 + rank, dtype=torch.double)
+    out, other_out = exchange(x.square(), 0, 1, group), exchange(other.exp(), 0, 1, group)
+    (out.cos().sum() + other_out.sum() * out.mean()).backward()
+    return out.detach().numpy(), x.grad.numpy()
+
+
+def test_an_exchange_in_two_halves_equals_one_at_once_with_others_in_between() -> None:
+    for (out, grad, seen), (expected, expected_grad) in zip(run_ranks(beside, 2), run_ranks(at_once, 2), strict=True):
+        np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(grad, expected_grad)
+        assert seen == [["forward"], ["backward"], []]
 
 
 def test_a_length_that_cannot_be_shared_is_named() -> None:

@@ -63,10 +63,12 @@ def run_trunk(model: nn.ModuleDict, num_rows: int, num_residues: int) -> Result:
     return loss.item(), z.grad.numpy(), gradients
 
 
-def run_sharded(rank: int, num_rows: int, num_residues: int, training: bool) -> Result:
+def run_sharded(rank: int, num_rows: int, num_residues: int, training: bool, recompute: bool = False) -> Result:
     group = dist.group.WORLD
     assert group is not None
     model = trunk().train(training)
+    for stack in model.values():
+        stack.checkpoint_blocks = recompute
     apply_dap(model, group)
     loss, z_gradient, gradients = run_trunk(model, num_rows, num_residues)
     for name, value in gradients.items():
@@ -99,6 +101,13 @@ def test_all_sizes_equal_one_rank_with_the_same_dropout(dap_size: int) -> None:
 def test_sizes_that_do_not_divide_are_padded_without_a_trace(num_rows: int, num_residues: int) -> None:
     whole = run_trunk(trunk().eval(), num_rows, num_residues)
     for sharded in run_ranks(run_sharded, 4, num_rows, num_residues, False):
+        assert_equal(sharded, whole)
+
+
+@pytest.mark.distributed
+def test_blocks_that_run_again_in_the_backward_give_the_same() -> None:
+    whole = run_trunk(trunk().train(), 8, 16)
+    for sharded in run_ranks(run_sharded, 2, 8, 16, True, True):
         assert_equal(sharded, whole)
 
 

@@ -15,8 +15,10 @@ point (attribute name)    tensors                                         layout
 ``gather_columns``        operand b [B, S, J, c] of the outer product     columns -> full; used differently
 ``rows_to_columns``       m before column attention; z before             rows -> columns
                           attention around the ending node
-``columns_to_rows``       m at the end of a block; z after the pair       columns -> rows
-                          transition (template: after that attention)
+``columns_to_rows``       z after the pair transition (template: after    columns -> rows
+                          the attention around the ending node)
+``begin_columns_to_rows`` m after the outer product, to the end of a      columns -> rows, while the
+``end_columns_to_rows``   block, where the next one takes it              pair updates go on
 ``rows_to_channels``      operands a, b [B, c, I, J] of a triangle        rows (dimension 2) -> channels
                           multiplication                                  (dimension 1)
 ``channels_to_rows``      its product x [B, c, I, J]                      channels -> rows (dimension 2)
@@ -44,18 +46,6 @@ from scalefold.model.msa import (
 from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node
 
 OUTER_PRODUCT_EPS = 1e-3
-
-RESHARDING_POINTS = (
-    "shard_rows",
-    "shard_columns",
-    "gather_rows",
-    "gather_bias",
-    "gather_columns",
-    "rows_to_columns",
-    "columns_to_rows",
-    "rows_to_channels",
-    "channels_to_rows",
-)
 
 
 class StackMasks(NamedTuple):
@@ -93,19 +83,22 @@ class EvoformerBlockCore(nn.Module):
         self.pair_transition = Transition(c_z, config.transition_n)
         self.rows_to_columns = nn.Identity()
         self.columns_to_rows = nn.Identity()
+        self.begin_columns_to_rows = nn.Identity()
+        self.end_columns_to_rows = nn.Identity()
 
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, z, both rows."""
         m = self.msa_transition(m)
         z = self.outer_product_mean(z, m, masks.msa_columns, masks.num_rows)
-        m = self.columns_to_rows(m)
+        m = self.begin_columns_to_rows(m)
         z = self.tri_mul_out(z, masks.pair_rows, dropout.tri_mul_out)
         z = self.tri_mul_in(z, masks.pair_rows, dropout.tri_mul_in)
         z = self.tri_att_start(z, masks.pair_rows, dropout.tri_att_start)
         z = self.rows_to_columns(z)
         z = around_ending_node(self.tri_att_end, z, masks.pair_columns, dropout.tri_att_end)
         z = self.pair_transition(z)
-        return m, self.columns_to_rows(z)
+        z = self.columns_to_rows(z)
+        return self.end_columns_to_rows(m), z
 
 
 class EvoformerBlock(nn.Module):

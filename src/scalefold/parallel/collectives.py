@@ -5,6 +5,7 @@ ranks use for different work needs its gradients summed (reduce-scatter), one th
 the same gradient everywhere (slice).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,11 +49,43 @@ def all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tens
 
     x: [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..].
     """
-    size, split_dim, concat_dim = dist.get_world_size(group), split_dim % x.dim(), concat_dim % x.dim()
-    width = _share(x.shape[split_dim], size)
-    parts = x.unflatten(split_dim, (size, width)).movedim(split_dim, 0).contiguous()
+    parts = _parts(x, split_dim, dist.get_world_size(group))
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
+    return _joined(received, concat_dim % x.dim())
+
+
+@dataclass
+class Flight:
+    """An all-to-all under way: ``received`` [P, ...] must not be touched before its end."""
+
+    received: Tensor
+    sent: Tensor
+    work: dist.Work | None
+
+
+def begin_all_to_all(x: Tensor, split_dim: int, group: Group) -> Flight:
+    """Send the P parts of x along ``split_dim``; other work goes on until ``end_all_to_all``."""
+    parts = _parts(x, split_dim, dist.get_world_size(group))
+    received = torch.empty_like(parts)
+    return Flight(received, parts, dist.all_to_all_single(received, parts, group=group, async_op=True))
+
+
+def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
+    """Wait (on a GPU: the device does) and concatenate what came along ``concat_dim``."""
+    if flight.work is not None:
+        flight.work.wait()
+    return _joined(flight.received, concat_dim)
+
+
+def _parts(x: Tensor, split_dim: int, size: int) -> Tensor:
+    """[.., n P at split_dim, ..] -> [P, .., n, ..]."""
+    split_dim %= x.dim()
+    return x.unflatten(split_dim, (size, _share(x.shape[split_dim], size))).movedim(split_dim, 0).contiguous()
+
+
+def _joined(received: Tensor, concat_dim: int) -> Tensor:
+    """[P, .., k at concat_dim + 1, ..] -> [.., P k at concat_dim, ..]."""
     return received.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1)
 
 
@@ -60,6 +93,9 @@ def _share(length: int, size: int) -> int:
     if length % size:
         raise ValueError(f"a dimension of {length} cannot be shared by {size} ranks; stack entries must pad it")
     return length // size
+
+
+Flights = dict[str, Flight]  # what is under way, by direction
 
 
 class _Scatter(torch.autograd.Function):
@@ -110,6 +146,30 @@ class _Exchange(torch.autograd.Function):
         return all_to_all(grads[0], concat_dim, split_dim, ctx.group), None, None, None
 
 
+class _Overlapped(torch.autograd.Function):
+    """One end of an exchange that goes on beside other work: begins it, or ends it.
+
+    The other end's backward undoes this one's: where the forward ends, the backward begins. ``flights`` holds what is
+    under way, forward and backward apart. Each begin replaces what was left there: a checkpoint that runs a block again
+    stops once it has what it needs, perhaps before the end of an exchange.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, begins: bool, dims: tuple[int, int], group: Group, flights: Flights) -> Tensor:
+        ctx.begins, ctx.dims, ctx.group, ctx.flights = begins, dims, group, flights
+        if begins:
+            flights["forward"] = begin_all_to_all(x, dims[0], group)
+            return flights["forward"].received
+        return end_all_to_all(flights.pop("forward"), dims[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if ctx.begins:
+            return end_all_to_all(ctx.flights.pop("backward"), ctx.dims[0]), None, None, None, None
+        flight = ctx.flights["backward"] = begin_all_to_all(grads[0], ctx.dims[1], ctx.group)
+        return flight.received, None, None, None, None
+
+
 def scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """Full -> this rank's slice; gradients are gathered."""
     return _Scatter.apply(x, dim, group)
@@ -128,3 +188,16 @@ def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
 def exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
     """Move the shards from ``concat_dim`` to ``split_dim``."""
     return _Exchange.apply(x, split_dim, concat_dim, group)
+
+
+def begin_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:
+    """First half of ``exchange``: a tensor that only ``end_exchange`` may read, after whatever else can be done.
+
+    split_dim, concat_dim >= 0.
+    """
+    return _Overlapped.apply(x, True, (split_dim, concat_dim), group, flights)
+
+
+def end_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:
+    """Second half of ``exchange``."""
+    return _Overlapped.apply(x, False, (split_dim, concat_dim), group, flights)

@@ -3,7 +3,8 @@
 The layouts and points are listed in ``model/evoformer.py``. Compared with the published scheme, triangle
 multiplications are sharded by channel (all-to-all of the projected operands, whole products for 1/P of the channels,
 all-to-all of the result) instead of gathering an operand, and every gather whose result feeds different work has a
-reduce-scatter as backward instead of an all-reduce and a slice.
+reduce-scatter as backward instead of an all-reduce and a slice. The exchange of an MSA representation at the end of a
+block runs beside the pair updates, forward and backward.
 
 Lengths that P does not divide are padded at a stack's entry: masks with zeros, so padding never reaches real
 positions, and cut off at its exit.
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 
 from scalefold.config import ModelConfig
 from scalefold.errors import ConfigError
-from scalefold.parallel.collectives import exchange, gather_same, gather_shared, scatter
+from scalefold.parallel.collectives import (
+    Flights,
+    begin_exchange,
+    end_exchange,
+    exchange,
+    gather_same,
+    gather_shared,
+    scatter,
+)
 
 SHARDED_PARAMETERS = "_stack.blocks."
 
@@ -97,6 +106,26 @@ class Exchange(nn.Module):
         return exchange(x, self.split_dim, self.concat_dim, self.group)
 
 
+class BeginExchange(nn.Module):
+    """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
+
+    def __init__(self, group: dist.ProcessGroup, split_dim: int, concat_dim: int, flights: Flights) -> None:
+        super().__init__()
+        self.group, self.split_dim, self.concat_dim, self.flights = group, split_dim, concat_dim, flights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the second half takes; nothing else may read it."""
+        return begin_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights)
+
+
+class EndExchange(BeginExchange):
+    """The second half of an ``Exchange``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same tensor as given to the first half, other axis sharded."""
+        return end_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights)
+
+
 def apply_dap(model: nn.Module, group: dist.ProcessGroup | None) -> None:
     """Shard the trunk of ``model`` over the ranks of ``group``; None leaves it whole."""
     if group is None:
@@ -108,7 +137,7 @@ def apply_dap(model: nn.Module, group: dist.ProcessGroup | None) -> None:
 
 
 def _points(group: dist.ProcessGroup) -> dict[str, nn.Module]:
-    paddings = Paddings()
+    paddings, flights = Paddings(), {}
     return {
         "shard_rows": ShardRows(group, paddings),
         "shard_columns": ShardColumns(group, paddings),
@@ -117,6 +146,8 @@ def _points(group: dist.ProcessGroup) -> dict[str, nn.Module]:
         "gather_columns": GatherShared(group, dim=2),
         "rows_to_columns": Exchange(group, split_dim=2, concat_dim=1),
         "columns_to_rows": Exchange(group, split_dim=1, concat_dim=2),
+        "begin_columns_to_rows": BeginExchange(group, 1, 2, flights),
+        "end_columns_to_rows": EndExchange(group, 1, 2, flights),
         "rows_to_channels": Exchange(group, split_dim=1, concat_dim=2),
         "channels_to_rows": Exchange(group, split_dim=2, concat_dim=1),
     }
