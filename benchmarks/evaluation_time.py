@@ -3,9 +3,10 @@
     python benchmarks/evaluation_time.py                              # bf16 on the kernels, as shipped
     python benchmarks/evaluation_time.py --variant plain_tf32 --lengths 128 256 512
 
-Chains are synthetic; every length is warmed up as a run does before its clock starts. Timed is a chain from its
-features in host memory to its score on the device. The last line is the sum for 180 chains, spread evenly over the
-logarithm of the length from 60 to 700 residues (mean 260), interpolated between the measured lengths.
+Chains are synthetic and padded as in a run; every length is warmed up as a run does before its clock starts, longest
+first. Timed is a chain from its features in host memory to its score on the device; printed as well are the seconds of
+the warm-up and the device memory in use after it, graphs included. The last line is the sum for 180 chains, spread
+evenly over the logarithm of the length from 60 to 700 residues (mean 260), interpolated between the measured lengths.
 """
 
 import argparse
@@ -30,7 +31,7 @@ VARIANTS = {
     "plain_bf16": ["execution.kernels=reference"],
 }
 LENGTHS = [64, 144, 256, 400, 704]
-CHAINS = np.geomspace(60, 700, 180)
+CHAINS = np.geomspace(60, 700, 180).round().astype(int).tolist()
 REPEATS = 3
 
 
@@ -39,22 +40,21 @@ def measure(config: Config, variant: str, lengths: list[int], csv: Path) -> list
     ranks = Ranks(RankLayout(1), 0, 0, torch.device("cuda", 0))
     model = EvaluationModel(config, ranks.device, choose_operations(config, ranks))
     settings, rows = feature_settings(config), []
-    for length in sorted(map(settings.padded_length, lengths), reverse=True):
+    for length in sorted(set(map(settings.padded_length, lengths)), reverse=True):
         host = synthetic_batch(settings, 1, training=False, num_res=length).features
         features = {key: value.to(ranks.device) for key, value in host.items()}
         torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad():
-            model.predict(features)
-        if config.execution.cuda_graphs and variant == "ours":
-            model.capture(features)
+        start = time.perf_counter()
+        (model.capture if config.execution.cuda_graphs and variant == "ours" else model.predict)(features)
+        torch.cuda.synchronize()
+        warm_up_s, (free, total) = time.perf_counter() - start, torch.cuda.mem_get_info()
         times = []
-        with torch.no_grad():
-            for _ in range(REPEATS + 1):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                model.predict({key: value.to(ranks.device) for key, value in host.items()})
-                torch.cuda.synchronize()
-                times.append(1e3 * (time.perf_counter() - start))
+        for _ in range(REPEATS + 1):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            model.predict({key: value.to(ranks.device) for key, value in host.items()})
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - start))
         timing = Timing.of(times[1:])
         row = {
             **facts(),
@@ -66,7 +66,8 @@ def measure(config: Config, variant: str, lengths: list[int], csv: Path) -> list
             "p90_ms": round(timing.p90_ms, 1),
             "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         }
-        print(f"  {variant}: {length} residues {timing.median_ms:.1f} ms", flush=True)
+        print(f"  {variant}: {length} residues {timing.median_ms:.1f} ms", end="", flush=True)
+        print(f"; warm-up {warm_up_s:.1f} s, then {(total - free) / 2**30:.1f} GiB in use", flush=True)
         append_rows(csv, [row])
         rows.append(row)
     return rows
@@ -85,10 +86,10 @@ def main() -> int:
     print_table(rows)
     if len(rows) > 1:
         lengths, medians = zip(*((int(str(r["length"])), float(str(r["median_ms"]))) for r in rows[::-1]), strict=True)
-        total = float(np.interp(CHAINS, lengths, medians).sum()) / 1e3
-        print(
-            f"{arguments.variant}: 180 chains of 60 to 700 residues, mean {CHAINS.mean():.0f}: {total:.1f} GPU-seconds"
-        )
+        padded = list(map(feature_settings(config).padded_length, CHAINS))
+        total_s = float(np.interp(padded, lengths, medians).sum()) / 1e3
+        print(f"{arguments.variant}: 180 chains of 60 to 700 residues, mean {np.mean(CHAINS):.0f}, ", end="")
+        print(f"padded {np.mean(padded):.0f}: {total_s:.1f} GPU-seconds")
     return 0
 
 

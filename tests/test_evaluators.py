@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from runs import tiny_config
 from scalefold.config import Config
-from scalefold.data.synthetic import synthetic_batch
-from scalefold.evaluators import CapturedChain, ChainScorer, EvaluationModel
+from scalefold.data.features import BatchShape, buffer_bytes, feature_views, fill_sample
+from scalefold.data.synthetic import synthetic_batch, synthetic_chain
+from scalefold.evaluators import CapturedChain, ChainScorer, EvaluationHere, EvaluationModel
 from scalefold.kernels import REFERENCE, operations
 from scalefold.parallel.ranks import RankLayout, Ranks
 from scalefold.run import feature_settings
@@ -25,6 +27,36 @@ def config_of(tmp_path: Path, *overrides: str) -> Config:
 def chain(config: Config, length: int, device: torch.device = CPU, seed: int = 0) -> dict[str, Tensor]:
     settings = feature_settings(config)
     return synthetic_batch(settings, 1, seed=seed, training=False, num_res=length, device=device).features
+
+
+def padded(config: Config, length: int, seed: int) -> dict[str, Tensor]:
+    """Features of a chain as the loader delivers them: padded to a multiple of ``eval_length_multiple``."""
+    settings = feature_settings(config)
+    padded_length = settings.padded_length(length)
+    shape = BatchShape.of(settings, 1, settings.num_slices, training=False, num_res=padded_length)
+    buffer = torch.zeros(buffer_bytes(shape), dtype=torch.uint8)
+    fill_sample(buffer, shape, 0, synthetic_chain(length, 12, 1, seed), settings, seed)
+    return feature_views(buffer, shape)
+
+
+def draw_weights(model: EvaluationModel, untrained: list[Tensor], seed: int) -> None:
+    """Weights of a model that is alive: an untrained one places all atoms at one point."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter, start in zip(model.model.parameters(), untrained, strict=True):
+        parameter.data.copy_(start + 0.3 * torch.randn(start.shape, generator=generator).to(start.device))
+
+
+def test_a_padded_chain_scores_like_the_chain_itself(tmp_path: Path) -> None:
+    exact, multiple = config_of(tmp_path), config_of(tmp_path, "data.eval_length_multiple=16")
+    model = EvaluationModel(exact, CPU, REFERENCE)
+    draw_weights(model, [parameter.clone() for parameter in model.model.parameters()], 0)
+    scores = []
+    for seed in range(3):
+        own, with_padding = padded(exact, 21, seed), padded(multiple, 21, seed)
+        assert (own["aatype"].shape[1], with_padding["aatype"].shape[1]) == (21, 32)
+        scores.append(model.predict(own))
+        torch.testing.assert_close(model.predict(with_padding), scores[-1], rtol=0.0, atol=1e-3)
+    assert len({float(score) for score in scores}) == 3
 
 
 @dataclass
@@ -70,6 +102,17 @@ def test_another_operations_table_discards_the_graphs_of_the_first(tmp_path: Pat
     assert model.model.evoformer_stack.blocks[0].msa_att_row.ops.name == "triton"
 
 
+def test_another_operations_table_is_warmed_up_like_the_first() -> None:
+    model, warmed = SimpleNamespace(ops=REFERENCE, use=lambda ops: setattr(model, "ops", ops)), []
+    scorer = SimpleNamespace(model=model, warm_up=lambda note: warmed.append(model.ops.name))
+    unused = SimpleNamespace(note=print)
+    evaluator = EvaluationHere(unused, scorer, *(unused,) * 5)  # type: ignore[arg-type]
+    evaluator.use(REFERENCE)
+    assert warmed == []
+    evaluator.use(operations("triton"))
+    assert warmed == ["triton"]
+
+
 @pytest.mark.gpu
 def test_captured_chains_of_all_padded_lengths_score_as_uncaptured_ones(tmp_path: Path) -> None:
     config = config_of(
@@ -80,8 +123,18 @@ def test_captured_chains_of_all_padded_lengths_score_as_uncaptured_ones(tmp_path
     ranks = Ranks(RankLayout(1), 0, 0, torch.device("cuda", 0))
     scorer, notes = ChainScorer(config, ranks, feature_settings(config), operations("triton"), None), []
     scorer.warm_up(notes.append)
+    model = scorer.model
     assert len(notes) == 3
-    for length in (16, 32, 48):
-        features = chain(config, length, ranks.device)
-        with torch.no_grad():
-            torch.testing.assert_close(scorer.model.predict(features), scorer.model._score(features))
+    assert set(model._graphs) == {16, 32, 48}
+    untrained, scores = [parameter.clone() for parameter in model.model.parameters()], []
+    for seed_of_weights in range(2):
+        draw_weights(model, untrained, seed_of_weights)
+        found = []
+        for length in (48, 16, 32):
+            for seed in (0, 3):
+                features = chain(config, length, ranks.device, seed)
+                found.append(model.predict(features))
+                with torch.no_grad():
+                    torch.testing.assert_close(found[-1], model._score(features), rtol=0.0, atol=1e-3)
+        scores.append(torch.cat(found).tolist())
+    assert all(a != b for a, b in zip(*scores, strict=True)), scores  # a graph reads the weights of the moment

@@ -94,17 +94,26 @@ class EvaluationModel:
     def capture(self, features: dict[str, Tensor]) -> None:
         """Predict chains of this padded length from a CUDA graph from now on; a length is eager before.
 
+        Called with one chain of the length. It runs once uncaptured, on the stream of the capture: kernels compile,
+        constants reach the device, and the libraries' workspaces of that stream lie outside the graphs' memory.
         Uncaptured, launching 4 passes takes 1.7 s of host time whatever the length (H100, 2026-11-24).
         """
+        assert self._stream is not None, "graphs need a CUDA device"
         pool = next((chain.graph.pool() for chain in self._graphs.values()), None)
         graph, inputs = torch.cuda.CUDAGraph(), {key: value.clone() for key, value in features.items()}
-        torch.cuda.synchronize()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._score(inputs)
         with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
-            score = self._score(inputs)
+            score = self._score(inputs)  # entering the context has waited for the device
         self._graphs[features["aatype"].shape[1]] = CapturedChain(graph, inputs, score)
 
+    @torch.no_grad()
     def predict(self, features: dict[str, Tensor]) -> Tensor:
-        """lDDT-Cα of one chain, a device scalar."""
+        """lDDT-Cα of one chain, a device scalar [1].
+
+        Graphs share memory and are replayed one after another on the current stream; the score is copied out of it.
+        """
         captured = self._graphs.get(features["aatype"].shape[1])
         if captured is None:
             return self._score(features)
@@ -158,12 +167,10 @@ class ChainScorer:
             step = self.settings.eval_length_multiple
             longest = self.settings.padded_length(self.config.data.val_max_sequence_length)
             lengths = list(range(longest, 0, -step))
+        prepare = self.model.capture if device.type == "cuda" and execution.cuda_graphs else self.model.predict
         for number, length in enumerate(lengths, 1):
             note(f"evaluation {number}/{len(lengths)}: a chain of {length} residues")
-            features = synthetic_batch(self.settings, 1, device=device, training=False, num_res=length).features
-            self.model.predict(features)
-            if device.type == "cuda" and execution.cuda_graphs:
-                self.model.capture(features)
+            prepare(synthetic_batch(self.settings, 1, device=device, training=False, num_res=length).features)
 
     def open_data(self, lengths: dict[str, int]) -> None:
         """Place the chains over the ranks of the group and start to build features."""
@@ -242,8 +249,10 @@ class EvaluationHere:
         return False
 
     def use(self, ops: Operations) -> None:
-        """Evaluate with another operations table."""
-        self.scorer.model.use(ops)
+        """Evaluate with another operations table, prepared as the first one was."""
+        if ops is not self.scorer.model.ops:
+            self.scorer.model.use(ops)
+            self.warm_up()
 
     def close(self) -> None:
         """End the feature workers."""
