@@ -236,7 +236,7 @@ def test_evaluation_features_depend_on_the_chain_alone_and_are_built_once(tmp_pa
         expected = build_features(random_chain(10 + row, 12, seed=row), SMALL, seed_from_string(name), training=False)
         assert batch.passes == 4
         for key, value in batch.features.items():
-            for axis, size in enumerate(expected[key].shape):  # lengths are padded to a multiple of 16
+            for axis, size in enumerate(expected[key].shape):  # lengths are padded to a multiple of 64
                 value, padding = value.split([size, value.shape[axis] - size], axis)
                 assert not padding.any(), key
             assert torch.equal(value, expected[key]), key

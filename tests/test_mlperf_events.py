@@ -260,9 +260,17 @@ def test_parts_that_disagree_or_have_broken_lines_are_refused(tmp_path):
         merge_parts(tmp_path / "other.txt")
 
 
-def test_abort_stops_a_running_clock_once_and_is_silent_otherwise(tmp_path):
-    with Events(tmp_path / "r.txt") as events:
+def test_a_log_whose_clock_never_ran_is_removed_when_its_run_fails(tmp_path):
+    with Events(tmp_path / "r.txt", role="training") as events:
+        events.init_start()
+        assert events.file.exists()
         events.abort()
+        events.abort()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_abort_stops_a_running_clock_once(tmp_path):
+    with Events(tmp_path / "r.txt") as events:
         begin(events)
         events.abort()
         events.abort()

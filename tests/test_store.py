@@ -283,3 +283,17 @@ def test_an_unfinished_shard_has_no_final_name(tmp_path):
     writer.close()
     assert (tmp_path / "00000.h5").exists()
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("num_bytes", [150_000, 9 << 20], ids=["in close", "in append"])
+def test_a_disk_that_is_full_is_named_and_nothing_of_the_shard_is_left(tmp_path, full_disk, num_bytes):
+    """Whether HDF5 finds out while records come in or at the end."""
+    writer = store.ShardWriter(tmp_path / "00000.h5")
+
+    def write():
+        writer.append(np.random.default_rng(0).bytes(num_bytes))
+        writer.close()
+
+    with pytest.raises(DataError, match=r"00000\.h5: cannot write the shard: File too large; run prepare again"):
+        write()
+    assert list(tmp_path.iterdir()) == []

@@ -94,10 +94,35 @@ def test_weights_that_are_not_finite_stop_training_and_leave_the_last_checkpoint
     assert sorted(p.name for p in folder.parent.iterdir()) == before
 
 
-def test_a_missing_store_is_named_and_the_clock_is_stopped(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no_such_store"):
+def test_places_that_are_missing_are_named_before_anything_is_written(tiny_store: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.store_dir: .*no_such_store: no such folder"):
         run_rank(tiny_config(tmp_path / "no_such_store", tmp_path / "run"), RunOptions())
+    missing = f"training.init_checkpoint={tmp_path / 'no_such.pt'}"
+    with pytest.raises(ConfigError, match=r"training\.init_checkpoint: .*no_such\.pt: no such file"):
+        run_rank(tiny_config(tiny_store, tmp_path / "run", missing), RunOptions())
+    with pytest.raises(CheckpointError, match=r"--resume, but there is no complete checkpoint"):
+        run_rank(tiny_config(tiny_store, tmp_path / "run"), RunOptions(resume=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_that_cannot_be_opened_is_named_and_the_clock_is_stopped(tmp_path: Path) -> None:
+    (tmp_path / "empty_store").mkdir()
+    with pytest.raises(DataError, match="empty_store"):
+        run_rank(tiny_config(tmp_path / "empty_store", tmp_path / "run"), RunOptions())
     assert '"aborted"' in (tmp_path / "run" / "result_0.txt").read_text()
+
+
+def test_a_start_that_fails_before_its_clock_leaves_no_log_in_the_way_of_the_next(
+    tiny_store: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.pt"
+    broken.write_text("this is no checkpoint\n")
+    with pytest.raises(CheckpointError, match=r"broken\.pt: not a readable checkpoint; .*") as refused:
+        run_rank(tiny_config(tiny_store, tmp_path / "run", f"training.init_checkpoint={broken}"), RunOptions())
+    assert "weights_only" not in str(refused.value)  # the library's advice would let the file run code
+    assert not list((tmp_path / "run").glob("result_*"))
+    run_rank(tiny_config(tiny_store, tmp_path / "run", "training.num_train_iters=2"), RunOptions())
+    assert (tmp_path / "run" / "result_0.txt").exists()
 
 
 def test_an_initial_checkpoint_is_checked_against_its_hash_and_shapes(tiny_store: Path, tmp_path: Path) -> None:
@@ -116,6 +141,16 @@ def test_an_initial_checkpoint_is_checked_against_its_hash_and_shapes(tiny_store
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         run_rank(tiny_config(tiny_store, tmp_path / "f", from_file), RunOptions())
+
+
+def test_a_disk_that_is_full_is_named_and_no_half_checkpoint_is_left(
+    tiny_store: Path, tmp_path: Path, full_disk: None
+) -> None:
+    config = tiny_config(tiny_store, tmp_path / "run", "run.checkpoint_every_iters=1")
+    with pytest.raises(CheckpointError, match=r"000001: cannot write the checkpoint, is the disk full\?"):
+        run_rank(config, RunOptions())
+    assert list((tmp_path / "run" / "checkpoints" / "last").iterdir()) == []
+    assert '"aborted"' in (tmp_path / "run" / "result_0.txt").read_text()
 
 
 def test_a_run_never_writes_over_the_log_of_another(tiny_store: Path, tmp_path: Path) -> None:

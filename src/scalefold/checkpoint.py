@@ -140,8 +140,10 @@ class Checkpoints:
             (temporary / STATE_FILE).write_text(json.dumps(asdict(state)) + "\n")
             shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
-        except OSError as error:
-            raise CheckpointError(f"{target}: cannot write the checkpoint: {error.strerror or error}") from None
+        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise CheckpointError(f"{target}: cannot write the checkpoint, is the disk full? {reason}") from None
         passing = [p for p in self._all() if not self.archive_every or int(p.name) % self.archive_every]
         for old in [p for p in passing[: -self.keep] if p != target]:
             shutil.rmtree(old, ignore_errors=True)
@@ -206,8 +208,13 @@ def _load(file: Path) -> dict[str, Any]:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: no such checkpoint") from None
-    except Exception as error:
-        raise CheckpointError(f"{file}: not a readable checkpoint: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot read the checkpoint: {error.strerror or error}") from None
+    except Exception:  # what torch says would advise to run code from the file
+        raise CheckpointError(
+            f"{file}: not a readable checkpoint; it must be whole, written by torch.save, and hold tensors, numbers "
+            "and dictionaries only"
+        ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: holds a {type(content).__name__}, not a dictionary of tensors")
     return content

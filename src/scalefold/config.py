@@ -228,7 +228,6 @@ class RunConfig(Section):
     checkpoint_every_iters: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     archive_every_iters: int = Field(default=0, ge=0)
-    report: bool = True
 
 
 class SubmissionConfig(Section):

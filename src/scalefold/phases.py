@@ -87,11 +87,17 @@ def open_schedule(config: Config, resume: bool) -> Schedule:
     """The phases of the run, at the place where it starts or resumes.
 
     Raises:
-        CheckpointError: the checkpoint was written in a phase that the configuration does not have.
+        CheckpointError: there is no checkpoint, or it was written in a phase that the configuration does not have.
     """
-    folder = Checkpoints(config.run.run_dir / "checkpoints", 1).newest() if resume else None
-    if folder is None:
+    if not resume:
         return Schedule(config)
+    checkpoints = Checkpoints(config.run.run_dir / "checkpoints", 1)
+    folder = checkpoints.newest()
+    if folder is None:
+        raise CheckpointError(
+            f"{checkpoints.folder}: --resume, but there is no complete checkpoint; set run.run_dir to the run to "
+            "continue, or start without --resume"
+        )
     state = read_state(folder)
     if state.phase > max(0, len(config.phases) - 1):
         raise CheckpointError(

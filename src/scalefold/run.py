@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from scalefold.checkpoint import Checkpoints, RunState, load_initial, load_run, read_state
 from scalefold.compile import GraphedTrainStep, TrainStep
-from scalefold.config import Config, dump_config
+from scalefold.config import Config
 from scalefold.data import selection
 from scalefold.data.features import FeatureSettings
 from scalefold.data.loader import Batch, TrainLoader, to_device
@@ -33,9 +33,10 @@ from scalefold.evaluators import (
     serve_evaluations,
 )
 from scalefold.fuse import can_fuse, fuse_model, fuse_terms
+from scalefold.header import log_header, run_header, write_resolved
 from scalefold.kernels import Operations, operations, use_operations
 from scalefold.loss import loss_terms, total_of_terms
-from scalefold.mlperf.events import Events, Hyperparameters, SubmissionInfo
+from scalefold.mlperf.events import Events
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.optim import FlatParameters, Optimizer, learning_rate
 from scalefold.parallel.dap import apply_dap, check_shares, gradient_scale
@@ -181,6 +182,21 @@ class Run:
         self.events.close()
 
 
+def check_places(config: Config) -> None:
+    """See that store and initial checkpoint are there, before ranks meet, devices are touched and a log begins.
+
+    Nothing is opened: the data set stays closed until ``run_start``.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    store, checkpoint = config.data.store_dir, config.training.init_checkpoint
+    if not store.is_dir():
+        raise ConfigError(f"data.store_dir: {store}: no such folder; `scalefold prepare` writes it")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ConfigError(f"training.init_checkpoint: {checkpoint}: no such file; `scalefold download` fetches it")
+
+
 def prepare_process(config: Config) -> None:
     """Settings that must precede the first use of a device: threads, matrix precision, determinism."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the watch names the collective that does not end
@@ -213,6 +229,7 @@ def begin(config: Config, options: RunOptions, ranks: Ranks) -> Beginning:
     result_file = choose_result_file(run_dir, options, resumed_from)
     ranks.barrier()
     events = open_events(result_file, ranks, options)
+    ranks.watch.before_exit = events.abort
     events.init_start()
     return Beginning(seed, result_file, events, checkpoints, resumed_from)
 
@@ -227,7 +244,6 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
     check_shares(config.model, config.parallel.dap_size)
     beginning = begin(config, options, ranks)
     seed, events, checkpoints = beginning.seed, beginning.events, beginning.checkpoints
-    ranks.watch.before_exit = events.abort
     run_dir, resumed_from = config.run.run_dir, beginning.resumed_from
     ops = choose_operations(config, ranks)
     model = build_model(config, initialisation_seed(seed), ranks)
@@ -329,7 +345,6 @@ def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks) ->
     log_header(events, config, ranks, beginning.seed, scorer.model.model, None)
     continue_counting(events, schedule)
     accept_connection(ranks)
-    ranks.watch.before_exit = events.abort
     ranks.watch.at("warm-up")
     scorer.warm_up(lambda text: ranks.watch.at(f"warm-up, {text}"))
     ranks.barrier()
@@ -506,88 +521,6 @@ def evaluation_lengths(config: Config, store: Store) -> dict[str, int]:
         d.val_max_sequence_length,
     )
     return {store.name(int(row)): int(store.table.length[row]) for row in rows}
-
-
-def log_header(events: Events, config: Config, ranks: Ranks, seed: int, model: AlphaFold, digest: str | None) -> None:
-    """Everything the log states before ``init_stop``."""
-    s, p = config.submission, config.parallel
-    events.cache_clear(os.environ.get("SCALEFOLD_CACHES_DROPPED") == "1")
-    events.submission(
-        SubmissionInfo(org=s.org or "unknown", platform=s.platform or "unknown", division=s.division, status=s.status)
-    )
-    events.seed(seed)
-    events.scale(
-        number_of_ranks=ranks.layout.world_size, number_of_nodes=p.nodes, accelerators_per_node=p.gpus_per_node
-    )
-    events.hyperparameters(hyperparameters(config, sum(parameter.numel() for parameter in model.parameters())))
-    events.checkpoint(digest)
-    events.staging()
-
-
-def hyperparameters(config: Config, model_parameters_count: int) -> Hyperparameters:
-    """The closed division's settings with the values that are really used."""
-    t, d, weights = config.training, config.data, config.loss
-    shared = ("train_max_pdb_release_date", "val_min_cameo_submission_date", "val_max_cameo_submission_date")
-    sizes = ("val_max_sequence_length", "train_sequence_crop_size", "num_recycling_iters", "max_msa_clusters")
-    return Hyperparameters(
-        **{key: getattr(d, key) for key in (*shared, *sizes, "max_extra_msa", "max_templates")},
-        global_batch_size=t.global_batch_size,
-        gradient_accumulation_steps=t.gradient_accumulation_steps,
-        target_avg_lddt_ca_value=t.target_avg_lddt_ca_value,
-        val_every_iters=t.val_every_iters,
-        precision=config.execution.precision,
-        model_parameters_count=model_parameters_count,
-        templates_enabled=config.model.templates_enabled,
-        fape_loss_weight=weights.fape_loss_weight,
-        fape_loss_backbone_weight=weights.fape_loss_backbone_weight,
-        fape_loss_sidechain_weight=weights.fape_loss_sidechain_weight,
-        supervised_chi_loss_weight=weights.supervised_chi_loss_weight,
-        distogram_loss_weight=weights.distogram_loss_weight,
-        masked_msa_loss_weight=weights.masked_msa_loss_weight,
-        plddt_loss_weight=weights.plddt_loss_weight,
-        opt_name="Adam",
-        opt_adam_beta_1=t.opt_adam_beta_1,
-        opt_adam_beta_2=t.opt_adam_beta_2,
-        opt_adam_epsilon=t.opt_adam_epsilon,
-        opt_weight_decay=0.0,
-        opt_amsgrad=False,
-        opt_gradient_clipping=True,
-        opt_gradient_clip_norm=t.opt_gradient_clip_norm,
-        opt_base_learning_rate=t.opt_base_learning_rate,
-        opt_learning_rate_warmup_init=t.opt_learning_rate_warmup_init,
-        opt_learning_rate_warmup_steps=t.opt_learning_rate_warmup_steps,
-        swa_enabled=True,
-        swa_decay_rate=t.swa_decay_rate,
-    )
-
-
-def run_header(config: Config, ranks: Ranks, seed: int, model: AlphaFold, ops: Operations) -> dict[str, Any]:
-    """Facts for the record: what ran where."""
-    device = ranks.device
-    return {
-        "config_name": config.system,
-        "world_size": ranks.layout.world_size,
-        "dap_size": ranks.layout.dap_size,
-        "num_eval_ranks": ranks.layout.num_eval_ranks,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "host": ranks.host,
-        "launcher": ranks.launcher,
-        "torch": torch.__version__,
-        "kernels": ops.name,
-        "precision": config.execution.precision,
-        "seed": seed,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "global_batch_size": config.training.global_batch_size,
-        "val_every_iters": config.training.val_every_iters,
-        "target": config.training.target_avg_lddt_ca_value,
-    }
-
-
-def write_resolved(path: Path, config: Config) -> None:
-    """Keep the resolved configuration beside the log."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump_config(config))
-    temporary.replace(path)
 
 
 def catch_stop_signals(run: Run) -> None:

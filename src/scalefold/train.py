@@ -26,6 +26,7 @@ from scalefold.run import (
     Run,
     RunOptions,
     assemble,
+    check_places,
     enter_next_phase,
     evaluate_elsewhere,
     prepare_process,
@@ -51,15 +52,20 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
         ScaleFoldError: see ``train``; configuration, checkpoint and data errors.
     """
     schedule = open_schedule(config, options.resume)
+    check_places(schedule.config)
     prepare_process(schedule.config)
     ranks = start(schedule.config)
     outcome = None
     with ranks.watch:
-        if ranks.trains:
-            run = assemble(schedule, options, ranks)
-            outcome = train(run)
-        else:
-            evaluate_elsewhere(schedule, options, ranks)
+        try:
+            if ranks.trains:
+                run = assemble(schedule, options, ranks)
+                outcome = train(run)
+            else:
+                evaluate_elsewhere(schedule, options, ranks)
+        except BaseException:
+            ranks.watch.before_exit()  # the log says so, or is removed if its clock never ran
+            raise
         ranks.watch.at("end")
         ranks.barrier()
     if ranks.is_root and ranks.layout.num_eval_ranks:
@@ -79,8 +85,8 @@ def train(run: Run) -> Outcome:
         warm_up(run)
         start_clock(run)
         outcome = loop(run, StepLog(run))
-        report_loading(run)
         run.events.run_stop("success" if outcome.status == "success" else "aborted")
+        report_loading(run)
         return outcome
     except BaseException:
         run.events.abort()
@@ -118,10 +124,8 @@ def report_loading(run: Run) -> None:
     d, slowest = run.config.data, run.loader.slowest()
     chains = [{"chain": chain, "seconds": round(seconds, 3)} for seconds, chain in slowest]
     run.record.event("loader", workers=d.num_workers, prefetch=d.prefetch_factor, slowest=chains)
-    shown = ", ".join(f"{chain} {seconds:.2f} s" for seconds, chain in slowest[:3])
-    run.progress.note(
-        f"data: {d.num_workers} workers, {d.prefetch_factor} batches ahead each; slowest samples: {shown}"
-    )
+    shown = ", ".join(f"{chain} {seconds:.2f} s" for seconds, chain in slowest[:3]) or "none built"
+    run.progress.note(f"loader: num_workers {d.num_workers}, prefetch_factor {d.prefetch_factor}; slowest: {shown}")
 
 
 def loop(run: Run, steps: "StepLog") -> Outcome:

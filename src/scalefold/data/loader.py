@@ -446,11 +446,6 @@ class EvalSet:
     def __len__(self) -> int:
         return len(self.chain_ids)
 
-    @property
-    def num_built(self) -> int:
-        """Chains whose features are in memory."""
-        return len(self._built)
-
     def __iter__(self) -> Iterator[Batch]:
         for number in range(len(self.chain_ids)):
             start = time.perf_counter()

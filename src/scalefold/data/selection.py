@@ -158,5 +158,8 @@ def evaluation_set(
         if row is not None and table.length[row] <= max_length:
             found.add(row)
     if not found:
-        raise DataError(f"none of the {len(wanted)} evaluation targets is in the store")
+        raise DataError(
+            f"none of the {len(wanted)} evaluation targets is in the store; for data other than the benchmark's give "
+            "`scalefold prepare` an --evaluation-list"
+        )
     return np.array(sorted(found), dtype=np.int64)

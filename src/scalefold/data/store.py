@@ -13,8 +13,10 @@ sample costs one contiguous read for the structure, one for the alignment and on
 a store is a deterministic function of the raw files: no crop, mask, sample or shuffle is stored.
 """
 
+import contextlib
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -235,7 +237,8 @@ class ShardWriter:
         self._pending.append(record)
         self._pending_bytes += len(record)
         if self._pending_bytes >= 8 * _CHUNK_BYTES:
-            self._flush()
+            with self._writing():
+                self._flush()
         return offset, len(record)
 
     def _flush(self) -> None:
@@ -247,9 +250,30 @@ class ShardWriter:
 
     def close(self) -> None:
         """Write what is pending, close the file and give it its final name."""
-        self._flush()
-        self._file.close()
+        with self._writing():
+            self._flush()
+            self._file.flush()  # whatever fails, fails here: a file that HDF5 cannot close brings the process down
+            self._file.close()
         self._temporary.rename(self.path)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Raise DataError if the disk refuses; nothing of the shard is left then."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # h5py raises either
+            self._discard()
+            reason = re.search(r"error message = '([^']*)'", str(error))
+            raise DataError(
+                f"{self.path}: cannot write the shard: {reason[1] if reason else error}; run prepare again to continue"
+            ) from None
+
+    def _discard(self) -> None:
+        with contextlib.suppress(OSError, RuntimeError):
+            self._data.resize((0,))  # nothing is left to be written
+            os.truncate(self._temporary, 0)
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
 
 
 class ShardReader:

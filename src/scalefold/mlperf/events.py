@@ -307,10 +307,15 @@ class Events:
             os.fsync(self._file_descriptor)
 
     def abort(self) -> None:
-        """On the way out of an error: stop a running clock with status ``aborted``; never raises LogError itself."""
+        """On the way out of an error: stop a running clock with status ``aborted``; never raises LogError itself.
+
+        A log whose clock never ran holds no run: it is removed, so that the next start finds its name free.
+        """
         if "run_start" in self._logged and "run_stop" not in self._logged:
             with contextlib.suppress(LogError):
                 self._log("INTERVAL_END", "run_stop", None, {"status": "aborted"})
+        elif "run_start" not in self._logged and self.role != "silent":
+            self.file.unlink(missing_ok=True)
 
     # -------------------------------------------------------------------------------------------------------------
 

@@ -275,7 +275,7 @@ def blame(signs: list[Sign], silent: list[Sign]) -> str:
         )
     return (
         f"All ranks are alive and wait for each other at step {busy[0].step}: suspect the network; run again with "
-        f"NCCL_DEBUG=INFO and launch.nccl_test_command, {again}"
+        f"NCCL_DEBUG=INFO and launch.network_check_gb_per_s, {again}"
     )
 
 
