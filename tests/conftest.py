@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,12 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     prepare(layout, folder / "store", report=lambda text: None)
     return folder / "store"
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow beyond 100 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

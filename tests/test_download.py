@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from scalefold.cli import app
+from scalefold.config import load_config
 from scalefold.data.download import (
     PARTS,
     RemoteFile,
@@ -213,6 +214,12 @@ def test_the_checkpoint_is_held_against_the_sum_of_the_rules(server: Server, tmp
     lines: list[str] = []
     assert not run_downloads(tmp_path, ["checkpoint"], f"{server.url}/c.pt", None, False, 1, lines.append)
     assert any("is not the listed b518be4677048f2c" in line for line in lines)
+
+
+def test_the_checkpoint_lands_where_the_system_files_look_for_it(repository: Path) -> None:
+    (file,) = files_of(PARTS["checkpoint"], "https://example.com/c.pt")
+    config = load_config(repository / "configs" / "h100_1x1.yaml").config
+    assert Path("data") / file.path == config.training.init_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from mlperf_editing import drop, edit, line_of, set_value
 from scalefold.errors import LogError
+from scalefold.mlperf.package import collect_logs
 from scalefold.mlperf.published import published_runs
 from scalefold.mlperf.rcp import judge_convergence, recorded_references, reference_convergence
 from scalefold.mlperf.rehearsal import published_script, write_rehearsal
@@ -61,6 +62,29 @@ def test_published_throughput_is_reproduced(tmp_path):
     assert (result.total_scale, result.instance_scale, result.num_models) == (2048, 128, 16)
     assert result.models_per_minute == pytest.approx(0.465, abs=0.0005)
     assert result.convergence.factor == pytest.approx(1.0153, abs=0.00005)
+
+
+def as_job(folder, submitter, scaling):
+    """Runs as a job of ``scalefold launch`` leaves them."""
+    for run in published_runs(submitter=submitter, scaling=scaling):
+        write_rehearsal(published_script(run), folder / f"run_{run.run}" / f"result_{run.run}.txt")
+    shutil.copytree(folder / "run_0", folder / "run_0_interrupted_1")
+    return folder
+
+
+def test_the_runs_of_a_job_are_one_result(tmp_path):
+    job = as_job(tmp_path / "runs" / "eos" / "job_1", "NVIDIA", "strong")
+    (result,) = score(tmp_path / "runs")
+    assert (result.folder, result.scaling, result.problems) == (str(job), "strong", ())
+    assert result.minutes == pytest.approx(PUBLISHED["NVIDIA"][0], abs=0.0005)
+    assert [found.folder for found in score(job / "run_3")] == [str(job / "run_3")]
+    assert len(collect_logs([job])) == 10
+
+
+def test_the_instances_of_a_job_are_a_throughput_result(tmp_path):
+    (result,) = score(as_job(tmp_path / "job_2", "NVIDIA", "weak"))
+    assert (result.scaling, result.num_models) == ("weak", 16)
+    assert result.minutes == pytest.approx(34.415, abs=0.0005)
 
 
 def test_instance_scale_is_the_instances_even_when_its_log_names_the_whole_jobs_nodes(tmp_path):

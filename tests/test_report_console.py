@@ -45,11 +45,13 @@ def test_plain_lines_are_rate_limited_but_evaluations_and_the_last_step_always_a
         for step in range(1, 51):
             progress.step(StepRow(step=step, loss=1.0, step_ms=1000.0))
         progress.evaluation(EvalRow(step=40, samples=5120, lddt_ca=0.81, seconds=2.0))
+        progress.step(StepRow(step=51, loss=1.0, step_ms=1000.0))
     lines = stream.getvalue().splitlines()
     assert lines[0] == "step    1  loss 1.000  1000 ms  eta 1m39s"
-    assert lines[1] == "eval step 40  samples 5120  lddt 0.810@40→0.800  2.0 s  target reached"
-    assert lines[2] == "step   50  loss 1.000  lddt 0.810@40→0.800  1000 ms  eta 50s"
-    assert len(lines) == 3
+    assert lines[1] == "step   50  loss 1.000  1000 ms  eta 50s"  # held back until something is shown behind it
+    assert lines[2] == "eval step 40  samples 5120  lddt 0.810@40→0.800  2.0 s  target reached"
+    assert lines[3] == "step   51  loss 1.000  lddt 0.810@40→0.800  1000 ms  eta 49s"
+    assert len(lines) == 4
 
 
 def test_without_a_rate_limit_every_step_has_its_line():

@@ -42,6 +42,7 @@ def write_own_run(folder):
             )
             if step % 4 == 0:
                 record.evaluation(EvalRow(step=step, samples=2 * step, lddt_ca=0.07 * step, time_s=step + 0.5))
+        record.event("loader", workers=2, prefetch=4, slowest=[{"chain": "1abc_A", "seconds": 0.25}])
     (folder / "config.yaml").write_text("system: tiny <laptop>\n")
 
 
@@ -267,3 +268,4 @@ def test_the_page_of_a_run_that_is_not_the_benchmark_shows_losses_and_no_referen
     assert "✗ 3 keys differ &lt;from&gt; the benchmark" in text
     assert "system: tiny &lt;laptop&gt;" in text
     assert re.search(r"Environment</h2>.*torch.*2\.11", text, re.DOTALL)
+    assert re.search(r"Slowest samples</h2>.*1abc_A.*0\.250 s.*2 loader workers, 4 batches", text, re.DOTALL)

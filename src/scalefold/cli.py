@@ -3,6 +3,7 @@
 Heavy imports happen inside the verbs, so that ``scalefold show`` works on a login node without touching torch.
 """
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -25,12 +26,21 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, afte
 
 
 def main() -> None:
-    """Entry of the ``scalefold`` command: user errors are one line and a status; other errors keep their traceback."""
+    """Entry of the ``scalefold`` command: user errors are one line and a status; other errors keep their traceback.
+
+    A file that cannot be opened, read or written is a user error too.
+    """
     try:
         app()
     except ScaleFoldError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         leave(error.exit_status)
+    except OSError as error:
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {place}{error.strerror}", file=sys.stderr, flush=True)
+        leave(ScaleFoldError.exit_status)
 
 
 def leave(status: int) -> None:
@@ -102,7 +112,8 @@ def prepare(
 
     layout = RawLayout(mmcif_dir, tuple(alignments or ()), clusters, obsolete, evaluation_list)
     summary = prepare_store(layout, out, workers, team=mpi_team() if mpi else None)
-    print(f"{summary.num_chains} chains in {summary.seconds:.1f} s; {summary.num_rejected} rejected, see rejected.csv")
+    print(f"{summary.num_chains} chains in {summary.seconds:.1f} s; {summary.num_rejected} rejected, ", end="")
+    print(f"see {out / 'rejected.csv'}")
 
 
 @app.command()
@@ -173,23 +184,27 @@ def train(
 
 
 @app.command()
-def check(log: Annotated[Path, typer.Argument(help="result_N.txt")]) -> None:
-    """Judge an MLPerf log with the official checker and our stricter rules.
+def check(logs: Annotated[list[Path], typer.Argument(help="result_N.txt, one or more")]) -> None:
+    """Judge MLPerf logs with the official checker and our stricter rules.
 
-    Exit status 0: valid closed-division log; 3: well-formed log of a non-benchmark configuration; 1: invalid.
+    Exit status, that of the worst log: 0: valid closed-division log; 3: well-formed log of a non-benchmark
+    configuration; 1: invalid.
 
     Example: scalefold check runs/tiny/result_0.txt
     """
-    from scalefold.mlperf.check import check_log
+    from scalefold.mlperf.check import check_log, worst
 
-    verdict = check_log(log)
-    print(verdict.text())
-    raise typer.Exit(code=verdict.exit_code)
+    verdicts = [check_log(log) for log in logs]
+    for verdict in verdicts:
+        print(verdict.text())
+    raise typer.Exit(code=worst(verdicts).exit_code)
 
 
 StepTimes = Annotated[Path | None, typer.Option(help="measured step times, CSV; default: the shipped table alone")]
 EvalTimes = Annotated[Path | None, typer.Option(help="measured evaluation times, CSV")]
-KindOption = Annotated[str | None, typer.Option(help="measured, guarded, published or target step times only")]
+KindOption = Annotated[
+    str | None, typer.Option(help="measured, estimated, guarded, published or target step times only")
+]
 ConvergenceOption = Annotated[str, typer.Option(help="samples to converge: reference or published")]
 Extrapolate = Annotated[bool, typer.Option(help="allow batches at which nobody observed convergence")]
 

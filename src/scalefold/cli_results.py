@@ -53,13 +53,24 @@ def report(
     print(written.page)
 
 
-def _verdict(runs: list[Path]) -> str | None:
-    """The checker's text on the first result file, if there is one."""
-    from scalefold.mlperf.check import check_log
+def _verdict(runs: list[Path]) -> dict[str, object] | None:
+    """What the page says of the result files, if there are any."""
+    from scalefold.mlperf.score import result_files
 
-    files = [file for path in runs for file in (sorted(path.glob("result_*.txt")) if path.is_dir() else [path])]
+    files = [file for path in runs for file in (result_files(path) if path.is_dir() else [path])]
     logs = [file for file in files if file.suffix == ".txt"]
-    return check_log(logs[0]).text() if logs else None
+    return _judge(logs) if logs else None
+
+
+def _judge(logs: list[Path]) -> dict[str, object]:
+    """The check's outcome, headline (of several logs: the worst one's) and text, as the report takes them."""
+    from scalefold.mlperf.check import check_log, worst
+
+    verdicts = [check_log(log) for log in logs]
+    found = worst(verdicts)
+    named = f"{len(logs)} logs, the worst is {found.file}: " if len(logs) > 1 else ""
+    text = "\n".join(verdict.text() for verdict in verdicts)
+    return {"ok": found.kind != "invalid", "headline": f"{named}{found.headline}", "details": text}
 
 
 def compare_runs(
@@ -75,6 +86,8 @@ def compare_runs(
     """
     from scalefold.report.compare import compare_runs as compare
 
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise ConfigError(f"--plot {plot}: must end in .svg or .png")
     comparison = compare(a, b, tolerance=tolerance, window=window)
     print(comparison.text())
     if plot is not None:
@@ -82,7 +95,7 @@ def compare_runs(
     raise typer.Exit(code=int(not comparison.ok))
 
 
-def score(folder: Annotated[Path, typer.Argument(help="organization, system or result folder")]) -> None:
+def score(folder: Annotated[Path, typer.Argument(help="organization, system, result or job folder")]) -> None:
     """Print time-to-train scores (strong) or TTTa (weak), unscaled and scaled. Exit status 1 if a result is illegal.
 
     Example: scalefold score submission/results
@@ -124,8 +137,10 @@ def pack(
     org: Annotated[str, typer.Option(help="organization")],
     system: Annotated[Path, typer.Option(help="systems/<system>.json from describe-system")],
     config: Annotated[Path, typer.Option(help="the configuration that was run")],
-    strong: Annotated[list[Path] | None, typer.Option(help="run folder or log; ten of them")] = None,
-    weak: Annotated[list[Path] | None, typer.Option(help="instance folder or log; ten or more")] = None,
+    strong: Annotated[list[Path] | None, typer.Option(help="job folder, or ten times a run folder or log")] = None,
+    weak: Annotated[
+        list[Path] | None, typer.Option(help="job folder, or ten or more times an instance's folder or log")
+    ] = None,
     pruned: Annotated[list[Path] | None, typer.Option(help="pruned instance")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what the package would hold")] = False,
 ) -> None:
@@ -138,9 +153,13 @@ def pack(
     from scalefold.mlperf.package import Submission, SystemEntry
     from scalefold.mlperf.package import pack as build
 
+    try:
+        description = json.loads(system.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{system}: no JSON ({error}); `scalefold describe-system` writes it") from None
     entry = SystemEntry(
         name=system.stem,
-        description=json.loads(system.read_text()),
+        description=description,
         config=config,
         strong=tuple(strong or ()),
         weak=tuple(weak or ()),
@@ -179,6 +198,8 @@ def bench_data(
     from scalefold.data.features import FeatureSettings
     from scalefold.run import feature_settings
 
+    if step_s is not None and (config is None or step_s <= 0):
+        raise ConfigError(f"--step-s {step_s:g}: must be positive, and --config must name the system it belongs to")
     loaded = load_config(config).config if config else None
     settings = feature_settings(loaded) if loaded else FeatureSettings()
     result = measure(str(store), settings, max_chains=samples, report=print)
@@ -196,12 +217,13 @@ def demo(
 
     Example: scalefold demo --folder runs/demo
     """
+    from scalefold.config import load_config
     from scalefold.data.demo import generate
     from scalefold.data.prepare import prepare
     from scalefold.data.rawlayout import RawLayout
-    from scalefold.mlperf.check import check_log
     from scalefold.report.page import write_report
 
+    load_config(config)
     if folder.exists():
         raise ConfigError(f"{folder}: exists already; remove it or choose another --folder")
     print("1/5  generate proteins")
@@ -216,11 +238,13 @@ def demo(
     run_dir = folder / "run"
     command = [sys.executable, "-m", "scalefold", "train", str(config), f"data.store_dir={folder / 'store'}"]
     status = subprocess.run([*command, f"run.run_dir={run_dir}"]).returncode
+    if status not in (0, 4):  # 4: the step budget ended, which leaves a whole log
+        raise typer.Exit(code=status)
     print("4/5  check the log")
-    verdict = check_log(run_dir / "result_0.txt")
-    print(verdict.text())
+    verdict = _judge([run_dir / "result_0.txt"])
+    print(verdict["details"])
     print("5/5  write the report")
-    page = write_report(run_dir, folder / "report.html", check=verdict.text())
+    page = write_report(run_dir, folder / "report.html", check=verdict)
     print(f"\nstore   {folder / 'store'}\nlog     {run_dir / 'result_0.txt'}\nmetrics {run_dir / 'metrics.jsonl'}")
     print(f"config  {run_dir / 'config.yaml'}\nreport  {page.page}")
     print("target reached" if status == 0 else f"target NOT reached (exit status {status})")

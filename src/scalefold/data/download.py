@@ -92,7 +92,7 @@ PARTS = {
             "the initial checkpoint of the benchmark",
             None,
             "file",
-            "checkpoint",
+            ".",  # where the system files look for it
             None,
             f"NERSC portal, folder cfs/m4291/openfold: {CHECKPOINT_NAME}",
         ),
@@ -139,7 +139,7 @@ def files_of(part: Part, source: str | None = None, listing: Path | None = None)
     if part.layout == "file":
         digest = CHECKPOINT_SHA256 if part.name == "checkpoint" else None
         name = CHECKPOINT_NAME if part.name == "checkpoint" else base.rsplit("/", 1)[-1]
-        return [RemoteFile(base, f"{part.folder}/{name}", sha256=digest)]
+        return [RemoteFile(base, str(Path(part.folder) / name), sha256=digest)]
     if part.layout == "tree":
         text = listing.read_text() if listing else fetch_text(index_url(base))
         return [_entry(base, part.folder, pdb_id) for pdb_id in read_ids(text, listing or index_url(base))]

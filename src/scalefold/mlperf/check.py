@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -127,6 +127,12 @@ def check_log(path: str | Path) -> Verdict:
         minutes=log.minutes if log.first("run_start") and log.first("run_stop") else None,
         samples_to_converge=log.samples_to_converge,
     )
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The first of those furthest from a valid log: invalid before well-formed before valid."""
+    order: list[Kind] = ["valid", "non_benchmark", "invalid"]
+    return max(verdicts, key=lambda verdict: order.index(verdict.kind))
 
 
 def differences(log: Log) -> list[Difference]:

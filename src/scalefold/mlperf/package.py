@@ -35,8 +35,8 @@ _NOT_SHIPPED = ("mlperf_logs", "runs", "build", "dist", "__pycache__")
 class SystemEntry:
     """Results of one system.
 
-    ``strong``, ``weak`` and ``pruned`` are run folders (with ``result_*.txt``) or log files; ``config`` is the YAML
-    that was run; ``description`` the system JSON's fields.
+    ``strong``, ``weak`` and ``pruned`` are log files, run folders (with ``result_*.txt``) or folders of a job with its
+    runs; ``config`` is the YAML that was run; ``description`` the system JSON's fields.
     """
 
     name: str

@@ -20,6 +20,7 @@ from scalefold.mlperf.logfile import Log, read_log
 from scalefold.mlperf.rcp import Convergence, judge_convergence
 
 Scaling = Literal["strong", "weak"]
+_RUN_FOLDER, _PUT_ASIDE = re.compile(r"run_\d+"), re.compile(r"run_\d+_interrupted_\d+")  # of ``scalefold launch``
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ class Score:
 def score(folder: str | Path) -> list[Score]:
     """Scores of all OpenFold result folders at or below ``folder``, in path order.
 
-    A result folder holds ``result_*.txt``; it is weak when a folder named ``weak`` is on its path, strong otherwise.
-    Pruned instances and power logs are left out.
+    A result folder holds ``result_*.txt``, or is the folder of a job with its runs in ``run_0``, ``run_1``, ... It is
+    weak when a folder named ``weak`` is on its path or its runs are instances of one job, strong otherwise. Pruned
+    instances, power logs and runs that a job put aside are left out.
 
     Raises:
         LogError: no OpenFold result lies below the folder, or a log cannot be read.
@@ -98,15 +100,25 @@ def score(folder: str | Path) -> list[Score]:
 
 
 def result_folders(folder: Path) -> list[Path]:
-    """Folders at or below ``folder`` with OpenFold result files."""
-    found = sorted({file.parent for file in folder.rglob("result_*.txt")})
-    own = [f for f in found if not {"pruned_results", "power"} & set(f.relative_to(folder).parts)]
+    """Folders at or below ``folder`` with OpenFold result files, see :func:`result_files`."""
+    found = {
+        _folder_of(file, folder) for file in folder.rglob("result_*.txt") if not _PUT_ASIDE.fullmatch(file.parent.name)
+    }
+    own = [f for f in sorted(found) if not {"pruned_results", "power"} & set(f.relative_to(folder).parts)]
     return [f for f in own if _is_openfold(result_files(f)[0])]
 
 
+def _folder_of(file: Path, top: Path) -> Path:
+    in_job = _RUN_FOLDER.fullmatch(file.parent.name) and file.parent != top
+    return file.parent.parent if in_job else file.parent
+
+
 def result_files(folder: Path) -> list[Path]:
-    """The folder's ``result_*.txt`` by number, then name."""
-    return sorted(folder.glob("result_*.txt"), key=lambda f: (int((re.findall(r"\d+", f.stem) or [0])[-1]), f.name))
+    """``result_*.txt`` of the folder, or else of the run folders of a job in it, by number, then name."""
+    found = list(folder.glob("result_*.txt")) or [
+        file for file in folder.glob("run_*/result_*.txt") if _RUN_FOLDER.fullmatch(file.parent.name)
+    ]
+    return sorted(found, key=lambda f: (int((re.findall(r"\d+", f.stem) or [0])[-1]), f.name))
 
 
 def scaling_of(folder: Path) -> Scaling:
@@ -122,12 +134,21 @@ def _is_openfold(file: Path) -> bool:
 
 
 def score_folder(folder: Path, scaling: Scaling | None = None) -> Score:
-    """Score of one folder of ``result_*.txt`` files."""
-    scaling = scaling or scaling_of(folder)
+    """Score of one result folder."""
     logs = [read_log(file) for file in result_files(folder)]
     if not logs:
         raise LogError(f"{folder}: no result_*.txt")
+    scaling = scaling or ("weak" if _are_instances(folder, logs) else scaling_of(folder))
     return _strong(folder, logs) if scaling == "strong" else _weak(folder, logs)
+
+
+def _are_instances(folder: Path, logs: list[Log]) -> bool:
+    """Whether the runs of a job are weak-scaling instances, which their logs number."""
+    return any(
+        log.file.parent != folder and event.metadata.get("instance")
+        for log in logs
+        for event in log.all("staging_stop")
+    )
 
 
 def _strong(folder: Path, logs: list[Log]) -> Score:

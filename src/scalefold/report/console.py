@@ -98,7 +98,9 @@ class Progress:
             self._held_back = row
 
     def evaluation(self, row: EvalRow) -> None:
-        """Show one evaluation result."""
+        """Show one evaluation result, behind the last step before it."""
+        if self._held_back is not None:
+            self._print_step(self._held_back)
         self._last_eval = row
         took = f"  {row.seconds:.1f} s" if row.seconds is not None else ""
         reached = "  target reached" if self.target is not None and row.lddt_ca >= self.target else ""

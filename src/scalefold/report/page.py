@@ -36,6 +36,9 @@ _DARK = {
 }
 
 
+_NUM_SLOWEST = 5
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Outcome of a log check: one headline and the text behind it."""
@@ -229,6 +232,7 @@ def _sections(
         parts.append(_section("Published results, MLPerf HPC v3.0", _published_table(published)))
     for name, rows in tables.items():
         parts.append(_section(name, _table(list(rows[0]), [list(r.values()) for r in rows]) if rows else ""))
+    parts.append(_section("Slowest samples", _slowest_table(runs[0]) if len(runs) == 1 else ""))
     environment = runs[0].facts.get("environment")
     if isinstance(environment, Mapping):
         parts.append(_section("Environment", _facts_table(environment)))
@@ -275,6 +279,17 @@ def _anatomy_table(runs: list[Run]) -> str:
     steady = np.mean([parts.steady_cycle_s for parts in found])
     note = f'<p class="quiet">Mean of {len(found)} run{"s" * (len(found) > 1)}. Steady cycle: {steady:.2f} s.</p>'
     return _table(["part", "seconds", "share"], rows) + note
+
+
+def _slowest_table(run: Run) -> str:
+    """The samples that took longest to build, as the run noted them at its end."""
+    events = run.metrics.events if run.metrics is not None else []
+    noted = next((event for event in reversed(events) if event["name"] == "loader"), {"slowest": []})
+    rows = [[str(sample["chain"]), f"{sample['seconds']:.3f} s"] for sample in noted["slowest"][:_NUM_SLOWEST]]
+    if not rows:
+        return ""
+    note = f"Built by rank 0: {noted['workers']} loader workers, {noted['prefetch']} batches ahead each."
+    return _table(["chain", "time to build"], rows) + f'<p class="quiet">{note}</p>'
 
 
 def _published_table(published: list[Published]) -> str:

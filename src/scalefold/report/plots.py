@@ -37,7 +37,8 @@ PALETTE = {
     "c7": "#57606b",
 }
 SERIES = [f"c{i}" for i in range(8)]
-MAX_POINTS = 400
+MAX_POINTS, LOSS_POINTS = 400, 150
+_NO_TERMS = {"weighted_total_loss", "scaled_weighted_total_loss", "non_finite_terms"}  # sums of the others, a count
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -207,19 +208,21 @@ def loss_over_samples(run: Run) -> Plot | None:
     known = np.isfinite(metrics.samples).all()
     x = metrics.samples if known else metrics.step.astype(float)
 
+    terms = {name: values for name, values in metrics.terms.items() if name not in _NO_TERMS}
+
     def paint(axes: Axes) -> None:
-        axes.plot(*thin(x, metrics.loss), color=PALETTE["ink"], lw=1.8, label="total")
-        for index, (name, values) in enumerate(metrics.terms.items()):
-            axes.plot(*thin(x, values), color=_colour(index), lw=1.1, label=name)
+        axes.plot(*thin(x, metrics.loss, LOSS_POINTS), color=PALETTE["ink"], lw=1.8, label="total")
+        for index, (name, values) in enumerate(terms.items()):
+            axes.plot(*thin(x, values, LOSS_POINTS), color=_colour(index), lw=1.1, label=name)
         if (metrics.loss > 0).all():
             axes.set_yscale("log")
             _plain_log(axes.yaxis)
         axes.set(xlabel="training samples" if known else "step", ylabel="loss")
         _count_axis(axes)
-        axes.legend(loc="upper right", ncols=2, fontsize=8)
+        axes.figure.legend(loc="outside upper left", ncols=3, fontsize=8, columnspacing=1.0)
 
-    caption = f"Total and unweighted terms as recorded; block means of at most {MAX_POINTS} points."
-    return draw(paint, "loss", "Losses", caption)
+    caption = f"Total and unweighted terms as recorded; block means of at most {LOSS_POINTS} points."
+    return draw(paint, "loss", "Losses", caption, 3.6)
 
 
 def step_breakdown(run: Run) -> Plot | None:
