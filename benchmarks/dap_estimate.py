@@ -37,8 +37,8 @@ DAP_SIZES = (1, 2, 4, 8)
 GPUS = ("H100", "H200")
 REPEATED_KERNELS = ("adam", "multi_tensor", "mem", "points", "frames", "pack", "cutlass", "sm80_xmma", "sm90_xmma")
 LIBRARY_KERNELS = ("at::native", "cublaslt", "softmax", "elementwise", "reduc")
-#: Padded evaluation chains, as benchmarks/evaluation_time.py spreads them.
-LENGTHS = np.ceil(np.geomspace(60, 700, 180) / 16) * 16
+#: Evaluation chains as benchmarks/evaluation_time.py spreads them, padded to data.eval_length_multiple.
+LENGTHS = np.ceil(np.geomspace(60, 700, 180) / 64) * 64
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scalefold.config import TrainingConfig
-from scalefold.optim import FlatParameters, Optimizer, learning_rate, storage_order
+from scalefold.kernels.rows import fused_view
+from scalefold.optim import FlatParameters, Optimizer, lay_out, learning_rate, storage_order
 from scalefold.parallel.ddp import GradientReducer
 
 
@@ -122,3 +123,16 @@ def test_learning_rates_equal_the_reference(golden_dir: Path, name: str, base: f
         opt_base_learning_rate=base, opt_learning_rate_warmup_init=init, opt_learning_rate_warmup_steps=warmup
     )
     assert [learning_rate(i + 1, config) for i in range(len(rates))] == rates
+
+
+def test_laid_out_parameters_keep_their_values_and_projections_become_neighbours():
+    module = Attention()
+    module.unused.data = module.unused.data.half()
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    lay_out(module)
+    for name, parameter in module.named_parameters():
+        assert parameter.dtype == before[name].dtype
+        assert torch.equal(parameter, before[name]), name
+    weights = [getattr(module, f"linear_{name}").weight.detach() for name in ("q", "k", "v", "g")]
+    assert fused_view(weights).data_ptr() == weights[0].data_ptr()
+    assert torch.equal(fused_view(weights), torch.cat(weights))

@@ -31,7 +31,8 @@ def evaluate(
     from scalefold.config import load_config
     from scalefold.eval_run import evaluate_weights
 
-    result = evaluate_weights(load_config(config, overrides or []).config, weights)
+    settings = load_config(config, overrides or []).config
+    result = evaluate_weights(settings, weights, note=lambda text: print(text, file=sys.stderr, flush=True))
     for chain, value in sorted(result.chains.items(), key=lambda pair: pair[1]):
         print(f"{chain:12s} {value:.4f}")
     print(f"average lDDT-Cα {result.lddt_ca:.6f} over {len(result.chains)} chains in {result.seconds:.1f} s")
@@ -41,7 +42,7 @@ def report(
     runs: Runs,
     out: Annotated[Path, typer.Option(help="page to write")] = Path("report.html"),
     scaling_csv: Annotated[Path | None, typer.Option(help="scaling curve: columns kind, accelerators, minutes")] = None,
-    step_time_csv: Annotated[Path | None, typer.Option(help="benchmarks/step_time.csv")] = None,
+    step_times: Annotated[Path | None, typer.Option(help="benchmarks/step_time.csv")] = None,
 ) -> None:
     """Write one self-contained HTML page (and SVG, PNG figures) on our own or anybody's runs.
 
@@ -49,7 +50,7 @@ def report(
     """
     from scalefold.report.page import write_report
 
-    written = write_report(runs, out, check=_verdict(runs), scaling_csv=scaling_csv, step_time_csv=step_time_csv)
+    written = write_report(runs, out, check=_verdict(runs), scaling_csv=scaling_csv, step_time_csv=step_times)
     print(written.page)
 
 

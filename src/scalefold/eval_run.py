@@ -1,5 +1,6 @@
 """Score a weights file on the evaluation chains, outside any training run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from scalefold.checkpoint import load_into
@@ -13,8 +14,8 @@ from scalefold.parallel.ranks import RankLayout, Ranks, choose_device
 from scalefold.run import choose_operations, evaluation_lengths, feature_settings, prepare_process
 
 
-def evaluate_weights(config: Config, weights_file: Path) -> Evaluation:
-    """lDDT-Cα of every configured evaluation chain, in this process.
+def evaluate_weights(config: Config, weights_file: Path, note: Callable[[str], None]) -> Evaluation:
+    """lDDT-Cα of every configured evaluation chain, in this process; ``note`` is told what goes on.
 
     Raises:
         CheckpointError: the file does not fit the model.
@@ -24,6 +25,7 @@ def evaluate_weights(config: Config, weights_file: Path) -> Evaluation:
     scorer = ChainScorer(config, ranks, feature_settings(config), choose_operations(config, ranks), None)
     flat = FlatParameters(AlphaFold(config.model), ranks.device)
     load_into(weights_file, flat, flat.master)
+    scorer.warm_up(note)
     store = Store(config.data.store_dir)
     scorer.open_data(evaluation_lengths(config, store))
     try:

@@ -18,7 +18,7 @@ from scalefold.kernels import Operations, use_operations
 from scalefold.metrics import prediction_lddt_ca
 from scalefold.mlperf.events import Events
 from scalefold.model.alphafold import AlphaFold, cast_trunk
-from scalefold.optim import FlatParameters, Optimizer
+from scalefold.optim import FlatParameters, Optimizer, lay_out
 from scalefold.parallel.ranks import Ranks
 from scalefold.parallel.snapshots import SnapshotReceiver, SnapshotSender, run_store
 from scalefold.phases import Schedule
@@ -74,6 +74,7 @@ class EvaluationModel:
         use_operations(self.model, ops)
         if config.execution.eval_precision == "bf16":
             cast_trunk(self.model, torch.bfloat16)
+        lay_out(self.model)
         self._graphs: dict[int, CapturedChain] = {}
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
 

@@ -39,6 +39,22 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     return round(float(ramp[step - 1]), 10)
 
 
+@torch.no_grad()
+def lay_out(model: nn.Module) -> None:
+    """Move the parameters of ``model`` into one buffer per type, in ``storage_order``; values are kept.
+
+    Weights that share a product are then neighbours, and no call puts them together again.
+    """
+    parameters = dict(model.named_parameters())
+    order = storage_order(list(parameters))
+    for dtype in {parameter.dtype for parameter in parameters.values()}:
+        own = [parameters[name] for name in order if parameters[name].dtype == dtype]
+        buffer = torch.empty(sum(_aligned(p.numel()) for p in own), dtype=dtype, device=own[0].device)
+        for parameter, place in zip(own, buffer.split([_aligned(p.numel()) for p in own]), strict=True):
+            view = place[: parameter.numel()].view(parameter.shape)
+            parameter.data = view.copy_(parameter)
+
+
 @dataclass(frozen=True)
 class Slot:
     """Place of one parameter in the flat buffers."""
