@@ -74,3 +74,41 @@ def full_disk() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+REAL_ENTRIES = ("1l2y", "1a00", "1nqp", "1bjp", "1out")  # 1out: the only entry that templates of the others come from
+
+
+@pytest.fixture(scope="session")
+def real_store(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared store of a few real entries with real alignments; two of their chains are for evaluation."""
+    from scalefold.data.prepare import prepare
+    from scalefold.data.rawlayout import RawLayout
+
+    folder, source = tmp_path_factory.mktemp("real"), shared_dir / "data"
+    for entry in REAL_ENTRIES:
+        middle = folder / "raw" / entry[1:3]
+        middle.mkdir(parents=True, exist_ok=True)
+        (middle / f"{entry}.cif.gz").symlink_to(source / "pdb_mmcif" / "raw" / entry[1:3] / f"{entry}.cif.gz")
+    roots = ("open_protein_set", "open_protein_set_computed")
+    alignments = tuple(link_alignments(source / name, folder / name) for name in roots)
+    targets = folder / "targets.txt"
+    targets.write_text("1l2y_A\n1bjp_A\n")
+    entries = source / "pdb_mmcif"
+    layout = RawLayout(
+        folder / "raw", alignments, entries / "clusters-by-entity-40.txt", entries / "obsolete.dat", targets
+    )
+    prepare(layout, folder / "store", report=lambda line: None)
+    return folder / "store"
+
+
+def link_alignments(source: Path, target: Path) -> Path:
+    """The alignment folders that serve the real entries, with the list of chains they serve."""
+    (target / "pdb").mkdir(parents=True)
+    used = []
+    for line in (source / "duplicate_pdb_chains.txt").read_text().splitlines():
+        if any(chain[:4] in REAL_ENTRIES for chain in line.split()):
+            used.append(line)
+            (target / "pdb" / line.split()[0]).symlink_to(source / "pdb" / line.split()[0])
+    (target / "duplicate_pdb_chains.txt").write_text("\n".join(used) + "\n")
+    return target

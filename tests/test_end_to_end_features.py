@@ -2,19 +2,15 @@
 
 import hashlib
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
 
 from scalefold.data.features import FeatureSettings, build_features, reference_layout
-from scalefold.data.prepare import prepare
-from scalefold.data.rawlayout import RawLayout
 from scalefold.data.sampler import seed_from_string
 from scalefold.data.store import Store
 
-ENTRIES = ("1l2y", "1a00", "1nqp", "1bjp", "1out")  # the sampled chains and the only entry their templates come from
 CASES = [
     *(f"train/{chain}/{seed}" for chain in ("1l2y_A", "1a00_A", "1nqp_A", "1bjp_A") for seed in (5, 2**62 + 11)),
     *(f"eval/{chain}/{seed_from_string(chain)}" for chain in ("1l2y_A", "1a00_A")),
@@ -22,38 +18,9 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def store(shared_dir, tmp_path_factory):
-    """A store of the entries that the golden samples need."""
-    raw, root = tmp_path_factory.mktemp("raw"), shared_dir / "data"
-    for entry in ENTRIES:
-        folder = raw / entry[1:3]
-        folder.mkdir(exist_ok=True)
-        os.symlink(root / "pdb_mmcif" / "raw" / entry[1:3] / f"{entry}.cif.gz", folder / f"{entry}.cif.gz")
-    layout = RawLayout(
-        mmcif_dir=raw,
-        alignment_dirs=(
-            _alignments(raw, root, "open_protein_set"),
-            _alignments(raw, root, "open_protein_set_computed"),
-        ),
-        obsolete_file=root / "pdb_mmcif" / "obsolete.dat",
-    )
-    out = tmp_path_factory.mktemp("store")
-    prepare(layout, out / "store", report=lambda line: None)
-    return Store(out / "store")
-
-
-def _alignments(raw, root, name):
-    """The alignment folders that serve the entries, with the list of chains they serve."""
-    target = raw.parent / f"{raw.name}_{name}"
-    (target / "pdb").mkdir(parents=True)
-    used = []
-    for line in (root / name / "duplicate_pdb_chains.txt").read_text().splitlines():
-        if any(chain[:4] in ENTRIES for chain in line.split()):
-            used.append(line)
-            folder = root / name / "pdb" / line.split()[0]
-            os.symlink(folder, target / "pdb" / folder.name)
-    (target / "duplicate_pdb_chains.txt").write_text("\n".join(used) + "\n")
-    return target
+def store(real_store):
+    """A store with the chains of the golden samples."""
+    return Store(real_store)
 
 
 @pytest.fixture(scope="module")

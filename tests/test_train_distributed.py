@@ -57,6 +57,32 @@ def test_parallel_runs_have_the_losses_of_one_process(
     np.testing.assert_allclose(many.eval_lddt_ca, one.eval_lddt_ca, atol=2e-3)
 
 
+@pytest.fixture(scope="module")
+def alone_on_real_chains(real_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``alone``, on real chains with real alignments and templates."""
+    run_dir = tmp_path_factory.mktemp("real")
+    run_ranks(ranked, 1, tiny_config(real_store, run_dir, *NO_DROPOUT), join=False)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "world_size, dap_size, num_eval_ranks",
+    [(4, 4, 0), (8, 8, 0), (5, 2, 1)],
+    ids=["dap4", "dap8", "dp2 x dap2 + evaluation"],
+)
+def test_real_chains_give_every_layout_the_losses_of_one_process(
+    alone_on_real_chains: Path, real_store: Path, tmp_path: Path, world_size: int, dap_size: int, num_eval_ranks: int
+) -> None:
+    layout = parallel(world_size, dap_size, num_eval_ranks)
+    config = tiny_config(real_store, tmp_path, *NO_DROPOUT, *layout)
+    expected = ["aborted"] * (world_size - num_eval_ranks) + [None] * num_eval_ranks
+    assert run_ranks(ranked, world_size, config, join=False) == expected
+    one, many = read_metrics(alone_on_real_chains), read_metrics(tmp_path)
+    np.testing.assert_allclose(many.loss, one.loss, rtol=2e-5)
+    np.testing.assert_allclose(many.grad_norm, one.grad_norm, rtol=1e-4)
+    np.testing.assert_allclose(many.eval_lddt_ca, one.eval_lddt_ca, atol=2e-3)
+
+
 def test_asynchronous_evaluation_reports_the_same_values_and_everybody_ends(
     alone: Path, tiny_store: Path, tmp_path: Path
 ) -> None:
