@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -23,6 +26,18 @@ def launch_parameters(config: tuning.Config | None, *kernels: str) -> Iterator[N
         for name in kernels if config else ():
             stack.enter_context(tuning.override(name, config))
         yield
+
+
+def recorded(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[Any]:
+    """What a function of ``module`` returns from now on, call by call."""
+    found, function = [], getattr(module, name)
+
+    def record(*args: Any, **named: Any) -> Any:
+        found.append(function(*args, **named))
+        return found[-1]
+
+    monkeypatch.setattr(module, name, record)
+    return found
 
 
 class Draw:

@@ -10,6 +10,7 @@ from kernel_accuracy import (
     Draw,
     assert_as_accurate_as_pytorch,
     launch_parameters,
+    recorded,
 )
 from scalefold.kernels import reference, transition
 
@@ -42,13 +43,7 @@ def test_products_of_the_library_are_as_accurate_as_pytorch(shape, factor, dtype
 
 
 def test_launch_parameters_choose_the_form_and_both_keep_the_memory_order(monkeypatch):
-    found, norm_gradient = [], transition.norm_gradient
-
-    def record(*args, **named):
-        found.append(norm_gradient(*args, **named))
-        return found[-1]
-
-    monkeypatch.setattr(transition, "norm_gradient", record)
+    found = recorded(monkeypatch, transition, "norm_gradient")
     draw = Draw(4)
     x = draw(1, 5, 4, 16).transpose(1, 2).requires_grad_()
     parameters = [*draw.norm(16), draw.weight(64, 16), draw(64), draw.weight(16, 64), draw(16)]

@@ -11,6 +11,7 @@ from kernel_accuracy import (
     Draw,
     assert_as_accurate_as_pytorch,
     launch_parameters,
+    recorded,
 )
 from scalefold.kernels import reference, triangle
 
@@ -94,13 +95,7 @@ def test_products_of_the_library_are_as_accurate_as_pytorch(shape, dtype, transp
 
 
 def test_launch_parameters_choose_the_form_and_both_keep_the_memory_order(monkeypatch):
-    found, norm_gradient = [], triangle.norm_gradient
-
-    def record(*args, **named):
-        found.append(norm_gradient(*args, **named))
-        return found[-1]
-
-    monkeypatch.setattr(triangle, "norm_gradient", record)
+    found = recorded(monkeypatch, triangle, "norm_gradient")
     draw = Draw(7)
     z = draw(2, 5, 5, 16).transpose(1, 2).requires_grad_()
     x, mask = draw(2, 16, 5, 5).requires_grad_(), draw.mask(2, 5, 5)
