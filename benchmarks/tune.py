@@ -3,6 +3,7 @@
     python benchmarks/tune.py                                # training shapes of DAP 1, six minutes
     python benchmarks/tune.py --dap 2 4 8 --evaluation 320 704 --minutes 10 --missing
     python benchmarks/tune.py --kernels attention transition --out results
+    python benchmarks/tune.py --forms        # present choices against other forms only: a quarter of the compilations
 
 First every candidate of every problem is compiled by a pool of processes, most expensive problems first; then this
 process alone times what has compiled: the operation inside a CUDA graph, forward only for kernels of the forward pass.
@@ -37,6 +38,7 @@ COMPILE_SHARE = 0.6  # of the time limit
 MAX_CANDIDATES = 20
 LARGEST_DIFFERENCE = 0.02  # relative, between candidates: bf16 rounding in another order
 REPLAYS = 12
+FORMS = ("LIBRARY", "PARTS", "TRANSPOSED")  # launch parameters that name another form of an operation
 
 
 @dataclass
@@ -106,15 +108,16 @@ def find_problems(cases: list[Case], n: int) -> list[Problem]:
     ]
 
 
-def choices(problem: Problem) -> list[tuning.Config]:
-    """Candidates of a problem, history first."""
+def choices(problem: Problem, forms_only: bool) -> list[tuning.Config]:
+    """Candidates of a problem, history first; ``forms_only``: besides the present choice those of other forms."""
     kernel, key = problem.key
     present, *others = tuning.candidates(kernel, **problem.fields)
     tables = [json.loads(path.read_text()) for path in sorted(tuning.TABLES.glob("*.json"))]
     history = [table[kernel][key] for table in tables if key in table.get(kernel, {})]
     ordered = [present]
     for config in [*history, *others]:
-        if config not in ordered:
+        other_form = any(config.get(key) != present.get(key) for key in FORMS)
+        if config not in ordered and (other_form or not forms_only):
             ordered.append(config)
     return ordered[:MAX_CANDIDATES]
 
@@ -159,11 +162,11 @@ def unique(problems: list[Problem], cases: list[Case]) -> list[Problem]:
     return list({p.key: p for p in reversed(ordered)}.values())[::-1]
 
 
-def compile_all(pool: ProcessPoolExecutor, problems: list[Problem], deadline: float) -> None:
+def compile_all(pool: ProcessPoolExecutor, problems: list[Problem], forms_only: bool, deadline: float) -> None:
     """Keep of every problem's candidates the present choice and those that ran before the deadline."""
     futures: dict[Future[bool], tuple[Problem, tuning.Config]] = {}
     for problem in problems:
-        present, *others = choices(problem)
+        present, *others = choices(problem, forms_only)
         problem.candidates = [present]
         for config in others:
             futures[pool.submit(compile_task, problem, config)] = (problem, config)
@@ -279,6 +282,7 @@ def main() -> int:
     parser.add_argument("--dap", type=int, nargs="*", default=[1], help="training shares, default 1")
     parser.add_argument("--evaluation", type=int, nargs="*", default=[], metavar="LENGTH", help="chains, forward only")
     parser.add_argument("--missing", action="store_true", help="only problems without a tuned entry")
+    parser.add_argument("--forms", action="store_true", help="try other forms of an operation only, not other tiles")
     parser.add_argument("--minutes", type=float, default=6.0, help="time limit of the whole sweep")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--out", type=Path, help="also copy the table and tuning.csv here")
@@ -293,7 +297,7 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.workers, context, start_worker, state) as pool:
         problems = chosen_problems(pool, cases, arguments.kernels, arguments.missing)
         print(f"{len(problems)} problems in {len(cases)} cases after {time.monotonic() - begin:.0f} s", flush=True)
-        compile_all(pool, problems, begin + COMPILE_SHARE * limit)
+        compile_all(pool, problems, arguments.forms, begin + COMPILE_SHARE * limit)
         pool.shutdown(cancel_futures=True)
     print(f"timing from {time.monotonic() - begin:.0f} s on", flush=True)
     rows = time_all(problems, cases, begin + limit)
