@@ -134,3 +134,23 @@ def test_an_error_that_is_no_mistake_keeps_its_traceback(monkeypatch: pytest.Mon
     monkeypatch.setattr("scalefold.mlperf.check.check_log", lambda _: json.loads("{"))
     with pytest.raises(ValueError, match="Expecting property name"):
         main()
+
+
+def test_published_runs_are_replayed_with_a_status(repository: Path, tmp_path: Path) -> None:
+    table = repository / "src/scalefold/mlperf/published_runs.csv"
+    status, text = invoke("simulate", "--replay", table)
+    assert status == 0
+    assert "worst run: TACC strong 5, -9.16 %" in text
+    lines = table.read_text().splitlines()
+    header, row = lines[0].split(","), next(line for line in lines if line.startswith("Clemson"))
+    facts = row.rsplit(",", len(header) - 1 - header.index("eval_points"))
+    place = header.index("step_s_median") - header.index("eval_points")
+    facts[place] = str(2 * float(facts[place]))
+    slower = tmp_path / "slower.csv"
+    slower.write_text("\n".join([lines[0], ",".join(facts)]) + "\n")
+    assert invoke("simulate", "--replay", slower)[0] == 1
+
+
+@pytest.mark.parametrize("arguments", [[], ["configs/tiny.yaml", "--replay", "x.csv"]], ids=["neither", "both"])
+def test_a_simulation_wants_a_system_or_published_runs(capsys, monkeypatch, arguments: list[str]) -> None:
+    assert "either a system file or --replay" in mistake(capsys, monkeypatch, "simulate", *arguments)

@@ -230,7 +230,7 @@ def plan(
 
 @app.command()
 def simulate(
-    config: ConfigFile,
+    config: Annotated[Path | None, typer.Argument(help="system file, for example configs/tiny.yaml")] = None,
     overrides: Overrides = None,
     step_times: StepTimes = None,
     eval_times: EvalTimes = None,
@@ -239,13 +239,28 @@ def simulate(
     extrapolate: Extrapolate = False,
     runs: Annotated[int, typer.Option(help="number of simulated runs")] = 10,
     seed: Annotated[int, typer.Option(help="of the simulation")] = 0,
+    replay: Annotated[Path | None, typer.Option(help="published runs, CSV: predict each from its own parts")] = None,
 ) -> None:
-    """Simulate runs of a planned system: spread of the minutes, and where they go.
+    """Simulate runs of a planned system (spread of the minutes, and where they go), or replay published ones.
 
-    Example: scalefold simulate configs/eos_h100_260x8_dap8.yaml --runs 100
+    Exit status of a replay: 1 if a run is predicted more than 10 % off.
+
+    Examples: scalefold simulate configs/eos_h100_260x8_dap8.yaml --runs 100;
+    scalefold simulate --replay src/scalefold/mlperf/published_runs.csv
     """
+    from scalefold.errors import ConfigError
+
+    if (config is None) == (replay is None):
+        raise ConfigError("simulate: name either a system file or --replay CSV")
+    if replay is not None:
+        from scalefold.scaling.replay import replay as replay_runs
+
+        replayed = replay_runs(replay)
+        print(replayed.text())
+        raise typer.Exit(code=int(not replayed.ok()))
     from scalefold.scaling.from_config import simulate_config
 
+    assert config is not None
     planning = (step_times, eval_times, kind, convergence, extrapolate)
     print(simulate_config(config, overrides or [], *planning, runs=runs, seed=seed).text())
 
