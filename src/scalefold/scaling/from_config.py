@@ -58,13 +58,16 @@ def is_benchmark(config: Config) -> bool:
 def expectations(config: Config) -> tuple[str, str]:
     """``expected_minutes`` and ``expected_peak_gib`` as a system file should state them, from the shipped tables.
 
-    Minutes of the guarded and the target step time, or of a published one where the model has none; ``open`` where
-    nobody knows.
+    Minutes by the step time that a plan takes first, then by the published one and the model's; ``open`` where nobody
+    knows.
     """
     spec = system_spec(config)
-    plans = {kind: plan(spec, kind=kind, extrapolate=False) for kind in _KINDS}
-    known = [f"{kind} {p.minutes:.1f}" for kind, p in plans.items() if p.minutes is not None]
-    return ", ".join(known) or "open", _peak(plans["guarded"])
+    first = plan(spec)
+    minutes = {first.quantities["step time"].source.partition(":")[0]: first.minutes}
+    for kind in _KINDS:
+        minutes.setdefault(kind, plan(spec, kind=kind).minutes)
+    known = [f"{kind} {value:.1f}" for kind, value in minutes.items() if value is not None]
+    return ", ".join(known) or "open", _peak(first)
 
 
 _KINDS: tuple[Kind, ...] = ("published", "guarded", "target")
