@@ -25,7 +25,7 @@ SLOW_SEED = 63  # draws the slow row 3 once in 40 iterations, as the 11th
 class FakeStore:
     """Chains made from their row number; row 7 cannot be read if the folder is called "broken".
 
-    In a folder called "slow" every sample takes 20 ms and row 3 takes 1.5 s; in one called "dead" the process ends.
+    In a folder called "slow" every sample takes 20 ms and row 3 a hundred times that; in one called "dead" the process ends.
     """
 
     def __init__(self, path):
@@ -47,7 +47,7 @@ class FakeStore:
         if self.path.name == "dead":
             os._exit(1)
         if self.path.name == "slow":
-            time.sleep(1.5 if row == 3 else 0.02)
+            time.sleep(2.0 if row == 3 else 0.02)
         return random_chain(10 + row, 12, seed=row)
 
 
