@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from runs import tiny_config
 from scalefold.config import Config
 from scalefold.data.features import BatchShape, buffer_bytes, feature_views, fill_sample
 from scalefold.data.synthetic import synthetic_batch, synthetic_chain
+from scalefold.evaluate import place_chains
 from scalefold.evaluators import CapturedChain, ChainScorer, EvaluationHere, EvaluationModel
 from scalefold.kernels import REFERENCE, operations
 from scalefold.parallel.ranks import RankLayout, Ranks
@@ -138,3 +140,13 @@ def test_captured_chains_of_all_padded_lengths_score_as_uncaptured_ones(tmp_path
                     torch.testing.assert_close(found[-1], model._score(features), rtol=0.0, atol=1e-3)
         scores.append(torch.cat(found).tolist())
     assert all(a != b for a, b in zip(*scores, strict=True)), scores  # a graph reads the weights of the moment
+
+
+def test_chains_are_placed_by_cost_longest_first_and_the_same_on_every_rank():
+    lengths = {"a": 100, "b": 700, "c": 400, "d": 400, "e": 100, "f": 300}
+    placed = place_chains(lengths, 3)
+    assert placed == [["b"], ["c", "f"], ["d", "a", "e"]]
+    assert place_chains(lengths, 8)[6:] == [[], []]
+    many = {f"c{n}": length for n, length in enumerate(np.geomspace(60, 700, 180).astype(int))}
+    loads = [sum(many[name] ** 2 for name in chains) for chains in place_chains(many, 32)]
+    assert max(loads) < 1.05 * sum(loads) / 32 or max(loads) == max(many.values()) ** 2

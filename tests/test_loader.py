@@ -25,7 +25,8 @@ SLOW_SEED = 63  # draws the slow row 3 once in 40 iterations, as the 11th
 class FakeStore:
     """Chains made from their row number; row 7 cannot be read if the folder is called "broken".
 
-    In a folder called "slow" every sample takes 20 ms and row 3 a hundred times that; in one called "dead" the process ends.
+    In a folder called "slow" every sample takes 20 ms and row 3 a hundred times that; in one called "dead" the process
+    ends.
     """
 
     def __init__(self, path):

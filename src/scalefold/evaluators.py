@@ -178,10 +178,11 @@ class ChainScorer:
         self.names = list(lengths)
         size, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
         d = self.config.data
+        padded = {name: self.settings.padded_length(length) for name, length in lengths.items()}
         self._chains = EvalSet(
             d.store_dir,
             self.settings,
-            place_chains(lengths, size)[rank],
+            place_chains(padded, size)[rank],
             num_workers=d.num_eval_workers,
             pin_memory=d.pin_memory and self.model.device.type == "cuda",
         )
