@@ -4,7 +4,7 @@ One kernel forward (the norm stays in registers). Backward: one kernel for the i
 the bias gradients, which also stores the norm for the weight gradients; products of the library; one sum of all partial
 gradients. Nothing but the inputs is saved.
 
-Either direction has a second form (``rows.leaves_to_library``): the kernel stores the norm, or starts from the summed
+Either direction has a second form (``rows.choose_form``): the kernel stores the norm, or starts from the summed
 gradient of the norm, and the library computes the wide products.
 """
 
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference, tuning
 from scalefold.kernels.rows import (
+    choose_form,
     common_rows,
     dot,
     fused_view,
@@ -28,13 +29,11 @@ from scalefold.kernels.rows import (
     is_tile_width,
     joined_columns,
     joined_view,
-    leaves_to_library,
     load_normed,
     load_tile,
     memory_order,
     norm_input_gradient,
     register_tiles,
-    row_fields,
     row_offsets,
     store_tile,
     sum_all,
@@ -216,7 +215,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     c, count = x.shape[-1], x.shape[:-1].numel()
     wide, narrow = weights[:num_wide], weights[num_wide:]
     width = wide[0].shape[0] if wide else NARROW_WIDTH
-    library, config = _choice("norm_linear_forward", count, x, num_wide, width, row_mask)
+    library, config = _choose_form("norm_linear_forward", x, num_wide, width, row_mask)
     order = memory_order(x)
     normed = x.new_empty(count, c) if library else None
     out = x.new_empty(0 if library else len(wide), count, width)
@@ -242,14 +241,12 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     return tuple(outs if narrow_out is None else [*outs, narrow_out])
 
 
-def _choice(
-    name: str, count: int, x: Tensor, num_wide: int, width: int, row_mask: Tensor | None
+def _choose_form(
+    name: str, x: Tensor, num_wide: int, width: int, row_mask: Tensor | None
 ) -> tuple[bool, tuning.Config]:
-    """Whether the library computes the wide products, and launch parameters of the kernel."""
-    fields = row_fields(count, x.dtype, c=x.shape[-1], n=num_wide * width)
-    library, config = leaves_to_library(tuning.lookup(name, **fields))
-    possible = num_wide > 0 and row_mask is None
-    return library and possible, {**config, "BLOCK_N": min(config["BLOCK_N"], width)}
+    """``choose_form``; without wide products there is nothing for the library, and masked rows are not for it."""
+    by_library, config = choose_form(name, x, num_wide * width, width)
+    return by_library and num_wide > 0 and row_mask is None, config
 
 
 def _library_products(normed: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -285,7 +282,7 @@ def _input_gradient(
     dx, normed = torch.empty_like(x), torch.empty_like(x)
     narrow_d = ds[num_wide] if narrow else None
     width = wide[0].shape[0] if wide else NARROW_WIDTH
-    library, config = _choice("norm_linear_backward", x.shape[:-1].numel(), x, num_wide, width, row_mask)
+    library, config = _choose_form("norm_linear_backward", x, num_wide, width, row_mask)
     order = memory_order(x)
     summed = _in_order(order, _library_sum(ds[:num_wide], wide, order), x.shape) if library else None
     mask_view = x if row_mask is None else row_mask[..., None]

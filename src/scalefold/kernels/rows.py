@@ -275,7 +275,7 @@ def register_tiles(
     """Register a kernel of tiles: tuples are (rows, columns, warps, stages), defaults by the largest width ``c``.
 
     ``library``: tiles worth timing where products of the library take the place of the kernel's own, see
-    ``leaves_to_library``; offered where the products are at least ``library_ratio`` times as wide as the rows.
+    ``choose_form``; offered where the products are at least ``library_ratio`` times as wide as the rows.
     """
     own = [tile_config(values) for values in candidates]
     left = [{"LIBRARY": 1, **tile_config(values)} for values in library]
@@ -286,11 +286,14 @@ def register_tiles(
     tuning.register(name, default=tile_default(default), candidates=choices)
 
 
-def leaves_to_library(config: tuning.Config) -> tuple[bool, tuning.Config]:
-    """Whether launch parameters leave the wide products to the library, and what remains for the kernel.
+def choose_form(name: str, x: Tensor, n: int, limit: int) -> tuple[bool, tuning.Config]:
+    """Whether the library computes the wide products of kernel ``name``, and the tiles of the kernel itself.
 
-    A kernel that holds a norm, several products and the norm's backward at once fills all registers of a thread; with
-    the products apart, more memory moves and each part runs at its own best. Which is faster, a sweep decides.
+    x: [*, c], the rows; n: width of the products; ``limit``: most columns that a tile may have. A kernel that holds a
+    norm, several products and the norm's backward at once fills all registers of a thread; with the products apart,
+    more memory moves and each part runs at its own best. Which is faster, a sweep decides.
     """
-    kept = {name: value for name, value in config.items() if name != "LIBRARY"}
-    return bool(config.get("LIBRARY")), kept
+    fields = row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], n=n)
+    config = dict(tuning.lookup(name, **fields))
+    by_library = bool(config.pop("LIBRARY", 0))
+    return by_library, {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}

@@ -1,6 +1,6 @@
 """Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
 
-Saved: x. Each direction has two forms; launch parameters name the one to take (``rows.leaves_to_library``):
+Saved: x. Each direction has two forms; launch parameters name the one to take (``rows.choose_form``):
 
 - fused: one kernel forward, in which the hidden layer never leaves the chip. The backward computes the hidden layer
   again, block by block, together with its gradient, those of the biases and that of x, residual included; it stores the
@@ -18,20 +18,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import reference
 from scalefold.kernels.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
+    choose_form,
     common_rows,
     dot,
     has_plain_strides,
     is_tile_width,
-    leaves_to_library,
     load_normed,
     load_tile,
     memory_order,
     norm_input_gradient,
     register_tiles,
-    row_fields,
     store_tile,
     sum_all,
 )
@@ -117,13 +116,6 @@ def _backward_kernel(
         store_tile(dx, gradient, rows, c, dims, dx_strides, count)
 
 
-def _config(name: str, x: Tensor, width: int) -> tuple[bool, tuning.Config]:
-    """Whether the library takes the wide products, and the tiles of the kernel."""
-    fields = row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], n=width)
-    by_library, config = leaves_to_library(tuning.lookup(name, **fields))
-    return by_library, {**config, "BLOCK_N": min(config["BLOCK_N"], width)}
-
-
 def _hidden_layer(normed: Tensor, weight_1: Tensor, bias_1: Tensor) -> Tensor:
     """relu(W1 normed + b1) by the library, bias and relu within the product. normed: [*, c] -> [rows, width]."""
     return torch._addmm_activation(bias_1, normed.reshape(-1, normed.shape[-1]), weight_1.t())
@@ -137,7 +129,7 @@ class _Transition(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
         out = torch.empty_like(x)
         hidden, c = weight_1.shape
-        by_library, config = _config("transition_forward", x, hidden)
+        by_library, config = choose_form("transition_forward", x, hidden, hidden)
         if by_library:
             order, places = memory_order(out), tuple(range(x.dim() - 1))
             ordered, rows = x.movedim(order, places), out.movedim(order, places).view(-1, c)
@@ -157,7 +149,7 @@ class _Transition(torch.autograd.Function):
     def backward(ctx, d_out):
         x, norm_weight, norm_bias, weight_1, bias_1, weight_2 = ctx.saved_tensors
         width, c = weight_1.shape
-        by_library, config = _config("transition_backward", x, width)
+        by_library, config = choose_form("transition_backward", x, width, width)
         order, places = memory_order(x), tuple(range(x.dim() - 1))
         x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
         if by_library:

@@ -4,7 +4,7 @@ Layer norms, gates, masks, dropout and the residual stay in registers; operands 
 first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x.
 
 The backward of projections and output has two forms; launch parameters name the one to take
-(``rows.leaves_to_library``). Both compute values and gates again and store their gradients. Fused, the same kernel goes
+(``rows.choose_form``). Both compute values and gates again and store their gradients. Fused, the same kernel goes
 on to the gradients of the norms and through them; else products of the library and the norms' own backward do.
 """
 
@@ -16,20 +16,19 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import reference
 from scalefold.kernels.layer_norm import norm_gradient
 from scalefold.kernels.rows import (
+    choose_form,
     common_rows,
     dot,
     fused_view,
     has_plain_strides,
     is_tile_width,
-    leaves_to_library,
     load_normed,
     load_tile,
     norm_input_gradient,
     register_tiles,
-    row_fields,
     row_offsets,
     store_tile,
     sum_all,
@@ -214,7 +213,7 @@ class _Project(torch.autograd.Function):
         (batch, i, j, c), width = z.shape, weights[0].shape[0]
         outs = tuple(z.new_empty(batch, width, i, j) for _ in range(2))
         dims, count, strides = common_rows(z, mask[..., None], *map(_channels_last, outs))
-        _, config = _config("triangle_project_forward", z, width)
+        _, config = choose_form("triangle_project_forward", z, width, width)
         _project_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, outs, tuple(strides[2:]),
             dims, count, WIDTH=width, C=c, **config,
@@ -228,7 +227,7 @@ class _Project(torch.autograd.Function):
         z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
         c, width = z.shape[-1], weights[0].shape[0]
-        by_library, config = _config("triangle_project_backward", z, width)
+        by_library, config = choose_form("triangle_project_backward", z, width, width)
         projected, normed = z.new_empty(*z.shape[:-1], 4 * width), torch.empty_like(z)
         dz = z if by_library else torch.empty_like(z)  # by the library: the kernel leaves it alone
         ds = tuple(z.new_zeros(z.shape[0], width, *z.shape[1:3]) if d is None else d for d in ds)
@@ -278,7 +277,7 @@ class _Output(torch.autograd.Function):
         c, cx = z.shape[-1], x.shape[1]
         out = torch.empty_like(z)
         dims, count, strides = common_rows(z, _channels_last(x), z if dropout is None else dropout, out)
-        _, config = _config("triangle_output_forward", z, cx)
+        _, config = choose_form("triangle_output_forward", z, cx, c)
         _output_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             z, strides[0], x, strides[1], *parameters, dropout, strides[2], out, strides[3], dims, count,
             C=c, CX=cx, **config,
@@ -290,7 +289,7 @@ class _Output(torch.autograd.Function):
     def backward(ctx, d_out):
         z, x, *parameters, dropout = ctx.saved_tensors
         c, cx, dtype = z.shape[-1], x.shape[1], parameters[0].dtype
-        by_library, config = _config("triangle_output_backward", z, cx)
+        by_library, config = choose_form("triangle_output_backward", z, cx, c)
         projected, normed_x = z.new_empty(*z.shape[:-1], 2 * c), z.new_empty(*z.shape[:-1], cx)
         normed_z = torch.empty_like(z)
         dz, dx = (tensor if by_library else torch.empty_like(tensor) for tensor in (z, x))  # kernel's only if fused
@@ -328,15 +327,6 @@ def _output_weights(value: Product, gate: Product) -> list[Tensor]:
     if value.a.shape[-1] == gate.a.shape[-1]:
         return weight_partials([value, gate])
     return [*weight_partials([value]), *weight_partials([gate])]
-
-
-def _config(name: str, z: Tensor, width: int) -> tuple[bool, tuning.Config]:
-    """Whether the library takes the wide products, and the tiles of the kernel."""
-    c = z.shape[-1]
-    fields = row_fields(z.shape[:-1].numel(), z.dtype, c=c, n=width)
-    by_library, config = leaves_to_library(tuning.lookup(name, **fields))
-    limit = width if name.startswith("triangle_project") else c
-    return by_library, {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}
 
 
 def triangle_project(
