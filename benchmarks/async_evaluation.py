@@ -218,12 +218,9 @@ def generated_store(folder: Path) -> Path:
     """A prepared store of 30 generated training and 4 evaluation proteins."""
     from scalefold.data.demo import generate
     from scalefold.data.prepare import prepare
-    from scalefold.data.rawlayout import RawLayout
 
     made = generate(folder / "raw", seed=3, num_train=30, num_eval=4)
-    alignments = (made.alignments_dir.parent,)
-    layout = RawLayout(made.mmcif_dir, alignments, made.clusters_file, made.obsolete_file, made.targets_file)
-    prepare(layout, folder / "store", report=lambda text: None)
+    prepare(made.layout(), folder / "store", report=lambda text: None)
     return folder / "store"
 
 

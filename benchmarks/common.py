@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -71,6 +72,17 @@ def facts() -> dict[str, str]:
     }
 
 
+def device_events(call: Callable[[], object], trace: Path | None = None) -> list[Any]:
+    """What one call does on the device, as the profiler's events; ``trace``: also keep the timeline there."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as traced:
+        call()
+        torch.cuda.synchronize()
+    if trace is not None:
+        traced.export_chrome_trace(str(trace))
+    return [event for event in traced.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
 def append_rows(file: Path, rows: list[dict[str, object]]) -> None:
     """Append rows to a CSV file; the header is written if the file is new."""
     if not rows:
@@ -81,6 +93,12 @@ def append_rows(file: Path, rows: list[dict[str, object]]) -> None:
         if new:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file, oldest first."""
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def print_table(rows: list[dict[str, object]]) -> None:

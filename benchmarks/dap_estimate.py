@@ -20,13 +20,14 @@ exchanges. H100: computing scaled by the step times of both cards. Sums of gradi
 import argparse
 import math
 import sys
-from csv import DictReader
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common import FOLDER, append_rows, print_table
+from common import FOLDER, append_rows, print_table, read_rows
+from evaluation_time import CHAINS
+from scalefold.data.features import FeatureSettings
 from scalefold.scaling.step_time import REFERENCE_EVAL_TIMES, read_eval_times
 
 MEAN_PASSES = 2.5
@@ -37,8 +38,7 @@ DAP_SIZES = (1, 2, 4, 8)
 GPUS = ("H100", "H200")
 REPEATED_KERNELS = ("adam", "multi_tensor", "mem", "points", "frames", "pack", "cutlass", "sm80_xmma", "sm90_xmma")
 LIBRARY_KERNELS = ("at::native", "cublaslt", "softmax", "elementwise", "reduc")
-#: Evaluation chains as benchmarks/evaluation_time.py spreads them, padded to data.eval_length_multiple.
-LENGTHS = np.ceil(np.geomspace(60, 700, 180) / 64) * 64
+LENGTHS = list(map(FeatureSettings().padded_length, CHAINS))  # of evaluation chains
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,7 @@ class Parts:
 
 def read(name: str) -> list[dict[str, str]]:
     """Rows of a CSV file of this folder."""
-    with (FOLDER / name).open(newline="") as stream:
-        return list(DictReader(stream))
+    return read_rows(FOLDER / name)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ Exit status 1 if a line is not met or was not measured.
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import FOLDER, append_rows, facts, print_table
+from common import FOLDER, append_rows, facts, print_table, read_rows
 
 Row = dict[str, str]
 RESULTS = "gates.csv"  # exit status of every measurement, so that --judge finds those without figures
@@ -61,12 +60,9 @@ def run(commands: dict[str, list[str]]) -> None:
 
 def rows_of(file: str, **wanted: str) -> list[Row]:
     """Rows of this commit and device, limited to ``wanted`` values; oldest first."""
-    path, own = FOLDER / file, facts()
-    if not path.is_file():
-        return []
-    with path.open(newline="") as stream:
-        rows = list(csv.DictReader(stream))
+    own, path = facts(), FOLDER / file
     wanted = {"commit": own["commit"], "device": own["device"], **wanted}
+    rows = read_rows(path) if path.is_file() else []
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from common import FOLDER, Timing, append_rows, capture, facts, print_table, time_calls
+from common import FOLDER, Timing, append_rows, capture, device_events, facts, print_table, time_calls
 from scalefold.compile import TrainStep, preserved
 from scalefold.config import Config, load_config
 from scalefold.data.synthetic import synthetic_batch
@@ -32,7 +32,7 @@ from scalefold.kernels import use_operations
 from scalefold.parallel.dap import apply_dap
 from scalefold.parallel.ranks import RankLayout, Ranks
 from scalefold.run import build_model, build_optimizer, build_step, choose_operations, feature_settings, prepare_process
-from step_time import enliven, without_dropout
+from step_time import enliven, row, without_dropout
 
 MIB = 2**20
 EXCHANGE_MIB = (0.25, 1.0, 2.0, 4.0, 8.4, 16.8)
@@ -208,7 +208,7 @@ def measure_steps(
     passes = [r for r in arguments.passes if r <= slices]
     step.warm_up(batch, max(passes), lambda text: None)
     times = {r: host.time(lambda r=r: step(batch, r, 1), arguments.repeats) for r in passes}
-    host.keep("step_time.csv", [row(config, layout, r, timing) for r, timing in times.items()])
+    host.keep("step_time.csv", [row(config, "ours", r, timing, *layout) for r, timing in times.items()])
     if not host.small:
         parts = [profile(host, lambda r=r: step(batch, r, 1), times[r].median_ms) for r in passes]
         known = [{**facts(), "variant": "ours", "gpus": layout[0], "dap": layout[1], "passes": r} for r in passes]
@@ -321,12 +321,7 @@ def profile(host: Host, call: Callable[[], object], wall_ms: float) -> dict[str,
         call()
         torch.cuda.synchronize()
         return {}
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as traced:
-        host.barrier()
-        call()
-        torch.cuda.synchronize()
-    on_device = [e for e in traced.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = device_events(lambda: (host.barrier(), call()))  # all begin once the profiler is ready
     kernels = [e for e in on_device if not e.name.startswith("nccl:")]  # that would be a mark around kernels
     return breakdown([Span(e.name, e.time_range.start, e.time_range.end) for e in kernels], wall_ms)
 
@@ -370,23 +365,6 @@ def covered_ms(spans: Iterable[Span]) -> float:
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
-
-
-def row(config: Config, layout: Layout, passes: int, timing: Timing) -> dict[str, object]:
-    """One line of step_time.csv."""
-    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
-    return {
-        **facts(),
-        "variant": "ours",
-        "gpus": layout[0],
-        "dap": layout[1],
-        "precision": config.execution.precision,
-        "passes": passes,
-        "median_ms": round(timing.median_ms, 2),
-        "p10_ms": round(timing.p10_ms, 2),
-        "p90_ms": round(timing.p90_ms, 2),
-        "peak_gib": round(peak, 2),
-    }
 
 
 def summary(means: dict[Layout, dict[int, float]]) -> list[str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import FOLDER, Timing, append_rows, facts, print_table, time_calls
+from common import FOLDER, Timing, append_rows, device_events, facts, print_table, time_calls
 from scalefold.compile import TrainStep
 from scalefold.config import Config, load_config
 from scalefold.data.synthetic import synthetic_batch
@@ -107,19 +107,20 @@ def measure(variant: str, extra: list[str], passes: list[int], repeats: int) -> 
     return rows
 
 
-def row(config: Config, variant: str, passes: int, timing: Timing) -> dict[str, object]:
+def row(config: Config, variant: str, passes: int, timing: Timing, gpus: int = 1, dap: int = 1) -> dict[str, object]:
     """One line of step_time.csv."""
+    peak = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
     return {
         **facts(),
         "variant": variant,
-        "gpus": 1,
-        "dap": 1,
+        "gpus": gpus,
+        "dap": dap,
         "precision": config.execution.precision,
         "passes": passes,
         "median_ms": round(timing.median_ms, 2),
         "p10_ms": round(timing.p10_ms, 2),
         "p90_ms": round(timing.p90_ms, 2),
-        "peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+        "peak_gib": round(peak, 2),
     }
 
 
@@ -240,16 +241,9 @@ def profile(variant: str, extra: list[str], passes: int, csv: Path, trace: Path 
 
 def kernel_times(call: Callable[[], object], trace: Path | None) -> dict[str, list[float]]:
     """Microseconds of every kernel of one call, by name; ``trace``: also keep the timeline there."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as traced:
-        call()
-        torch.cuda.synchronize()
     by_name: dict[str, list[float]] = defaultdict(list)
-    for event in traced.events() or []:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            by_name[event.name].append(event.time_range.end - event.time_range.start)
-    if trace is not None:
-        traced.export_chrome_trace(str(trace))
+    for event in device_events(call, trace):
+        by_name[event.name].append(event.time_range.end - event.time_range.start)
     return by_name
 
 

@@ -56,14 +56,10 @@ def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared store of 30 generated training and 4 evaluation proteins."""
     from scalefold.data.demo import generate
     from scalefold.data.prepare import prepare
-    from scalefold.data.rawlayout import RawLayout
 
     folder = tmp_path_factory.mktemp("tiny")
     made = generate(folder / "raw", seed=3, num_train=30, num_eval=4)
-    layout = RawLayout(
-        made.mmcif_dir, (made.alignments_dir.parent,), made.clusters_file, made.obsolete_file, made.targets_file
-    )
-    prepare(layout, folder / "store", report=lambda text: None)
+    prepare(made.layout(), folder / "store", report=lambda text: None)
     return folder / "store"
 
 

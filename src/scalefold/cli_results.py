@@ -221,7 +221,6 @@ def demo(
     from scalefold.config import load_config
     from scalefold.data.demo import generate
     from scalefold.data.prepare import prepare
-    from scalefold.data.rawlayout import RawLayout
     from scalefold.report.page import write_report
 
     load_config(config)
@@ -231,10 +230,7 @@ def demo(
     made = generate(folder / "raw")
     print(f"     {made.num_entries} entries, {made.num_alignment_rows} alignment rows, {made.seconds:.0f} s")
     print("2/5  prepare the store")
-    layout = RawLayout(
-        made.mmcif_dir, (made.alignments_dir.parent,), made.clusters_file, made.obsolete_file, made.targets_file
-    )
-    prepare(layout, folder / "store")
+    prepare(made.layout(), folder / "store")
     print("3/5  train to the target lDDT-Cα")
     run_dir = folder / "run"
     command = [sys.executable, "-m", "scalefold", "train", str(config), f"data.store_dir={folder / 'store'}"]

@@ -22,6 +22,7 @@ from scalefold.data import demo_geometry as geometry
 from scalefold.data.demo_alignments import alignment_files, template_hits
 from scalefold.data.demo_files import DemoEntry
 from scalefold.data.demo_folds import Fold
+from scalefold.data.rawlayout import RawLayout
 from scalefold.errors import DataError
 
 TOPOLOGY_SHARE = {"HH": 0.30, "HHH": 0.34, "EEH": 0.12, "HEE": 0.08, "EEE": 0.16}
@@ -54,6 +55,11 @@ class Summary:
     num_files: int
     num_bytes: int
     seconds: float
+
+    def layout(self) -> RawLayout:
+        """The generated set as ``prepare`` takes it."""
+        alignments = (self.alignments_dir.parent,)
+        return RawLayout(self.mmcif_dir, alignments, self.clusters_file, self.obsolete_file, self.targets_file)
 
 
 def generate(
