@@ -7,7 +7,8 @@
 Appends to benchmarks/step_time.csv (column ``dap``; ``gpus`` > ``dap`` is data parallel), benchmarks/step_breakdown.csv
 and benchmarks/exchange.csv, each layout as soon as it is known; --small writes only where --out says. Before timing,
 loss and gradient norm of every layout are compared with one GPU: dropout off, same weights, same batch. The breakdown
-is of rank 0: kernels of NCCL, all other kernels, the time in which only NCCL works, and the time in which nothing does.
+is of rank 0: kernels that exchange, all other kernels (the copies into what peers read among them), the time in which
+only the former work, and the time in which nothing does.
 A layout that would not end within --minutes is left out and named. Exit status 1 if one computes something else.
 """
 
@@ -31,17 +32,27 @@ from scalefold.data.synthetic import synthetic_batch
 from scalefold.kernels import use_operations
 from scalefold.parallel.dap import apply_dap
 from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run import build_model, build_optimizer, build_step, choose_operations, feature_settings, prepare_process
+from scalefold.run import (
+    build_model,
+    build_optimizer,
+    build_step,
+    choose_operations,
+    connect_replica,
+    feature_settings,
+    prepare_process,
+)
 from step_time import enliven, row, without_dropout
 
 MIB = 2**20
 EXCHANGE_MIB = (0.25, 1.0, 2.0, 4.0, 8.4, 16.8)
 CALLS_PER_GRAPH = 20
-NCCL_KINDS = {
+EXCHANGE_KINDS = {  # parts of kernel names: the library's, then those of parallel/direct.py
     "all_to_all": ("sendrecv", "alltoall"),
     "all_gather": ("allgather",),
     "reduce_scatter": ("reducescatter",),
     "all_reduce": ("allreduce",),
+    "direct": ("_copy_parts", "_sum_parts"),
+    "barrier": ("barrier_kernel",),
 }
 Layout = tuple[int, int]  # GPUs that train together, DAP size
 
@@ -231,11 +242,13 @@ def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainS
         ranks.train_group = dist.group.WORLD
         groups = [dist.new_group(ranks.layout.dap_group(first)) for first in range(0, gpus, dap)] if dap > 1 else []
         ranks.dap_group = groups[host.rank // dap] if groups else None
+        ranks.dap_control_group = host.control
     ops = choose_operations(config, ranks)
     model = build_model(config, 0, ranks)
     enliven(model)
     use_operations(model, ops)
     apply_dap(model, ranks.dap_group)
+    connect_replica(config, ranks)
     without_dropout(model)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     step.model = model  # type: ignore[attr-defined]
@@ -310,8 +323,9 @@ class Span:
 
     @property
     def is_exchange(self) -> bool:
-        """Whether NCCL works."""
-        return "nccl" in self.name.lower()
+        """Whether it only moves data between GPUs, or waits for them."""
+        words = ("nccl", *EXCHANGE_KINDS["direct"], *EXCHANGE_KINDS["barrier"])
+        return any(word in self.name.lower() for word in words)
 
 
 def profile(host: Host, call: Callable[[], object], wall_ms: float) -> dict[str, object]:
@@ -346,8 +360,8 @@ def breakdown(spans: list[Span], wall_ms: float) -> dict[str, object]:
     by_kind: Mapping[str, list[Span]] = defaultdict(list)
     for span in exchanges:
         name = span.name.lower()
-        by_kind[next((k for k, words in NCCL_KINDS.items() if any(w in name for w in words)), "other")].append(span)
-    return found | {f"{kind}_ms": round(summed_ms(by_kind[kind]), 2) for kind in (*NCCL_KINDS, "other")}
+        by_kind[next((k for k, words in EXCHANGE_KINDS.items() if any(w in name for w in words)), "other")].append(span)
+    return found | {f"{kind}_ms": round(summed_ms(by_kind[kind]), 2) for kind in (*EXCHANGE_KINDS, "other")}
 
 
 def summed_ms(spans: Iterable[Span]) -> float:

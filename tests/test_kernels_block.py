@@ -63,12 +63,18 @@ def results(
 
 
 def check(config: EvoformerConfig, widths: tuple[int, int, int], sizes: tuple[int, int]) -> None:
-    """Sum of squared relative errors of all outputs and gradients, ours against plain bf16's."""
+    """Relative error of every output and gradient, ours against plain bf16's.
+
+    Some gradients are zero but for rounding (a softmax does not see what is added to all of its logits, such as the
+    bias of the norm before a bias of attention): those are measured against a hundredth of the usual norm.
+    """
     exact = results(REFERENCE, torch.float32, config, widths, sizes)
+    norms = torch.stack([x.norm() for x in exact])
+    scales = norms.clamp_min(0.01 * norms.median())
     errors = []
     for ops in (triton_ops.TRITON, REFERENCE):
         found = results(ops, torch.bfloat16, config, widths, sizes)
-        errors.append([((a - b).norm() / b.norm().clamp_min(1e-3)).item() for a, b in zip(found, exact, strict=True)])
+        errors.append([((a - b).norm() / scale).item() for a, b, scale in zip(found, exact, scales, strict=True)])
     worst = max(range(len(exact)), key=lambda i: errors[0][i] / (errors[1][i] + 1e-3))
     shape = tuple(exact[worst].shape)
     assert errors[0][worst] <= 2 * errors[1][worst] + 1e-3, f"result {worst} {shape}: {errors[0][worst]:.2e}"

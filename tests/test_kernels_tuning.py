@@ -27,12 +27,30 @@ def test_the_default_follows_the_assumed_capability(kernel):
 
 def test_a_saved_entry_beats_the_default_for_its_problem_and_target_only(kernel):
     tuning.save("sm_90", {kernel: {tuning.problem_key(FIELDS): {"BLOCK": 32}}})
-    tuning.save("sm_90", {kernel: {"other problem": {"BLOCK": 1}}})
+    tuning.save("sm_90", {kernel: {"dtype=float16 n=256": {"BLOCK": 1}}})
     with tuning.assume_capability(90):
         assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 32}
-        assert tuning.lookup(kernel, **(FIELDS | {"n": 128})) == {"BLOCK": 90}
+        assert tuning.lookup(kernel, **(FIELDS | {"dtype": "float32"})) == {"BLOCK": 90}
     with tuning.assume_capability(80):
         assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 80}
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        ({"rows": 512, "n": 64}, 64),  # as far as the other entry, and earlier in the table
+        ({"rows": 256, "n": 32}, 32),
+        ({"rows": 4096, "n": 128}, 64),  # two and one factors of two
+        ({"rows": 8192, "n": 128}, 90),  # too far
+        ({"rows": 1024, "n": 8}, 90),  # narrow problems take other paths
+        ({"rows": 1024, "n": 64, "c": 32}, 90),  # another kind of problem
+    ],
+)
+def test_a_problem_without_entry_takes_that_of_the_nearest_sizes(kernel, fields, expected):
+    entries = {"rows=1024 n=64": {"BLOCK": 64}, "rows=256 n=64": {"BLOCK": 32}, "rows=1024 n=4": {"BLOCK": 4}}
+    tuning.save("sm_90", {kernel: entries})
+    with tuning.assume_capability(90):
+        assert tuning.lookup(kernel, **fields) == {"BLOCK": expected}
 
 
 def test_an_override_beats_everything_and_ends_with_its_block(kernel):

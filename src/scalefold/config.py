@@ -117,7 +117,8 @@ class ExecutionConfig(Section):
     """How the mathematics is executed; nothing here changes what is computed beyond rounding.
 
     ``micro_batch_size``: samples computed at once; None means the whole local batch. ``compile``: fuse embedders,
-    structure module, heads and losses of the training step with Inductor, on CUDA devices.
+    structure module, heads and losses of the training step with Inductor, on CUDA devices. ``dap_exchange``: the GPUs
+    of a DAP group read each other's memory where they can (auto), or exchange by NCCL (library).
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -125,6 +126,7 @@ class ExecutionConfig(Section):
     kernels: Literal["auto", "triton", "reference"] = "auto"
     cuda_graphs: bool = True
     compile: bool = False
+    dap_exchange: Literal["auto", "library"] = "auto"
     activation_checkpointing: bool = False
     deterministic: bool = False
     micro_batch_size: int | None = Field(default=None, ge=1)

@@ -249,6 +249,7 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
     model = build_model(config, initialisation_seed(seed), ranks)
     use_operations(model, ops)
     apply_dap(model, ranks.dap_group)
+    exchange = connect_replica(config, ranks)
     optimizer = build_optimizer(config, model, ranks, ops, any_phase(schedule.base, adds_gradients))
     digest = load_weights_into(config, model, optimizer)
     broadcast_master(optimizer.flat, ranks.train_group)
@@ -260,7 +261,7 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
     if ranks.is_root:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_resolved(run_dir / CONFIG_FILE, schedule.base)
-        record.run(**run_header(config, ranks, seed, model, ops))
+        record.run(**run_header(config, ranks, seed, model, ops), dap_exchange=exchange)
     progress = make_progress(config, ranks)
     step = build_step(config, model, optimizer, ranks)
     evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops, schedule)
@@ -407,6 +408,21 @@ def choose_operations(config: Config, ranks: Ranks) -> Operations:
         raise ConfigError("execution.kernels: triton needs a CUDA device; use auto or reference")
     on_device = wanted != "reference" and ranks.device.type == "cuda"
     return operations(wanted if on_device else "reference")
+
+
+def connect_replica(config: Config, ranks: Ranks) -> str:
+    """How the ranks of a DAP group exchange what they share: none, library, or direct where configuration and GPUs
+    allow it."""
+    if ranks.dap_group is None:
+        return "none"
+    if ranks.device.type != "cuda" or config.execution.dap_exchange == "library":
+        return "library"
+    try:
+        from scalefold.parallel.direct import connect
+    except ImportError:  # no Triton: the operations have said so
+        return "library"
+    assert ranks.dap_control_group is not None
+    return "direct" if connect(ranks.dap_group, ranks.dap_control_group, ranks.device) else "library"
 
 
 def build_model(config: Config, seed: int, ranks: Ranks) -> AlphaFold:

@@ -9,8 +9,9 @@ that lists candidates worth timing::
 
 Fields name everything that the best choice depends on (shape class and storage type; the shares of DAP 1, 2, 4, 8
 appear as shapes). ``lookup`` takes the first of: an active ``override``, the table of this GPU
-(``tuned/<name of the device>.json``), the table of its compute capability (``tuned/sm_90.json``), the default. Nothing
-is timed here, so nothing is tuned on the clock. A sweep times each candidate under ``override`` and calls ``save``::
+(``tuned/<name of the device>.json``), the table of its compute capability (``tuned/sm_90.json``), the entry of the
+nearest problem in those tables (the same but for its SIZES, see ``nearest``), the default. Nothing is timed here, so
+nothing is tuned on the clock. A sweep times each candidate under ``override`` and calls ``save``::
 
     for config in tuning.candidates("layer_norm_forward", **fields):
         with tuning.override("layer_norm_forward", config, **fields):
@@ -24,6 +25,7 @@ a kernel must run on meta tensors (no look at values, no call that needs a devic
 
 import functools
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +39,9 @@ Config = dict[str, int]
 Fields = Mapping[str, int | str]
 
 TABLES = Path(__file__).parent / "tuned"
+SIZES = ("rows", "sequences", "n", "frames", "points")  # fields that say how much there is, not of what kind
+SMALLEST_SIZE = 16  # smaller sizes take other paths in the kernels: they are never another problem's neighbour
+FARTHEST = 3.0  # factors of two between neighbours, summed over SIZES: a share of DAP 8 still learns from DAP 1
 FALLBACK_CAPABILITY = 90  # what interpreter runs and compile checks assume where there is no GPU
 
 
@@ -93,8 +98,33 @@ def lookup(name: str, **fields: int | str) -> Config:
 
 @functools.lru_cache(maxsize=4096)
 def _settled(name: str, key: str, items: tuple[tuple[str, int | str], ...], target: int) -> Config:
-    entry = table(target).get(name, {}).get(key)
+    entries = table(target).get(name, {})
+    entry = entries.get(key) or nearest(entries, dict(items))
     return dict(entry) if entry else _tunables[name].default(dict(items), target)
+
+
+def nearest(entries: Mapping[str, Config], fields: Fields) -> Config | None:
+    """The entry of the problem that differs least, in sizes only; the first of several that are equally near."""
+    found, least = None, FARTHEST
+    for key, config in entries.items():
+        distance = _distance(dict(part.split("=", 1) for part in key.split()), fields)
+        if distance < least or (found is None and distance == least):
+            found, least = config, distance
+    return found
+
+
+def _distance(other: Mapping[str, str], fields: Fields) -> float:
+    """Factors of two between the sizes of two problems; infinite between problems of different kinds."""
+    if other.keys() != fields.keys():
+        return math.inf
+    total = 0.0
+    for name, value in fields.items():
+        if other[name] == str(value):
+            continue
+        if name not in SIZES or min(int(other[name]), int(value)) < SMALLEST_SIZE:
+            return math.inf
+        total += abs(math.log2(int(other[name]) / int(value)))
+    return total
 
 
 def candidates(name: str, **fields: int | str) -> list[Config]:

@@ -2,17 +2,30 @@
 
 Every exchange states what its backward must be, because that follows from how the result is used: a tensor that all
 ranks use for different work needs its gradients summed (reduce-scatter), one that all ranks use for the same work has
-the same gradient everywhere (slice).
+the same gradient everywhere (slice). A group whose GPUs map each other's memory exchanges by ``direct``; all others,
+shapes that are too odd for it, and exchanges that go on beside other work by the process group's library.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from scalefold.parallel.direct import DirectExchanges
+
 Group = dist.ProcessGroup
+_direct: dict[Group, "DirectExchanges"] = {}
+
+
+def use_direct(group: Group, exchanges: "DirectExchanges | None") -> None:
+    """Let ``group`` exchange by reading its GPUs' memory from now on, or (None) by its library again."""
+    if exchanges is None:
+        _direct.pop(group, None)
+    else:
+        _direct[group] = exchanges
 
 
 def local_part(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -24,6 +37,9 @@ def local_part(x: Tensor, dim: int, group: Group) -> Tensor:
 
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """Concatenate the ranks' slices along ``dim``."""
+    dim, mapped = dim % x.dim(), _direct.get(group)
+    if mapped is not None and mapped.takes(x, dim):
+        return mapped.all_gather(x, dim)
     size = dist.get_world_size(group)
     front = x.movedim(dim, 0).contiguous()
     out = front.new_empty((size * front.shape[0], *front.shape[1:]))
@@ -33,10 +49,14 @@ def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """Sum over ranks; each keeps its slice along ``dim``. Gloo has no such exchange: there it sums, then slices."""
+    dim, mapped = dim % x.dim(), _direct.get(group)
     size = dist.get_world_size(group)
+    share = _share(x.shape[dim], size)
+    if mapped is not None and mapped.takes(x, dim):
+        return mapped.reduce_scatter(x, dim)
     front = x.movedim(dim, 0).contiguous()
     if x.is_cuda:
-        out = front.new_empty((_share(front.shape[0], size), *front.shape[1:]))
+        out = front.new_empty((share, *front.shape[1:]))
         dist.reduce_scatter_tensor(out, front, group=group)
         return out.movedim(0, dim)
     front = front.clone()
@@ -49,10 +69,15 @@ def all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tens
 
     x: [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..].
     """
-    parts = _parts(x, split_dim, dist.get_world_size(group))
+    split_dim, concat_dim, mapped = split_dim % x.dim(), concat_dim % x.dim(), _direct.get(group)
+    size = dist.get_world_size(group)
+    _share(x.shape[split_dim], size)
+    if mapped is not None and mapped.takes(x, split_dim, concat_dim):
+        return mapped.all_to_all(x, split_dim, concat_dim)
+    parts = _parts(x, split_dim, size)
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
-    return _joined(received, concat_dim % x.dim())
+    return _joined(received, concat_dim)
 
 
 @dataclass

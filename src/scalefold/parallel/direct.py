@@ -1,0 +1,183 @@
+"""Exchanges inside an axial-parallel group over memory that the GPUs of a host map from each other.
+
+Every rank stages what it sends in memory that all ranks of its group can read, meets them at a barrier on the device,
+and reads its parts of each peer's stage straight to where they belong: one copy, one barrier and one kernel, where a
+library's exchange needs its own rearranging copies before and after. No multicast, no host in between, so a CUDA graph
+can hold it.
+
+Two stages take turns. Whoever writes to a stage again has passed the barrier of the other stage, which its peers reach
+only after reading the first one. Turns restart with every graph; there the sum of gradients and logged values that
+ends a step is the barrier. Measured beside NCCL by ``benchmarks/symmetric_exchange.py``.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scalefold.parallel.collectives import use_direct
+
+log = logging.getLogger(__name__)
+
+STAGE_BYTES = 32 * 2**20  # the largest exchange of the benchmark's shapes has 16 MiB per rank
+STAGES = 2
+DTYPES = (torch.bfloat16, torch.float32)
+LANE = tl.constexpr(8)  # elements that a thread moves at once: runs shorter than that are left to the library
+LANES = 512  # per program
+NUM_WARPS = 16
+
+
+@triton.jit
+def _offsets(unit, first, BLOCK, SIZE: tl.constexpr):
+    """Element offsets [units, LANE] of ``unit`` where every run of BLOCK units is one of SIZE, the ``first`` one."""
+    unit = ((unit // BLOCK) * SIZE + first) * BLOCK + unit % BLOCK
+    return unit.to(tl.int64)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+
+
+@triton.jit
+def _copy_parts(
+    sources, out, rank, source_block, out_block, count, SIZE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Program (units, peer): this rank's part of the peer's tensor, or all of it, to the peer's place in ``out``."""
+    unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    keep = (unit < count)[:, None]
+    peer = tl.program_id(1)
+    if WHOLE:
+        source = _offsets(unit, 0, source_block, 1)
+    else:
+        source = _offsets(unit, rank, source_block, SIZE)
+    target = _offsets(unit, peer, out_block, SIZE)
+    for p in tl.static_range(SIZE):
+        if peer == p:
+            tl.store(out + target, tl.load(sources[p] + source, mask=keep), mask=keep)
+
+
+@triton.jit
+def _sum_parts(sources, out, rank, source_block, count, SIZE: tl.constexpr, LANES: tl.constexpr):
+    """Program (units): sum of this rank's part of every peer's tensor, in fp32 and in rank order."""
+    unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    keep = (unit < count)[:, None]
+    source = _offsets(unit, rank, source_block, SIZE)
+    total = tl.zeros([LANES, LANE], tl.float32)
+    for p in tl.static_range(SIZE):
+        total += tl.load(sources[p] + source, mask=keep, other=0.0).to(tl.float32)
+    target = unit.to(tl.int64)[:, None] * LANE + tl.arange(0, LANE)[None, :]
+    tl.store(out + target, total.to(out.dtype.element_ty), mask=keep)
+
+
+class DirectExchanges:
+    """All-to-all, all-gather and reduce-scatter of one group.
+
+    Args:
+        rank, size: place in the group and its size.
+        stages: this rank's stages, uint8 of equal length.
+        views: per dtype and stage, every rank's stage as this rank sees it, rank order.
+        barrier: returns once all ranks of the group are there (on the device: what follows in the stream waits).
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        stages: Sequence[Tensor],
+        views: dict[torch.dtype, list[list[Tensor]]],
+        barrier: Callable[[int], None],
+    ) -> None:
+        self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
+        self._turn = 0
+
+    def takes(self, x: Tensor, dim: int, other: int | None = None) -> bool:
+        """Whether x can be exchanged here, its parts along ``dim`` (and ``other``) being long and even enough."""
+        inner = math.prod(x.shape[max(dim, dim if other is None else other) + 1 :])
+        whole = x.numel() * x.element_size() <= self.stages[0].numel()
+        return x.dtype in self.views and whole and inner % LANE.value == 0
+
+    def all_to_all(self, x: Tensor, split_dim: int, concat_dim: int) -> Tensor:
+        """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..], dense."""
+        shape = list(x.shape)
+        shape[split_dim] //= self.size
+        part = shape.copy()
+        shape[concat_dim] *= self.size
+        out = x.new_empty(shape)
+        split_block = math.prod(part[split_dim:])
+        concat_block = math.prod(part[concat_dim:])
+        self._copy(x, out, split_block, concat_block, whole=False)
+        return out
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """The ranks' tensors behind each other along ``dim``, dense."""
+        shape = list(x.shape)
+        shape[dim] *= self.size
+        out = x.new_empty(shape)
+        self._copy(x, out, x.numel(), math.prod(x.shape[dim:]), whole=True)
+        return out
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's slice along ``dim`` of the sum over ranks, dense; summed in fp32 and in rank order."""
+        shape = list(x.shape)
+        shape[dim] //= self.size
+        out = x.new_empty(shape)
+        count = out.numel() // LANE.value
+        _sum_parts[(triton.cdiv(count, LANES),)](
+            self._staged(x), out, self.rank, math.prod(shape[dim:]) // LANE.value, count,
+            SIZE=self.size, LANES=LANES, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        return out
+
+    def _copy(self, x: Tensor, out: Tensor, source_block: int, out_block: int, whole: bool) -> None:
+        count = out.numel() // self.size // LANE.value
+        _copy_parts[(triton.cdiv(count, LANES), self.size)](
+            self._staged(x), out, self.rank, source_block // LANE.value, out_block // LANE.value, count,
+            SIZE=self.size, WHOLE=whole, LANES=LANES, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+    def _staged(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Every rank's x of this exchange, readable from here."""
+        turn, self._turn = self._turn, (self._turn + 1) % len(self.stages)
+        self.stages[turn].view(x.dtype)[: x.numel()].view(x.shape).copy_(x)
+        self.barrier(turn)
+        return tuple(self.views[x.dtype][turn])
+
+
+def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.device) -> bool:
+    """Let the GPUs of ``group``, all of one host, exchange directly from now on, if all of them can.
+
+    Every rank of ``control`` (the same ranks or more, on the CPU) takes part; they go one way together. Where a rank
+    cannot map its peers' memory, the library goes on exchanging, and the driver's reason is logged.
+    """
+    exchanges, reason = None, ""
+    try:
+        exchanges = mapped(group, device)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+    reasons = [""] * dist.get_world_size(control)
+    dist.all_gather_object(reasons, reason, group=control)
+    failed = next((f"rank {rank} of the group: {text}" for rank, text in enumerate(reasons) if text), None)
+    if failed is not None:
+        exchanges = None
+        log.warning("exchanges by NCCL, because GPUs cannot read each other's memory: %s", failed)
+    use_direct(group, exchanges)
+    return exchanges is not None
+
+
+def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
+    """Exchanges over new stages, mapped by all ranks of ``group``, which all take part; RuntimeError if one cannot."""
+    stages = [symmetric_memory.empty(STAGE_BYTES, dtype=torch.uint8, device=device) for _ in range(STAGES)]
+    handles = [symmetric_memory.rendezvous(stage, group) for stage in stages]
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    views = {
+        dtype: [
+            [handle.get_buffer(peer, (STAGE_BYTES // dtype.itemsize,), dtype) for peer in range(size)]
+            for handle in handles
+        ]
+        for dtype in DTYPES
+    }
+    return DirectExchanges(rank, size, stages, views, lambda turn: handles[turn].barrier(channel=0))

@@ -1,0 +1,99 @@
+"""Direct exchanges: several ranks in one process, whose stages are their memory; values equal to plain indexing."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from scalefold.kernels import triton_ops
+from scalefold.parallel import collectives
+from scalefold.parallel.direct import STAGES, DirectExchanges
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="needs a GPU or Triton's interpreter"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BYTES = 1 << 16
+
+
+class OneProcess:
+    """Ranks that take turns: every rank stages its tensor before any of them reads."""
+
+    def __init__(self, size: int) -> None:
+        stages = [[torch.zeros(BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(STAGES)] for _ in range(size)]
+        views = {
+            dtype: [[stages[peer][turn].view(dtype) for peer in range(size)] for turn in range(STAGES)]
+            for dtype in (torch.bfloat16, torch.float32)
+        }
+        self.ranks = [DirectExchanges(rank, size, stages[rank], views, lambda turn: None) for rank in range(size)]
+
+    def run(self, name: str, xs: list[Tensor], *dims: int) -> list[Tensor]:
+        """The exchange on every rank; first all of them stage (and read too early), then all read."""
+        for rank, x in zip(self.ranks, xs, strict=True):
+            getattr(rank, name)(x, *dims)
+            rank._turn = (rank._turn - 1) % STAGES
+        return [getattr(rank, name)(x, *dims) for rank, x in zip(self.ranks, xs, strict=True)]
+
+
+def tensors(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(size)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "shape, split, concat",
+    [((1, 4, 8, 16), 2, 1), ((1, 8, 4, 16), 1, 2), ((2, 8, 3, 5, 8), 1, 3), ((3, 4, 2, 12, 8), 3, 1), ((4, 8), 0, 0)],
+)
+def test_an_exchange_moves_every_part_to_its_place(dtype, size, shape, split, concat):
+    xs, group = tensors(size, shape, dtype), OneProcess(size)
+    if split == concat:
+        xs = [x[None] for x in xs]
+        split, concat = 1, 0
+    outs = group.run("all_to_all", xs, split, concat)
+    for rank, out in enumerate(outs):
+        assert group.ranks[rank].takes(xs[rank], split, concat)
+        torch.testing.assert_close(out, torch.cat([x.chunk(size, split)[rank] for x in xs], concat), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape, dim", [((1, 4, 8, 8), 1), ((1, 4, 8, 8), 2), ((4, 16), 0)])
+def test_gathers_and_their_backward_sums(dtype, shape, dim):
+    xs, group = tensors(4, shape, dtype), OneProcess(4)
+    for out in group.run("all_gather", xs, dim):
+        torch.testing.assert_close(out, torch.cat(xs, dim), rtol=0, atol=0)
+    expected = torch.stack([x.float() for x in xs]).sum(0).to(dtype)
+    for rank, out in enumerate(group.run("reduce_scatter", xs, dim)):
+        torch.testing.assert_close(out, expected.chunk(4, dim)[rank], rtol=1e-2, atol=1e-2)
+
+
+def test_exchanges_of_other_strides_and_of_both_stages():
+    group = OneProcess(2)
+    for shape in ((1, 6, 4, 8), (1, 2, 10, 16), (1, 4, 4, 8)):
+        xs = [x.transpose(1, 2) for x in tensors(2, shape, torch.float32)]
+        for rank, out in enumerate(group.run("all_to_all", xs, 1, 2)):
+            torch.testing.assert_close(out, torch.cat([x.chunk(2, 1)[rank] for x in xs], 2), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "x, dims",
+    [
+        (torch.zeros(1, 4, 4, 8, dtype=torch.float64), (1, 2)),
+        (torch.zeros(1, 4, 4, 6), (1, 2)),  # runs of 24 elements, but not of 8 within the last dimension
+        (torch.zeros(1, 4, 4, 2**11), (1, 2)),  # larger than a stage
+    ],
+)
+def test_what_it_does_not_take_is_left_to_the_library(x, dims):
+    assert not OneProcess(2).ranks[0].takes(x, *dims)
+
+
+def test_a_group_uses_them_from_the_moment_it_is_told_to(monkeypatch):
+    group, ranks = object(), OneProcess(2).ranks
+    monkeypatch.setattr(collectives.dist, "get_world_size", lambda group: 2)
+    collectives.use_direct(group, ranks[0])  # type: ignore[arg-type]
+    x = torch.randn(1, 4, 4, 8, device=DEVICE)
+    assert collectives.all_gather(x, 1, group).shape == (1, 8, 4, 8)  # type: ignore[arg-type]
+    assert collectives.all_to_all(x, 1, -2, group).shape == (1, 2, 8, 8)  # type: ignore[arg-type]
+    assert collectives.reduce_scatter(x, -2, group).shape == (1, 4, 2, 8)  # type: ignore[arg-type]
+    collectives.use_direct(group, None)  # type: ignore[arg-type]
+    assert group not in collectives._direct
