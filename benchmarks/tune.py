@@ -4,11 +4,13 @@
     python benchmarks/tune.py --dap 2 4 8 --evaluation 320 704 --minutes 10 --missing
     python benchmarks/tune.py --kernels attention transition --out results
     python benchmarks/tune.py --forms        # present choices against other forms only: a quarter of the compilations
+    python benchmarks/tune.py --refine       # present choices against their neighbours, registers limited among them
 
 First every candidate of every problem is compiled by a pool of processes, most expensive problems first; then this
 process alone times what has compiled: the operation inside a CUDA graph, forward only for kernels of the forward pass.
 Earlier results come first: the present choice, then choices of other machines for the same problem. A candidate that
-does not compile, does not launch, or disagrees with the present choice is left out. At the time limit the choices made
+does not compile, does not launch, or disagrees with the present choice is left out, and one that is faster by less than
+a hundredth does not replace it. At the time limit the choices made
 so far are kept. Every choice is a row of ``tuning.csv``.
 """
 
@@ -38,6 +40,8 @@ COMPILE_SHARE = 0.6  # of the time limit
 MAX_CANDIDATES = 20
 LARGEST_DIFFERENCE = 0.02  # relative, between candidates: bf16 rounding in another order
 REPLAYS = 12
+LEAST_GAIN = 0.01  # of the operation's time: less is noise
+REGISTERS = (96, 128, 168)  # per thread: five, four and three programs of four warps on a multiprocessor
 FORMS = ("LIBRARY", "PARTS", "TRANSPOSED")  # launch parameters that name another form of an operation
 
 
@@ -108,16 +112,36 @@ def find_problems(cases: list[Case], n: int) -> list[Problem]:
     ]
 
 
-def choices(problem: Problem, forms_only: bool) -> list[tuning.Config]:
-    """Candidates of a problem, history first; ``forms_only``: besides the present choice those of other forms."""
+def neighbours(config: tuning.Config) -> list[tuning.Config]:
+    """One parameter a step up or down, tile and warps together, or the registers of a thread limited."""
+    found: list[tuning.Config] = []
+    for name, value in config.items():
+        if name in ("num_stages", "STAGES"):
+            found += [config | {name: n} for n in (value - 1, value + 1) if 1 <= n <= 5]
+        elif name.startswith("BLOCK") or name in ("num_warps", "ROWS", "GROUPS", "SEQUENCES", "PROGRAMS"):
+            found += [config | {name: n} for n in (value // 2, value * 2) if n]
+        elif name == "LIBRARY" and value > 1:  # into how many ranges a weight gradient's rows are split
+            found += [config | {name: n} for n in (value // 2, value * 2)]
+    rows = next((name for name in ("BLOCK_M", "BLOCK_Q") if name in config), None)
+    if rows is not None:
+        found += [config | {"maxnreg": n} for n in REGISTERS]
+        found += [config | {rows: config[rows] // 2, "num_warps": config["num_warps"] // 2}]
+        found += [config | {rows: config[rows] * 2, "num_warps": config["num_warps"] * 2}]
+    return [c for c in found if 1 <= c.get("num_warps", 1) <= 16]
+
+
+def choices(problem: Problem, arguments: argparse.Namespace) -> list[tuning.Config]:
+    """Candidates of a problem, history first; ``--forms``: besides the present choice those of other forms."""
     kernel, key = problem.key
     present, *others = tuning.candidates(kernel, **problem.fields)
+    if arguments.refine:
+        others = neighbours(present)
     tables = [json.loads(path.read_text()) for path in sorted(tuning.TABLES.glob("*.json"))]
     history = [table[kernel][key] for table in tables if key in table.get(kernel, {})]
     ordered = [present]
-    for config in [*history, *others]:
+    for config in others if arguments.refine else [*history, *others]:
         other_form = any(config.get(key) != present.get(key) for key in FORMS)
-        if config not in ordered and (other_form or not forms_only):
+        if config not in ordered and (other_form or not arguments.forms):
             ordered.append(config)
     return ordered[:MAX_CANDIDATES]
 
@@ -162,11 +186,13 @@ def unique(problems: list[Problem], cases: list[Case]) -> list[Problem]:
     return list({p.key: p for p in reversed(ordered)}.values())[::-1]
 
 
-def compile_all(pool: ProcessPoolExecutor, problems: list[Problem], forms_only: bool, deadline: float) -> None:
+def compile_all(
+    pool: ProcessPoolExecutor, problems: list[Problem], arguments: argparse.Namespace, deadline: float
+) -> None:
     """Keep of every problem's candidates the present choice and those that ran before the deadline."""
     futures: dict[Future[bool], tuple[Problem, tuning.Config]] = {}
     for problem in problems:
-        present, *others = choices(problem, forms_only)
+        present, *others = choices(problem, arguments)
         problem.candidates = [present]
         for config in others:
             futures[pool.submit(compile_task, problem, config)] = (problem, config)
@@ -220,13 +246,18 @@ def time_problem(problem: Problem, inputs: Inputs) -> dict[str, float]:
                     print(f"{problem.kernel} {problem.key[1]}: {text} disagrees", flush=True)
         except Exception as error:
             print(f"{problem.kernel} {problem.key[1]}: {text}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+    print(
+        f"{problem.kernel} {problem.key[1]}: " + ", ".join(f"{us:.1f} {text}" for text, us in times.items()), flush=True
+    )
     return times
 
 
 def choose(problem: Problem, case: Case, times: dict[str, float]) -> tuple[tuning.Config, dict[str, object]]:
     """The fastest candidate and its row of the table; the first one is the present choice."""
     best = min(times, key=lambda config: times[config])
-    first = next(iter(times.values()))
+    present, first = next(iter(times.items()))
+    if times[best] > (1 - LEAST_GAIN) * first:
+        best = present
     row: dict[str, object] = {
         "kernel": problem.kernel,
         "problem": problem.key[1],
@@ -283,6 +314,7 @@ def main() -> int:
     parser.add_argument("--evaluation", type=int, nargs="*", default=[], metavar="LENGTH", help="chains, forward only")
     parser.add_argument("--missing", action="store_true", help="only problems without a tuned entry")
     parser.add_argument("--forms", action="store_true", help="try other forms of an operation only, not other tiles")
+    parser.add_argument("--refine", action="store_true", help="try neighbours of the present choices only")
     parser.add_argument("--minutes", type=float, default=6.0, help="time limit of the whole sweep")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--out", type=Path, help="also copy the table and tuning.csv here")
@@ -297,7 +329,7 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.workers, context, start_worker, state) as pool:
         problems = chosen_problems(pool, cases, arguments.kernels, arguments.missing)
         print(f"{len(problems)} problems in {len(cases)} cases after {time.monotonic() - begin:.0f} s", flush=True)
-        compile_all(pool, problems, arguments.forms, begin + COMPILE_SHARE * limit)
+        compile_all(pool, problems, arguments, begin + COMPILE_SHARE * limit)
         pool.shutdown(cancel_futures=True)
     print(f"timing from {time.monotonic() - begin:.0f} s on", flush=True)
     rows = time_all(problems, cases, begin + limit)
