@@ -5,11 +5,12 @@
     python benchmarks/async_evaluation.py --small                      # tiny model, generated proteins, two CPU ranks
 
 Two real runs (``scalefold train``) on a prepared store with the same training ranks, batch, seed and chains: one hands
-its weights to evaluation ranks after every cycle, the other never evaluates. Rows come from their ``metrics.jsonl`` and
+its weights to evaluation ranks after every cycle, the other (left out with --without-alone) never evaluates. Rows come from their ``metrics.jsonl`` and
 are appended to benchmarks/async_evaluation.csv; with --small only where --csv says. Every rank is started as torchrun
 starts it, but by this script: torchrun would end the other ranks as soon as one leaves with status 4 (budget used up).
 
-``step_ms``: median per number of passes, mean over these; ``beside_ms``: of the steps during which an evaluation ran.
+``step_ms``: median per number of passes, mean over these; ``beside_ms``: of the steps during which an evaluation ran;
+``apart_ms``: of the others of the same run.
 ``stall_ms``: median time between two cycles that belongs to no step, less ``waited_s``, which training spent in all
 because the evaluators were behind. ``result_s``: from the last step of a cycle to its result. ``end_s``: from the last
 record of the run to the end of its last process. Exit status 1 if a rank ends badly or an evaluation is missing.
@@ -166,7 +167,7 @@ def result_s(metrics: Metrics) -> np.ndarray:
 
 def row(case: Case, metrics: Metrics, ended: Ended) -> dict[str, object]:
     """One line of the table."""
-    counted = metrics.step > FILLING
+    counted, beside = metrics.step > FILLING, beside_evaluation(metrics)
     between_s = between_cycles_s(metrics, case.cycle_steps if case.eval_ranks else NEVER)
     results_s = result_s(metrics)
     waited_s = sum(event["seconds"] for event in metrics.events if event["name"] == WAITED)
@@ -183,7 +184,8 @@ def row(case: Case, metrics: Metrics, ended: Ended) -> dict[str, object]:
         "dap": case.dap,
         "steps": int(counted.sum()),
         "step_ms": known(step_ms(metrics, counted), 2),
-        "beside_ms": known(step_ms(metrics, counted & beside_evaluation(metrics)), 2),
+        "beside_ms": known(step_ms(metrics, counted & beside), 2),
+        "apart_ms": known(step_ms(metrics, counted & ~beside), 2),
         "data_wait_percent": known(100 * metrics.data_ms[counted].sum() / metrics.step_ms[counted].sum(), 3),
         "stall_ms": known(1e3 * float(np.median(between_s)) if len(between_s) else float("nan"), 1),
         "stall_max_ms": known(1e3 * float(np.max(between_s)) if len(between_s) else float("nan"), 1),
@@ -225,7 +227,7 @@ def generated_store(folder: Path) -> Path:
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    """With evaluation ranks, and the same training ranks alone."""
+    """With evaluation ranks, and (unless left out) the same training ranks alone."""
     train_ranks = arguments.gpus - arguments.eval_gpus
     beside = Case(
         "beside",
@@ -236,7 +238,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
         arguments.cycle_steps,
         arguments.small,
     )
-    return [beside, replace(beside, name="alone", eval_ranks=0)]
+    return [beside] if arguments.without_alone else [beside, replace(beside, name="alone", eval_ranks=0)]
 
 
 def measure(case: Case, store: Path, folder: Path, arguments: argparse.Namespace, limit_s: float) -> dict[str, object]:
@@ -257,13 +259,17 @@ def measure(case: Case, store: Path, folder: Path, arguments: argparse.Namespace
 
 
 def report(rows: list[dict[str, object]]) -> None:
-    """Both runs beside each other, and what evaluation cost a step."""
+    """The runs beside each other, and what evaluation cost a step."""
     shown = [name for name in rows[0] if name not in facts()]
     width = max(map(len, shown))
     for name in shown:
         print(f"{name:<{width}}" + "".join(f"{row[name]!s:>16}" for row in rows))
-    beside, alone = (float(str(row["step_ms"])) for row in rows)
-    print(f"step with evaluation elsewhere / alone: {beside / alone:.4f}")
+    if rows[0]["beside_ms"] != "" and rows[0]["apart_ms"] != "":
+        ratio = float(str(rows[0]["beside_ms"])) / float(str(rows[0]["apart_ms"]))
+        print(f"steps during an evaluation / the others of the same run: {ratio:.4f}")
+    if len(rows) == 2:
+        beside, alone = (float(str(row["step_ms"])) for row in rows)
+        print(f"step with evaluation elsewhere / alone: {beside / alone:.4f}")
 
 
 def main() -> int:
@@ -275,6 +281,7 @@ def main() -> int:
     parser.add_argument("--dap", type=int, default=1)
     parser.add_argument("--cycles", type=int, default=4)
     parser.add_argument("--cycle-steps", type=int, default=20, help="steps between two evaluations")
+    parser.add_argument("--without-alone", action="store_true", help="only the run with evaluation ranks")
     parser.add_argument("--workers", type=int, help="loader processes per replica; default: what the cores allow")
     parser.add_argument("--minutes", type=float, default=8.5, help="of both runs; whoever is late is killed")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU over gloo")
@@ -299,9 +306,10 @@ def main() -> int:
                 break
             if csv is not None:
                 append_rows(csv, rows[-1:])
-    if len(rows) == 2:
+    complete = len(rows) == len(cases(arguments))
+    if complete:
         report(rows)
-    return int(len(rows) < 2)
+    return int(not complete)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,8 @@ def test_a_hand_over_is_told_from_waiting_for_the_evaluators(script, tmp_path):
     assert metrics.step[module.beside_evaluation(metrics)].tolist() == [6]
     case = module.Case("beside", 1, 1, 1, cycles=2, cycle_steps=4, small=True)
     row = module.row(case, metrics, module.Ended([4, 0], metrics.path.stat().st_mtime + 1.5))
-    assert (row["step_ms"], row["beside_ms"], row["stall_ms"], row["waited_s"]) == (100.0, 100.0, 20.0, 0.3)
+    assert (row["step_ms"], row["beside_ms"], row["apart_ms"]) == (100.0, 100.0, 100.0)
+    assert (row["stall_ms"], row["waited_s"]) == (20.0, 0.3)
     assert (row["evaluations"], row["eval_s"], row["end_s"], row["statuses"]) == (2, 0.2, 1.5, "4 0")
     assert module.complaints(case, metrics, module.Ended([4, 0], 0.0)) == []
 
