@@ -58,6 +58,14 @@ def test_global_attention_is_as_accurate_as_pytorch(batch, sequences, n, c, head
     assert_as_accurate_as_pytorch(*make_inputs(batch, sequences, n, c, heads, dtype), heads)
 
 
+def test_gradients_of_queries_and_keys_survive_almost_equal_weights_of_similar_values():
+    inputs, d_out = make_inputs(1, 256, 3, 64, 8, torch.bfloat16)
+    inputs[1].fill_(1.0)  # mask
+    inputs[3] *= 10.0  # bias of the norm: what all sequences have in common
+    inputs[4] *= 0.1  # W_q
+    assert_as_accurate_as_pytorch(inputs, d_out, 8)
+
+
 def test_sequences_in_several_chunks_and_tiles_give_the_same_result():
     inputs, d_out = make_inputs(1, 150, 2, 16, 2, torch.float32)
     with (

@@ -168,7 +168,10 @@ def _attended(
     config = tuning.lookup("global_attention_attend", **_fields(m))
     width = kv.shape[-1] // 2
     mean = m.new_empty(batch, n, c)
-    q, o = m.new_empty(2, batch, n, num_heads * width).unbind()
+    q = m.new_empty(batch, n, num_heads * width)
+    # fp32, though small: rounded, it shifts every score's gradient of a head alike, and over 1,024 almost equal weights
+    # that is a tenth of the gradients of W_q and W_k
+    o = torch.empty_like(q, dtype=torch.float32)
     statistics = m.new_empty(batch, n, 3, num_heads, dtype=torch.float32)
     attend_columns[(batch * n,)](
         partial, mask, weight_q, kv, mean, q, o, statistics, sequences, n, partial.shape[0], inf * LOG2_E, eps,
