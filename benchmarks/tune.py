@@ -3,15 +3,14 @@
     python benchmarks/tune.py                                # training shapes of DAP 1, six minutes
     python benchmarks/tune.py --dap 2 4 8 --evaluation 320 704 --minutes 10 --missing
     python benchmarks/tune.py --kernels attention transition --out results
-    python benchmarks/tune.py --forms        # present choices against other forms only: a quarter of the compilations
     python benchmarks/tune.py --refine       # present choices against their neighbours, registers limited among them
 
 First every candidate of every problem is compiled by a pool of processes, most expensive problems first; then this
 process alone times what has compiled: the operation inside a CUDA graph, forward only for kernels of the forward pass.
 Earlier results come first: the present choice, then choices of other machines for the same problem. A candidate that
 does not compile, does not launch, or disagrees with the present choice is left out, and one that is faster by less than
-a hundredth does not replace it. At the time limit the choices made
-so far are kept. Every choice is a row of ``tuning.csv``.
+a hundredth does not replace it. At the time limit the choices made so far are kept. Every choice is a row of
+``tuning.csv``.
 """
 
 import argparse
@@ -42,7 +41,6 @@ LARGEST_DIFFERENCE = 0.02  # relative, between candidates: bf16 rounding in anot
 REPLAYS = 12
 LEAST_GAIN = 0.01  # of the operation's time: less is noise
 REGISTERS = (96, 128, 168)  # per thread: five, four and three programs of four warps on a multiprocessor
-FORMS = ("LIBRARY", "PARTS", "TRANSPOSED")  # launch parameters that name another form of an operation
 
 
 @dataclass
@@ -130,18 +128,15 @@ def neighbours(config: tuning.Config) -> list[tuning.Config]:
     return [c for c in found if 1 <= c.get("num_warps", 1) <= 16]
 
 
-def choices(problem: Problem, arguments: argparse.Namespace) -> list[tuning.Config]:
-    """Candidates of a problem, history first; ``--forms``: besides the present choice those of other forms."""
+def choices(problem: Problem, refine: bool) -> list[tuning.Config]:
+    """The present choice, then its neighbours (``refine``) or history and the kernel's own candidates."""
     kernel, key = problem.key
     present, *others = tuning.candidates(kernel, **problem.fields)
-    if arguments.refine:
-        others = neighbours(present)
     tables = [json.loads(path.read_text()) for path in sorted(tuning.TABLES.glob("*.json"))]
     history = [table[kernel][key] for table in tables if key in table.get(kernel, {})]
     ordered = [present]
-    for config in others if arguments.refine else [*history, *others]:
-        other_form = any(config.get(key) != present.get(key) for key in FORMS)
-        if config not in ordered and (other_form or not arguments.forms):
+    for config in neighbours(present) if refine else [*history, *others]:
+        if config not in ordered:
             ordered.append(config)
     return ordered[:MAX_CANDIDATES]
 
@@ -186,13 +181,11 @@ def unique(problems: list[Problem], cases: list[Case]) -> list[Problem]:
     return list({p.key: p for p in reversed(ordered)}.values())[::-1]
 
 
-def compile_all(
-    pool: ProcessPoolExecutor, problems: list[Problem], arguments: argparse.Namespace, deadline: float
-) -> None:
+def compile_all(pool: ProcessPoolExecutor, problems: list[Problem], refine: bool, deadline: float) -> None:
     """Keep of every problem's candidates the present choice and those that ran before the deadline."""
     futures: dict[Future[bool], tuple[Problem, tuning.Config]] = {}
     for problem in problems:
-        present, *others = choices(problem, arguments)
+        present, *others = choices(problem, refine)
         problem.candidates = [present]
         for config in others:
             futures[pool.submit(compile_task, problem, config)] = (problem, config)
@@ -313,7 +306,6 @@ def main() -> int:
     parser.add_argument("--dap", type=int, nargs="*", default=[1], help="training shares, default 1")
     parser.add_argument("--evaluation", type=int, nargs="*", default=[], metavar="LENGTH", help="chains, forward only")
     parser.add_argument("--missing", action="store_true", help="only problems without a tuned entry")
-    parser.add_argument("--forms", action="store_true", help="try other forms of an operation only, not other tiles")
     parser.add_argument("--refine", action="store_true", help="try neighbours of the present choices only")
     parser.add_argument("--minutes", type=float, default=6.0, help="time limit of the whole sweep")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
@@ -329,7 +321,7 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.workers, context, start_worker, state) as pool:
         problems = chosen_problems(pool, cases, arguments.kernels, arguments.missing)
         print(f"{len(problems)} problems in {len(cases)} cases after {time.monotonic() - begin:.0f} s", flush=True)
-        compile_all(pool, problems, arguments, begin + COMPILE_SHARE * limit)
+        compile_all(pool, problems, arguments.refine, begin + COMPILE_SHARE * limit)
         pool.shutdown(cancel_futures=True)
     print(f"timing from {time.monotonic() - begin:.0f} s on", flush=True)
     rows = time_all(problems, cases, begin + limit)

@@ -1,11 +1,8 @@
 """How kernel tests judge: error against fp32 at most twice PyTorch's own error at the same precision."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,30 +11,12 @@ from scalefold.kernels import tuning
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 FP32_ERROR = 2e-6  # rounding of sums in another order
-SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
-LIBRARY_TILES = {"LIBRARY": 1, **SMALL_TILES}
-FULL_LIBRARY_TILES = {"LIBRARY": 1, "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+LIBRARY_TILES = {"LIBRARY": 1, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 
 
-@contextmanager
-def launch_parameters(config: tuning.Config | None, *kernels: str) -> Iterator[None]:
-    """Use ``config`` for ``kernels``; None: what the tables say."""
-    with ExitStack() as stack:
-        for name in kernels if config else ():
-            stack.enter_context(tuning.override(name, config))
-        yield
-
-
-def recorded(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[Any]:
-    """What a function of ``module`` returns from now on, call by call."""
-    found, function = [], getattr(module, name)
-
-    def record(*args: Any, **named: Any) -> Any:
-        found.append(function(*args, **named))
-        return found[-1]
-
-    monkeypatch.setattr(module, name, record)
-    return found
+def transition_backward(config: tuning.Config | None) -> AbstractContextManager[None]:
+    """Launch parameters of the backward of transitions, which name its form; None: what the tables say."""
+    return tuning.override("transition_backward", config) if config else nullcontext()
 
 
 class Draw:

@@ -4,14 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalefold.kernels import attention, reference, rows, tuning
+from scalefold.kernels import attention, reference, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("o", "dq", "dk", "dv", "dbias")
-SMALL_BACKWARDS = {  # launch parameters of both forms of the backward
-    "one launch": {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1},
-    "two launches": {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 4, "STAGES": 1, "TRANSPOSED": 1},
-}
+SMALL_BACKWARD = {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1}
 
 
 def make_inputs(shape, with_bias: bool, dtype: torch.dtype, transposed: bool = False, device: str = DEVICE):
@@ -69,7 +66,6 @@ def test_attention_is_as_accurate_as_pytorch(shape, with_bias, dtype):
     assert_as_accurate_as_pytorch(*make_inputs(shape, with_bias, dtype))
 
 
-@pytest.mark.parametrize("form", SMALL_BACKWARDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "with_bias", "transposed"),
@@ -82,22 +78,11 @@ def test_attention_is_as_accurate_as_pytorch(shape, with_bias, dtype):
     ],
     ids=str,
 )
-def test_both_forms_of_the_backward_are_as_accurate_as_pytorch(shape, with_bias, transposed, dtype, form):
+def test_the_backward_in_small_tiles_is_as_accurate_as_pytorch(shape, with_bias, transposed, dtype):
     inputs, d_output = make_inputs(shape, with_bias, dtype, transposed)
     inputs[3][:, 1, 32:] = 1.0  # of this row only the first tile of keys is masked in part
-    with tuning.override("attention_backward", SMALL_BACKWARDS[form]):
+    with tuning.override("attention_backward", SMALL_BACKWARD):
         assert_as_accurate_as_pytorch(inputs, d_output)
-
-
-@pytest.mark.parametrize("with_bias", [True, False])
-def test_both_forms_of_the_backward_agree(with_bias):
-    inputs, d_output = make_inputs((2, 3, 40, 2, 16), with_bias, torch.float32)
-    results = []
-    for config in SMALL_BACKWARDS.values():
-        with tuning.override("attention_backward", config):
-            results.append(run(attention.attention, inputs, d_output))
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -117,18 +102,6 @@ def test_attention_takes_slices_of_one_fused_projection():
     assert_as_accurate_as_pytorch(inputs, d_output)
 
 
-@pytest.mark.parametrize("form", SMALL_BACKWARDS)
-def test_gradients_lie_side_by_side_where_queries_keys_and_values_do(form):
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = torch.randn(1, 3, 20, 3, 2, 16, generator=generator).to(DEVICE).unbind(3)
-    mask = torch.ones(1, 3, 20, device=DEVICE)
-    for beside, inputs in ((True, (q, k, v)), (False, (q, k.contiguous(), v))):
-        with tuning.override("attention_backward", SMALL_BACKWARDS[form]):
-            found = run(attention.attention, (*inputs, mask, None), q)
-        runs = rows.joined_columns([found[name].flatten(-2) for name in ("dq", "dk", "dv")])
-        assert (len(runs) == 1) == beside
-
-
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize(
     ("shape", "unrolled"), [((1, 2, 37, 1, 16), 0), ((1, 3, 37, 1, 16), 64), ((2, 2, 32, 1, 8), 64)]
@@ -143,12 +116,11 @@ def test_rows_longer_than_a_tile_are_walked_in_tiles(shape, unrolled, with_bias)
         assert_as_accurate_as_pytorch(*make_inputs(shape, with_bias, torch.float32))
 
 
-@pytest.mark.parametrize("form", SMALL_BACKWARDS)
 @pytest.mark.parametrize("inf", [1e5, 1e9])
-def test_rows_without_any_key_weigh_all_keys_alike_and_pass_gradients(inf, form):
+def test_rows_without_any_key_weigh_all_keys_alike_and_pass_gradients(inf):
     (q, k, v, mask, bias), d_output = make_inputs((1, 2, 24, 2, 16), True, torch.float32)
     mask.zero_()
-    with tuning.override("attention_backward", SMALL_BACKWARDS[form]):
+    with tuning.override("attention_backward", SMALL_BACKWARD):
         results = run(attention.attention, (q, k, v, mask, bias), d_output, inf)
     expected = run(reference.attention, (q, k, v, mask, bias), d_output, inf)
     for name, value in expected.items():
@@ -157,12 +129,11 @@ def test_rows_without_any_key_weigh_all_keys_alike_and_pass_gradients(inf, form)
         torch.testing.assert_close(results["o"], v.mean(2, keepdim=True).expand_as(v), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", SMALL_BACKWARDS)
-def test_a_masked_key_has_no_influence_and_no_gradient(form):
+def test_a_masked_key_has_no_influence_and_no_gradient():
     (q, k, v, mask, bias), d_output = make_inputs((1, 2, 20, 2, 16), True, torch.float32)
     mask.fill_(1.0)
     mask[:, :, 5] = 0.0
-    with tuning.override("attention_backward", SMALL_BACKWARDS[form]):
+    with tuning.override("attention_backward", SMALL_BACKWARD):
         first = run(attention.attention, (q, k, v, mask, bias), d_output)
         k[:, :, 5] += 10.0
         v[:, :, 5] -= 10.0
@@ -190,19 +161,8 @@ def test_a_frozen_bias_costs_no_bias_gradient():
     torch.testing.assert_close(dq, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_sweep_reaches_both_forms_of_the_backward_for_16_bit_inputs():
-    fields = {"batch": 1, "rows": 256, "n": 256, "heads": 4, "d": 32, "bias": 1}
-    tried = tuning.candidates("attention_backward", **fields, dtype="bfloat16")[:20]
-    assert {bool(config.get("TRANSPOSED")) for config in tried} == {True, False}
-    assert not any("TRANSPOSED" in c for c in tuning.candidates("attention_backward", **fields, dtype="float32"))
-
-
 FULL_SHAPES = [(shape, with_bias) for shape, with_bias in attention.COMPILE_SHAPES.values()]
 SHARES = [((1, 32, 256, 4, 32), True), ((1, 16, 256, 8, 32), True), ((1, 32, 128, 8, 32), False)]
-TWO_LAUNCHES = [
-    {"BLOCK_Q": 32, "BLOCK_K": 128, "num_warps": 4, "STAGES": 1, "maxnreg": 168, "TRANSPOSED": 1},
-    {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "STAGES": 2, "maxnreg": 168, "TRANSPOSED": 1},
-]
 EVALUATION = [((1, 301, 301, 4, 32), True), ((1, 513, 130, 8, 32), False), ((1, 64, 701, 8, 8), True)]
 
 
@@ -212,16 +172,6 @@ EVALUATION = [((1, 301, 301, 4, 32), True), ((1, 513, 130, 8, 32), False), ((1, 
 @pytest.mark.parametrize(("shape", "with_bias"), FULL_SHAPES[:4] + SHARES + EVALUATION, ids=str)
 def test_attention_is_as_accurate_as_pytorch_at_full_shapes(shape, with_bias, transposed):
     assert_as_accurate_as_pytorch(*make_inputs(shape, with_bias, torch.bfloat16, transposed))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("shape", "with_bias"), FULL_SHAPES[:4] + SHARES + [EVALUATION[0]], ids=str)
-@pytest.mark.parametrize("config", TWO_LAUNCHES, ids=str)
-def test_the_backward_in_two_launches_is_as_accurate_as_pytorch_at_full_shapes(config, shape, with_bias, transposed):
-    with tuning.override("attention_backward", config):
-        assert_as_accurate_as_pytorch(*make_inputs(shape, with_bias, torch.bfloat16, transposed))
 
 
 @pytest.mark.gpu

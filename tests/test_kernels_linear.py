@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from kernel_accuracy import LIBRARY_TILES, Draw, assert_as_accurate_as_pytorch, launch_parameters
-from scalefold.kernels import gated_output, linear, reference, rows
-
-
-@pytest.fixture(params=[None, LIBRARY_TILES], ids=["kernel", "library"])
-def form(request):
-    """Who computes the wide products of the projections: the kernel itself, or the library beside it."""
-    with launch_parameters(request.param, "norm_linear_forward", "norm_linear_backward"):
-        yield "library" if request.param else "kernel"
+from kernel_accuracy import Draw, assert_as_accurate_as_pytorch
+from scalefold.kernels import gated_output, linear, reference
 
 
 def check_projections(shape, widths, biased, dtype, transposed=False):
@@ -49,7 +42,6 @@ def check_projections(shape, widths, biased, dtype, transposed=False):
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("form")
 def test_projections_are_as_accurate_as_pytorch(shape, widths, biased, dtype, transposed):
     check_projections(shape, widths, biased, dtype, transposed)
 
@@ -70,24 +62,6 @@ def test_projections_of_a_transposed_view_keep_its_memory_order():
     assert all(out.transpose(1, 2).is_contiguous() for out in outs)
 
 
-def test_the_library_writes_projections_as_columns_of_one_product_and_the_kernel_each_on_its_own(form):
-    draw = Draw(1)
-    weights = [draw.weight(32, 16) for _ in range(3)]
-    _, *outs = linear.layer_norm_linear(draw(1, 5, 6, 16), *draw.norm(16), weights, [None] * 3)
-    assert [len(run) for run in rows.joined_columns(outs)] == ([3] if form == "library" else [1, 1, 1])
-
-
-def test_columns_are_joined_in_the_order_of_one_buffer_only():
-    buffer = torch.zeros(4, 5, 48)
-    first, second, third = buffer.split(16, -1)
-    assert [len(run) for run in rows.joined_columns([first, second, third])] == [3]
-    assert [len(run) for run in rows.joined_columns([first, third, second])] == [1, 1, 1]
-    assert [len(run) for run in rows.joined_columns([third, buffer[1:, :, :16]])] == [1, 1]
-    dense = torch.zeros(2, 4, 16)
-    assert [len(run) for run in rows.joined_columns(dense.unbind(0))] == [1, 1]
-
-
-@pytest.mark.usefixtures("form")
 def test_gradients_side_by_side_give_the_same_as_apart():
     draw = Draw(1)
     x, weights = draw(1, 5, 6, 16), [draw.weight(32, 16) for _ in range(3)]
@@ -147,7 +121,6 @@ def test_gated_output_lies_in_the_memory_order_of_its_residual():
     ],
     ids=str,
 )
-@pytest.mark.usefixtures("form")
 def test_full_projections_are_as_accurate_as_pytorch(shape, widths):
     biased = tuple(n == 3 for n in range(len(widths)))
     check_projections(shape, widths, biased, torch.bfloat16)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_accuracy import DTYPES, SMALL_TILES, Draw, assert_as_accurate_as_pytorch, launch_parameters
+from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import outer_product, reference
 
 
@@ -46,15 +46,6 @@ def test_projections_are_as_accurate_as_pytorch(shape, width, dtype):
 def test_update_is_as_accurate_as_pytorch(sizes, dtype, keep_from, monkeypatch):
     monkeypatch.setattr(outer_product, "KEEP_FROM_SEQUENCES", keep_from)
     check_update(*sizes, dtype)
-
-
-def test_an_update_in_parts_gives_the_same_as_in_one():
-    draw = Draw(2)
-    z, a, b, norm = draw(1, 7, 5, 16), draw(1, 3, 7, 16), draw(1, 3, 5, 16), draw(1, 7, 5).abs() + 1.0
-    inputs = (z, a, b, norm, draw.weight(16, 256), draw(16))
-    whole = outer_product.outer_product_update(*inputs)
-    with launch_parameters({"PARTS": 3, **SMALL_TILES}, "outer_product_forward"):
-        torch.testing.assert_close(outer_product.outer_product_update(*inputs), whole)
 
 
 def test_the_channel_of_a_is_the_slow_index_of_the_weight():

@@ -1,21 +1,10 @@
-"""Triton triangle multiplication against its plain definition, its backward fused and with products of the library."""
+"""Triton triangle multiplication against its plain definition."""
 
 import pytest
 import torch
 
-from kernel_accuracy import (
-    DEVICE,
-    DTYPES,
-    FULL_LIBRARY_TILES,
-    LIBRARY_TILES,
-    Draw,
-    assert_as_accurate_as_pytorch,
-    launch_parameters,
-    recorded,
-)
+from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import reference, triangle
-
-KERNELS = ("triangle_project_backward", "triangle_output_backward")
 
 SMALL = [(1, 9, 32, 16), (2, 7, 16, 32)]  # batch, residues, pair channels, product channels
 FULL = [(1, 256, 128, 128), (4, 256, 64, 64), (1, 301, 128, 128)]
@@ -85,46 +74,35 @@ def test_output_is_as_accurate_as_pytorch(shape, dtype, dropped):
     check_output(shape, dtype, dropped)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SMALL, ids=str)
-def test_products_of_the_library_are_as_accurate_as_pytorch(shape, dtype, transposed):
-    with launch_parameters(LIBRARY_TILES, *KERNELS):
-        check_project(shape, dtype, transposed)
-        check_output(shape, dtype, "columns", transposed)
+def test_transposed_pairs_are_as_accurate_as_pytorch(dtype):
+    check_project(SMALL[1], dtype, transposed=True)
+    check_output(SMALL[1], dtype, "columns", transposed=True)
 
 
-def test_launch_parameters_choose_the_form_and_both_keep_the_memory_order(monkeypatch):
-    found = recorded(monkeypatch, triangle, "norm_gradient")
+def test_gradients_keep_the_memory_order():
     draw = Draw(7)
     z = draw(2, 5, 5, 16).transpose(1, 2).requires_grad_()
     x, mask = draw(2, 16, 5, 5).requires_grad_(), draw.mask(2, 5, 5)
     norms = [draw.norm(16) for _ in range(3)]
     linears = [parameter for _ in range(6) for parameter in (draw.weight(16, 16), draw(16))]
 
-    def gradients():
-        through, a, b = triangle.triangle_project(z, mask, *norms[0], *linears[:8])
-        y = triangle.triangle_output(through, x, *norms[1], *norms[2], *linears[8:], None)
+    def gradients(module):
+        through, a, b = module.triangle_project(z, mask, *norms[0], *linears[:8])
+        y = module.triangle_output(through, x, *norms[1], *norms[2], *linears[8:], None)
         return torch.autograd.grad(y.square().sum() + (a * b).sum(), (z, x))
 
-    fused = gradients()
-    assert not found
-    with launch_parameters(LIBRARY_TILES, *KERNELS):
-        by_library = gradients()
-    assert len(found) == 3
-    for value, expected, leaf in zip(by_library, fused, (z, x), strict=True):
-        assert value.stride() == expected.stride() == leaf.stride()
+    for value, expected, leaf in zip(gradients(triangle), gradients(reference), (z, x), strict=True):
+        assert value.stride() == leaf.stride()
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("config", [None, LIBRARY_TILES], ids=["fused", "library"])
-def test_masked_pairs_get_no_operand_and_give_no_gradient(config):
+def test_masked_pairs_get_no_operand_and_give_no_gradient():
     draw = Draw(5)
     z, mask = draw(1, 6, 6, 16).requires_grad_(), draw.mask(1, 6, 6)
     parameters = [p for _ in range(4) for p in (draw.weight(16, 16), draw(16))]
     _, a, b = triangle.triangle_project(z, mask, *draw.norm(16), *parameters)
-    with launch_parameters(config, *KERNELS):
-        (gradient,) = torch.autograd.grad((a.square() + b).sum(), z)
+    (gradient,) = torch.autograd.grad((a.square() + b).sum(), z)
     outside = mask == 0
     assert outside.any()
     assert (a.permute(0, 2, 3, 1)[outside] == 0).all()
@@ -143,9 +121,7 @@ def test_other_widths_take_the_plain_definition():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [None, FULL_LIBRARY_TILES], ids=["table", "library"])
 @pytest.mark.parametrize("shape", FULL, ids=str)
-def test_full_shapes_are_as_accurate_as_pytorch(shape, config):
-    with launch_parameters(config, *KERNELS):
-        check_project(shape, torch.bfloat16)
-        check_output(shape, torch.bfloat16, "rows")
+def test_full_shapes_are_as_accurate_as_pytorch(shape):
+    check_project(shape, torch.bfloat16)
+    check_output(shape, torch.bfloat16, "rows")

@@ -5,12 +5,9 @@ rows of scores on chip and no score is ever written to memory:
 
 * forward: a program owns one tile of queries of one head and walks over several rows s; the bias tile, the same for
   all rows, is read once per program. Longer rows (evaluation) are walked in key tiles with a running maximum.
-* backward of q, k, v: probabilities are recomputed tile by tile from saved statistics, in one of two forms. One launch:
-  a program owns one (row, head) and walks over key tiles, five products per tile, of which two take probabilities or
-  their gradients transposed through shared memory; it fills the registers of a multiprocessor. Two launches (launch
-  parameter ``TRANSPOSED``): the first owns a tile of queries and walks over keys for dq, the second owns a tile of keys
-  and walks over queries for dk and dv with transposed scores. Seven products and every exponential twice, but
-  probabilities and their gradients never leave the registers, and three to five programs share a multiprocessor.
+* backward of q, k, v: a program owns one (row, head) and walks over key tiles; probabilities are recomputed tile by
+  tile from saved statistics. Five products per tile, of which two take probabilities or their gradients transposed
+  through shared memory.
 * backward of the bias: a program owns one (head, query tile, key tile), walks over a group of rows and keeps the sum
   in fp32 registers; the few partial sums (one per group) are added afterwards. No atomics.
 
@@ -30,15 +27,8 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.attention_programs import (
-    backward_bias,
-    backward_keys,
-    backward_queries,
-    backward_rows,
-    forward_rows,
-    forward_tiled,
-)
-from scalefold.kernels.rows import joined_columns, joined_view, sum_partials
+from scalefold.kernels.attention_programs import backward_bias, backward_rows, forward_rows, forward_tiled
+from scalefold.kernels.rows import sum_partials
 
 LOG2_E = math.log2(math.e)
 
@@ -158,16 +148,14 @@ def _backward_qkv(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, o: Tensor, do: Tensor, lse: Tensor,
     rest: Tensor, inf: float, save_delta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv and, where the bias gradient needs it, delta = sum(o * do) [B, S, H, N] (else perhaps unwritten)."""
+    """dq, dk, dv and, where the bias gradient needs it, delta = sum(o * do) [B, S, H, N] (else left unwritten)."""
     batch, rows, n, heads, width = q.shape
     config = tuning.lookup("attention_backward", **_fields(q, bias))
-    if config.get("TRANSPOSED"):
-        return _backward_transposed(q, k, v, mask, bias, o, do, lse, rest, inf, config)
     blocks = _blocks(config, n, width)
     chunks = tuning.ceil_div(n, blocks[0])
-    dq, dk, dv = _empty_gradients(q, k, v)
+    dq = torch.empty_like(q)
     if chunks == 1:
-        dk, dv = dk[None], dv[None]
+        dk, dv = torch.empty_like(k)[None], torch.empty_like(v)[None]
     else:
         dk, dv = (torch.empty((chunks, *x.shape), dtype=torch.float32, device=x.device) for x in (k, v))
     delta = torch.empty_like(lse) if save_delta else lse
@@ -182,47 +170,6 @@ def _backward_qkv(
     if chunks == 1:
         return dq, dk[0], dv[0], delta
     return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype), delta
-
-
-def _empty_gradients(*inputs: Tensor) -> list[Tensor]:
-    """Memory for the gradients of q, k, v: side by side in one buffer if those are, else each on its own.
-
-    Whoever projected to q, k and v by one product then takes their gradients back by one.
-    """
-    heads, width = inputs[0].shape[-2:]
-    if all(x.stride(-2) == width for x in inputs):
-        runs = joined_columns([x.flatten(-2) for x in inputs])
-        if len(runs) == 1:
-            parts = torch.empty_like(joined_view(runs[0])).chunk(len(inputs), -1)
-            return [part.unflatten(-1, (heads, width)) for part in parts]
-    return [torch.empty_like(x) for x in inputs]
-
-
-def _backward_transposed(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, o: Tensor, do: Tensor, lse: Tensor,
-    rest: Tensor, inf: float, config: tuning.Config,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv and delta in two launches, of rows of any length.
-
-    Both own tiles of BLOCK_K and walk over tiles of BLOCK_Q: the launch of dq owns queries, so its sizes are exchanged.
-    """
-    batch, rows, n, heads, width = q.shape
-    block_q, block_k, block_d, even = _blocks(config, n, width)
-    (dq, dk, dv), delta = _empty_gradients(q, k, v), torch.empty_like(lse)
-    mask_, bias_, extra_strides = _mask_and_bias(mask, bias)
-    problem = (*extra_strides, rows, n, heads, inf * LOG2_E, width**-0.5)
-    grid = (tuning.ceil_div(n, block_k) * heads, rows, batch)
-    strides = tuple(stride for x in (q, k, v, o, do, dq) for stride in x.stride()[:4])
-    backward_queries[grid](
-        q, k, v, mask_, bias_, o, do, lse, rest, delta, dq, *strides, *problem,
-        HAS_BIAS=bias is not None, **_constants(q, config, (block_k, block_q, block_d, even), strides[3::4]),
-    )  # fmt: skip
-    strides = tuple(stride for x in (q, k, v, do, dk, dv) for stride in x.stride()[:4])
-    backward_keys[grid](
-        q, k, v, mask_, bias_, do, lse, rest, delta, dk, dv, *strides, *problem,
-        HAS_BIAS=bias is not None, **_constants(q, config, (block_q, block_k, block_d, even), strides[3::4]),
-    )  # fmt: skip
-    return dq, dk, dv, delta
 
 
 def _bias_gradient(
@@ -278,14 +225,7 @@ def _backward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
 
 
 def _backward_candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    """First the form in two launches; its register limits let three or four programs share a multiprocessor."""
-    single = [_config(q, k, w, s) for q in (128, 256) for k in (32, 64, 128) for w in (4, 8, 16) for s in (1, 2)]
-    if fields["dtype"] == "float32":
-        return single
-    tiles = [(32, 128, 1, 168), (64, 64, 1, 168), (64, 64, 1, 128), (32, 64, 1, 128), (32, 64, 1, 96)]
-    prefetching = [(64, 64, 2, 168), (32, 128, 2, 168), (32, 64, 2, 128)]
-    pair = [_config(q, k, 4, s, maxnreg=limit, TRANSPOSED=1) for q, k, s, limit in tiles + prefetching]
-    return pair + single
+    return [_config(q, k, w, s) for q in (256, 128) for k in (32, 64, 128) for w in (4, 8, 16) for s in (1, 2)]
 
 
 def _bias_default(fields: tuning.Fields, capability: int) -> tuning.Config:

@@ -58,20 +58,6 @@ def _load_bias(base, offs_q, offs_k, stride_q, stride_k, n, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _widen(tile):
-    """16-bit or fp32 tile -> the same values in fp32.
-
-    bf16 by one operation per score on pairs that share a register; left to itself the compiler moves the upper one of
-    each pair down and up again, which takes two.
-    """
-    if INTERPRETED or tile.dtype != tl.bfloat16:
-        return tile.to(tl.float32)
-    return tl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=&r,=&r,r", [tile], tl.float32, is_pure=True, pack=2
-    )
-
-
-@triton.jit
 def _settle(tile, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
     """The same tile in fp32 in the register layout of a product, moved there once instead of in each iteration.
 
@@ -149,22 +135,6 @@ def _accumulate(logits, values, maximum, total, result, PRECISION: tl.constexpr)
     total = total * decay + tl.sum(weights, 1)
     result = tl.dot(weights.to(values.dtype), values, result * decay[:, None], input_precision=PRECISION)
     return larger, total, result
-
-
-@triton.jit
-def _statistics_of(b, s, h, rows, heads, n, EVEN: tl.constexpr):
-    """Offset of the n statistics of one (row, head). EVEN: tiles of at least 16 cover n, so loads may take pairs."""
-    offset = ((b * rows + s) * heads + h) * n
-    if EVEN:
-        return tl.multiple_of(offset, 16)
-    return offset
-
-
-@triton.jit
-def _load_statistics(base, offsets, n, other, EVEN: tl.constexpr):
-    if EVEN:
-        return tl.load(base + offsets)
-    return tl.load(base + offsets, mask=offsets < n, other=other)
 
 
 @triton.jit
@@ -323,133 +293,6 @@ def backward_rows(
         _store_rows(dk, offs_k, dk_n, n, dk_tile, D, BLOCK_D, EVEN)
         dq_sum = tl.dot(d_logits, keys, dq_sum, input_precision=PRECISION)
     _store_rows(dq + b * dq_b + s * dq_s + _head(h, dq_h, ALIGN), offs_q, dq_n, n, dq_sum * scale, D, BLOCK_D, EVEN)
-
-
-@triton.jit(do_not_specialize=["rows", "n"])
-def backward_queries(
-    q, k, v, mask, bias, o, do, lse, rest, delta, dq,
-    q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h, do_b, do_s, do_n, do_h,
-    dq_b, dq_s, dq_n, dq_h, mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
-    rows, n, heads, inf_log2, scale,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Gradient of one tile of queries of one row and head, and its delta, which ``backward_keys`` reads."""
-    tiles = tl.cdiv(n, BLOCK_Q)
-    offs_q = (tl.program_id(0) % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    b = tl.program_id(2).to(tl.int64)
-    s = tl.program_id(1).to(tl.int64)
-    h = tl.program_id(0) // tiles
-    k += b * k_b + s * k_s + _head(h, k_h, ALIGN)
-    v += b * v_b + s * v_s + _head(h, v_h, ALIGN)
-    mask += b * mask_b + s * mask_s
-    statistics = _statistics_of(b, s, h, rows, heads, n, EVEN)
-    row_lse = _load_statistics(lse + statistics, offs_q, n, float("inf"), EVEN)
-    row_rest = _load_statistics(rest + statistics, offs_q, n, 0.0, EVEN)
-    outputs = _load_rows(o + b * o_b + s * o_s + _head(h, o_h, ALIGN), offs_q, o_n, n, D, BLOCK_D, EVEN)
-    grads = _load_rows(do + b * do_b + s * do_s + _head(h, do_h, ALIGN), offs_q, do_n, n, D, BLOCK_D, EVEN)
-    row_delta = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
-    tl.store(delta + statistics + offs_q, row_delta, mask=offs_q < n)
-    grads = (grads.to(tl.float32) * row_rest[:, None]).to(grads.dtype)
-    row_delta *= row_rest
-    queries = _load_rows(q + b * q_b + s * q_s + _head(h, q_h, ALIGN), offs_q, q_n, n, D, BLOCK_D, EVEN)
-    dq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    for start in tl.range(0, n, BLOCK_K, num_stages=STAGES):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        keys = _load_rows(k, offs_k, k_n, n, D, BLOCK_D, EVEN)
-        values = _load_rows(v, offs_k, v_n, n, D, BLOCK_D, EVEN)
-        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        shift = _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)
-        if HAS_BIAS:
-            tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN)
-            logits = _biased_logits(products, _widen(tile), shift, SCALE)
-        else:
-            logits = _logits(products, shift, SCALE)
-        weights = tl.exp2(logits - row_lse[:, None])
-        d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-        d_logits = (weights * (d_weights - row_delta[:, None])).to(keys.dtype)
-        dq_sum = tl.dot(d_logits, keys, dq_sum, input_precision=PRECISION)
-    _store_rows(dq + b * dq_b + s * dq_s + _head(h, dq_h, ALIGN), offs_q, dq_n, n, dq_sum * scale, D, BLOCK_D, EVEN)
-
-
-@triton.jit
-def _key_gradients(
-    keys, values, shift, offs_k, q, bias, do, lse, rest, delta, q_n, do_n, bias_q, bias_k, n,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SOME_MASKED: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Gradients of a tile of keys (before the scale) and of values, summed over all queries of one row and head.
-
-    Scores are transposed, [keys, queries]: weights and their gradients are then left operands where they are, in
-    registers.
-    """
-    dk_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    dv_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    for start in tl.range(0, n, BLOCK_Q, num_stages=STAGES):
-        offs_q = start + tl.arange(0, BLOCK_Q)
-        queries = _load_rows(q, offs_q, q_n, n, D, BLOCK_D, EVEN)
-        grads = _load_rows(do, offs_q, do_n, n, D, BLOCK_D, EVEN)
-        row_lse = _load_statistics(lse, offs_q, n, float("inf"), EVEN)
-        row_delta = _load_statistics(delta, offs_q, n, 0.0, EVEN)
-        products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-        if HAS_BIAS:
-            tile = _load_bias(bias, offs_k, offs_q, bias_k, bias_q, n, EVEN)
-            logits = (products * SCALE + _widen(tile)) * LOG2_E
-        else:
-            logits = products * (SCALE * LOG2_E)
-        if SOME_MASKED:
-            row_rest = _load_statistics(rest, offs_q, n, 0.0, EVEN)
-            weights = tl.exp2(logits + shift[:, None] - row_lse[None, :]) * row_rest[None, :]
-        else:  # no shift, and rows with a key left have a rest of 1: two operations per score less
-            weights = tl.exp2(logits - row_lse[None, :])
-        dv_sum = tl.dot(weights.to(grads.dtype), grads, dv_sum, input_precision=PRECISION)
-        d_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
-        d_logits = (weights * (d_weights - row_delta[None, :])).to(queries.dtype)
-        dk_sum = tl.dot(d_logits, queries, dk_sum, input_precision=PRECISION)
-    return dk_sum, dv_sum
-
-
-@triton.jit(do_not_specialize=["rows", "n"])
-def backward_keys(
-    q, k, v, mask, bias, do, lse, rest, delta, dk, dv,
-    q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, do_b, do_s, do_n, do_h,
-    dk_b, dk_s, dk_n, dk_h, dv_b, dv_s, dv_n, dv_h, mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
-    rows, n, heads, inf_log2, scale,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Gradients of one tile of keys and values of one row and head."""
-    tiles = tl.cdiv(n, BLOCK_K)
-    offs_k = (tl.program_id(0) % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
-    b = tl.program_id(2).to(tl.int64)
-    # From the last row to the first: what ``backward_queries`` read last may still be in the cache.
-    s = (tl.num_programs(1) - 1 - tl.program_id(1)).to(tl.int64)
-    h = tl.program_id(0) // tiles
-    q += b * q_b + s * q_s + _head(h, q_h, ALIGN)
-    do += b * do_b + s * do_s + _head(h, do_h, ALIGN)
-    bias += b * bias_b + h * bias_h
-    statistics = _statistics_of(b, s, h, rows, heads, n, EVEN)
-    lse += statistics
-    rest += statistics
-    delta += statistics
-    keys = _load_rows(k + b * k_b + s * k_s + _head(h, k_h, ALIGN), offs_k, k_n, n, D, BLOCK_D, EVEN)
-    values = _load_rows(v + b * v_b + s * v_s + _head(h, v_h, ALIGN), offs_k, v_n, n, D, BLOCK_D, EVEN)
-    shift = _load_shift(mask + b * mask_b + s * mask_s, offs_k, mask_n, n, inf_log2, EVEN)
-    if tl.min(shift) < 0:
-        dk_sum, dv_sum = _key_gradients(
-            keys, values, shift, offs_k, q, bias, do, lse, rest, delta, q_n, do_n, bias_q, bias_k, n,
-            SCALE, D, BLOCK_D, BLOCK_Q, BLOCK_K, EVEN, HAS_BIAS, True, PRECISION, STAGES,
-        )  # fmt: skip
-    else:
-        dk_sum, dv_sum = _key_gradients(
-            keys, values, shift, offs_k, q, bias, do, lse, rest, delta, q_n, do_n, bias_q, bias_k, n,
-            SCALE, D, BLOCK_D, BLOCK_Q, BLOCK_K, EVEN, HAS_BIAS, False, PRECISION, STAGES,
-        )  # fmt: skip
-    _store_rows(dk + b * dk_b + s * dk_s + _head(h, dk_h, ALIGN), offs_k, dk_n, n, dk_sum * scale, D, BLOCK_D, EVEN)
-    _store_rows(dv + b * dv_b + s * dv_s + _head(h, dv_h, ALIGN), offs_k, dv_n, n, dv_sum, D, BLOCK_D, EVEN)
 
 
 @triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])

@@ -3,14 +3,10 @@
 One kernel forward (the norm stays in registers). Backward: one kernel for the input gradient, the norm's backward and
 the bias gradients, which also stores the norm for the weight gradients; products of the library; one sum of all partial
 gradients. Nothing but the inputs is saved.
-
-Either direction has a second form (``rows.choose_form``): the kernel stores the norm, or starts from the summed
-gradient of the norm, and the library computes the wide products.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -19,16 +15,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import reference
 from scalefold.kernels.rows import (
-    choose_form,
+    chosen_tiles,
     common_rows,
     dot,
     fused_view,
     has_plain_strides,
     is_tile_width,
-    joined_columns,
-    joined_view,
     load_normed,
     load_tile,
     memory_order,
@@ -46,35 +40,26 @@ register_tiles(
     {64: (64, 64, 4, 3), 128: (64, 128, 4, 2), 256: (128, 64, 8, 3)},
     *((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (64, 128, 8, 2)),
     *((128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
-    library=((16, 16, 4, 1), (32, 16, 4, 1), (64, 16, 8, 1)),
-    library_ratio=2,
 )
 register_tiles(
     "norm_linear_backward",
     {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)},
     *((32, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3)),
     *((64, 128, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
-    library=((16, 64, 4, 1), (32, 64, 8, 1), (32, 64, 4, 1)),
-    library_ratio=2,
 )
 
 
 @triton.jit
 def _forward_kernel(
-    x, x_strides, norm_weight, norm_bias, weight, bias, normed_out, out, out_strides, segment_stride,
+    x, x_strides, norm_weight, norm_bias, weight, bias, out, out_strides, segment_stride,
     narrow_weight, narrow_bias, narrow_out, narrow_strides, row_mask, mask_strides, dims, count, bias_start,
     N: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of rows: layer norm once, then all output columns. weight: [N, C]; out: [N / WIDTH][rows, WIDTH].
-
-    With N = 0 the wide products are the library's, which reads the norm in normed_out: [rows, C], strides out_strides.
-    """
+    """Tile of rows: layer norm once, then all output columns. weight: [N, C]; out: [N / WIDTH][rows, WIDTH]."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
     c = tl.arange(0, C)
-    if normed_out is not None:
-        store_tile(normed_out, normed, rows, c, dims, out_strides, count)
     if row_mask is not None:
         keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
     if N > 0:
@@ -111,38 +96,32 @@ def _column_sums(d, keep):
 
 @triton.jit
 def _input_gradient_kernel(
-    x, x_strides, norm_weight, norm_bias, weight, summed, summed_strides, ds, d_strides, narrow_weight, narrow_d,
-    narrow_strides, row_mask, mask_strides, through, through_strides, dx, dx_strides, normed, normed_strides,
-    partials, num_sums, dims, count,
+    x, x_strides, norm_weight, norm_bias, weight, ds, d_strides, narrow_weight, narrow_d, narrow_strides,
+    row_mask, mask_strides, through, through_strides, dx, dx_strides, normed, normed_strides, partials, num_sums, dims,
+    count,
     COUNT: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, NARROW_SUM: tl.constexpr,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: sum over the projections of d W, then the backward of the layer norm, plus the gradient of x that
-    came ``through`` a residual connection (None: there was none). ``summed``: the wide projections' part of the sum,
-    [rows, C], where the library has computed it, else None.
+    came ``through`` a residual connection (None: there was none).
 
     partials[tile] gets the sums for the norm (2 C) and the bias gradients: those of wide projection i from column
     SUMS[i] on (-1: it has no bias), those of the narrow one from NARROW_SUM on.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
-    if summed is None:
-        acc = tl.zeros([BLOCK_M, C], tl.float32)
-    else:
-        acc = load_tile(summed, rows, c, dims, summed_strides, count).to(tl.float32)
+    acc = tl.zeros([BLOCK_M, C], tl.float32)
     own = partials + tl.program_id(0).to(tl.int64) * num_sums
     keep = None
     if row_mask is not None:
         keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
     for i in tl.static_range(COUNT):
-        if summed is None or SUMS[i] >= 0:
-            for first in range(0, WIDTH, BLOCK_N):
-                n = first + tl.arange(0, BLOCK_N)
-                d = load_tile(ds[i], rows, n, dims, d_strides[i], count)
-                if summed is None:
-                    acc = dot(d, tl.load(weight + (i * WIDTH + n)[:, None] * C + c[None, :]), acc)
-                if SUMS[i] >= 0:
-                    tl.store(own + SUMS[i] + n, _column_sums(d, keep))
+        for first in range(0, WIDTH, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            d = load_tile(ds[i], rows, n, dims, d_strides[i], count)
+            acc = dot(d, tl.load(weight + (i * WIDTH + n)[:, None] * C + c[None, :]), acc)
+            if SUMS[i] >= 0:
+                tl.store(own + SUMS[i] + n, _column_sums(d, keep))
     if NARROW > 0:
         n = tl.arange(0, 16)
         offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
@@ -201,13 +180,10 @@ class _NormLinear(torch.autograd.Function):
         normed, dx, partials = _input_gradient(
             x, norm_weight, norm_bias, row_mask, ctx.num_wide, weights, ds, widths, through
         )
-        runs = joined_columns(ds)
-        products = [Product(joined_view(run), normed) for run in runs]
-        sums, *joined = sum_all([partials, *weight_partials(products)], dtype)
+        sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
         norm_weight_sum, norm_bias_sum, *bias_sums = sums.split([c, c, *widths])
         biases = [total if has else None for total, has in zip(bias_sums, ctx.has_bias, strict=True)]
-        pairs = zip(joined, runs, strict=True)
-        d_weights = [part for total, run in pairs for part in total.view(-1, c).split([d.shape[-1] for d in run])]
+        d_weights = [part.view_as(weight) for part, weight in zip(flat, weights, strict=True)]
         return dx, norm_weight_sum, norm_bias_sum, None, None, *d_weights, *biases
 
 
@@ -215,61 +191,27 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     c, count = x.shape[-1], x.shape[:-1].numel()
     wide, narrow = weights[:num_wide], weights[num_wide:]
     width = wide[0].shape[0] if wide else NARROW_WIDTH
-    library, config = _choose_form("norm_linear_forward", x, num_wide, width, row_mask)
+    config = chosen_tiles("norm_linear_forward", x, num_wide * width, width)
     order = memory_order(x)
-    normed = x.new_empty(count, c) if library else None
-    out = x.new_empty(0 if library else len(wide), count, width)
+    out = x.new_empty(num_wide, count, width)
+    outs = [_in_order(order, part, x.shape) for part in out.unbind(0)]
     narrow_out = None
     if narrow:
         narrow_out = x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1)
-    written = normed if normed is not None else out[0] if wide else None
     dims, count, strides = common_rows(
         x,
-        x if written is None else _in_order(order, written, x.shape),
+        outs[0] if wide else x,
         x if narrow_out is None else narrow_out,
         x if row_mask is None else row_mask[..., None],
     )
-    bias, bias_start = (None, 0) if library else _fused_bias(biases[:num_wide], width)
+    bias, bias_start = _fused_bias(biases[:num_wide], width)
     _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide and not library else None, bias, normed, out,
-        strides[1], count * width, narrow[0] if narrow else None, biases[num_wide] if narrow else None, narrow_out,
-        strides[2], row_mask, strides[3], dims, count, bias_start, N=0 if library else num_wide * width, WIDTH=width,
+        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, bias, out, strides[1],
+        count * width, narrow[0] if narrow else None, biases[num_wide] if narrow else None, narrow_out, strides[2],
+        row_mask, strides[3], dims, count, bias_start, N=num_wide * width, WIDTH=width,
         NARROW=narrow[0].shape[0] if narrow else 0, C=c, **config,
     )  # fmt: skip
-    parts = out.unbind(0) if normed is None else _library_products(normed, wide, biases[:num_wide])
-    outs = [_in_order(order, part, x.shape) for part in parts]
     return tuple(outs if narrow_out is None else [*outs, narrow_out])
-
-
-def _choose_form(
-    name: str, x: Tensor, num_wide: int, width: int, row_mask: Tensor | None
-) -> tuple[bool, tuning.Config]:
-    """``choose_form``; without wide products there is nothing for the library, and masked rows are not for it."""
-    by_library, config = choose_form(name, x, num_wide * width, width)
-    return by_library and num_wide > 0 and row_mask is None, config
-
-
-def _library_products(normed: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    """Projections [rows, w_i] of normed: [rows, c]; neighbours alike in having a bias share one product."""
-    parts: list[Tensor] = []
-    for biased, run in itertools.groupby(zip(weights, biases, strict=True), key=lambda pair: pair[1] is not None):
-        own, own_biases = zip(*run, strict=True)
-        weight = fused_view(own).t()
-        joined = torch.addmm(torch.cat(own_biases), normed, weight) if biased else normed @ weight
-        parts += joined.split([w.shape[0] for w in own], 1)
-    return parts
-
-
-def _library_sum(ds: Sequence[Tensor], weights: Sequence[Tensor], order: Sequence[int]) -> Tensor:
-    """Sum of d_i W_i over the wide projections, rows in ``order``: [rows, c] in storage type."""
-    total, done = None, 0
-    for run in joined_columns(ds):
-        flat = joined_view(run).permute(*order, len(order)).flatten(0, -2)
-        weight = fused_view(weights[done : done + len(run)])
-        total = flat @ weight if total is None else total.addmm_(flat, weight)
-        done += len(run)
-    assert total is not None
-    return total
 
 
 def _input_gradient(
@@ -282,20 +224,18 @@ def _input_gradient(
     dx, normed = torch.empty_like(x), torch.empty_like(x)
     narrow_d = ds[num_wide] if narrow else None
     width = wide[0].shape[0] if wide else NARROW_WIDTH
-    library, config = _choose_form("norm_linear_backward", x, num_wide, width, row_mask)
-    order = memory_order(x)
-    summed = _in_order(order, _library_sum(ds[:num_wide], wide, order), x.shape) if library else None
+    config = chosen_tiles("norm_linear_backward", x, num_wide * width, width)
     mask_view = x if row_mask is None else row_mask[..., None]
     views = (x, dx, x if narrow_d is None else narrow_d, mask_view, normed, x if through is None else through)
-    dims, count, strides = common_rows(*views, x if summed is None else summed, *ds[:num_wide])
+    dims, count, strides = common_rows(*views, *ds[:num_wide])
     tiles, num_sums = triton.cdiv(count, config["BLOCK_M"]), 2 * c + sum(widths)
     partials = torch.empty(tiles, num_sums, dtype=torch.float32, device=x.device)
     starts = [2 * c + sum(widths[:n]) if own else -1 for n, own in enumerate(widths)]
     _input_gradient_kernel[(tiles,)](
-        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide and not library else None, summed, strides[6],
-        tuple(ds[:num_wide]), tuple(strides[7:]), narrow[0] if narrow else None, narrow_d, strides[2], row_mask,
-        strides[3], through, strides[5], dx, strides[1], normed, strides[4], partials, num_sums, dims, count,
-        COUNT=num_wide, SUMS=tuple(starts[:num_wide]), WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0,
+        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, tuple(ds[:num_wide]),
+        tuple(strides[6:]), narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], through,
+        strides[5], dx, strides[1], normed, strides[4], partials, num_sums, dims, count, COUNT=num_wide,
+        SUMS=tuple(starts[:num_wide]), WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0,
         NARROW_SUM=starts[-1] if narrow else -1, C=c, **config,
     )  # fmt: skip
     return normed, dx, partials
@@ -313,9 +253,9 @@ def layer_norm_linear(
 ) -> tuple[Tensor, ...]:
     """``reference.layer_norm_linear`` for equally wide weights and at most one narrower than 16.
 
-    Each wide output lies in the memory order of x, dense or (library) as columns beside the others; the narrow one is
-    stored channels first in the order of its dimensions, as attention reads its bias: for a transposed x, along memory.
-    x comes back as a view. Other widths take the plain definition.
+    Each wide output is dense in the memory order of x; the narrow one is stored channels first in the order of its
+    dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view. Other widths take
+    the plain definition.
     """
     if not _is_supported(x, weights):
         return reference.layer_norm_linear(x, norm_weight, norm_bias, weights, biases)

@@ -13,38 +13,20 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import reference
 from scalefold.kernels.linear import masked_projections
-from scalefold.kernels.rows import (
-    dot,
-    has_plain_strides,
-    is_tile_width,
-    register_tiles,
-    row_fields,
-    sum_all,
-    tile_config,
-    tile_default,
-)
+from scalefold.kernels.rows import chosen_tiles, dot, has_plain_strides, is_tile_width, register_tiles, sum_all
 from scalefold.kernels.weight_gradient import NUM_PROGRAMS
 
 KEEP_FROM_SEQUENCES = 512  # 2 S N^2 c^2 FLOP against 4 N^2 c^2 bytes: storing wins well above S ~ 200
 SCALE_ROWS = 64  # pairs per program of the scaling; 16 KiB at 128 channels
-_DEFAULT = {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)}
-_CANDIDATES = (
-    *((64, 32, 4, 4), (64, 64, 4, 3), (64, 64, 8, 4), (64, 128, 4, 2), (64, 128, 8, 3)),
-    *((128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
-)
-for _name in ("outer_product_backward", "outer_product_weight"):
-    register_tiles(_name, _DEFAULT, *_CANDIDATES)
-# PARTS: the update in so many ranges of i, whose outer products share one buffer that may then stay in the L2 cache
-tuning.register(
-    "outer_product_forward",
-    default=tile_default(_DEFAULT),
-    candidates=lambda fields: (
-        [{"PARTS": n, **tile_config(tile)} for n in (2, 4, 8) for tile in ((64, 64, 8, 4), (128, 64, 8, 3))]
-        + [tile_config(tile) for tile in _CANDIDATES]
-    ),
-)
+for _name in ("outer_product_forward", "outer_product_backward", "outer_product_weight"):
+    register_tiles(
+        _name,
+        {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+        *((64, 32, 4, 4), (64, 64, 4, 3), (64, 64, 8, 4), (64, 128, 4, 2), (64, 128, 8, 3)),
+        *((128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+    )
 
 
 @triton.jit
@@ -136,14 +118,9 @@ def _weight_gradient_kernel(
     tl.store(partials + c[:, None] * K + k[None, :], acc)
 
 
-def _outer(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def _outer(a: Tensor, b: Tensor) -> Tensor:
     """sum_s a_sic b_sjd as [I * c, J * d]. a: [S, I, c]; b: [S, J, d]."""
-    return torch.mm(a.flatten(1).t(), b.flatten(1), out=out)
-
-
-def _config(name: str, i: int, j: int, dtype: torch.dtype, c: int, k: int) -> tuning.Config:
-    config = tuning.lookup(name, **row_fields(i * j, dtype, c=c, n=k))
-    return {**config, "BLOCK_N": min(config["BLOCK_N"], k)}
+    return a.flatten(1).t() @ b.flatten(1)
 
 
 class _Update(torch.autograd.Function):
@@ -152,18 +129,12 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, a, b, norm, weight, bias):
         (i, j, c), k, co = z.shape, weight.shape[1], a.shape[-1]
-        config = _config("outer_product_forward", i, j, z.dtype, c, k)
-        parts, keep = config.pop("PARTS", 1), a.shape[0] >= KEEP_FROM_SEQUENCES
-        step = i if keep else triton.cdiv(i, parts)
-        out, outer = torch.empty_like(z), a.new_empty(step * co, j * co)
-        for first in range(0, i, step):
-            last = min(first + step, i)
-            part, rows = slice(first, last), outer[: (last - first) * co]
-            _outer(a[:, part], b, out=rows)
-            grid = (triton.cdiv(j, config["BLOCK_M"]), last - first)
-            _forward_kernel[grid](z[part], rows, norm[part], weight, bias, out[part], j, K=k, CO=co, C=c, **config)
-        ctx.save_for_backward(a, b, norm, weight, outer if keep else None)
+        outer, out = _outer(a, b), torch.empty_like(z)
+        ctx.save_for_backward(a, b, norm, weight, outer if a.shape[0] >= KEEP_FROM_SEQUENCES else None)
         ctx.bias_dtype = bias.dtype
+        config = chosen_tiles("outer_product_forward", z, k, k)
+        grid = (triton.cdiv(j, config["BLOCK_M"]), i)
+        _forward_kernel[grid](z, outer, norm, weight, bias, out, j, K=k, CO=co, C=c, **config)
         return out
 
     @staticmethod
@@ -176,7 +147,7 @@ class _Update(torch.autograd.Function):
         del outer
         (i, j, c), k, co = d.shape, weight.shape[1], a.shape[-1]
         d_outer = a.new_empty(i * co, j * co)
-        config = _config("outer_product_backward", i, j, d.dtype, c, k)
+        config = chosen_tiles("outer_product_backward", d, k, k)
         grid = (triton.cdiv(j, config["BLOCK_M"]), i)
         _outer_gradient_kernel[grid](scaled, weight, d_outer, j, K=k, CO=co, C=c, **config)
         d_a = (b.flatten(1) @ d_outer.t()).view_as(a)
@@ -196,7 +167,7 @@ def _scaled(d: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 def _weight_partials(scaled: Tensor, outer: Tensor) -> Tensor:
     """Partial gradients [ranges of i, c_z * c * c] of the output weight [c_z, c * c]."""
     (i, j, c), k = scaled.shape, outer.numel() // (scaled.shape[0] * scaled.shape[1])
-    config = _config("outer_product_weight", i, j, scaled.dtype, c, k)
+    config = chosen_tiles("outer_product_weight", scaled, k, k)
     num_blocks = k // config["BLOCK_N"]
     rows_per_split = triton.cdiv(i, max(1, NUM_PROGRAMS // num_blocks))
     num_splits = triton.cdiv(i, rows_per_split)

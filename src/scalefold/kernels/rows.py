@@ -211,33 +211,6 @@ def fused_view(weights: Sequence[Tensor]) -> Tensor:
     return first.as_strided((num_rows, first.shape[1]), (first.shape[1], 1))
 
 
-def joined_columns(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Runs of tensors [*, c_i] that lie side by side as columns of one buffer."""
-    runs: list[list[Tensor]] = []
-    for tensor in tensors:
-        last = runs[-1][-1] if runs else None
-        if last is not None and _follows(last, tensor):
-            runs[-1].append(tensor)
-        else:
-            runs.append([tensor])
-    return runs
-
-
-def joined_view(run: Sequence[Tensor]) -> Tensor:
-    """The tensors of one run of ``joined_columns`` as one: [*, sum of c_i]."""
-    first = run[0]
-    return first.as_strided((*first.shape[:-1], sum(x.shape[-1] for x in run)), first.stride(), first.storage_offset())
-
-
-def _follows(left: Tensor, right: Tensor) -> bool:
-    """Whether the columns of ``right`` come right behind those of ``left`` in every row of one buffer."""
-    if left.is_meta or left.stride() != right.stride() or left.shape[:-1] != right.shape[:-1]:
-        return False
-    same = left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
-    fits = left.shape[-1] < min(left.stride()[:-1])  # else the next row follows, not another column
-    return same and fits and right.data_ptr() == left.data_ptr() + left.shape[-1] * left.element_size()
-
-
 def row_fields(count: int, dtype: torch.dtype, **sizes: int) -> dict[str, int | str]:
     """Fields of a row-wise problem for ``tuning.lookup``; row counts between powers of two share an entry."""
     return {"rows": 1 << (count - 1).bit_length(), "dtype": str(dtype).removeprefix("torch."), **sizes}
@@ -265,35 +238,16 @@ def tile_default(default: dict[int, tuple[int, ...]]) -> Callable[[tuning.Fields
     return choose
 
 
-def register_tiles(
-    name: str,
-    default: dict[int, tuple[int, ...]],
-    *candidates: tuple[int, ...],
-    library: Sequence[tuple[int, ...]] = (),
-    library_ratio: int = 1,
-) -> None:
-    """Register a kernel of tiles: tuples are (rows, columns, warps, stages), defaults by the largest width ``c``.
+def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: tuple[int, ...]) -> None:
+    """Register a kernel of tiles: tuples are (rows, columns, warps, stages), defaults by the largest width ``c``."""
+    choices = [tile_config(values) for values in candidates]
+    tuning.register(name, default=tile_default(default), candidates=lambda fields: choices)
 
-    ``library``: tiles worth timing where products of the library take the place of the kernel's own, see
-    ``choose_form``; offered where the products are at least ``library_ratio`` times as wide as the rows.
+
+def chosen_tiles(name: str, x: Tensor, n: int, limit: int) -> tuning.Config:
+    """Launch parameters of kernel ``name`` for the rows of x: [*, c] and products of width n.
+
+    ``limit``: most columns that a tile may have.
     """
-    own = [tile_config(values) for values in candidates]
-    left = [{"LIBRARY": 1, **tile_config(values)} for values in library]
-
-    def choices(fields: tuning.Fields) -> list[tuning.Config]:
-        return left + own if int(fields["n"]) >= library_ratio * int(fields["c"]) else own
-
-    tuning.register(name, default=tile_default(default), candidates=choices)
-
-
-def choose_form(name: str, x: Tensor, n: int, limit: int) -> tuple[bool, tuning.Config]:
-    """Whether the library computes the wide products of kernel ``name``, and the tiles of the kernel itself.
-
-    x: [*, c], the rows; n: width of the products; ``limit``: most columns that a tile may have. A kernel that holds a
-    norm, several products and the norm's backward at once fills all registers of a thread; with the products apart,
-    more memory moves and each part runs at its own best. Which is faster, a sweep decides.
-    """
-    fields = row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], n=n)
-    config = dict(tuning.lookup(name, **fields))
-    by_library = bool(config.pop("LIBRARY", 0))
-    return by_library, {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}
+    config = tuning.lookup(name, **row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], n=n))
+    return {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}

@@ -1,13 +1,15 @@
 """Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
 
-Saved: x. Each direction has two forms; launch parameters name the one to take (``rows.choose_form``):
+One kernel forward, in which the hidden layer never leaves the chip. Saved: x. The backward has two forms; the launch
+parameter ``LIBRARY`` says which one to take:
 
-- fused: one kernel forward, in which the hidden layer never leaves the chip. The backward computes the hidden layer
-  again, block by block, together with its gradient, those of the biases and that of x, residual included; it stores the
-  hidden layer, its gradient and the norm for the weight gradients, which are products of the library.
-- by the library: norm, hidden layer, x + b2 and the last product are launches of their own. The backward computes norm
-  and hidden layer again that way; the kernel is left with the gradients of the hidden layer and of the biases, and the
-  last product and the norm's backward, residual included, follow it.
+- fused (0 or absent): one kernel computes the hidden layer again, block by block, together with its gradient, those of
+  the biases and that of x, residual included; it stores the hidden layer, its gradient and the norm for the weight
+  gradients, which are products of the library.
+- by the library (1): norm and hidden layer are launches of their own; the kernel is left with the gradients of the
+  hidden layer and of the biases, and the product for the norm's gradient and the norm's backward, residual included,
+  follow it. More memory moves, but where a kernel that holds norm, products and the norm's backward at once has too few
+  registers (256 channels), each part at its own best is faster.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -18,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference
+from scalefold.kernels import reference, tuning
 from scalefold.kernels.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
-    choose_form,
+    chosen_tiles,
     common_rows,
     dot,
     has_plain_strides,
@@ -33,6 +35,8 @@ from scalefold.kernels.rows import (
     register_tiles,
     store_tile,
     sum_all,
+    tile_config,
+    tile_default,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
@@ -41,14 +45,19 @@ register_tiles(
     {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
     *((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2)),
     *((128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
-    library=((64, 64, 4, 2),),  # no kernel of this module runs then: one tile is as good as another
 )
-register_tiles(
-    "transition_backward",
-    {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+_FUSED_TILES = (
     *((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 3)),
     *((64, 64, 8, 1), (64, 64, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 2)),
-    library=((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+)
+_LIBRARY_TILES = ((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2))
+tuning.register(
+    "transition_backward",
+    default=tile_default({64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}),
+    candidates=lambda fields: [
+        *({"LIBRARY": 1, **tile_config(tile)} for tile in _LIBRARY_TILES),
+        *(tile_config(tile) for tile in _FUSED_TILES),
+    ],
 )
 
 
@@ -116,11 +125,6 @@ def _backward_kernel(
         store_tile(dx, gradient, rows, c, dims, dx_strides, count)
 
 
-def _hidden_layer(normed: Tensor, weight_1: Tensor, bias_1: Tensor) -> Tensor:
-    """relu(W1 normed + b1) by the library, bias and relu within the product. normed: [*, c] -> [rows, width]."""
-    return torch._addmm_activation(bias_1, normed.reshape(-1, normed.shape[-1]), weight_1.t())
-
-
 class _Transition(torch.autograd.Function):
     """Arguments: those of ``transition``."""
 
@@ -129,14 +133,7 @@ class _Transition(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
         out = torch.empty_like(x)
         hidden, c = weight_1.shape
-        by_library, config = choose_form("transition_forward", x, hidden, hidden)
-        if by_library:
-            order, places = memory_order(out), tuple(range(x.dim() - 1))
-            ordered, rows = x.movedim(order, places), out.movedim(order, places).view(-1, c)
-            hidden_rows = _hidden_layer(normed_rows(ordered, norm_weight, norm_bias), weight_1, bias_1)
-            torch.add(x, bias_2, out=out)
-            rows.addmm_(hidden_rows, weight_2.t())
-            return out
+        config = chosen_tiles("transition_forward", x, hidden, hidden)
         dims, count, strides = common_rows(x, out)
         _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             x, strides[0], norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, out, strides[1], dims, count,
@@ -149,12 +146,14 @@ class _Transition(torch.autograd.Function):
     def backward(ctx, d_out):
         x, norm_weight, norm_bias, weight_1, bias_1, weight_2 = ctx.saved_tensors
         width, c = weight_1.shape
-        by_library, config = choose_form("transition_backward", x, width, width)
+        config = chosen_tiles("transition_backward", x, width, width)
+        by_library = bool(config.pop("LIBRARY", 0))
         order, places = memory_order(x), tuple(range(x.dim() - 1))
         x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
         if by_library:
             normed = normed_rows(x, norm_weight, norm_bias)
-            hidden = _hidden_layer(normed, weight_1, bias_1).view(*x.shape[:-1], width)
+            hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
+            hidden = hidden.view(*x.shape[:-1], width)
             dx = x  # the kernel leaves it alone
         else:
             dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)

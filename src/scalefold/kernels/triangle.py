@@ -2,10 +2,6 @@
 
 Layer norms, gates, masks, dropout and the residual stay in registers; operands of the product are written channels
 first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x.
-
-The backward of projections and output has two forms; launch parameters name the one to take
-(``rows.choose_form``). Both compute values and gates again and store their gradients. Fused, the same kernel goes
-on to the gradients of the norms and through them; else products of the library and the norms' own backward do.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -17,12 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference
-from scalefold.kernels.layer_norm import norm_gradient
 from scalefold.kernels.rows import (
-    choose_form,
+    chosen_tiles,
     common_rows,
     dot,
-    fused_view,
     has_plain_strides,
     is_tile_width,
     load_normed,
@@ -39,21 +33,13 @@ _CANDIDATES = (
     *((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 16, 4, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3)),
     *((64, 32, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
 )
-for _name, _default, _library in (
-    ("triangle_project_forward", {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)}, ()),
-    (
-        "triangle_project_backward",
-        {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
-        ((64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2)),
-    ),
-    ("triangle_output_forward", {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)}, ()),
-    (
-        "triangle_output_backward",
-        {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
-        ((64, 16, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (64, 64, 8, 2)),
-    ),
-):
-    register_tiles(_name, _default, *_CANDIDATES, library=_library)
+for _name, _default in {
+    "triangle_project_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
+    "triangle_project_backward": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
+    "triangle_output_forward": {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
+    "triangle_output_backward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
+}.items():
+    register_tiles(_name, _default, *_CANDIDATES)
 
 
 @triton.jit
@@ -86,20 +72,17 @@ def _project_forward_kernel(
 def _project_backward_kernel(
     z, z_strides, mask, mask_strides, norm_weight, norm_bias, weights, biases, through, through_strides, ds, d_strides,
     projected, p_strides, dz, dz_strides, normed_out, normed_strides, partials, dims, count,
-    FUSED: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] and the norm stored. FUSED: then the
-    norm's backward, plus the gradient of z that came ``through`` the output's residual connection (None: there was
-    none)."""
+    """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward, plus the
+    gradient of z that came ``through`` the output's residual connection (None: there was none). The norm is stored too.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
     keep = tl.load(mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
     own = partials + tl.program_id(0).to(tl.int64) * (2 * C + 4 * WIDTH)
     c = tl.arange(0, C)
-    if FUSED:
-        acc = tl.zeros([BLOCK_M, C], tl.float32)
-    else:
-        store_tile(normed_out, normed, rows, c, dims, normed_strides, count)
+    acc = tl.zeros([BLOCK_M, C], tl.float32)
     for side in tl.static_range(2):
         for first in range(0, WIDTH, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
@@ -111,19 +94,16 @@ def _project_backward_kernel(
             d_value = d.to(normed.dtype)
             store_tile(projected, d_value, rows, 2 * side * WIDTH + n, dims, p_strides, count)
             store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, dims, p_strides, count)
-            if FUSED:
-                acc = dot(d_value, value_block, acc)
+            acc = dot(d_value, value_block, acc)
             tl.store(own + 2 * C + 2 * side * WIDTH + n, tl.sum(d_value.to(tl.float32), 0))
             tl.store(own + 2 * C + (2 * side + 1) * WIDTH + n, tl.sum(d_logits.to(tl.float32), 0))
-            if FUSED:
-                acc = dot(d_logits, gate_block, acc)
-    if FUSED:
-        gradient = norm_input_gradient(
-            acc, z, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, z_strides, count, C
-        )
-        if through is not None:
-            gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
-        store_tile(dz, gradient, rows, c, dims, dz_strides, count)
+            acc = dot(d_logits, gate_block, acc)
+    gradient = norm_input_gradient(
+        acc, z, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, z_strides, count, C
+    )
+    if through is not None:
+        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
+    store_tile(dz, gradient, rows, c, dims, dz_strides, count)
 
 
 @triton.jit
@@ -152,20 +132,16 @@ def _output_backward_kernel(
     z, z_strides, x, x_strides, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z,
     weight_g, bias_g, dropout, dropout_strides, d_out, d_strides, projected, p_strides, dz, dz_strides, dx, dx_strides,
     normed_z_out, nz_strides, normed_x_out, nx_strides, partials, dims, count,
-    FUSED: tl.constexpr, C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: value and gate again, their gradients [rows, 2 C] and the norms stored. FUSED: then the backward
-    of both norms."""
+    """Tile of pairs: value and gate again, their gradients [rows, 2 C] stored, then the backward of both norms, which
+    are stored too."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in_weight, norm_in_bias, rows, dims, z_strides, count, C)
     normed_x = load_normed(x, norm_out_weight, norm_out_bias, rows, dims, x_strides, count, CX)
     c, cx = tl.arange(0, C), tl.arange(0, CX)
-    if FUSED:
-        acc_z = tl.zeros([BLOCK_M, C], tl.float32)
-        acc_x = tl.zeros([BLOCK_M, CX], tl.float32)
-    else:
-        store_tile(normed_z_out, normed_z, rows, c, dims, nz_strides, count)
-        store_tile(normed_x_out, normed_x, rows, cx, dims, nx_strides, count)
+    acc_z = tl.zeros([BLOCK_M, C], tl.float32)
+    acc_x = tl.zeros([BLOCK_M, CX], tl.float32)
     own = partials + tl.program_id(0).to(tl.int64) * (4 * C + 2 * CX)
     for first in range(0, C, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
@@ -182,20 +158,18 @@ def _output_backward_kernel(
         store_tile(projected, d_logits, rows, C + n, dims, p_strides, count)
         tl.store(own + 2 * C + 2 * CX + n, tl.sum(d_value.to(tl.float32), 0))
         tl.store(own + 3 * C + 2 * CX + n, tl.sum(d_logits.to(tl.float32), 0))
-        if FUSED:
-            acc_x = dot(d_value, value_block, acc_x)
-            acc_z = dot(d_logits, gate_block, acc_z)
-    if FUSED:
-        gradient = norm_input_gradient(
-            acc_x, x, norm_out_weight, norm_out_bias, None, normed_x_out, nx_strides, own + 2 * C, rows, dims,
-            x_strides, count, CX,
-        )  # fmt: skip
-        store_tile(dx, gradient, rows, cx, dims, dx_strides, count)
-        gradient = norm_input_gradient(
-            acc_z, z, norm_in_weight, norm_in_bias, None, normed_z_out, nz_strides, own, rows, dims, z_strides, count, C
-        )
-        gradient += load_tile(d_out, rows, c, dims, d_strides, count).to(tl.float32)
-        store_tile(dz, gradient, rows, c, dims, dz_strides, count)
+        acc_x = dot(d_value, value_block, acc_x)
+        acc_z = dot(d_logits, gate_block, acc_z)
+    gradient = norm_input_gradient(
+        acc_x, x, norm_out_weight, norm_out_bias, None, normed_x_out, nx_strides, own + 2 * C, rows, dims, x_strides,
+        count, CX,
+    )  # fmt: skip
+    store_tile(dx, gradient, rows, cx, dims, dx_strides, count)
+    gradient = norm_input_gradient(
+        acc_z, z, norm_in_weight, norm_in_bias, None, normed_z_out, nz_strides, own, rows, dims, z_strides, count, C
+    )
+    gradient += load_tile(d_out, rows, c, dims, d_strides, count).to(tl.float32)
+    store_tile(dz, gradient, rows, c, dims, dz_strides, count)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -213,7 +187,7 @@ class _Project(torch.autograd.Function):
         (batch, i, j, c), width = z.shape, weights[0].shape[0]
         outs = tuple(z.new_empty(batch, width, i, j) for _ in range(2))
         dims, count, strides = common_rows(z, mask[..., None], *map(_channels_last, outs))
-        _, config = choose_form("triangle_project_forward", z, width, width)
+        config = chosen_tiles("triangle_project_forward", z, width, width)
         _project_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, outs, tuple(strides[2:]),
             dims, count, WIDTH=width, C=c, **config,
@@ -227,9 +201,8 @@ class _Project(torch.autograd.Function):
         z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
         c, width = z.shape[-1], weights[0].shape[0]
-        by_library, config = choose_form("triangle_project_backward", z, width, width)
-        projected, normed = z.new_empty(*z.shape[:-1], 4 * width), torch.empty_like(z)
-        dz = z if by_library else torch.empty_like(z)  # by the library: the kernel leaves it alone
+        config = chosen_tiles("triangle_project_backward", z, width, width)
+        projected, dz, normed = z.new_empty(*z.shape[:-1], 4 * width), torch.empty_like(z), torch.empty_like(z)
         ds = tuple(z.new_zeros(z.shape[0], width, *z.shape[1:3]) if d is None else d for d in ds)
         dims, count, strides = common_rows(
             z, mask[..., None], *map(_channels_last, ds), projected, dz, normed, z if through is None else through
@@ -239,14 +212,11 @@ class _Project(torch.autograd.Function):
         _project_backward_kernel[(tiles,)](
             z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, through, strides[7], ds,
             tuple(strides[2:4]), projected, strides[4], dz, strides[5], normed, strides[6], partials, dims, count,
-            FUSED=not by_library, WIDTH=width, C=c, **config,
+            WIDTH=width, C=c, **config,
         )  # fmt: skip
-        norm_sums, bias_sums = partials.split([2 * c, 4 * width], 1)
-        if by_library:
-            dz, norm_sums = norm_gradient(_input_gradient(projected, fused_view(weights)), z, norm_weight, through)
-        weight_sums = weight_partials([Product(projected, normed)])
-        norm, bias, weight = sum_all([norm_sums, bias_sums, *weight_sums], norm_weight.dtype)
-        return dz, None, *norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
+        sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
+        d_norm_weight, d_norm_bias, bias = sums.split([c, c, 4 * width])
+        return dz, None, d_norm_weight, d_norm_bias, *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
 
 class _Product(torch.autograd.Function):
@@ -277,7 +247,7 @@ class _Output(torch.autograd.Function):
         c, cx = z.shape[-1], x.shape[1]
         out = torch.empty_like(z)
         dims, count, strides = common_rows(z, _channels_last(x), z if dropout is None else dropout, out)
-        _, config = choose_form("triangle_output_forward", z, cx, c)
+        config = chosen_tiles("triangle_output_forward", z, cx, c)
         _output_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             z, strides[0], x, strides[1], *parameters, dropout, strides[2], out, strides[3], dims, count,
             C=c, CX=cx, **config,
@@ -289,10 +259,9 @@ class _Output(torch.autograd.Function):
     def backward(ctx, d_out):
         z, x, *parameters, dropout = ctx.saved_tensors
         c, cx, dtype = z.shape[-1], x.shape[1], parameters[0].dtype
-        by_library, config = choose_form("triangle_output_backward", z, cx, c)
+        config = chosen_tiles("triangle_output_backward", z, cx, c)
         projected, normed_x = z.new_empty(*z.shape[:-1], 2 * c), z.new_empty(*z.shape[:-1], cx)
-        normed_z = torch.empty_like(z)
-        dz, dx = (tensor if by_library else torch.empty_like(tensor) for tensor in (z, x))  # kernel's only if fused
+        normed_z, dz, dx = torch.empty_like(z), torch.empty_like(z), torch.empty_like(x)
         dims, count, strides = common_rows(
             z, _channels_last(x), z if dropout is None else dropout, d_out, projected, dz, _channels_last(dx),
             normed_z, normed_x,
@@ -302,24 +271,13 @@ class _Output(torch.autograd.Function):
         _output_backward_kernel[(tiles,)](
             z, strides[0], x, strides[1], *parameters, dropout, strides[2], d_out, strides[3], projected, strides[4],
             dz, strides[5], dx, strides[6], normed_z, strides[7], normed_x, strides[8], partials, dims, count,
-            FUSED=not by_library, C=c, CX=cx, **config,
+            C=c, CX=cx, **config,
         )  # fmt: skip
         d_value, d_logits = projected.chunk(2, -1)
-        z_sums, x_sums, bias_sums = partials.split([2 * c, 2 * cx, 2 * c], 1)
-        if by_library:
-            norm_in_weight, _, norm_out_weight, _, weight_z, _, weight_g, _ = parameters
-            dx, x_sums = norm_gradient(_input_gradient(d_value, weight_z), _channels_last(x), norm_out_weight)
-            dx = dx.permute(0, 3, 1, 2)
-            dz, z_sums = norm_gradient(_input_gradient(d_logits, weight_g), z, norm_in_weight, through=d_out)
         weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
-        norm_in, norm_out, bias, weight_z, weight_g = sum_all([z_sums, x_sums, bias_sums, *weight_sums], dtype)
-        (bias_z, bias_g), norms = bias.chunk(2), (*norm_in.chunk(2), *norm_out.chunk(2))
+        sums, weight_z, weight_g = sum_all([partials, *weight_sums], dtype)
+        *norms, bias_z, bias_g = sums.split([c, c, cx, cx, c, c])
         return dz, dx, *norms, weight_z.view(c, cx), bias_z, weight_g.view(c, c), bias_g, None
-
-
-def _input_gradient(d: Tensor, weight: Tensor) -> Tensor:
-    """d W by the library. d: [B, I, J, n], rows of a dense tensor or of its columns; weight: [n, c] -> [B, I, J, c]."""
-    return (d.flatten(0, 2) @ weight).view(*d.shape[:3], weight.shape[1])
 
 
 def _output_weights(value: Product, gate: Product) -> list[Tensor]:
