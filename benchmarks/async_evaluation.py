@@ -5,15 +5,16 @@
     python benchmarks/async_evaluation.py --small                      # tiny model, generated proteins, two CPU ranks
 
 Two real runs (``scalefold train``) on a prepared store with the same training ranks, batch, seed and chains: one hands
-its weights to evaluation ranks after every cycle, the other (left out with --without-alone) never evaluates. Rows come from their ``metrics.jsonl`` and
-are appended to benchmarks/async_evaluation.csv; with --small only where --csv says. Every rank is started as torchrun
-starts it, but by this script: torchrun would end the other ranks as soon as one leaves with status 4 (budget used up).
+its weights to evaluation ranks after every cycle, the other (left out with --without-alone) never evaluates. Rows come
+from their ``metrics.jsonl`` and are appended to benchmarks/async_evaluation.csv; with --small only where --csv says.
+Every rank is started as torchrun starts it, but by this script: torchrun would end the other ranks as soon as one
+leaves with status 4 (budget used up).
 
 ``step_ms``: median per number of passes, mean over these; ``beside_ms``: of the steps during which an evaluation ran;
-``apart_ms``: of the others of the same run.
-``stall_ms``: median time between two cycles that belongs to no step, less ``waited_s``, which training spent in all
-because the evaluators were behind. ``result_s``: from the last step of a cycle to its result. ``end_s``: from the last
-record of the run to the end of its last process. Exit status 1 if a rank ends badly or an evaluation is missing.
+``apart_ms``: of the others of the same run. ``stall_ms``: median time between two cycles that belongs to no step, less
+``waited_s``, which training spent in all because the evaluators were behind. ``result_s``: from the last step of a
+cycle to its result. ``end_s``: from the last record of the run to the end of its last process. Exit status 1 if a rank
+ends badly or an evaluation is missing.
 """
 
 import argparse

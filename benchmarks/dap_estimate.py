@@ -4,14 +4,15 @@
     scalefold plan configs/eos_h100_260x8_dap8.yaml --step-times benchmarks/step_estimate_high.csv \\
         --eval-times benchmarks/eval_estimate_high.csv
 
-Reads step_time.csv, step_kernels.csv (newest profile with R = 1), exchange_counts.csv, exchange.csv,
-exchange_2_gpus.csv and evaluation_time.csv; writes step_estimate_{low,high}.csv and eval_estimate_{low,high}.csv, which
-plans read. Assumptions are the two scenarios below, ``LOW`` and ``HIGH``. A step at DAP P is made of
+Reads step_time.csv, step_kernels.csv (newest profile with R = 1), exchange_counts.csv, exchange_symmetric.csv,
+exchange.csv, exchange_2_gpus.csv and evaluation_time.csv; writes step_estimate_{low,high}.csv and
+eval_estimate_{low,high}.csv, which plans read. Assumptions are the two scenarios below, ``LOW`` and ``HIGH``. A step at
+DAP P is made of
 
 * kernels that the P ranks share: each a P-th of its measured time, but never shorter than a launch;
 * kernels that every rank repeats (embedders, structure module, heads, losses, optimizer), and gaps between kernels;
 * exchanges, as counted, at the measured cost of their size; one after the other, nothing hidden behind computing;
-* copies that rearrange tensors before and after them.
+* copies that rearrange tensors before and after the library's exchanges; direct ones need none.
 
 All this for one pass (R = 1), whose kernels are known; the mean step has the same mix, and 2.5 times the forward
 exchanges. H100: computing scaled by the step times of both cards. Sums of gradients over replicas are left out.
@@ -47,18 +48,20 @@ class Scenario:
 
     ``shortest_us``: a kernel does not get shorter. ``loss_per_doubling``: share of their speed that kernels lose with
     each halving of their work. ``library_is_shared``: PyTorch's elementwise kernels and reductions belong to the shared
-    part. ``eight_over_four``: exchange of 8 ranks over the same exchange of 4.
+    part. ``direct``: GPUs read each other's memory at the cost measured between two, for what comes from P - 1 of P
+    ranks instead of one of two; else NCCL exchanges. ``eight_over_four``: NCCL's exchange of 8 ranks over that of 4.
     """
 
     name: str
     shortest_us: float
     loss_per_doubling: float
     library_is_shared: bool
+    direct: bool
     eight_over_four: float
 
 
-LOW = Scenario("low", 2.0, 0.0, True, 1.0)
-HIGH = Scenario("high", 4.0, 0.1, False, 2.0)
+LOW = Scenario("low", 2.0, 0.0, library_is_shared=True, direct=True, eight_over_four=1.0)
+HIGH = Scenario("high", 4.0, 0.1, library_is_shared=False, direct=False, eight_over_four=2.0)
 
 
 @dataclass(frozen=True)
@@ -149,21 +152,30 @@ def exchange_rows(gpus: int) -> list[dict[str, str]]:
     return list({row["mib_per_rank"]: row for row in read("exchange.csv") if int(row["gpus"]) == gpus}.values())
 
 
+def direct_rows() -> list[dict[str, str]]:
+    """Direct exchanges between two GPUs, the newest of every size."""
+    return list({row["mib_per_rank"]: row for row in read("exchange_symmetric.csv") if row["gpus"] == "2"}.values())
+
+
 def exchange_us(name: str, mib: float, size: int, scenario: Scenario) -> float:
     """Cost of one exchange, linear between measured sizes and beyond the largest, constant below the smallest."""
+    if scenario.direct:
+        return _interpolated(direct_rows(), name, mib * 2 * (size - 1) / size)
     factor, rows = 1.0, exchange_rows(size)
-    table = [(float(row["mib_per_rank"]), float(row[f"{name}_us"])) for row in rows]
     if not rows and size == 2:
         earlier = read("exchange_2_gpus.csv")
-        table = [(float(row["mb_per_rank"]) * MB_IN_MIB, float(row[f"{name}_us"])) for row in earlier]
+        rows = [row | {"mib_per_rank": str(float(row["mb_per_rank"]) * MB_IN_MIB)} for row in earlier]
     elif not rows:
-        factor = scenario.eight_over_four
-        table = [(float(row["mib_per_rank"]), float(row[f"{name}_us"])) for row in exchange_rows(4)]
-    sizes, costs = np.array(sorted(table)).T
+        factor, rows = scenario.eight_over_four, exchange_rows(4)
+    return factor * _interpolated(rows, name, mib)
+
+
+def _interpolated(rows: list[dict[str, str]], name: str, mib: float) -> float:
+    sizes, costs = np.array(sorted((float(row["mib_per_rank"]), float(row[f"{name}_us"])) for row in rows)).T
     us = float(np.interp(mib, sizes, costs))
     if mib > sizes[-1]:
         us += (mib - sizes[-1]) * (costs[-1] - costs[-2]) / (sizes[-1] - sizes[-2])
-    return us * factor
+    return us
 
 
 def exchanges_ms(size: int, scenario: Scenario) -> tuple[float, float]:
@@ -174,6 +186,8 @@ def exchanges_ms(size: int, scenario: Scenario) -> tuple[float, float]:
             times = MEAN_PASSES if row["direction"] == "forward" else 1.0
             us = exchange_us(row["exchange"], float(row["mib_per_rank"]), size, scenario)
             exchanges += times * int(row["calls"]) * us / 1e3
+            if scenario.direct:
+                continue
             moved_us = 2 * float(row["copied_mib"]) * 2**20 / COPY_TB_PER_S / 1e6
             copies += times * (moved_us + int(row["copies"]) * LAUNCH_US) / 1e3
     return exchanges, copies

@@ -23,6 +23,7 @@ from dap_estimate import (
     LOW,
     MB_IN_MIB,
     Scenario,
+    direct_rows,
     exchange_rows,
     exchanges_ms,
     measured,
@@ -124,7 +125,7 @@ def step_by_dap() -> Plot:
 
 
 def exchange_costs() -> Plot:
-    """Microseconds of an exchange against its size, four GPUs and two."""
+    """Microseconds of an exchange against its size: NCCL among four GPUs and two, direct between two."""
 
     def paint(axes: Axes) -> None:
         four, two = exchange_rows(4), read("exchange_2_gpus.csv")
@@ -134,7 +135,11 @@ def exchange_costs() -> Plot:
             axes.plot(x, y, "o-", ms=3, color=colour, label=words)
             x, y = np.array([(float(r["mb_per_rank"]) * MB_IN_MIB, float(r[f"{name}_us"])) for r in two]).T
             axes.plot(x, y, "--", lw=1, color=colour)
-        axes.plot([], [], "--", lw=1, color=PALETTE["ink"], label="dashed: two GPUs")
+            if f"{name}_us" in direct_rows()[0]:
+                x, y = np.array([(float(r["mib_per_rank"]), float(r[f"{name}_us"])) for r in direct_rows()]).T
+                axes.plot(x, y, ":", lw=1.6, color=colour)
+        axes.plot([], [], "--", lw=1, color=PALETTE["ink"], label="dashed: NCCL, two GPUs")
+        axes.plot([], [], ":", lw=1.6, color=PALETTE["ink"], label="dotted: direct, two GPUs")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         sizes = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
@@ -144,7 +149,7 @@ def exchange_costs() -> Plot:
         axes.set(xlabel="MiB that each rank puts in", ylabel="µs per exchange")
         axes.figure.legend(loc="outside upper left", ncols=3, fontsize=8)
 
-    return draw(paint, "exchange_costs", "Exchanges", "NCCL inside a CUDA graph, H200 of one host.", height=3.4)
+    return draw(paint, "exchange_costs", "Exchanges", "Inside a CUDA graph, GPUs of one host.", height=3.4)
 
 
 def step_parts() -> Plot:
@@ -235,6 +240,22 @@ def exchange_table() -> str:
         for row in four
     ]
     return markdown(["MiB per rank", *(name.replace("_", "-") for name in EXCHANGES)], rows)
+
+
+def direct_table() -> str:
+    """Direct exchanges and NCCL's between two GPUs, measured in one run, µs."""
+    names = EXCHANGES[:3]
+    rows = [[r["mib_per_rank"], *(f"{r[f'{n}_us']} / {r[f'{n}_nccl_us']}" for n in names)] for r in direct_rows()]
+    return markdown(["MiB per rank", *(name.replace("_", "-") for name in names)], rows)
+
+
+def breakdown_table() -> str:
+    """Measured steps of one and of two GPUs, the newest of every layout and number of passes, ms."""
+    newest = {(r["gpus"], r["dap"], r["passes"]): r for r in read("step_breakdown.csv") if int(r["gpus"]) <= 2}
+    names = ("wall_ms", "computing_ms", "exchange_alone_ms", "gaps_ms", "direct_ms", "barrier_ms", "kernels")
+    rows = [[*key, *(newest[key][name] for name in names), newest[key]["commit"]] for key in sorted(newest)]
+    head = ["GPUs", "DAP", "R", "step", "computing", "exchanges alone", "gaps", "direct exchanges", "barriers"]
+    return markdown([*head, "kernels", "commit"], rows)
 
 
 def count_table() -> str:
@@ -347,6 +368,8 @@ def main() -> int:
     tables: dict[str, Callable[[], str]] = {
         "step": step_table,
         "exchange": exchange_table,
+        "direct": direct_table,
+        "breakdown": breakdown_table,
         "counts": count_table,
         "parts": parts_table,
         "plans": lambda: plan_table(forecasts),

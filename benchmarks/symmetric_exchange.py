@@ -17,13 +17,14 @@ from torch import Tensor
 
 from common import FOLDER, facts
 from multi_gpu import EXCHANGE_MIB, MIB, Host, join, time_exchange
-from scalefold.parallel.direct import LANE, DirectExchanges, mapped
+from scalefold.kernels.peer_memory import LANE
+from scalefold.parallel.direct import DirectExchanges, mapped
 
 
 def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
     """One row: microseconds of each exchange, ours and NCCL's; exits with status 1 if they disagree."""
     size = host.world
-    x = torch.randn(int(mib * MIB / 2) // (size * LANE.value) * size, LANE.value, device="cuda").bfloat16()
+    x = torch.randn(int(mib * MIB / 2) // (size * LANE) * size, LANE, device="cuda").bfloat16()
     rows = {"all_to_all": x.shape[0], "all_gather": size * x.shape[0], "reduce_scatter": x.shape[0] // size}
     ours: dict[str, Callable[[], Tensor]] = {
         "all_to_all": lambda: own.all_to_all(x[None], 1, 0).flatten(0, 1),
@@ -37,7 +38,7 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
     }
     row: dict[str, object] = {**facts(), "gpus": size, "mib_per_rank": mib}
     for name, length in rows.items():
-        expected = x.new_empty(length, LANE.value)
+        expected = x.new_empty(length, LANE)
         library[name](expected, x)
         if not torch.allclose(ours[name]().float(), expected.float(), rtol=2e-2, atol=2e-2):  # bf16 in another order
             sys.exit(f"rank {own.rank}: {name} of {mib} MiB differs from NCCL's")

@@ -203,11 +203,14 @@ def test_an_exchange_costs_what_was_measured_at_its_size(script, monkeypatch):
     table.append({"gpus": "4", "mib_per_rank": "4.0", "all_to_all_us": "27"})  # measured again
     monkeypatch.setattr(module, "read", lambda name: table)
     row = table[-1]
-    assert module.exchange_us("all_to_all", 4.0, 4, module.LOW) == float(row["all_to_all_us"])
+    assert module.exchange_us("all_to_all", 4.0, 4, module.HIGH) == float(row["all_to_all_us"])
     assert module.exchange_us("all_to_all", 4.0, 8, module.HIGH) == 2 * float(row["all_to_all_us"])
-    assert module.exchange_us("all_to_all", 0.01, 4, module.LOW) == module.exchange_us(
-        "all_to_all", 0.25, 4, module.LOW
-    )
+    assert module.exchange_us("all_to_all", 0.01, 4, module.HIGH) == 9.0
+    table += [{"gpus": "2", "mib_per_rank": f"{mib}", "all_to_all_us": f"{us}"} for mib, us in ((0.0, 5), (8.0, 25))]
+    assert module.exchange_us("all_to_all", 4.0, 2, module.LOW) == 15.0
+    assert (
+        module.exchange_us("all_to_all", 4.0, 8, module.LOW) == 5 + 20 * (4.0 * 7 / 4) / 8
+    )  # 7 of 8 parts, not 1 of 2
 
 
 def test_tables_of_the_page_are_replaced_and_nothing_else(script):

@@ -10,8 +10,6 @@ only after reading the first one. Turns restart with every graph; there the sum 
 ends a step is the barrier. Measured beside NCCL by ``benchmarks/symmetric_exchange.py``.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -19,10 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from scalefold.kernels.peer_memory import LANE, copy_parts, sum_parts
 from scalefold.parallel.collectives import use_direct
 
 log = logging.getLogger(__name__)
@@ -30,47 +27,6 @@ log = logging.getLogger(__name__)
 STAGE_BYTES = 32 * 2**20  # the largest exchange of the benchmark's shapes has 16 MiB per rank
 STAGES = 2
 DTYPES = (torch.bfloat16, torch.float32)
-LANE = tl.constexpr(8)  # elements that a thread moves at once: runs shorter than that are left to the library
-LANES = 512  # per program
-NUM_WARPS = 16
-
-
-@triton.jit
-def _offsets(unit, first, BLOCK, SIZE: tl.constexpr):
-    """Element offsets [units, LANE] of ``unit`` where every run of BLOCK units is one of SIZE, the ``first`` one."""
-    unit = ((unit // BLOCK) * SIZE + first) * BLOCK + unit % BLOCK
-    return unit.to(tl.int64)[:, None] * LANE + tl.arange(0, LANE)[None, :]
-
-
-@triton.jit
-def _copy_parts(
-    sources, out, rank, source_block, out_block, count, SIZE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr
-):  # fmt: skip
-    """Program (units, peer): this rank's part of the peer's tensor, or all of it, to the peer's place in ``out``."""
-    unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    keep = (unit < count)[:, None]
-    peer = tl.program_id(1)
-    if WHOLE:
-        source = _offsets(unit, 0, source_block, 1)
-    else:
-        source = _offsets(unit, rank, source_block, SIZE)
-    target = _offsets(unit, peer, out_block, SIZE)
-    for p in tl.static_range(SIZE):
-        if peer == p:
-            tl.store(out + target, tl.load(sources[p] + source, mask=keep), mask=keep)
-
-
-@triton.jit
-def _sum_parts(sources, out, rank, source_block, count, SIZE: tl.constexpr, LANES: tl.constexpr):
-    """Program (units): sum of this rank's part of every peer's tensor, in fp32 and in rank order."""
-    unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    keep = (unit < count)[:, None]
-    source = _offsets(unit, rank, source_block, SIZE)
-    total = tl.zeros([LANES, LANE], tl.float32)
-    for p in tl.static_range(SIZE):
-        total += tl.load(sources[p] + source, mask=keep, other=0.0).to(tl.float32)
-    target = unit.to(tl.int64)[:, None] * LANE + tl.arange(0, LANE)[None, :]
-    tl.store(out + target, total.to(out.dtype.element_ty), mask=keep)
 
 
 class DirectExchanges:
@@ -98,7 +54,7 @@ class DirectExchanges:
         """Whether x can be exchanged here, its parts along ``dim`` (and ``other``) being long and even enough."""
         inner = math.prod(x.shape[max(dim, dim if other is None else other) + 1 :])
         whole = x.numel() * x.element_size() <= self.stages[0].numel()
-        return x.dtype in self.views and whole and inner % LANE.value == 0
+        return x.dtype in self.views and whole and inner % LANE == 0
 
     def all_to_all(self, x: Tensor, split_dim: int, concat_dim: int) -> Tensor:
         """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..], dense."""
@@ -107,9 +63,8 @@ class DirectExchanges:
         part = shape.copy()
         shape[concat_dim] *= self.size
         out = x.new_empty(shape)
-        split_block = math.prod(part[split_dim:])
-        concat_block = math.prod(part[concat_dim:])
-        self._copy(x, out, split_block, concat_block, whole=False)
+        split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
+        copy_parts(self._staged(x), out, self.rank, split_block, concat_block)
         return out
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
@@ -117,7 +72,7 @@ class DirectExchanges:
         shape = list(x.shape)
         shape[dim] *= self.size
         out = x.new_empty(shape)
-        self._copy(x, out, x.numel(), math.prod(x.shape[dim:]), whole=True)
+        copy_parts(self._staged(x), out, None, x.numel(), math.prod(x.shape[dim:]))
         return out
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
@@ -125,19 +80,8 @@ class DirectExchanges:
         shape = list(x.shape)
         shape[dim] //= self.size
         out = x.new_empty(shape)
-        count = out.numel() // LANE.value
-        _sum_parts[(triton.cdiv(count, LANES),)](
-            self._staged(x), out, self.rank, math.prod(shape[dim:]) // LANE.value, count,
-            SIZE=self.size, LANES=LANES, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        sum_parts(self._staged(x), out, self.rank, math.prod(shape[dim:]))
         return out
-
-    def _copy(self, x: Tensor, out: Tensor, source_block: int, out_block: int, whole: bool) -> None:
-        count = out.numel() // self.size // LANE.value
-        _copy_parts[(triton.cdiv(count, LANES), self.size)](
-            self._staged(x), out, self.rank, source_block // LANE.value, out_block // LANE.value, count,
-            SIZE=self.size, WHOLE=whole, LANES=LANES, num_warps=NUM_WARPS,
-        )  # fmt: skip
 
     def _staged(self, x: Tensor) -> tuple[Tensor, ...]:
         """Every rank's x of this exchange, readable from here."""

@@ -1,0 +1,91 @@
+"""Parts of tensors that lie in the memory of several GPUs, read to where they belong or summed.
+
+Parts are described by runs: a dense tensor is a row of runs of equal length, and every SIZE-th belongs to one rank.
+That covers parts along any dimension: a run is the part's extent in that dimension and all behind it. What the
+exchanges of ``parallel.direct`` read with these kernels has been staged by its owners before.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LANE = 8  # elements that a thread moves at once; lengths of runs must be multiples
+_LANE = tl.constexpr(LANE)
+LANES = 512  # per program
+NUM_WARPS = 16
+
+
+@triton.jit
+def _offsets(unit, first, BLOCK, SIZE: tl.constexpr):
+    """Element offsets [units, LANE] of ``unit`` where every run of BLOCK units is one of SIZE, the ``first`` one."""
+    unit = ((unit // BLOCK) * SIZE + first) * BLOCK + unit % BLOCK
+    return unit.to(tl.int64)[:, None] * _LANE + tl.arange(0, _LANE)[None, :]
+
+
+@triton.jit
+def _copy_parts(
+    sources, out, rank, source_block, out_block, count, SIZE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Program (units, peer): this rank's part of the peer's tensor, or all of it, to the peer's place in ``out``."""
+    unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    keep = (unit < count)[:, None]
+    peer = tl.program_id(1)
+    if WHOLE:
+        source = _offsets(unit, 0, source_block, 1)
+    else:
+        source = _offsets(unit, rank, source_block, SIZE)
+    target = _offsets(unit, peer, out_block, SIZE)
+    for p in tl.static_range(SIZE):
+        if peer == p:
+            tl.store(out + target, tl.load(sources[p] + source, mask=keep), mask=keep)
+
+
+@triton.jit
+def _sum_parts(sources, out, rank, source_block, count, SIZE: tl.constexpr, LANES: tl.constexpr):
+    """Program (units): sum of this rank's part of every peer's tensor, in fp32 and in rank order."""
+    unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    keep = (unit < count)[:, None]
+    source = _offsets(unit, rank, source_block, SIZE)
+    total = tl.zeros([LANES, _LANE], tl.float32)
+    for p in tl.static_range(SIZE):
+        total += tl.load(sources[p] + source, mask=keep, other=0.0).to(tl.float32)
+    target = unit.to(tl.int64)[:, None] * _LANE + tl.arange(0, _LANE)[None, :]
+    tl.store(out + target, total.to(out.dtype.element_ty), mask=keep)
+
+
+def copy_parts(sources: Sequence[Tensor], out: Tensor, rank: int | None, source_block: int, out_block: int) -> None:
+    """Part ``rank`` of every source (None: all of it) to its owner's place in ``out``.
+
+    sources: one tensor per rank, dense, at least as long as what is read; source_block, out_block: elements of a run.
+    """
+    size = len(sources)
+    count = out.numel() // size // LANE
+    _copy_parts[(triton.cdiv(count, LANES), size)](
+        tuple(sources), out, rank or 0, source_block // LANE, out_block // LANE, count, SIZE=size, WHOLE=rank is None,
+        LANES=LANES, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def sum_parts(sources: Sequence[Tensor], out: Tensor, rank: int, source_block: int) -> None:
+    """Sum of part ``rank`` of every source, in fp32 and in their order, to ``out``: dense, as long as a part."""
+    count = out.numel() // LANE
+    _sum_parts[(triton.cdiv(count, LANES),)](
+        tuple(sources), out, rank, source_block // LANE, count, SIZE=len(sources), LANES=LANES, num_warps=NUM_WARPS
+    )
+
+
+def compile_cases() -> list[tuple[str, Callable[[], None]]]:
+    """Exchanges of 8 MiB among two and eight ranks on meta tensors; see ``tuning``."""
+    return [(f"peer_memory_{size}", lambda size=size: _meta_run(size)) for size in (2, 8)]
+
+
+def _meta_run(size: int) -> None:
+    sources = [torch.empty(size, 2048, 2048 // size, dtype=torch.bfloat16, device="meta") for _ in range(size)]
+    copy_parts(sources, torch.empty_like(sources[0]), 0, 2048, 4096)
+    copy_parts(sources, sources[0].new_empty(size * sources[0].numel()), None, sources[0].numel(), 2048)
+    sum_parts(sources, torch.empty_like(sources[0][0]), 0, 2048)
