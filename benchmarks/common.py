@@ -47,8 +47,12 @@ def time_calls(call: Callable[[], object], repeats: int, warm_up: int = 3) -> Ti
 
 
 def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``call`` after ``warm_up`` eager calls on a side stream."""
-    stream = torch.cuda.Stream()
+    """A CUDA graph of ``call`` after ``warm_up`` eager calls, on the current stream if that is none of the default one.
+
+    Leaves whose gradients were taken on another stream before would make the capture wait for that stream.
+    """
+    current = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
     gc.collect()  # an autograd graph left from another stream would make the capture wait for that stream
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

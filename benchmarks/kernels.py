@@ -6,7 +6,8 @@
 Variants: ``ours`` (the Triton table), ``plain`` (the definition in PyTorch, bf16), ``compiled`` (torch.compile of the
 definition), ``cuequivariance`` where it can be imported and has the operation. backward_us is forward and backward
 minus forward. max_rel_error is the largest relative error of an output or gradient against the definition in fp32.
-All variants but the compiled ones come first; those are compiled most expensive first until the time is used up.
+All variants but the compiled ones come first; those are compiled most expensive first until the time is used up. Rows
+are written as they are known.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import importlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,18 +182,16 @@ def compiled_variant(case: Case) -> list[dict]:
     return [] if row is None else [row]
 
 
-def compiled_variants(cases: list[Case], rows: list[dict], deadline: float) -> list[dict]:
+def compiled_variants(cases: list[Case], rows: list[dict], deadline: float) -> Iterator[dict]:
     """Compile the cases, most time per step (plain) first, until the deadline."""
     time_of = {(row["operation"], row["shape"]): row["forward_us"] + row["backward_us"] for row in rows}
     cost = {case.name: case.calls * time_of.get((case.operation, case.shape), 0.0) for case in cases}
-    found: list[dict] = []
     for done, case in enumerate(sorted(cases, key=lambda case: -cost[case.name])):
         if time.monotonic() > deadline:
             print(f"compiled: {done} of {len(cases)} cases in the time limit")
-            break
-        found += compiled_variant(case)
+            return
+        yield from compiled_variant(case)
         torch.cuda.empty_cache()
-    return found
 
 
 def chosen_cases(daps: list[int], only: list[str]) -> list[Case]:
@@ -221,14 +220,17 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=FOLDER / "kernels.csv")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes - 15
-    cases, cueq = chosen_cases(arguments.dap, arguments.only), library()
-    rows = []
-    for case in cases:
-        rows += quick_variants(case, cueq)
-        torch.cuda.empty_cache()
-    rows += compiled_variants(cases, [row for row in rows if row["variant"] == "plain"], deadline)
+    cases, cueq, rows = chosen_cases(arguments.dap, arguments.only), library(), []
+    with torch.cuda.stream(torch.cuda.Stream()):  # one for everything, captures included
+        for case in cases:
+            found = quick_variants(case, cueq)
+            append_rows(arguments.csv, [{**facts(), **row} for row in found])
+            rows += found
+            torch.cuda.empty_cache()
+        for row in compiled_variants(cases, [row for row in rows if row["variant"] == "plain"], deadline):
+            append_rows(arguments.csv, [{**facts(), **row}])
+            rows.append(row)
     rows.sort(key=lambda row: (row["operation"], row["shape"]))
-    append_rows(arguments.csv, [{**facts(), **row} for row in rows])
     print_table(rows)
     return 0 if rows else 1
 

@@ -1,5 +1,9 @@
 """Direct exchanges: several ranks in one process, whose stages are their memory; values equal to plain indexing."""
 
+import csv
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,6 +15,7 @@ from scalefold.parallel.direct import STAGES, DirectExchanges
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="needs a GPU or Triton's interpreter"
 )
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BYTES = 1 << 16
 
@@ -97,3 +102,20 @@ def test_a_group_uses_them_from_the_moment_it_is_told_to(monkeypatch):
     assert collectives.reduce_scatter(x, -2, group).shape == (1, 4, 2, 8)  # type: ignore[arg-type]
     collectives.use_direct(group, None)  # type: ignore[arg-type]
     assert group not in collectives._direct
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize(
+    ("script", "table", "rows"),
+    [
+        (["benchmarks/symmetric_exchange.py"], "exchange_symmetric.csv", 6),  # values equal to NCCL's
+        (["benchmarks/multi_gpu.py", "--skip-exchanges", "--dap", "2", "--passes", "1"], "step_time.csv", 2),
+    ],  # the second: loss and gradient norm of a step at full size equal to one GPU's
+)
+def test_two_gpus_compute_what_the_library_and_one_gpu_compute(script, table, rows, repository, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    command = [*TORCHRUN, *script, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(csv.DictReader((tmp_path / table).open()))) == rows

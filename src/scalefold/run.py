@@ -411,8 +411,7 @@ def choose_operations(config: Config, ranks: Ranks) -> Operations:
 
 
 def connect_replica(config: Config, ranks: Ranks) -> str:
-    """How the ranks of a DAP group exchange what they share: none, library, or direct where configuration and GPUs
-    allow it."""
+    """How the ranks of a DAP group exchange: ``none``, ``library``, or ``direct`` where they may and can."""
     if ranks.dap_group is None:
         return "none"
     if ranks.device.type != "cuda" or config.execution.dap_exchange == "library":

@@ -100,8 +100,8 @@ def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.
     exchanges, reason = None, ""
     try:
         exchanges = mapped(group, device)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever driver, container or another version of PyTorch says: the library goes on
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
     reasons = [""] * dist.get_world_size(control)
     dist.all_gather_object(reasons, reason, group=control)
     failed = next((f"rank {rank} of the group: {text}" for rank, text in enumerate(reasons) if text), None)
@@ -113,7 +113,7 @@ def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.
 
 
 def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
-    """Exchanges over new stages, mapped by all ranks of ``group``, which all take part; RuntimeError if one cannot."""
+    """Exchanges over new stages that all ranks of ``group`` map, taking part; RuntimeError where one cannot."""
     stages = [symmetric_memory.empty(STAGE_BYTES, dtype=torch.uint8, device=device) for _ in range(STAGES)]
     handles = [symmetric_memory.rendezvous(stage, group) for stage in stages]
     rank, size = dist.get_rank(group), dist.get_world_size(group)
