@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from processes import run_ranks
 from scalefold.kernels import triton_ops
-from scalefold.parallel import collectives
+from scalefold.parallel import collectives, direct
 from scalefold.parallel.direct import STAGES, DirectExchanges
 
 pytestmark = pytest.mark.skipif(
@@ -102,6 +104,26 @@ def test_a_group_uses_them_from_the_moment_it_is_told_to(monkeypatch):
     assert collectives.reduce_scatter(x, -2, group).shape == (1, 4, 2, 8)  # type: ignore[arg-type]
     collectives.use_direct(group, None)  # type: ignore[arg-type]
     assert group not in collectives._direct
+
+
+def connected_where_one_rank_cannot(rank: int) -> tuple[bool, bool]:
+    """Rank 0 maps its peers, rank 1 does not."""
+
+    def mapped(group: object, device: torch.device) -> DirectExchanges:
+        if rank == 1:
+            raise OSError("pidfd_getfd: Operation not permitted\nand a long trace")
+        return OneProcess(2).ranks[0]
+
+    direct.mapped = mapped
+    group = dist.group.WORLD
+    assert group is not None
+    connected = direct.connect(group, group, torch.device(DEVICE))
+    return connected, group in collectives._direct
+
+
+@pytest.mark.distributed
+def test_all_ranks_stay_with_the_library_where_one_cannot_map_its_peers():
+    assert run_ranks(connected_where_one_rank_cannot, 2) == [(False, False), (False, False)]
 
 
 @pytest.mark.multi_gpu

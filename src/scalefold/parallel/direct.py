@@ -95,7 +95,7 @@ def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.
     """Let the GPUs of ``group``, all of one host, exchange directly from now on, if all of them can.
 
     Every rank of ``control`` (the same ranks or more, on the CPU) takes part; they go one way together. Where a rank
-    cannot map its peers' memory, the library goes on exchanging, and the driver's reason is logged.
+    cannot map its peers' memory, the library goes on exchanging, and the first rank logs the driver's reason.
     """
     exchanges, reason = None, ""
     try:
@@ -107,7 +107,8 @@ def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.
     failed = next((f"rank {rank} of the group: {text}" for rank, text in enumerate(reasons) if text), None)
     if failed is not None:
         exchanges = None
-        log.warning("exchanges by NCCL, because GPUs cannot read each other's memory: %s", failed)
+        if dist.get_rank(group) == 0:
+            log.warning("exchanges by NCCL, because GPUs cannot read each other's memory: %s", failed)
     use_direct(group, exchanges)
     return exchanges is not None
 
