@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,9 +66,21 @@ def _devices() -> list[Finding]:
         found.append(
             Finding(level, f"cuda:{index}", f"{facts.name}, compute {facts.major}.{facts.minor}, {gib:.0f} GiB")
         )
+    found += _peers(torch.cuda.device_count(), torch.cuda.can_device_access_peer)
     from torch.cuda import nccl
 
     return [*found, Finding("ok", "nccl", ".".join(map(str, nccl.version())))]
+
+
+def _peers(count: int, can_access: Callable[[int, int], bool]) -> list[Finding]:
+    """Whether the GPUs of this node can read each other's memory, which DAP groups exchange by."""
+    if count < 2:
+        return []
+    apart = [(a, b) for a in range(count) for b in range(count) if a != b and not can_access(a, b)]
+    if apart:
+        text = f"cuda:{apart[0][0]} cannot read the memory of cuda:{apart[0][1]}: DAP groups of both exchange by NCCL"
+        return [Finding("note", "peer access", text)]
+    return [Finding("ok", "peer access", "every GPU can read every other's memory, as DAP groups do")]
 
 
 def _host() -> list[Finding]:
