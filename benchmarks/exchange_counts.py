@@ -83,8 +83,8 @@ class Tally(TorchDispatchMode):
         """``exchange`` with its calls counted, or (not ``begins``) the end of one, whose copies still count."""
 
         def call(x: Any, *args: Any) -> Any:
-            sent = x if begins else x.sent
-            self._inside = (self.direction, name, sent.numel() * sent.element_size())
+            sent = [x.sent] if not begins else [x] if isinstance(x, Tensor) else x
+            self._inside = (self.direction, name, sum(own.numel() * own.element_size() for own in sent))
             self.calls[self._inside] += int(begins)
             result = exchange(x, *args)
             self._inside = None

@@ -27,7 +27,7 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
     x = torch.randn(int(mib * MIB / 2) // (size * LANE) * size, LANE, device="cuda").bfloat16()
     rows = {"all_to_all": x.shape[0], "all_gather": size * x.shape[0], "reduce_scatter": x.shape[0] // size}
     ours: dict[str, Callable[[], Tensor]] = {
-        "all_to_all": lambda: own.all_to_all(x[None], 1, 0).flatten(0, 1),
+        "all_to_all": lambda: own.all_to_all([x[None]], 1, 0)[0].flatten(0, 1),
         "all_gather": lambda: own.all_gather(x, 0),
         "reduce_scatter": lambda: own.reduce_scatter(x, 0),
     }

@@ -43,8 +43,8 @@ def totals(rows, direction):
 def test_exchanges_per_block_are_as_documented_whatever_the_dap_size(script, base):
     counted = {size: script("exchange_counts").count(base, size) for size in (2, 4)}
     for rows in counted.values():
-        assert totals(rows, "forward")[0] == 14 + 14 + 10 + 4  # Evoformer, extra MSA, template block; ends of stacks
-        assert totals(rows, "backward")[0] == 14 + 14 + 10 + 4
+        assert totals(rows, "forward")[0] == 12 + 12 + 8 + 4  # Evoformer, extra MSA, template block; ends of stacks
+        assert totals(rows, "backward")[0] == 12 + 12 + 8 + 4
         assert {row["exchange"] for row in rows} == {"all_to_all", "all_gather", "reduce_scatter"}
     assert totals(counted[4], "forward")[1] == pytest.approx(totals(counted[2], "forward")[1] / 2, rel=0.01)
 

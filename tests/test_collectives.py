@@ -10,6 +10,7 @@ from scalefold.parallel.collectives import (
     begin_exchange,
     end_exchange,
     exchange,
+    exchange_all,
     gather_same,
     gather_shared,
     scatter,
@@ -75,6 +76,24 @@ def test_an_exchange_in_two_halves_equals_one_at_once_with_others_in_between() -
         np.testing.assert_array_equal(out, expected)
         np.testing.assert_array_equal(grad, expected_grad)
         assert seen == [["forward"], ["backward"], []]
+
+
+def together(rank: int) -> list[np.ndarray]:
+    """Two tensors in one exchange and in two, with their gradients."""
+    found, group = [], dist.group.WORLD
+    for at_once in (True, False):
+        x = (torch.arange(24.0).reshape(4, 3, 2).sin() + rank).double().requires_grad_()
+        y = x.detach().exp().requires_grad_()
+        a, b = exchange_all((x, y), 0, 1, group) if at_once else (exchange(x, 0, 1, group), exchange(y, 0, 1, group))
+        (a.cos().sum() + (a * b).sum()).backward()
+        found += [a.detach().numpy(), b.detach().numpy(), x.grad.numpy(), y.grad.numpy()]
+    return found
+
+
+def test_several_tensors_in_one_exchange_equal_several_exchanges() -> None:
+    for found in run_ranks(together, 2):
+        for one, other in zip(found[:4], found[4:], strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 def test_a_length_that_cannot_be_shared_is_named() -> None:

@@ -33,7 +33,7 @@ class OneProcess:
         }
         self.ranks = [DirectExchanges(rank, size, stages[rank], views, lambda turn: None) for rank in range(size)]
 
-    def run(self, name: str, xs: list[Tensor], *dims: int) -> list[Tensor]:
+    def run(self, name: str, xs: list, *dims: int) -> list:
         """The exchange on every rank; first all of them stage (and read too early), then all read."""
         for rank, x in zip(self.ranks, xs, strict=True):
             getattr(rank, name)(x, *dims)
@@ -57,10 +57,12 @@ def test_an_exchange_moves_every_part_to_its_place(dtype, size, shape, split, co
     if split == concat:
         xs = [x[None] for x in xs]
         split, concat = 1, 0
-    outs = group.run("all_to_all", xs, split, concat)
-    for rank, out in enumerate(outs):
-        assert group.ranks[rank].takes(xs[rank], split, concat)
-        torch.testing.assert_close(out, torch.cat([x.chunk(size, split)[rank] for x in xs], concat), rtol=0, atol=0)
+    outs = group.run("all_to_all", [[x, -x] for x in xs], split, concat)
+    for rank, (out, other) in enumerate(outs):
+        assert group.ranks[rank].takes([xs[rank], xs[rank]], split, concat)
+        expected = torch.cat([x.chunk(size, split)[rank] for x in xs], concat)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        torch.testing.assert_close(other, -expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -78,7 +80,7 @@ def test_exchanges_of_other_strides_and_of_both_stages():
     group = OneProcess(2)
     for shape in ((1, 6, 4, 8), (1, 2, 10, 16), (1, 4, 4, 8)):
         xs = [x.transpose(1, 2) for x in tensors(2, shape, torch.float32)]
-        for rank, out in enumerate(group.run("all_to_all", xs, 1, 2)):
+        for rank, (out,) in enumerate(group.run("all_to_all", [[x] for x in xs], 1, 2)):
             torch.testing.assert_close(out, torch.cat([x.chunk(2, 1)[rank] for x in xs], 2), rtol=0, atol=0)
 
 
@@ -91,7 +93,7 @@ def test_exchanges_of_other_strides_and_of_both_stages():
     ],
 )
 def test_what_it_does_not_take_is_left_to_the_library(x, dims):
-    assert not OneProcess(2).ranks[0].takes(x, *dims)
+    assert not OneProcess(2).ranks[0].takes([x], *dims)
 
 
 def test_a_group_uses_them_from_the_moment_it_is_told_to(monkeypatch):
@@ -100,7 +102,7 @@ def test_a_group_uses_them_from_the_moment_it_is_told_to(monkeypatch):
     collectives.use_direct(group, ranks[0])  # type: ignore[arg-type]
     x = torch.randn(1, 4, 4, 8, device=DEVICE)
     assert collectives.all_gather(x, 1, group).shape == (1, 8, 4, 8)  # type: ignore[arg-type]
-    assert collectives.all_to_all(x, 1, -2, group).shape == (1, 2, 8, 8)  # type: ignore[arg-type]
+    assert collectives.all_to_all([x], 1, -2, group)[0].shape == (1, 2, 8, 8)  # type: ignore[arg-type]
     assert collectives.reduce_scatter(x, -2, group).shape == (1, 4, 2, 8)  # type: ignore[arg-type]
     collectives.use_direct(group, None)  # type: ignore[arg-type]
     assert group not in collectives._direct

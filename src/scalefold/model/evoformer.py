@@ -19,8 +19,8 @@ point (attribute name)    tensors                                         layout
                           the attention around the ending node)
 ``begin_columns_to_rows`` m after the outer product, to the end of a      columns -> rows, while the
 ``end_columns_to_rows``   block, where the next one takes it              pair updates go on
-``rows_to_channels``      operands a, b [B, c, I, J] of a triangle        rows (dimension 2) -> channels
-                          multiplication                                  (dimension 1)
+``rows_to_channels``      operands (a, b), [B, c, I, J] each, of a        rows (dimension 2) -> channels
+                          triangle multiplication                         (dimension 1)
 ``channels_to_rows``      its product x [B, c, I, J]                      channels -> rows (dimension 2)
 ========================  ==============================================  =====================================
 

@@ -52,7 +52,8 @@ class TriangleMultiplication(nn.Module):
         )
         if dropout is None:
             dropout = shared_row_dropout(self.ops, z, self.dropout, self.training)
-        x = self.ops.triangle_product(self.rows_to_channels(a), self.rows_to_channels(b), self.outgoing)
+        a, b = self.rows_to_channels((a, b))
+        x = self.ops.triangle_product(a, b, self.outgoing)
         return self.ops.triangle_output(
             z,
             self.channels_to_rows(x),

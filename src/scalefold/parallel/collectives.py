@@ -6,6 +6,7 @@ the same gradient everywhere (slice). A group whose GPUs map each other's memory
 shapes that are too odd for it, and exchanges that go on beside other work by the process group's library.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def local_part(x: Tensor, dim: int, group: Group) -> Tensor:
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """Concatenate the ranks' slices along ``dim``."""
     dim, mapped = dim % x.dim(), _direct.get(group)
-    if mapped is not None and mapped.takes(x, dim):
+    if mapped is not None and mapped.takes([x], dim):
         return mapped.all_gather(x, dim)
     size = dist.get_world_size(group)
     front = x.movedim(dim, 0).contiguous()
@@ -52,7 +53,7 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     dim, mapped = dim % x.dim(), _direct.get(group)
     size = dist.get_world_size(group)
     share = _share(x.shape[dim], size)
-    if mapped is not None and mapped.takes(x, dim):
+    if mapped is not None and mapped.takes([x], dim):
         return mapped.reduce_scatter(x, dim)
     front = x.movedim(dim, 0).contiguous()
     if x.is_cuda:
@@ -64,20 +65,24 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     return local_part(front, 0, group).movedim(0, dim)
 
 
-def all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
-    """Split along one dimension, concatenate along another: the slices change axis.
+def all_to_all(xs: Sequence[Tensor], split_dim: int, concat_dim: int, group: Group) -> list[Tensor]:
+    """Split along one dimension, concatenate along another: the slices change axis. One exchange for all of ``xs``.
 
-    x: [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..].
+    xs: equally shaped, [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each.
     """
-    split_dim, concat_dim, mapped = split_dim % x.dim(), concat_dim % x.dim(), _direct.get(group)
+    dims, shape = xs[0].dim(), xs[0].shape
+    split_dim, concat_dim, mapped = split_dim % dims, concat_dim % dims, _direct.get(group)
     size = dist.get_world_size(group)
-    _share(x.shape[split_dim], size)
-    if mapped is not None and mapped.takes(x, split_dim, concat_dim):
-        return mapped.all_to_all(x, split_dim, concat_dim)
-    parts = _parts(x, split_dim, size)
+    _share(shape[split_dim], size)
+    if mapped is not None and mapped.takes(xs, split_dim, concat_dim):
+        return mapped.all_to_all(xs, split_dim, concat_dim)
+    if len(xs) == 1:
+        parts = _parts(xs[0], split_dim, size).contiguous()[:, None]
+    else:
+        parts = torch.stack([_parts(x, split_dim, size) for x in xs], 1)
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
-    return _joined(received, concat_dim)
+    return [_joined(own, concat_dim) for own in received.unbind(1)]
 
 
 @dataclass
@@ -91,7 +96,7 @@ class Flight:
 
 def begin_all_to_all(x: Tensor, split_dim: int, group: Group) -> Flight:
     """Send the P parts of x along ``split_dim``; other work goes on until ``end_all_to_all``."""
-    parts = _parts(x, split_dim, dist.get_world_size(group))
+    parts = _parts(x, split_dim, dist.get_world_size(group)).contiguous()
     received = torch.empty_like(parts)
     return Flight(received, parts, dist.all_to_all_single(received, parts, group=group, async_op=True))
 
@@ -104,9 +109,9 @@ def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
 
 
 def _parts(x: Tensor, split_dim: int, size: int) -> Tensor:
-    """[.., n P at split_dim, ..] -> [P, .., n, ..]."""
+    """[.., n P at split_dim, ..] -> [P, .., n, ..], a view."""
     split_dim %= x.dim()
-    return x.unflatten(split_dim, (size, _share(x.shape[split_dim], size))).movedim(split_dim, 0).contiguous()
+    return x.unflatten(split_dim, (size, _share(x.shape[split_dim], size))).movedim(split_dim, 0)
 
 
 def _joined(received: Tensor, concat_dim: int) -> Tensor:
@@ -158,17 +163,17 @@ class _GatherShared(_GatherSame):
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all forward, the inverse all-to-all backward."""
+    """All-to-all forward, the inverse all-to-all backward, of one or several tensors."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
+    def forward(ctx: Any, split_dim: int, concat_dim: int, group: Group, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.dims, ctx.group = (split_dim, concat_dim), group
-        return all_to_all(x, split_dim, concat_dim, group)
+        return tuple(all_to_all(xs, split_dim, concat_dim, group))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         split_dim, concat_dim = ctx.dims
-        return all_to_all(grads[0], concat_dim, split_dim, ctx.group), None, None, None
+        return None, None, None, *all_to_all(grads, concat_dim, split_dim, ctx.group)
 
 
 class _Overlapped(torch.autograd.Function):
@@ -212,7 +217,12 @@ def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
 
 def exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
     """Move the shards from ``concat_dim`` to ``split_dim``."""
-    return _Exchange.apply(x, split_dim, concat_dim, group)
+    return exchange_all((x,), split_dim, concat_dim, group)[0]
+
+
+def exchange_all(xs: tuple[Tensor, ...], split_dim: int, concat_dim: int, group: Group) -> tuple[Tensor, ...]:
+    """``exchange`` of equally shaped tensors in one go."""
+    return _Exchange.apply(split_dim, concat_dim, group, *xs)
 
 
 def begin_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:

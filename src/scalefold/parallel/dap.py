@@ -21,6 +21,7 @@ from scalefold.parallel.collectives import (
     begin_exchange,
     end_exchange,
     exchange,
+    exchange_all,
     gather_same,
     gather_shared,
     scatter,
@@ -106,6 +107,14 @@ class Exchange(nn.Module):
         return exchange(x, self.split_dim, self.concat_dim, self.group)
 
 
+class ExchangeAll(Exchange):
+    """An ``Exchange`` of several equally shaped tensors in one go."""
+
+    def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Same tensors, other axis sharded."""
+        return exchange_all(xs, self.split_dim, self.concat_dim, self.group)
+
+
 class BeginExchange(nn.Module):
     """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
 
@@ -148,7 +157,7 @@ def _points(group: dist.ProcessGroup) -> dict[str, nn.Module]:
         "columns_to_rows": Exchange(group, split_dim=1, concat_dim=2),
         "begin_columns_to_rows": BeginExchange(group, 1, 2, flights),
         "end_columns_to_rows": EndExchange(group, 1, 2, flights),
-        "rows_to_channels": Exchange(group, split_dim=1, concat_dim=2),
+        "rows_to_channels": ExchangeAll(group, split_dim=1, concat_dim=2),
         "channels_to_rows": Exchange(group, split_dim=2, concat_dim=1),
     }
 

@@ -50,29 +50,31 @@ class DirectExchanges:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
         self._turn = 0
 
-    def takes(self, x: Tensor, dim: int, other: int | None = None) -> bool:
-        """Whether x can be exchanged here, its parts along ``dim`` (and ``other``) being long and even enough."""
-        inner = math.prod(x.shape[max(dim, dim if other is None else other) + 1 :])
-        whole = x.numel() * x.element_size() <= self.stages[0].numel()
-        return x.dtype in self.views and whole and inner % LANE == 0
+    def takes(self, xs: Sequence[Tensor], dim: int, other: int | None = None) -> bool:
+        """Whether equal shapes fit together, and parts along ``dim`` (and ``other``) are long and even enough."""
+        shape, dtype = xs[0].shape, xs[0].dtype
+        inner = math.prod(shape[max(dim, dim if other is None else other) + 1 :])
+        fit = len(xs) * shape.numel() * dtype.itemsize <= self.stages[0].numel()
+        return dtype in self.views and fit and inner % LANE == 0
 
-    def all_to_all(self, x: Tensor, split_dim: int, concat_dim: int) -> Tensor:
-        """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..], dense."""
-        shape = list(x.shape)
+    def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int) -> list[Tensor]:
+        """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense."""
+        shape = list(xs[0].shape)
         shape[split_dim] //= self.size
         part = shape.copy()
         shape[concat_dim] *= self.size
-        out = x.new_empty(shape)
+        outs = [x.new_empty(shape) for x in xs]
         split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
-        copy_parts(self._staged(x), out, self.rank, split_block, concat_block)
-        return out
+        for staged, out in zip(self._staged(xs), outs, strict=True):
+            copy_parts(staged, out, self.rank, split_block, concat_block)
+        return outs
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         """The ranks' tensors behind each other along ``dim``, dense."""
         shape = list(x.shape)
         shape[dim] *= self.size
         out = x.new_empty(shape)
-        copy_parts(self._staged(x), out, None, x.numel(), math.prod(x.shape[dim:]))
+        copy_parts(self._staged([x])[0], out, None, x.numel(), math.prod(x.shape[dim:]))
         return out
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
@@ -80,15 +82,18 @@ class DirectExchanges:
         shape = list(x.shape)
         shape[dim] //= self.size
         out = x.new_empty(shape)
-        sum_parts(self._staged(x), out, self.rank, math.prod(shape[dim:]))
+        sum_parts(self._staged([x])[0], out, self.rank, math.prod(shape[dim:]))
         return out
 
-    def _staged(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Every rank's x of this exchange, readable from here."""
+    def _staged(self, xs: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Of each of the tensors every rank's one of this exchange, flat and readable from here."""
         turn, self._turn = self._turn, (self._turn + 1) % len(self.stages)
-        self.stages[turn].view(x.dtype)[: x.numel()].view(x.shape).copy_(x)
+        dtype, count = xs[0].dtype, xs[0].numel()
+        places = [slice(n * count, (n + 1) * count) for n in range(len(xs))]
+        for x, place in zip(xs, places, strict=True):
+            self.stages[turn].view(dtype)[place].view(x.shape).copy_(x)
         self.barrier(turn)
-        return tuple(self.views[x.dtype][turn])
+        return [[peer[place] for peer in self.views[dtype][turn]] for place in places]
 
 
 def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.device) -> bool:
