@@ -155,7 +155,11 @@ def default_store() -> tuple[Path, list[Path]]:
         roots = (raw / "open_protein_set", raw / "open_protein_set_computed")
         structures = raw / "pdb_mmcif"
         layout = RawLayout(
-            structures / "raw", roots, structures / "clusters-by-entity-40.txt", structures / "obsolete.dat"
+            structures / "raw",
+            roots,
+            structures / "clusters-by-entity-40.txt",
+            structures / "obsolete.dat",
+            raw / "splits" / "eval_computed.txt",  # for whoever trains on the store
         )
         prepare(layout, folder / "real")
         return folder / "real", list(roots)

@@ -1,6 +1,6 @@
 """Whole training steps on real chains: step time by recycling passes, wait for data, memory.
 
-    scalefold prepare ... --out STORE
+    scalefold prepare ... --evaluation-list IDS --out STORE
     python benchmarks/real_chains.py STORE                          # configs/base.yaml: full model, bf16, one device
     python benchmarks/real_chains.py STORE --workers 12 --steps 96 --set data.filter_by_alignments=true
 
