@@ -296,10 +296,10 @@ def main() -> int:
         parser.error("STORE is missing: give a prepared data set, or --small")
     csv = arguments.csv or (None if arguments.small else FOLDER / "async_evaluation.csv")
     deadline = time.monotonic() + 60 * arguments.minutes
-    rows: list[dict[str, object]] = []
+    wanted, rows = cases(arguments), list[dict[str, object]]()
     with tempfile.TemporaryDirectory() as name:
         store = arguments.store or generated_store(Path(name))
-        for case in cases(arguments):
+        for case in wanted:
             try:
                 rows.append(measure(case, store, Path(name) / case.name, arguments, deadline - time.monotonic()))
             except RuntimeError as error:
@@ -307,7 +307,7 @@ def main() -> int:
                 break
             if csv is not None:
                 append_rows(csv, rows[-1:])
-    complete = len(rows) == len(cases(arguments))
+    complete = len(rows) == len(wanted)
     if complete:
         report(rows)
     return int(not complete)

@@ -36,6 +36,7 @@ COPY_TB_PER_S = 0.72 * 4.3  # of the analytic model, docs/scaling_model.md: a co
 LAUNCH_US = 2.0  # same source
 MB_IN_MIB = 1e6 / 2**20
 DAP_SIZES = (1, 2, 4, 8)
+NCCL, DIRECT = "exchange.csv", "exchange_symmetric.csv"
 GPUS = ("H100", "H200")
 REPEATED_KERNELS = ("adam", "multi_tensor", "mem", "points", "frames", "pack", "cutlass", "sm80_xmma", "sm90_xmma")
 LIBRARY_KERNELS = ("at::native", "cublaslt", "softmax", "elementwise", "reduc")
@@ -147,20 +148,15 @@ def computing_ms(size: int, scenario: Scenario) -> tuple[float, float]:
     return shared, repeated + max(0.0, step.one_pass_ms - busy_ms)
 
 
-def exchange_rows(gpus: int) -> list[dict[str, str]]:
+def exchange_rows(gpus: int, file: str = NCCL) -> list[dict[str, str]]:
     """Measured exchanges of so many GPUs of one host, the newest of every size."""
-    return list({row["mib_per_rank"]: row for row in read("exchange.csv") if int(row["gpus"]) == gpus}.values())
-
-
-def direct_rows() -> list[dict[str, str]]:
-    """Direct exchanges between two GPUs, the newest of every size."""
-    return list({row["mib_per_rank"]: row for row in read("exchange_symmetric.csv") if row["gpus"] == "2"}.values())
+    return list({row["mib_per_rank"]: row for row in read(file) if int(row["gpus"]) == gpus}.values())
 
 
 def exchange_us(name: str, mib: float, size: int, scenario: Scenario) -> float:
     """Cost of one exchange, linear between measured sizes and beyond the largest, constant below the smallest."""
     if scenario.direct:
-        return _interpolated(direct_rows(), name, mib * 2 * (size - 1) / size)
+        return _interpolated(exchange_rows(2, DIRECT), name, mib * 2 * (size - 1) / size)
     factor, rows = 1.0, exchange_rows(size)
     if not rows and size == 2:
         earlier = read("exchange_2_gpus.csv")

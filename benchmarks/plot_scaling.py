@@ -19,11 +19,11 @@ from matplotlib.axes import Axes
 from common import FOLDER
 from dap_estimate import (
     DAP_SIZES,
+    DIRECT,
     HIGH,
     LOW,
     MB_IN_MIB,
     Scenario,
-    direct_rows,
     exchange_rows,
     exchanges_ms,
     measured,
@@ -128,15 +128,15 @@ def exchange_costs() -> Plot:
     """Microseconds of an exchange against its size: NCCL among four GPUs and two, direct between two."""
 
     def paint(axes: Axes) -> None:
-        four, two = exchange_rows(4), read("exchange_2_gpus.csv")
+        four, two, direct = exchange_rows(4), read("exchange_2_gpus.csv"), exchange_rows(2, DIRECT)
         for index, name in enumerate(EXCHANGES):
             colour, words = PALETTE[f"c{index}"], name.replace("_", "-")
             x, y = np.array([(float(r["mib_per_rank"]), float(r[f"{name}_us"])) for r in four]).T
             axes.plot(x, y, "o-", ms=3, color=colour, label=words)
             x, y = np.array([(float(r["mb_per_rank"]) * MB_IN_MIB, float(r[f"{name}_us"])) for r in two]).T
             axes.plot(x, y, "--", lw=1, color=colour)
-            if f"{name}_us" in direct_rows()[0]:
-                x, y = np.array([(float(r["mib_per_rank"]), float(r[f"{name}_us"])) for r in direct_rows()]).T
+            if f"{name}_us" in direct[0]:
+                x, y = np.array([(float(r["mib_per_rank"]), float(r[f"{name}_us"])) for r in direct]).T
                 axes.plot(x, y, ":", lw=1.6, color=colour)
         axes.plot([], [], "--", lw=1, color=PALETTE["ink"], label="dashed: NCCL, two GPUs")
         axes.plot([], [], ":", lw=1.6, color=PALETTE["ink"], label="dotted: direct, two GPUs")
@@ -244,8 +244,8 @@ def exchange_table() -> str:
 
 def direct_table() -> str:
     """Direct exchanges and NCCL's between two GPUs, measured in one run, µs."""
-    names = EXCHANGES[:3]
-    rows = [[r["mib_per_rank"], *(f"{r[f'{n}_us']} / {r[f'{n}_nccl_us']}" for n in names)] for r in direct_rows()]
+    names, found = EXCHANGES[:3], exchange_rows(2, DIRECT)
+    rows = [[r["mib_per_rank"], *(f"{r[f'{n}_us']} / {r[f'{n}_nccl_us']}" for n in names)] for r in found]
     return markdown(["MiB per rank", *(name.replace("_", "-") for name in names)], rows)
 
 

@@ -132,10 +132,13 @@ def choices(problem: Problem, refine: bool) -> list[tuning.Config]:
     """The present choice, then its neighbours (``refine``) or history and the kernel's own candidates."""
     kernel, key = problem.key
     present, *others = tuning.candidates(kernel, **problem.fields)
-    tables = [json.loads(path.read_text()) for path in sorted(tuning.TABLES.glob("*.json"))]
-    history = [table[kernel][key] for table in tables if key in table.get(kernel, {})]
+    if refine:
+        others = neighbours(present)
+    else:
+        tables = [json.loads(path.read_text()) for path in sorted(tuning.TABLES.glob("*.json"))]
+        others = [table[kernel][key] for table in tables if key in table.get(kernel, {})] + others
     ordered = [present]
-    for config in neighbours(present) if refine else [*history, *others]:
+    for config in others:
         if config not in ordered:
             ordered.append(config)
     return ordered[:MAX_CANDIDATES]

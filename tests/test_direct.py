@@ -76,6 +76,16 @@ def test_gathers_and_their_backward_sums(dtype, shape, dim):
         torch.testing.assert_close(out, expected.chunk(4, dim)[rank], rtol=1e-2, atol=1e-2)
 
 
+def test_eight_ranks_exchange_more_than_a_program_moves():
+    xs, group = tensors(8, (1, 8, 16, 40), torch.bfloat16), OneProcess(8)
+    for rank, (out,) in enumerate(group.run("all_to_all", [[x] for x in xs], 2, 1)):
+        torch.testing.assert_close(out, torch.cat([x.chunk(8, 2)[rank] for x in xs], 1), rtol=0, atol=0)
+    wide = tensors(2, (1, 2, 4200 * 2), torch.bfloat16)
+    for rank, out in enumerate(OneProcess(2).run("reduce_scatter", wide, 1)):
+        expected = torch.stack([x.float() for x in wide]).sum(0).bfloat16()
+        torch.testing.assert_close(out, expected.chunk(2, 1)[rank])
+
+
 def test_exchanges_of_other_strides_and_of_both_stages():
     group = OneProcess(2)
     for shape in ((1, 6, 4, 8), (1, 2, 10, 16), (1, 4, 4, 8)):

@@ -66,8 +66,10 @@ def hyperparameters(config: Config, model_parameters_count: int) -> Hyperparamet
     )
 
 
-def run_header(config: Config, ranks: Ranks, seed: int, model: AlphaFold, ops: Operations) -> dict[str, Any]:
-    """Facts for the record: what ran where."""
+def run_header(
+    config: Config, ranks: Ranks, seed: int, model: AlphaFold, ops: Operations, exchange: str
+) -> dict[str, Any]:
+    """Facts for the record: what ran where; ``exchange``: how DAP groups do."""
     device = ranks.device
     return {
         "config_name": config.system,
@@ -79,6 +81,7 @@ def run_header(config: Config, ranks: Ranks, seed: int, model: AlphaFold, ops: O
         "launcher": ranks.launcher,
         "torch": torch.__version__,
         "kernels": ops.name,
+        "dap_exchange": exchange,
         "precision": config.execution.precision,
         "seed": seed,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

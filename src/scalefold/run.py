@@ -261,7 +261,7 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
     if ranks.is_root:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_resolved(run_dir / CONFIG_FILE, schedule.base)
-        record.run(**run_header(config, ranks, seed, model, ops), dap_exchange=exchange)
+        record.run(**run_header(config, ranks, seed, model, ops, exchange))
     progress = make_progress(config, ranks)
     step = build_step(config, model, optimizer, ranks)
     evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops, schedule)

@@ -13,15 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import reference
 from scalefold.kernels.rows import (
+    chosen_tiles,
     common_rows,
     dot,
     has_plain_strides,
     is_tile_width,
     load_tile,
     register_tiles,
-    row_fields,
     store_tile,
     sum_all,
 )
@@ -121,7 +121,7 @@ class _GatedOutput(torch.autograd.Function):
         out = torch.empty_like(x)
         dims, count, strides = common_rows(x, o, gate, x if dropout is None else dropout, out)
         c, hd = weight.shape
-        config = _config("gated_output_forward", count, x.dtype, c, hd, hd)
+        config = chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
         _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             x, strides[0], o, strides[1], gate, strides[2], weight.contiguous(), bias, dropout, strides[3], out,
             strides[4], dims, count, C=c, HD=hd, **config,
@@ -138,7 +138,7 @@ class _GatedOutput(torch.autograd.Function):
             d, o, gate, d if dropout is None else dropout, d_o, d_gate, d if update is None else update, gated
         )
         c, hd = weight.shape
-        config = _config("gated_output_backward", count, d.dtype, c, hd, hd)
+        config = chosen_tiles("gated_output_backward", d, min(c, hd), hd, max(c, hd))
         tiles = triton.cdiv(count, config["BLOCK_M"])
         partials = torch.empty(tiles, c, dtype=torch.float32, device=d.device)
         _input_gradient_kernel[(tiles,)](
@@ -148,11 +148,6 @@ class _GatedOutput(torch.autograd.Function):
         product = Product(d if update is None else update, gated)
         d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
         return d, d_o, d_gate, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype), None
-
-
-def _config(name: str, count: int, dtype: torch.dtype, c: int, hd: int, limit: int) -> tuning.Config:
-    config = dict(tuning.lookup(name, **row_fields(count, dtype, c=max(c, hd), n=min(c, hd))))
-    return {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}
 
 
 def gated_output(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None) -> Tensor:

@@ -244,10 +244,10 @@ def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: 
     tuning.register(name, default=tile_default(default), candidates=lambda fields: choices)
 
 
-def chosen_tiles(name: str, x: Tensor, n: int, limit: int) -> tuning.Config:
+def chosen_tiles(name: str, x: Tensor, n: int, limit: int, c: int | None = None) -> tuning.Config:
     """Launch parameters of kernel ``name`` for the rows of x: [*, c] and products of width n.
 
-    ``limit``: most columns that a tile may have.
+    ``limit``: most columns that a tile may have; ``c``: where another width than that of x is the larger one.
     """
-    config = tuning.lookup(name, **row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], n=n))
+    config = tuning.lookup(name, **row_fields(x.shape[:-1].numel(), x.dtype, c=c or x.shape[-1], n=n))
     return {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}

@@ -109,8 +109,7 @@ def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
 
 
 def _parts(x: Tensor, split_dim: int, size: int) -> Tensor:
-    """[.., n P at split_dim, ..] -> [P, .., n, ..], a view."""
-    split_dim %= x.dim()
+    """[.., n P at split_dim >= 0, ..] -> [P, .., n, ..], a view."""
     return x.unflatten(split_dim, (size, _share(x.shape[split_dim], size))).movedim(split_dim, 0)
 
 

@@ -115,12 +115,12 @@ class ExchangeAll(Exchange):
         return exchange_all(xs, self.split_dim, self.concat_dim, self.group)
 
 
-class BeginExchange(nn.Module):
+class BeginExchange(Exchange):
     """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
 
     def __init__(self, group: dist.ProcessGroup, split_dim: int, concat_dim: int, flights: Flights) -> None:
-        super().__init__()
-        self.group, self.split_dim, self.concat_dim, self.flights = group, split_dim, concat_dim, flights
+        super().__init__(group, split_dim, concat_dim)
+        self.flights = flights
 
     def forward(self, x: Tensor) -> Tensor:
         """What the second half takes; nothing else may read it."""
