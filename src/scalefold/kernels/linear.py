@@ -96,7 +96,7 @@ def _column_sums(d, keep):
 
 @triton.jit
 def _input_gradient_kernel(
-    x, x_strides, norm_weight, norm_bias, weight, ds, d_strides, narrow_weight, narrow_d, narrow_strides,
+    x, x_strides, norm_weight, norm_bias, weights, ds, d_strides, narrow_weight, narrow_d, narrow_strides,
     row_mask, mask_strides, through, through_strides, dx, dx_strides, normed, normed_strides, partials, num_sums, dims,
     count,
     COUNT: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, NARROW_SUM: tl.constexpr,
@@ -119,7 +119,7 @@ def _input_gradient_kernel(
         for first in range(0, WIDTH, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
             d = load_tile(ds[i], rows, n, dims, d_strides[i], count)
-            acc = dot(d, tl.load(weight + (i * WIDTH + n)[:, None] * C + c[None, :]), acc)
+            acc = dot(d, tl.load(weights[i] + n[:, None] * C + c[None, :]), acc)
             if SUMS[i] >= 0:
                 tl.store(own + SUMS[i] + n, _column_sums(d, keep))
     if NARROW > 0:
@@ -175,11 +175,10 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, through, *ds):
         x, norm_weight, norm_bias, row_mask, *weights = ctx.saved_tensors
         ds = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(ds, weights, strict=True)]
+        ds = [*ds[: ctx.num_wide], *(_in_rows_of(x, d) for d in ds[ctx.num_wide :])]
         c, dtype = x.shape[-1], norm_weight.dtype
+        dx, normed, partials = input_gradient(x, norm_weight, norm_bias, row_mask, weights, ds, ctx.has_bias, through)
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
-        normed, dx, partials = _input_gradient(
-            x, norm_weight, norm_bias, row_mask, ctx.num_wide, weights, ds, widths, through
-        )
         sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
         norm_weight_sum, norm_bias_sum, *bias_sums = sums.split([c, c, *widths])
         biases = [total if has else None for total, has in zip(bias_sums, ctx.has_bias, strict=True)]
@@ -214,31 +213,52 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     return tuple(outs if narrow_out is None else [*outs, narrow_out])
 
 
-def _input_gradient(
-    x, norm_weight, norm_bias, row_mask, num_wide, weights, ds, widths, through
+def input_gradient(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    row_mask: Tensor | None,
+    weights: Sequence[Tensor],
+    ds: Sequence[Tensor],
+    has_bias: Sequence[bool],
+    through: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of x and its (masked) layer norm, both in the memory order of x, and partial sums per tile of rows:
-    gradients of the norm's weight and bias, then of the biases, whose ``widths`` are 0 where there is none."""
-    c = x.shape[-1]
-    wide, narrow = weights[:num_wide], weights[num_wide:]
-    dx, normed = torch.empty_like(x), torch.empty_like(x)
+    """Backward of x: [*, c] -> layer norm (times row_mask: [*]) -> projections, for the gradients ds of these.
+
+    Weights: equally wide ones [w, c], then at most one narrower than 16, each dense; ds: [*, w] of any strides. Returns
+    the gradient of x plus ``through``, in the memory order of x; the (masked) layer norm, rows in that order; and
+    partial sums [tiles, 2 c + widths] for ``rows.sum_all``: gradients of the norm's weight and bias, then of each bias
+    that there is.
+    """
+    c, num_wide = x.shape[-1], sum(weight.shape[0] >= NARROW_WIDTH for weight in weights)
+    wide, narrow = tuple(weights[:num_wide]), weights[num_wide:]
+    dx, normed = torch.empty_like(x), _in_order(memory_order(x), x.new_empty(x.shape[:-1].numel(), c), x.shape)
     narrow_d = ds[num_wide] if narrow else None
     width = wide[0].shape[0] if wide else NARROW_WIDTH
     config = chosen_tiles("norm_linear_backward", x, num_wide * width, width)
     mask_view = x if row_mask is None else row_mask[..., None]
     views = (x, dx, x if narrow_d is None else narrow_d, mask_view, normed, x if through is None else through)
     dims, count, strides = common_rows(*views, *ds[:num_wide])
+    widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, has_bias, strict=True)]
     tiles, num_sums = triton.cdiv(count, config["BLOCK_M"]), 2 * c + sum(widths)
     partials = torch.empty(tiles, num_sums, dtype=torch.float32, device=x.device)
     starts = [2 * c + sum(widths[:n]) if own else -1 for n, own in enumerate(widths)]
     _input_gradient_kernel[(tiles,)](
-        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, tuple(ds[:num_wide]),
-        tuple(strides[6:]), narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], through,
-        strides[5], dx, strides[1], normed, strides[4], partials, num_sums, dims, count, COUNT=num_wide,
-        SUMS=tuple(starts[:num_wide]), WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0,
-        NARROW_SUM=starts[-1] if narrow else -1, C=c, **config,
+        x, strides[0], norm_weight, norm_bias, wide, tuple(ds[:num_wide]), tuple(strides[6:]),
+        narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], through, strides[5], dx, strides[1],
+        normed, strides[4], partials, num_sums, dims, count, COUNT=num_wide, SUMS=tuple(starts[:num_wide]), WIDTH=width,
+        NARROW=narrow[0].shape[0] if narrow else 0, NARROW_SUM=starts[-1] if narrow else -1, C=c, **config,
     )  # fmt: skip
-    return normed, dx, partials
+    return dx, normed, partials
+
+
+def _in_rows_of(x: Tensor, d: Tensor) -> Tensor:
+    """d: [*, h] with its rows in the memory order of x: [*, c]; a copy, channels first, if they lie otherwise."""
+    order = memory_order(x)
+    if memory_order(d) == order:
+        return d
+    inverse = [order.index(n) + 1 for n in range(len(order))]
+    return d.permute(-1, *order).contiguous().permute(*inverse, 0)
 
 
 def _is_supported(x: Tensor, weights: Sequence[Tensor]) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference
+from scalefold.kernels.linear import input_gradient
 from scalefold.kernels.rows import (
     chosen_tiles,
     common_rows,
@@ -128,48 +129,25 @@ def _output_forward_kernel(
 
 
 @triton.jit
-def _output_backward_kernel(
+def _output_gradient_kernel(
     z, z_strides, x, x_strides, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z,
-    weight_g, bias_g, dropout, dropout_strides, d_out, d_strides, projected, p_strides, dz, dz_strides, dx, dx_strides,
-    normed_z_out, nz_strides, normed_x_out, nx_strides, partials, dims, count,
+    weight_g, bias_g, dropout, dropout_strides, d_out, d_strides, projected, p_strides, dims, count,
     C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: value and gate again, their gradients [rows, 2 C] stored, then the backward of both norms, which
-    are stored too."""
+    """Tile of pairs: value and gate again, and their gradients, stored as [rows, 2 C]."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in_weight, norm_in_bias, rows, dims, z_strides, count, C)
     normed_x = load_normed(x, norm_out_weight, norm_out_bias, rows, dims, x_strides, count, CX)
-    c, cx = tl.arange(0, C), tl.arange(0, CX)
-    acc_z = tl.zeros([BLOCK_M, C], tl.float32)
-    acc_x = tl.zeros([BLOCK_M, CX], tl.float32)
-    own = partials + tl.program_id(0).to(tl.int64) * (4 * C + 2 * CX)
     for first in range(0, C, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        logits, gate_block = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
-        value, value_block = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
-        d = load_tile(d_out, rows, n, dims, d_strides, count).to(tl.float32)
+        logits, _ = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
+        value, _ = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
+        gate = tl.sigmoid(logits)
+        d = load_tile(d_out, rows, n, dims, d_strides, count).to(tl.float32) * gate
         if dropout is not None:
             d *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
-        gate = tl.sigmoid(logits)
-        d *= gate
-        d_logits = (d * value * (1.0 - gate)).to(normed_z.dtype)
-        d_value = d.to(normed_z.dtype)
-        store_tile(projected, d_value, rows, n, dims, p_strides, count)
-        store_tile(projected, d_logits, rows, C + n, dims, p_strides, count)
-        tl.store(own + 2 * C + 2 * CX + n, tl.sum(d_value.to(tl.float32), 0))
-        tl.store(own + 3 * C + 2 * CX + n, tl.sum(d_logits.to(tl.float32), 0))
-        acc_x = dot(d_value, value_block, acc_x)
-        acc_z = dot(d_logits, gate_block, acc_z)
-    gradient = norm_input_gradient(
-        acc_x, x, norm_out_weight, norm_out_bias, None, normed_x_out, nx_strides, own + 2 * C, rows, dims, x_strides,
-        count, CX,
-    )  # fmt: skip
-    store_tile(dx, gradient, rows, cx, dims, dx_strides, count)
-    gradient = norm_input_gradient(
-        acc_z, z, norm_in_weight, norm_in_bias, None, normed_z_out, nz_strides, own, rows, dims, z_strides, count, C
-    )
-    gradient += load_tile(d_out, rows, c, dims, d_strides, count).to(tl.float32)
-    store_tile(dz, gradient, rows, c, dims, dz_strides, count)
+        store_tile(projected, d, rows, n, dims, p_strides, count)
+        store_tile(projected, d * value * (1.0 - gate), rows, C + n, dims, p_strides, count)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -258,26 +236,25 @@ class _Output(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_out):
         z, x, *parameters, dropout = ctx.saved_tensors
-        c, cx, dtype = z.shape[-1], x.shape[1], parameters[0].dtype
+        norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = parameters
+        c, cx, x = z.shape[-1], x.shape[1], _channels_last(x)
         config = chosen_tiles("triangle_output_backward", z, cx, c)
-        projected, normed_x = z.new_empty(*z.shape[:-1], 2 * c), z.new_empty(*z.shape[:-1], cx)
-        normed_z, dz, dx = torch.empty_like(z), torch.empty_like(z), torch.empty_like(x)
-        dims, count, strides = common_rows(
-            z, _channels_last(x), z if dropout is None else dropout, d_out, projected, dz, _channels_last(dx),
-            normed_z, normed_x,
-        )  # fmt: skip
-        tiles = triton.cdiv(count, config["BLOCK_M"])
-        partials = torch.empty(tiles, 4 * c + 2 * cx, dtype=torch.float32, device=z.device)
-        _output_backward_kernel[(tiles,)](
+        projected = z.new_empty(*z.shape[:-1], 2 * c)
+        dims, count, strides = common_rows(z, x, z if dropout is None else dropout, d_out, projected)
+        _output_gradient_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             z, strides[0], x, strides[1], *parameters, dropout, strides[2], d_out, strides[3], projected, strides[4],
-            dz, strides[5], dx, strides[6], normed_z, strides[7], normed_x, strides[8], partials, dims, count,
-            C=c, CX=cx, **config,
+            dims, count, C=c, CX=cx, **config,
         )  # fmt: skip
         d_value, d_logits = projected.chunk(2, -1)
+        norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
+        dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
+        dz, normed_z, z_sums = input_gradient(z, *norm_in, [weight_g], [d_logits], [True], d_out)
         weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
-        sums, weight_z, weight_g = sum_all([partials, *weight_sums], dtype)
-        *norms, bias_z, bias_g = sums.split([c, c, cx, cx, c, c])
-        return dz, dx, *norms, weight_z.view(c, cx), bias_z, weight_g.view(c, c), bias_g, None
+        z_sum, x_sum, d_weight_z, d_weight_g = sum_all([z_sums, x_sums, *weight_sums], weight_z.dtype)
+        *d_norm_in, d_bias_g = z_sum.split([c, c, c])
+        *d_norm_out, d_bias_z = x_sum.split([cx, cx, c])
+        linears = d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
+        return dz, dx.permute(0, 3, 1, 2), *d_norm_in, *d_norm_out, *linears, None
 
 
 def _output_weights(value: Product, gate: Product) -> list[Tensor]:
