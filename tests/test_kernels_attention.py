@@ -1,5 +1,7 @@
 """Triton attention against its plain definition: awkward shapes in the interpreter, full shapes on a GPU."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,15 @@ from scalefold.kernels import attention, reference, tuning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("o", "dq", "dk", "dv", "dbias")
-SMALL_BACKWARD = {"BLOCK_Q": 32, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1}
+SMALL_TILES = {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1, "GROUPS": 2}
+
+
+def small_backward() -> ExitStack:
+    """Backward in tiles of 16 queries and 16 keys, rows in two groups."""
+    stack = ExitStack()
+    for name in ("attention_backward", "attention_backward_keys", "attention_backward_queries"):
+        stack.enter_context(tuning.override(name, SMALL_TILES))
+    return stack
 
 
 def make_inputs(shape, with_bias: bool, dtype: torch.dtype, transposed: bool = False, device: str = DEVICE):
@@ -81,7 +91,7 @@ def test_attention_is_as_accurate_as_pytorch(shape, with_bias, dtype):
 def test_the_backward_in_small_tiles_is_as_accurate_as_pytorch(shape, with_bias, transposed, dtype):
     inputs, d_output = make_inputs(shape, with_bias, dtype, transposed)
     inputs[3][:, 1, 32:] = 1.0  # of this row only the first tile of keys is masked in part
-    with tuning.override("attention_backward", SMALL_BACKWARD):
+    with small_backward():
         assert_as_accurate_as_pytorch(inputs, d_output)
 
 
@@ -107,12 +117,8 @@ def test_attention_takes_slices_of_one_fused_projection():
     ("shape", "unrolled"), [((1, 2, 37, 1, 16), 0), ((1, 3, 37, 1, 16), 64), ((2, 2, 32, 1, 8), 64)]
 )
 def test_rows_longer_than_a_tile_are_walked_in_tiles(shape, unrolled, with_bias):
-    small = {"BLOCK_Q": 16, "BLOCK_K": 16, "num_warps": 4, "STAGES": 1, "ROWS": 2, "GROUPS": 2, "UNROLLED": unrolled}
-    with (
-        tuning.override("attention_forward", small),
-        tuning.override("attention_backward", small),
-        tuning.override("attention_backward_bias", small),
-    ):
+    small = {**SMALL_TILES, "ROWS": 2, "UNROLLED": unrolled}
+    with tuning.override("attention_forward", small), small_backward():
         assert_as_accurate_as_pytorch(*make_inputs(shape, with_bias, torch.float32))
 
 
@@ -120,7 +126,7 @@ def test_rows_longer_than_a_tile_are_walked_in_tiles(shape, unrolled, with_bias)
 def test_rows_without_any_key_weigh_all_keys_alike_and_pass_gradients(inf):
     (q, k, v, mask, bias), d_output = make_inputs((1, 2, 24, 2, 16), True, torch.float32)
     mask.zero_()
-    with tuning.override("attention_backward", SMALL_BACKWARD):
+    with small_backward():
         results = run(attention.attention, (q, k, v, mask, bias), d_output, inf)
     expected = run(reference.attention, (q, k, v, mask, bias), d_output, inf)
     for name, value in expected.items():
@@ -133,7 +139,7 @@ def test_a_masked_key_has_no_influence_and_no_gradient():
     (q, k, v, mask, bias), d_output = make_inputs((1, 2, 20, 2, 16), True, torch.float32)
     mask.fill_(1.0)
     mask[:, :, 5] = 0.0
-    with tuning.override("attention_backward", SMALL_BACKWARD):
+    with small_backward():
         first = run(attention.attention, (q, k, v, mask, bias), d_output)
         k[:, :, 5] += 10.0
         v[:, :, 5] -= 10.0

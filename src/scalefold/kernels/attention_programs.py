@@ -50,11 +50,21 @@ def _load_shift(base, offsets, stride, n, inf_log2, EVEN: tl.constexpr):
 
 @triton.jit
 def _load_bias(base, offs_q, offs_k, stride_q, stride_k, n, EVEN: tl.constexpr):
-    """Bias tile [queries, keys] in storage type."""
+    """Tile of a matrix of scores in storage type: [len(offs_q), len(offs_k)]."""
     pointers = base + offs_q[:, None] * stride_q + offs_k[None, :] * stride_k
     if EVEN:
         return tl.load(pointers)
     return tl.load(pointers, mask=(offs_q < n)[:, None] & (offs_k < n)[None, :], other=0.0)
+
+
+@triton.jit
+def _store_scores(base, tile, offs_k, offs_q, stride_k, n, EVEN: tl.constexpr):
+    """Tile [keys, queries] of a matrix [n, n] with dense rows."""
+    pointers = base + offs_k[:, None] * stride_k + offs_q[None, :]
+    if EVEN:
+        tl.store(pointers, tile)
+    else:
+        tl.store(pointers, tile, mask=(offs_k < n)[:, None] & (offs_q < n)[None, :])
 
 
 @triton.jit
@@ -237,17 +247,16 @@ def forward_tiled(
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def backward_rows(
-    q, k, v, mask, bias, o, do, lse, rest, delta, dq, dk, dv,
+    q, k, v, mask, o, do, lse, rest, dq, dk, dv,
     q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h, do_b, do_s, do_n, do_h,
     dq_b, dq_s, dq_n, dq_h, dk_c, dk_b, dk_s, dk_n, dk_h, dv_c, dv_b, dv_s, dv_n, dv_h,
-    mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
+    mask_b, mask_s, mask_n,
     rows, n, heads, inf_log2, scale,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of q, k, v of one row and head for one chunk of queries; SAVE: keep delta for the bias gradient.
+    """Without a bias: gradients of q, k, v of one row and head for one chunk of queries.
 
     With several chunks (n > BLOCK_Q) dk and dv are fp32 partial sums, one slice c per chunk.
     """
@@ -267,8 +276,6 @@ def backward_rows(
     outputs = _load_rows(o + b * o_b + s * o_s + _head(h, o_h, ALIGN), offs_q, o_n, n, D, BLOCK_D, EVEN)
     grads = _load_rows(do + b * do_b + s * do_s + _head(h, do_h, ALIGN), offs_q, do_n, n, D, BLOCK_D, EVEN)
     row_delta = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
-    if SAVE:
-        tl.store(delta + statistics, row_delta, mask=offs_q < n)
     grads = (grads.to(tl.float32) * row_rest[:, None]).to(grads.dtype)
     row_delta *= row_rest
     queries = _load_rows(q + b * q_b + s * q_s + _head(h, q_h, ALIGN), offs_q, q_n, n, D, BLOCK_D, EVEN)
@@ -279,12 +286,7 @@ def backward_rows(
         values = _load_rows(v, offs_k, v_n, n, D, BLOCK_D, EVEN)
         products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         shift = _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)
-        if HAS_BIAS:
-            tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN)
-            logits = _biased_logits(products, tile.to(tl.float32), shift, SCALE)
-        else:
-            logits = _logits(products, shift, SCALE)
-        weights = tl.exp2(logits - row_lse[:, None])
+        weights = tl.exp2(_logits(products, shift, SCALE) - row_lse[:, None])
         dv_tile = tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision=PRECISION)
         _store_rows(dv, offs_k, dv_n, n, dv_tile, D, BLOCK_D, EVEN)
         d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
@@ -295,49 +297,90 @@ def backward_rows(
     _store_rows(dq + b * dq_b + s * dq_s + _head(h, dq_h, ALIGN), offs_q, dq_n, n, dq_sum * scale, D, BLOCK_D, EVEN)
 
 
-@triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
-def backward_bias(
-    q, k, v, mask, bias, do, lse, rest, delta, partial,
-    q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, do_b, do_s, do_n, do_h,
-    mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
-    rows, n, heads, rows_per_program, inf_log2,
+@triton.jit(do_not_specialize=["rows", "n"])
+def backward_keys(
+    q, k, v, mask, bias, o, do, lse, rest, ds, dk, dv,
+    q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h, do_b, do_s, do_n, do_h,
+    ds_b, ds_s, ds_h, ds_k, dk_b, dk_s, dk_n, dk_h, dv_b, dv_s, dv_n, dv_h,
+    mask_b, mask_s, mask_n, bias_b, bias_h, bias_k, bias_q,
+    rows, n, heads, inf_log2, scale,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one bias tile, summed over a group of rows in registers. partial: fp32 [groups, B, H, n, n]."""
-    tiles_k = tl.cdiv(n, BLOCK_K)
-    offs_q = (tl.program_id(0) // tiles_k) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    offs_k = (tl.program_id(0) % tiles_k) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """With a bias: gradients of one tile of keys and values of one row and head, and of its scores.
+
+    Scores, ds and bias are [keys, queries]: weights and their gradients are then left operands where they are, in
+    registers.
+    """
+    tiles = tl.cdiv(n, BLOCK_K)
+    offs_k = (tl.program_id(0) % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    b = tl.program_id(2).to(tl.int64)
+    s = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(0) // tiles
+    q += b * q_b + s * q_s + _head(h, q_h, ALIGN)
+    o += b * o_b + s * o_s + _head(h, o_h, ALIGN)
+    do += b * do_b + s * do_s + _head(h, do_h, ALIGN)
+    bias += b * bias_b + h * bias_h
+    statistics = ((b * rows + s) * heads + h) * n
+    ds += b * ds_b + s * ds_s + h * ds_h
+    keys = _load_rows(k + b * k_b + s * k_s + _head(h, k_h, ALIGN), offs_k, k_n, n, D, BLOCK_D, EVEN)
+    values = _load_rows(v + b * v_b + s * v_s + _head(h, v_h, ALIGN), offs_k, v_n, n, D, BLOCK_D, EVEN)
+    shift = _load_shift(mask + b * mask_b + s * mask_s, offs_k, mask_n, n, inf_log2, EVEN)
+    dk_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    dv_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    for start in tl.range(0, n, BLOCK_Q, num_stages=STAGES):
+        offs_q = start + tl.arange(0, BLOCK_Q)
+        queries = _load_rows(q, offs_q, q_n, n, D, BLOCK_D, EVEN)
+        grads = _load_rows(do, offs_q, do_n, n, D, BLOCK_D, EVEN).to(tl.float32)
+        row_lse = tl.load(lse + statistics + offs_q, mask=offs_q < n, other=float("inf"))
+        grads *= tl.load(rest + statistics + offs_q, mask=offs_q < n, other=0.0)[:, None]
+        delta = tl.sum(_load_rows(o, offs_q, o_n, n, D, BLOCK_D, EVEN).to(tl.float32) * grads, 1)
+        grads = grads.to(do.dtype.element_ty)
+        products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+        tile = _load_bias(bias, offs_k, offs_q, bias_k, bias_q, n, EVEN)
+        logits = (products * SCALE + tile.to(tl.float32)) * LOG2_E + shift[:, None]
+        weights = tl.exp2(logits - row_lse[None, :])
+        dv_sum = tl.dot(weights.to(grads.dtype), grads, dv_sum, input_precision=PRECISION)
+        d_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
+        d_logits = (weights * (d_weights - delta[None, :])).to(queries.dtype)
+        dk_sum = tl.dot(d_logits, queries, dk_sum, input_precision=PRECISION)
+        _store_scores(ds, d_logits, offs_k, offs_q, ds_k, n, EVEN)
+    _store_rows(dk + b * dk_b + s * dk_s + _head(h, dk_h, ALIGN), offs_k, dk_n, n, dk_sum * scale, D, BLOCK_D, EVEN)
+    _store_rows(dv + b * dv_b + s * dv_s + _head(h, dv_h, ALIGN), offs_k, dv_n, n, dv_sum, D, BLOCK_D, EVEN)
+
+
+@triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
+def backward_queries(
+    k, ds, dq, partial,
+    k_b, k_s, k_n, k_h, ds_b, ds_s, ds_h, ds_k, dq_c, dq_b, dq_s, dq_n, dq_h,
+    partial_g, partial_b, partial_h, partial_k,
+    rows, n, heads, rows_per_program, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one tile of queries of one head, for a group of rows, and the sum of their gradients of scores.
+
+    With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile.
+    """
+    tiles = tl.cdiv(n, BLOCK_Q)
+    offs_q = (tl.program_id(0) % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    part = tl.program_id(0) // tiles
+    offs_k = part * BLOCK_K + tl.arange(0, BLOCK_K)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
-    q += b * q_b + _head(h, q_h, ALIGN)
     k += b * k_b + _head(h, k_h, ALIGN)
-    v += b * v_b + _head(h, v_h, ALIGN)
-    do += b * do_b + _head(h, do_h, ALIGN)
-    mask += b * mask_b
-    tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN).to(tl.float32)
-    gradient = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    ds += b * ds_b + h * ds_h
+    dq += part * dq_c + b * dq_b + _head(h, dq_h, ALIGN)
+    total = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     for row in tl.range(first, last, num_stages=STAGES):
         s = tl.cast(row, tl.int64)
-        statistics = ((b * rows + s) * heads + h) * n + offs_q
-        queries = _load_rows(q + s * q_s, offs_q, q_n, n, D, BLOCK_D, EVEN)
+        tile = _load_bias(ds + s * ds_s, offs_k, offs_q, ds_k, 1, n, EVEN)
         keys = _load_rows(k + s * k_s, offs_k, k_n, n, D, BLOCK_D, EVEN)
-        values = _load_rows(v + s * v_s, offs_k, v_n, n, D, BLOCK_D, EVEN)
-        grads = _load_rows(do + s * do_s, offs_q, do_n, n, D, BLOCK_D, EVEN)
-        shift = _load_shift(mask + s * mask_s, offs_k, mask_n, n, inf_log2, EVEN)
-        row_lse = tl.load(lse + statistics, mask=offs_q < n, other=float("inf"))
-        row_rest = tl.load(rest + statistics, mask=offs_q < n, other=0.0)
-        row_delta = tl.load(delta + statistics, mask=offs_q < n, other=0.0)
-        products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        logits = _biased_logits(products, tile, shift, SCALE)
-        weights = tl.exp2(logits - row_lse[:, None])
-        d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-        gradient += weights * (d_weights - row_delta[:, None]) * row_rest[:, None]
-    batch_heads = tl.num_programs(2).to(tl.int64)
-    partial += (tl.program_id(1) * batch_heads + tl.program_id(2)) * n * n
-    inside = (offs_q < n)[:, None] & (offs_k < n)[None, :]
-    pointers = partial + offs_q[:, None] * n + offs_k[None, :]
-    tl.store(pointers, gradient.to(partial.dtype.element_ty), mask=inside)
+        gradient = tl.dot(tl.trans(tile), keys, input_precision=PRECISION) * scale
+        _store_rows(dq + s * dq_s, offs_q, dq_n, n, gradient, D, BLOCK_D, EVEN)
+        total += tile.to(tl.float32)
+    partial += tl.program_id(1).to(tl.int64) * partial_g + b * partial_b + h * partial_h
+    _store_scores(partial, total, offs_k, offs_q, partial_k, n, EVEN)
