@@ -305,7 +305,7 @@ def triangle_output(
     bias_g: Tensor,
     dropout: Tensor | None,
 ) -> Tensor:
-    """``reference.triangle_output``: one kernel forward, two and library products backward."""
+    """``reference.triangle_output``: one kernel forward, three and library products backward."""
     parameters = (norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z, weight_g, bias_g)
     if not is_tile_width(z.shape[-1], x.shape[1]) or z.stride(-1) != 1:
         return reference.triangle_output(z, x, *parameters, dropout)
