@@ -9,10 +9,10 @@ rows of scores on chip and no score is ever written to memory, only, where there
   tile from saved statistics. Five products per tile, of which two take probabilities or their gradients transposed
   through shared memory.
 * backward with a bias, in two launches. ``backward_keys`` owns one tile of keys of a (row, head) and walks over
-  queries: dk, dv, and the gradients of the scores, kept in the type of q. ``backward_queries`` owns a tile of queries of a head
-  and walks over a group of rows: each tile of these gradients gives dq and is added to the bias gradient, in fp32
-  registers; the few partial sums (one per group) are added afterwards. No atomics. Computing the scores again for the
-  bias gradient instead, in a form that keeps nothing, took 263 us where this takes 236 (256 rows, 4 heads; H100).
+  queries: dk, dv, and the gradients of the scores, kept in the type of q. ``backward_queries`` owns a tile of queries
+  of a head and walks over a group of rows: each tile of these gradients gives dq and is added to the bias gradient, in
+  fp32 registers; the few partial sums (one per group) are added afterwards. No atomics. Computing the scores again for
+  the bias gradient instead, in a form that keeps nothing, took 263 us where this takes 236 (256 rows, 4 heads; H100).
 
 Softmax runs in base 2. Per row of scores the forward saves ``lse`` = max + log2(sum) and
 ``rest`` = 2^(lse - max) / sum. ``rest`` is 1 except in rows without any key left: there max is about -inf * log2(e),
