@@ -1,8 +1,8 @@
 """Evoformer blocks on the kernels: operations hand over layouts to each other that no test of one alone sees.
 
-Judged against fp32 as whole modules are: a gradient may be twice as far off as that of the plain definitions in bf16,
-or by what leaves its cosine with fp32 above 0.995. The second is for gradients of an attention's bias: delta comes from
-outputs rounded to bf16, and does not cancel as exactly as a softmax that keeps its own probabilities.
+Judged against fp32 like single kernels: error at most twice that of the plain definitions in bf16. At full size a
+gradient may also be off by what leaves its cosine with fp32 above 0.995, for the sake of the attention's bias: delta
+comes from outputs rounded to bf16, and does not cancel as exactly as in a softmax that keeps its own probabilities.
 """
 
 import pytest
@@ -53,7 +53,9 @@ def results(
     return [x.detach().float() for x in (*outputs, *gradients)]
 
 
-def check(config: EvoformerConfig, widths: tuple[int, int, int], sizes: tuple[int, int]) -> None:
+def check(
+    config: EvoformerConfig, widths: tuple[int, int, int], sizes: tuple[int, int], always_allowed: float = 0.0
+) -> None:
     """Relative error of every output and gradient, ours against plain bf16's.
 
     Some gradients are zero but for rounding (a softmax does not see what is added to all of its logits, such as the
@@ -66,10 +68,10 @@ def check(config: EvoformerConfig, widths: tuple[int, int, int], sizes: tuple[in
     for ops in (triton_ops.TRITON, REFERENCE):
         found = results(ops, torch.bfloat16, config, widths, sizes)
         errors.append([((a - b).norm() / scale).item() for a, b, scale in zip(found, exact, scales, strict=True)])
-    worst = max(range(len(exact)), key=lambda i: errors[0][i] / max(2 * errors[1][i] + 1e-3, COSINE_ERROR))
-    shape = tuple(exact[worst].shape)
-    allowed = max(2 * errors[1][worst] + 1e-3, COSINE_ERROR)
-    assert errors[0][worst] <= allowed, f"result {worst} {shape}: {errors[0][worst]:.2e}, allowed {allowed:.2e}"
+    allowed = [max(2 * error + 1e-3, always_allowed) for error in errors[1]]
+    worst = max(range(len(exact)), key=lambda i: errors[0][i] / allowed[i])
+    text = f"result {worst} {tuple(exact[worst].shape)}: {errors[0][worst]:.2e}, allowed {allowed[worst]:.2e}"
+    assert errors[0][worst] <= allowed[worst], text
 
 
 @pytest.mark.parametrize("config", [None, LIBRARY_TILES], ids=["table", "library"])
@@ -82,4 +84,4 @@ def test_a_block_on_the_kernels_is_as_accurate_as_plain_bf16(config):
 
 @pytest.mark.gpu
 def test_a_block_of_full_size_is_as_accurate_as_plain_bf16():
-    check(FULL, (256, 128, 384), (128, 256))
+    check(FULL, (256, 128, 384), (128, 256), always_allowed=COSINE_ERROR)

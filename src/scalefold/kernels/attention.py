@@ -114,6 +114,7 @@ def _constants(
 ) -> dict[str, Any]:
     block_q, block_k, block_d, even = blocks
     return {
+        "SCALE": q.shape[-1] ** -0.5,
         "D": q.shape[-1],
         "BLOCK_D": block_d,
         "BLOCK_Q": block_q,
@@ -139,8 +140,7 @@ def _forward(
     mask_, bias_, extra_strides = _mask_and_bias(mask, bias)
     tensors = (q, k, v, mask_, bias_, o, lse, rest)
     strides = (*q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *o.stride()[:4], *extra_strides)
-    options = _constants(q, config, blocks, strides[3:16:4])
-    options |= {"SCALE": width**-0.5, "HAS_BIAS": bias is not None, "SAVE": save}
+    options = _constants(q, config, blocks, strides[3:16:4]) | {"HAS_BIAS": bias is not None, "SAVE": save}
     if n <= config["UNROLLED"]:
         group = min(config["ROWS"], rows)
         grid = (tuning.ceil_div(n, block_q), tuning.ceil_div(rows, group), batch * heads)
@@ -169,7 +169,7 @@ def _gradients(
     heads_at = (*strides[3::4], dk.stride(4), dv.stride(4))
     backward_rows[(rows * heads, chunks, batch)](
         q, k, v, mask, o, do, lse, rest, dq, dk, dv, *strides, *dk.stride()[:5], *dv.stride()[:5], *mask.stride(),
-        rows, n, heads, inf * LOG2_E, width**-0.5, SCALE=width**-0.5, **_constants(q, config, blocks, heads_at),
+        rows, n, heads, inf * LOG2_E, **_constants(q, config, blocks, heads_at),
     )  # fmt: skip
     if chunks == 1:
         return dq, dk[0], dv[0]
@@ -185,14 +185,12 @@ def _key_gradients(
     config = tuning.lookup("attention_backward_keys", **_fields(q, bias))
     blocks = _blocks(config, n, width)
     dk, dv, ds = torch.empty_like(k), torch.empty_like(v), q.new_empty(batch, rows, heads, n, n)
-    bias = bias.transpose(
-        -1, -2
-    ).contiguous()  # keys outermost; read once per row of q: 0.5 MiB copied beats 0.5 MiB gathered
+    bias = bias.transpose(-1, -2).contiguous()  # 0.5 MiB copied beats 0.5 MiB gathered once per row of q
     strides = tuple(stride for x in (q, k, v, o, do, ds, dk, dv) for stride in x.stride()[:4])
     heads_at = tuple(x.stride(3) for x in (q, k, v, o, do, dk, dv))
     backward_keys[(tuning.ceil_div(n, blocks[1]) * heads, rows, batch)](
         q, k, v, mask, bias, o, do, lse, rest, ds, dk, dv, *strides, *mask.stride(), *bias.stride(),
-        rows, n, heads, inf * LOG2_E, width**-0.5, SCALE=width**-0.5, **_constants(q, config, blocks, heads_at),
+        rows, n, heads, inf * LOG2_E, **_constants(q, config, blocks, heads_at),
     )  # fmt: skip
     return dk, dv, ds
 
@@ -209,7 +207,7 @@ def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Te
     partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
     strides = (*k.stride()[:4], *ds.stride()[:4], *dqs.stride()[:5], *partial.stride()[:4])
     backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
-        k, ds, dqs, partial, *strides, rows, n, heads, group, width**-0.5,
+        k, ds, dqs, partial, *strides, rows, n, heads, group,
         **_constants(q, config, blocks, (k.stride(3), dq.stride(3))),
     )  # fmt: skip
     if parts > 1:

@@ -251,7 +251,7 @@ def backward_rows(
     q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h, do_b, do_s, do_n, do_h,
     dq_b, dq_s, dq_n, dq_h, dk_c, dk_b, dk_s, dk_n, dk_h, dv_c, dv_b, dv_s, dv_n, dv_h,
     mask_b, mask_s, mask_n,
-    rows, n, heads, inf_log2, scale,
+    rows, n, heads, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -291,10 +291,10 @@ def backward_rows(
         _store_rows(dv, offs_k, dv_n, n, dv_tile, D, BLOCK_D, EVEN)
         d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         d_logits = (weights * (d_weights - row_delta[:, None])).to(keys.dtype)
-        dk_tile = tl.dot(tl.trans(d_logits), queries, input_precision=PRECISION) * scale
+        dk_tile = tl.dot(tl.trans(d_logits), queries, input_precision=PRECISION) * SCALE
         _store_rows(dk, offs_k, dk_n, n, dk_tile, D, BLOCK_D, EVEN)
         dq_sum = tl.dot(d_logits, keys, dq_sum, input_precision=PRECISION)
-    _store_rows(dq + b * dq_b + s * dq_s + _head(h, dq_h, ALIGN), offs_q, dq_n, n, dq_sum * scale, D, BLOCK_D, EVEN)
+    _store_rows(dq + b * dq_b + s * dq_s + _head(h, dq_h, ALIGN), offs_q, dq_n, n, dq_sum * SCALE, D, BLOCK_D, EVEN)
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
@@ -303,7 +303,7 @@ def backward_keys(
     q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h, do_b, do_s, do_n, do_h,
     ds_b, ds_s, ds_h, ds_k, dk_b, dk_s, dk_n, dk_h, dv_b, dv_s, dv_n, dv_h,
     mask_b, mask_s, mask_n, bias_b, bias_h, bias_k, bias_q,
-    rows, n, heads, inf_log2, scale,
+    rows, n, heads, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -346,7 +346,7 @@ def backward_keys(
         d_logits = (weights * (d_weights - delta[None, :])).to(queries.dtype)
         dk_sum = tl.dot(d_logits, queries, dk_sum, input_precision=PRECISION)
         _store_scores(ds, d_logits, offs_k, offs_q, ds_k, n, EVEN)
-    _store_rows(dk + b * dk_b + s * dk_s + _head(h, dk_h, ALIGN), offs_k, dk_n, n, dk_sum * scale, D, BLOCK_D, EVEN)
+    _store_rows(dk + b * dk_b + s * dk_s + _head(h, dk_h, ALIGN), offs_k, dk_n, n, dk_sum * SCALE, D, BLOCK_D, EVEN)
     _store_rows(dv + b * dv_b + s * dv_s + _head(h, dv_h, ALIGN), offs_k, dv_n, n, dv_sum, D, BLOCK_D, EVEN)
 
 
@@ -355,8 +355,9 @@ def backward_queries(
     k, ds, dq, partial,
     k_b, k_s, k_n, k_h, ds_b, ds_s, ds_h, ds_k, dq_c, dq_b, dq_s, dq_n, dq_h,
     partial_g, partial_b, partial_h, partial_k,
-    rows, n, heads, rows_per_program, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    rows, n, heads, rows_per_program,
+    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of queries of one head, for a group of rows, and the sum of their gradients of scores.
@@ -379,7 +380,7 @@ def backward_queries(
         s = tl.cast(row, tl.int64)
         tile = _load_bias(ds + s * ds_s, offs_k, offs_q, ds_k, 1, n, EVEN)
         keys = _load_rows(k + s * k_s, offs_k, k_n, n, D, BLOCK_D, EVEN)
-        gradient = tl.dot(tl.trans(tile), keys, input_precision=PRECISION) * scale
+        gradient = tl.dot(tl.trans(tile), keys, input_precision=PRECISION) * SCALE
         _store_rows(dq + s * dq_s, offs_q, dq_n, n, gradient, D, BLOCK_D, EVEN)
         total += tile.to(tl.float32)
     partial += tl.program_id(1).to(tl.int64) * partial_g + b * partial_b + h * partial_h
