@@ -3,13 +3,13 @@
 # The type checker does not see Triton's ranges.
 
 import math
-import os
 
 import triton
 import triton.language as tl
 
+from scalefold.kernels.instructions import INTERPRETED, widen
+
 LOG2_E = tl.constexpr(math.log2(math.e))
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @triton.jit
@@ -43,9 +43,17 @@ def _store_rows(base, offsets, stride, n, values, D: tl.constexpr, BLOCK_D: tl.c
 def _load_shift(base, offsets, stride, n, inf_log2, EVEN: tl.constexpr):
     """Additive mask in base 2 per key: 0 or -inf_log2, and minus infinity beyond n."""
     if EVEN:
-        return tl.load(base + offsets * stride).to(tl.float32) * inf_log2 - inf_log2
-    keep = tl.load(base + offsets * stride, mask=offsets < n, other=0.0).to(tl.float32)
+        return widen(tl.load(base + offsets * stride)) * inf_log2 - inf_log2
+    keep = widen(tl.load(base + offsets * stride, mask=offsets < n, other=0.0))
     return tl.where(offsets < n, keep * inf_log2 - inf_log2, float("-inf"))
+
+
+@triton.jit
+def _load_statistic(base, offs_q, n, beyond, EVEN: tl.constexpr):
+    """One fp32 value per row of scores; ``beyond`` past n. An even tile needs no mask, which costs registers."""
+    if EVEN:
+        return tl.load(base + offs_q)
+    return tl.load(base + offs_q, mask=offs_q < n, other=beyond)
 
 
 @triton.jit
@@ -235,7 +243,7 @@ def forward_tiled(
         shift = _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)
         if HAS_BIAS:
             tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN)
-            logits = _biased_logits(products, tile.to(tl.float32), shift, SCALE)
+            logits = _biased_logits(products, widen(tile), shift, SCALE)
         else:
             logits = _logits(products, shift, SCALE)
         values = _load_rows(v, offs_k, v_n, n, D, BLOCK_D, EVEN)
@@ -275,8 +283,8 @@ def backward_rows(
     row_rest = tl.load(rest + statistics, mask=offs_q < n, other=0.0)
     outputs = _load_rows(o + b * o_b + s * o_s + _head(h, o_h, ALIGN), offs_q, o_n, n, D, BLOCK_D, EVEN)
     grads = _load_rows(do + b * do_b + s * do_s + _head(h, do_h, ALIGN), offs_q, do_n, n, D, BLOCK_D, EVEN)
-    row_delta = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)
-    grads = (grads.to(tl.float32) * row_rest[:, None]).to(grads.dtype)
+    row_delta = tl.sum(widen(outputs) * widen(grads), 1)
+    grads = (widen(grads) * row_rest[:, None]).to(grads.dtype)
     row_delta *= row_rest
     queries = _load_rows(q + b * q_b + s * q_s + _head(h, q_h, ALIGN), offs_q, q_n, n, D, BLOCK_D, EVEN)
     dq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
@@ -332,14 +340,14 @@ def backward_keys(
     for start in tl.range(0, n, BLOCK_Q, num_stages=STAGES):
         offs_q = start + tl.arange(0, BLOCK_Q)
         queries = _load_rows(q, offs_q, q_n, n, D, BLOCK_D, EVEN)
-        grads = _load_rows(do, offs_q, do_n, n, D, BLOCK_D, EVEN).to(tl.float32)
-        row_lse = tl.load(lse + statistics + offs_q, mask=offs_q < n, other=float("inf"))
-        grads *= tl.load(rest + statistics + offs_q, mask=offs_q < n, other=0.0)[:, None]
-        delta = tl.sum(_load_rows(o, offs_q, o_n, n, D, BLOCK_D, EVEN).to(tl.float32) * grads, 1)
+        grads = widen(_load_rows(do, offs_q, do_n, n, D, BLOCK_D, EVEN))
+        row_lse = _load_statistic(lse + statistics, offs_q, n, float("inf"), EVEN)
+        grads *= _load_statistic(rest + statistics, offs_q, n, 0.0, EVEN)[:, None]
+        delta = tl.sum(widen(_load_rows(o, offs_q, o_n, n, D, BLOCK_D, EVEN)) * grads, 1)
         grads = grads.to(do.dtype.element_ty)
         products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         tile = _load_bias(bias, offs_k, offs_q, bias_k, bias_q, n, EVEN)
-        logits = (products * SCALE + tile.to(tl.float32)) * LOG2_E + shift[:, None]
+        logits = (products * SCALE + widen(tile)) * LOG2_E + shift[:, None]
         weights = tl.exp2(logits - row_lse[None, :])
         dv_sum = tl.dot(weights.to(grads.dtype), grads, dv_sum, input_precision=PRECISION)
         d_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
@@ -382,6 +390,6 @@ def backward_queries(
         keys = _load_rows(k + s * k_s, offs_k, k_n, n, D, BLOCK_D, EVEN)
         gradient = tl.dot(tl.trans(tile), keys, input_precision=PRECISION) * SCALE
         _store_rows(dq + s * dq_s, offs_q, dq_n, n, gradient, D, BLOCK_D, EVEN)
-        total += tile.to(tl.float32)
+        total += widen(tile)
     partial += tl.program_id(1).to(tl.int64) * partial_g + b * partial_b + h * partial_h
     _store_scores(partial, total, offs_k, offs_q, partial_k, n, EVEN)

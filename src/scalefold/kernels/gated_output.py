@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference
+from scalefold.kernels.instructions import sigmoid, widen
 from scalefold.kernels.rows import (
     chosen_tiles,
     common_rows,
@@ -22,6 +23,7 @@ from scalefold.kernels.rows import (
     is_tile_width,
     load_tile,
     register_tiles,
+    row_limit,
     store_tile,
     sum_all,
 )
@@ -51,8 +53,8 @@ for _name, _default in {
 def _load_gated(o, gate, rows, columns, dims, o_strides, gate_strides, count):
     """sigmoid(gate) * o in the storage type of o: [rows, columns]."""
     value = load_tile(o, rows, columns, dims, o_strides, count)
-    logits = load_tile(gate, rows, columns, dims, gate_strides, count).to(tl.float32)
-    return (value.to(tl.float32) * tl.sigmoid(logits)).to(value.dtype)
+    logits = widen(load_tile(gate, rows, columns, dims, gate_strides, count))
+    return (widen(value) * sigmoid(logits)).to(value.dtype)
 
 
 @triton.jit
@@ -60,8 +62,8 @@ def _load_update_gradient(d, dropout, rows, columns, dims, d_strides, dropout_st
     """dropout * d in the storage type of d."""
     tile = load_tile(d, rows, columns, dims, d_strides, count)
     if dropout is not None:
-        scale = load_tile(dropout, rows, columns, dims, dropout_strides, count).to(tl.float32)
-        tile = (tile.to(tl.float32) * scale).to(tile.dtype)
+        scale = widen(load_tile(dropout, rows, columns, dims, dropout_strides, count))
+        tile = (widen(tile) * scale).to(tile.dtype)
     return tile
 
 
@@ -80,8 +82,8 @@ def _forward_kernel(
         acc = dot(gated, tl.trans(block), acc)
     acc += tl.load(bias + c).to(tl.float32)[None, :]
     if dropout is not None:
-        acc *= load_tile(dropout, rows, c, dims, dropout_strides, count).to(tl.float32)
-    acc += load_tile(x, rows, c, dims, x_strides, count).to(tl.float32)
+        acc *= widen(load_tile(dropout, rows, c, dims, dropout_strides, count))
+    acc += widen(load_tile(x, rows, c, dims, x_strides, count))
     store_tile(out, acc, rows, c, dims, out_strides, count)
 
 
@@ -98,13 +100,13 @@ def _input_gradient_kernel(
     update = _load_update_gradient(d, dropout, rows, c, dims, d_strides, dropout_strides, count)
     if update_out is not None:
         store_tile(update_out, update, rows, c, dims, update_strides, count)
-    tl.store(partials + tl.program_id(0).to(tl.int64) * C + c, tl.sum(update.to(tl.float32), 0))
+    tl.store(partials + tl.program_id(0).to(tl.int64) * C + c, tl.sum(widen(update), 0))
     for first in range(0, HD, BLOCK_N):
         k = first + tl.arange(0, BLOCK_N)
         block = tl.load(weight + c[:, None] * HD + k[None, :])
         d_gated = dot(update, block, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        value = load_tile(o, rows, k, dims, o_strides, count).to(tl.float32)
-        opening = tl.sigmoid(load_tile(gate, rows, k, dims, gate_strides, count).to(tl.float32))
+        value = widen(load_tile(o, rows, k, dims, o_strides, count))
+        opening = sigmoid(widen(load_tile(gate, rows, k, dims, gate_strides, count)))
         store_tile(gated_out, value * opening, rows, k, dims, gated_strides, count)
         d_gated *= opening
         store_tile(d_o, d_gated, rows, k, dims, d_o_strides, count)
@@ -124,7 +126,7 @@ class _GatedOutput(torch.autograd.Function):
         config = chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
         _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             x, strides[0], o, strides[1], gate, strides[2], weight.contiguous(), bias, dropout, strides[3], out,
-            strides[4], dims, count, C=c, HD=hd, **config,
+            strides[4], dims, row_limit(count, config), C=c, HD=hd, **config,
         )  # fmt: skip
         return out
 
@@ -143,7 +145,8 @@ class _GatedOutput(torch.autograd.Function):
         partials = torch.empty(tiles, c, dtype=torch.float32, device=d.device)
         _input_gradient_kernel[(tiles,)](
             d, strides[0], o, strides[1], gate, strides[2], weight.contiguous(), dropout, strides[3], d_o, strides[4],
-            d_gate, strides[5], update, strides[6], gated, strides[7], partials, dims, count, C=c, HD=hd, **config,
+            d_gate, strides[5], update, strides[6], gated, strides[7], partials, dims, row_limit(count, config), C=c, HD=hd,
+            **config,
         )  # fmt: skip
         product = Product(d if update is None else update, gated)
         d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)

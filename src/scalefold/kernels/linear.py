@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference
+from scalefold.kernels.instructions import widen
 from scalefold.kernels.rows import (
     chosen_tiles,
     common_rows,
@@ -24,10 +25,12 @@ from scalefold.kernels.rows import (
     has_plain_strides,
     is_tile_width,
     load_normed,
+    load_per_row,
     load_tile,
     memory_order,
     norm_input_gradient,
     register_tiles,
+    row_limit,
     row_offsets,
     store_tile,
     sum_all,
@@ -61,7 +64,7 @@ def _forward_kernel(
     normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
     c = tl.arange(0, C)
     if row_mask is not None:
-        keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
+        keep = load_per_row(row_mask, rows, dims, mask_strides, count)
     if N > 0:
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
@@ -81,14 +84,16 @@ def _forward_kernel(
         if narrow_bias is not None:
             acc += tl.load(narrow_bias + n, mask=n < NARROW, other=0.0).to(tl.float32)[None, :]
         offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
-        keep_out = (rows < count)[:, None] & (n < NARROW)[None, :]
+        keep_out = (n < NARROW)[None, :]
+        if count is not None:
+            keep_out = keep_out & (rows < count)[:, None]
         tl.store(narrow_out + offsets, acc.to(narrow_out.dtype.element_ty), mask=keep_out)
 
 
 @triton.jit
 def _column_sums(d, keep):
     """Sums over the rows of d, times ``keep``: [rows] or None."""
-    value = d.to(tl.float32)
+    value = widen(d)
     if keep is not None:
         value *= keep[:, None]
     return tl.sum(value, 0)
@@ -114,7 +119,7 @@ def _input_gradient_kernel(
     own = partials + tl.program_id(0).to(tl.int64) * num_sums
     keep = None
     if row_mask is not None:
-        keep = tl.load(row_mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
+        keep = load_per_row(row_mask, rows, dims, mask_strides, count)
     for i in tl.static_range(COUNT):
         for first in range(0, WIDTH, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
@@ -125,7 +130,10 @@ def _input_gradient_kernel(
     if NARROW > 0:
         n = tl.arange(0, 16)
         offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
-        d = tl.load(narrow_d + offsets, mask=(rows < count)[:, None] & (n < NARROW)[None, :], other=0.0)
+        keep_in = (n < NARROW)[None, :]
+        if count is not None:
+            keep_in = keep_in & (rows < count)[:, None]
+        d = tl.load(narrow_d + offsets, mask=keep_in, other=0.0)
         block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
         acc = dot(d, block, acc)
         if NARROW_SUM >= 0:
@@ -136,7 +144,7 @@ def _input_gradient_kernel(
         acc, x, norm_weight, norm_bias, keep, normed, normed_strides, own, rows, dims, x_strides, count, C
     )
     if through is not None:
-        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
+        gradient += widen(load_tile(through, rows, c, dims, through_strides, count))
     store_tile(dx, gradient, rows, c, dims, dx_strides, count)
 
 
@@ -207,7 +215,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
         x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, bias, out, strides[1],
         count * width, narrow[0] if narrow else None, biases[num_wide] if narrow else None, narrow_out, strides[2],
-        row_mask, strides[3], dims, count, bias_start, N=num_wide * width, WIDTH=width,
+        row_mask, strides[3], dims, row_limit(count, config), bias_start, N=num_wide * width, WIDTH=width,
         NARROW=narrow[0].shape[0] if narrow else 0, C=c, **config,
     )  # fmt: skip
     return tuple(outs if narrow_out is None else [*outs, narrow_out])
@@ -246,7 +254,8 @@ def input_gradient(
     _input_gradient_kernel[(tiles,)](
         x, strides[0], norm_weight, norm_bias, wide, tuple(ds[:num_wide]), tuple(strides[6:]),
         narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], through, strides[5], dx, strides[1],
-        normed, strides[4], partials, num_sums, dims, count, COUNT=num_wide, SUMS=tuple(starts[:num_wide]), WIDTH=width,
+        normed, strides[4], partials, num_sums, dims, row_limit(count, config), COUNT=num_wide,
+        SUMS=tuple(starts[:num_wide]), WIDTH=width,
         NARROW=narrow[0].shape[0] if narrow else 0, NARROW_SUM=starts[-1] if narrow else -1, C=c, **config,
     )  # fmt: skip
     return dx, normed, partials

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference
+from scalefold.kernels.instructions import sigmoid, widen
 from scalefold.kernels.linear import input_gradient
 from scalefold.kernels.rows import (
     chosen_tiles,
@@ -21,10 +22,11 @@ from scalefold.kernels.rows import (
     has_plain_strides,
     is_tile_width,
     load_normed,
+    load_per_row,
     load_tile,
     norm_input_gradient,
     register_tiles,
-    row_offsets,
+    row_limit,
     store_tile,
     sum_all,
 )
@@ -59,13 +61,13 @@ def _project_forward_kernel(
     """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
-    keep = tl.load(mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
+    keep = load_per_row(mask, rows, dims, mask_strides, count)
     for side in tl.static_range(2):
         for first in range(0, WIDTH, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
             gate, _ = _projected(normed, weights[2 * side + 1], biases[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
             value, _ = _projected(normed, weights[2 * side], biases[2 * side], n, C, BLOCK_M, BLOCK_N)
-            product = tl.sigmoid(gate) * value * keep[:, None]
+            product = sigmoid(gate) * value * keep[:, None]
             store_tile(outs[side], product, rows, n, dims, out_strides[side], count)
 
 
@@ -80,7 +82,7 @@ def _project_backward_kernel(
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
-    keep = tl.load(mask + row_offsets(rows, dims, mask_strides), mask=rows < count, other=0.0).to(tl.float32)
+    keep = load_per_row(mask, rows, dims, mask_strides, count)
     own = partials + tl.program_id(0).to(tl.int64) * (2 * C + 4 * WIDTH)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
@@ -89,21 +91,21 @@ def _project_backward_kernel(
             n = first + tl.arange(0, BLOCK_N)
             logits, gate_block = _projected(normed, weights[2 * side + 1], biases[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
             value, value_block = _projected(normed, weights[2 * side], biases[2 * side], n, C, BLOCK_M, BLOCK_N)
-            gate = tl.sigmoid(logits)
-            d = load_tile(ds[side], rows, n, dims, d_strides[side], count).to(tl.float32) * keep[:, None] * gate
-            d_logits = (d * value * (1.0 - gate)).to(normed.dtype)
-            d_value = d.to(normed.dtype)
+            gate = sigmoid(logits)
+            d = widen(load_tile(ds[side], rows, n, dims, d_strides[side], count)) * keep[:, None] * gate
+            d_logits = d * value * (1.0 - gate)
+            tl.store(own + 2 * C + 2 * side * WIDTH + n, tl.sum(d, 0))
+            tl.store(own + 2 * C + (2 * side + 1) * WIDTH + n, tl.sum(d_logits, 0))
+            d_value, d_logits = d.to(normed.dtype), d_logits.to(normed.dtype)
             store_tile(projected, d_value, rows, 2 * side * WIDTH + n, dims, p_strides, count)
             store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, dims, p_strides, count)
             acc = dot(d_value, value_block, acc)
-            tl.store(own + 2 * C + 2 * side * WIDTH + n, tl.sum(d_value.to(tl.float32), 0))
-            tl.store(own + 2 * C + (2 * side + 1) * WIDTH + n, tl.sum(d_logits.to(tl.float32), 0))
             acc = dot(d_logits, gate_block, acc)
     gradient = norm_input_gradient(
         acc, z, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, z_strides, count, C
     )
     if through is not None:
-        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
+        gradient += widen(load_tile(through, rows, c, dims, through_strides, count))
     store_tile(dz, gradient, rows, c, dims, dz_strides, count)
 
 
@@ -121,10 +123,10 @@ def _output_forward_kernel(
         n = first + tl.arange(0, BLOCK_N)
         gate, _ = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
         value, _ = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
-        update = tl.sigmoid(gate) * value
+        update = sigmoid(gate) * value
         if dropout is not None:
-            update *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
-        update += load_tile(z, rows, n, dims, z_strides, count).to(tl.float32)
+            update *= widen(load_tile(dropout, rows, n, dims, dropout_strides, count))
+        update += widen(load_tile(z, rows, n, dims, z_strides, count))
         store_tile(out, update, rows, n, dims, out_strides, count)
 
 
@@ -142,10 +144,10 @@ def _output_gradient_kernel(
         n = first + tl.arange(0, BLOCK_N)
         logits, _ = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
         value, _ = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
-        gate = tl.sigmoid(logits)
-        d = load_tile(d_out, rows, n, dims, d_strides, count).to(tl.float32) * gate
+        gate = sigmoid(logits)
+        d = widen(load_tile(d_out, rows, n, dims, d_strides, count)) * gate
         if dropout is not None:
-            d *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
+            d *= widen(load_tile(dropout, rows, n, dims, dropout_strides, count))
         store_tile(projected, d, rows, n, dims, p_strides, count)
         store_tile(projected, d * value * (1.0 - gate), rows, C + n, dims, p_strides, count)
 
@@ -168,7 +170,7 @@ class _Project(torch.autograd.Function):
         config = chosen_tiles("triangle_project_forward", z, width, width)
         _project_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, outs, tuple(strides[2:]),
-            dims, count, WIDTH=width, C=c, **config,
+            dims, row_limit(count, config), WIDTH=width, C=c, **config,
         )  # fmt: skip
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
         return z.view_as(z), *outs
@@ -189,7 +191,7 @@ class _Project(torch.autograd.Function):
         partials = torch.empty(tiles, 2 * c + 4 * width, dtype=torch.float32, device=z.device)
         _project_backward_kernel[(tiles,)](
             z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, through, strides[7], ds,
-            tuple(strides[2:4]), projected, strides[4], dz, strides[5], normed, strides[6], partials, dims, count,
+            tuple(strides[2:4]), projected, strides[4], dz, strides[5], normed, strides[6], partials, dims, row_limit(count, config),
             WIDTH=width, C=c, **config,
         )  # fmt: skip
         sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
@@ -227,8 +229,8 @@ class _Output(torch.autograd.Function):
         dims, count, strides = common_rows(z, _channels_last(x), z if dropout is None else dropout, out)
         config = chosen_tiles("triangle_output_forward", z, cx, c)
         _output_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-            z, strides[0], x, strides[1], *parameters, dropout, strides[2], out, strides[3], dims, count,
-            C=c, CX=cx, **config,
+            z, strides[0], x, strides[1], *parameters, dropout, strides[2], out, strides[3], dims,
+            row_limit(count, config), C=c, CX=cx, **config,
         )  # fmt: skip
         return out
 
@@ -243,7 +245,7 @@ class _Output(torch.autograd.Function):
         dims, count, strides = common_rows(z, x, z if dropout is None else dropout, d_out, projected)
         _output_gradient_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
             z, strides[0], x, strides[1], *parameters, dropout, strides[2], d_out, strides[3], projected, strides[4],
-            dims, count, C=c, CX=cx, **config,
+            dims, row_limit(count, config), C=c, CX=cx, **config,
         )  # fmt: skip
         d_value, d_logits = projected.chunk(2, -1)
         norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)

@@ -18,7 +18,16 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.rows import common_rows, dot, load_tile, row_fields, row_offsets, tile_config, tile_default
+from scalefold.kernels.rows import (
+    common_rows,
+    dot,
+    load_tile,
+    row_fields,
+    row_limit,
+    row_offsets,
+    tile_config,
+    tile_default,
+)
 
 NUM_PROGRAMS = 264  # two per multiprocessor of an H200
 NARROWEST = 16  # the library is not asked for narrower products
@@ -69,16 +78,22 @@ class Product:
 @triton.jit
 def _accumulate(
     d, d_strides, a, a_strides, dims, block, start, end,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Product of one block of columns of d with a over rows start..end: [BLOCK_N, C]."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, C], tl.float32)
+    limit = end
+    if EVEN:
+        limit = None
     for first in range(start, end, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
-        offsets = row_offsets(rows, dims, d_strides)[:, None] + n[None, :] * d_strides[3]
-        tile = tl.load(d + offsets, mask=(rows < end)[:, None] & (n < WIDTH)[None, :], other=0.0)
-        acc = dot(tl.trans(tile), load_tile(a, rows, tl.arange(0, C), dims, a_strides, end), acc)
+        if WIDTH % BLOCK_N == 0:
+            tile = load_tile(d, rows, n, dims, d_strides, limit)
+        else:
+            offsets = row_offsets(rows, dims, d_strides)[:, None] + n[None, :] * d_strides[3]
+            tile = tl.load(d + offsets, mask=(rows < end)[:, None] & (n < WIDTH)[None, :], other=0.0)
+        acc = dot(tl.trans(tile), load_tile(a, rows, tl.arange(0, C), dims, a_strides, limit), acc)
     return acc
 
 
@@ -87,6 +102,7 @@ def _kernel(
     ds, d_strides, operands, a_strides, dims, count, partials, rows_per_split,
     COUNT: tl.constexpr, WIDTHS: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
     FIRST_COLUMNS: tl.constexpr, TOTAL: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns over all products, range of rows) -> partials[range, TOTAL * C]."""
     block = tl.program_id(0)
@@ -98,8 +114,9 @@ def _kernel(
         if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
             own = block - FIRST_BLOCKS[i]
             acc = _accumulate(
-                ds[i], d_strides[i], operands[i], a_strides[i], dims, own, start, end, WIDTHS[i], C, BLOCK_M, BLOCK_N
-            )
+                ds[i], d_strides[i], operands[i], a_strides[i], dims, own, start, end, WIDTHS[i], C, BLOCK_M, BLOCK_N,
+                EVEN,
+            )  # fmt: skip
             n = own * BLOCK_N + tl.arange(0, BLOCK_N)
             if TRANSPOSED[i]:
                 offsets = n[:, None] + c[None, :] * WIDTHS[i]
@@ -161,7 +178,8 @@ def _tiled_products(products: Sequence[Product]) -> list[Tensor]:
     _kernel[(first_blocks[-1], num_splits)](
         tuple(ds), tuple(strides[1 : 1 + num]), tuple(operands), tuple(strides[1 + num :]), dims, count, partials,
         rows_per_split, COUNT=num, WIDTHS=widths, TRANSPOSED=tuple(p.transposed for p in products),
-        FIRST_BLOCKS=first_blocks, FIRST_COLUMNS=_cumulative(widths), TOTAL=total, C=c, **config,
+        FIRST_BLOCKS=first_blocks, FIRST_COLUMNS=_cumulative(widths), TOTAL=total, C=c,
+        EVEN=row_limit(count, config) is None, **config,
     )  # fmt: skip
     return list(partials.split([width * c for width in widths], 1))
 

@@ -1,0 +1,36 @@
+"""Arithmetic in as few instructions as the chip has for it, where the compiler's own choice takes several times as many.
+
+Most kernels here are bound by instructions and their latency, not by memory (docs/performance.md). Each function has
+the plain meaning in its first line, which is also what the interpreter runs.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_SIGMOID = tl.constexpr(  # -log2(e) x; 2^; + 1; 1 /
+    "mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;"
+)
+_WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x)), x fp32: 4 instructions with a relative error below 1e-6, where exact division takes 13."""
+    if INTERPRETED:
+        return tl.sigmoid(x)
+    else:  # noqa: RET505  (the compiler looks at what follows an untaken return)
+        return tl.inline_asm_elementwise(_SIGMOID, "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def widen(x):
+    """x in fp32: one instruction per bf16 value instead of three per two."""
+    if INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:  # noqa: RET505
+        return tl.inline_asm_elementwise(_WIDEN, "=&r,=r,r", [x], tl.float32, True, 2)
