@@ -145,8 +145,8 @@ class _GatedOutput(torch.autograd.Function):
         partials = torch.empty(tiles, c, dtype=torch.float32, device=d.device)
         _input_gradient_kernel[(tiles,)](
             d, strides[0], o, strides[1], gate, strides[2], weight.contiguous(), dropout, strides[3], d_o, strides[4],
-            d_gate, strides[5], update, strides[6], gated, strides[7], partials, dims, row_limit(count, config), C=c, HD=hd,
-            **config,
+            d_gate, strides[5], update, strides[6], gated, strides[7], partials, dims, row_limit(count, config),
+            C=c, HD=hd, **config,
         )  # fmt: skip
         product = Product(d if update is None else update, gated)
         d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)

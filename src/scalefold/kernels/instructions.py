@@ -1,4 +1,4 @@
-"""Arithmetic in as few instructions as the chip has for it, where the compiler's own choice takes several times as many.
+"""Arithmetic in as few instructions as the chip has for it, where the compiler takes several times as many.
 
 Most kernels here are bound by instructions and their latency, not by memory (docs/performance.md). Each function has
 the plain meaning in its first line, which is also what the interpreter runs.

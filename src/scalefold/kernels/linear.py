@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from scalefold.kernels import reference
 from scalefold.kernels.instructions import widen
 from scalefold.kernels.rows import (
+    Strides,
     chosen_tiles,
     common_rows,
     dot,
@@ -32,6 +33,7 @@ from scalefold.kernels.rows import (
     register_tiles,
     row_limit,
     row_offsets,
+    store_column_sums,
     store_tile,
     sum_all,
 )
@@ -91,42 +93,76 @@ def _forward_kernel(
 
 
 @triton.jit
-def _column_sums(d, keep):
-    """Sums over the rows of d, times ``keep``: [rows] or None."""
-    value = widen(d)
-    if keep is not None:
-        value *= keep[:, None]
-    return tl.sum(value, 0)
+def _chosen(options, i, COUNT: tl.constexpr):
+    """options[i] for an i that only the running program knows."""
+    chosen = options[0]
+    for other in tl.static_range(1, COUNT):
+        chosen = tl.where(i == other, options[other], chosen)
+    return chosen
+
+
+@triton.jit
+def _load_gradient(ds, d_strides, i, rows, n, dims, count, COUNT: tl.constexpr, ALIGN: tl.constexpr):
+    """Tile of ds[i]: [rows, n]. ALIGN: a power of two that divides all its strides."""
+    strides = (
+        tl.multiple_of(_chosen(d_strides[0], i, COUNT), ALIGN),
+        tl.multiple_of(_chosen(d_strides[1], i, COUNT), ALIGN),
+        tl.multiple_of(_chosen(d_strides[2], i, COUNT), ALIGN),
+        1,
+    )
+    return load_tile(tl.multiple_of(_chosen(ds, i, COUNT), 2 * ALIGN), rows, n, dims, strides, count)
+
+
+@triton.jit
+def _add_products(
+    acc, ds, d_strides, weights, sums, keep, rows, dims, count,
+    FIRST: tl.constexpr, LAST: tl.constexpr, SUMMED: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """acc + d W of projections FIRST..LAST, in one loop, so that loads run ahead from one to the next.
+
+    SUMMED: column sums of d are stored in ``sums``, from projection FIRST on.
+    """
+    for start in range(FIRST * WIDTH, LAST * WIDTH, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        i = start // WIDTH
+        d = _load_gradient(ds, d_strides, i, rows, n - i * WIDTH, dims, count, COUNT, ALIGN)
+        acc = dot(d, tl.load(weights + n[:, None] * C + tl.arange(0, C)[None, :]), acc)
+        if SUMMED:
+            store_column_sums(sums, d, n - FIRST * WIDTH, keep)
+    return acc
 
 
 @triton.jit
 def _input_gradient_kernel(
     x, x_strides, norm_weight, norm_bias, weights, ds, d_strides, narrow_weight, narrow_d, narrow_strides,
-    row_mask, mask_strides, through, through_strides, dx, dx_strides, normed, normed_strides, partials, num_sums, dims,
-    count,
-    COUNT: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, NARROW_SUM: tl.constexpr,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    row_mask, mask_strides, through, through_strides, dx, dx_strides, normed, normed_strides, partials, dims, count,
+    COUNT: tl.constexpr, BIASED: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, NARROW_BIAS: tl.constexpr,
+    C: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: sum over the projections of d W, then the backward of the layer norm, plus the gradient of x that
     came ``through`` a residual connection (None: there was none).
 
-    partials[tile] gets the sums for the norm (2 C) and the bias gradients: those of wide projection i from column
-    SUMS[i] on (-1: it has no bias), those of the narrow one from NARROW_SUM on.
+    partials[tile] gets the sums for the norm (2 C), then those for the biases of the last BIASED wide projections and
+    of the narrow one.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
-    own = partials + tl.program_id(0).to(tl.int64) * num_sums
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * C + BIASED * WIDTH + NARROW_BIAS * NARROW)
     keep = None
     if row_mask is not None:
         keep = load_per_row(row_mask, rows, dims, mask_strides, count)
-    for i in tl.static_range(COUNT):
-        for first in range(0, WIDTH, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            d = load_tile(ds[i], rows, n, dims, d_strides[i], count)
-            acc = dot(d, tl.load(weights[i] + n[:, None] * C + c[None, :]), acc)
-            if SUMS[i] >= 0:
-                tl.store(own + SUMS[i] + n, _column_sums(d, keep))
+    if COUNT > BIASED:
+        acc = _add_products(
+            acc, ds, d_strides, weights, own, keep, rows, dims, count, 0, COUNT - BIASED, False, COUNT, ALIGN, WIDTH, C,
+            BLOCK_N,
+        )  # fmt: skip
+    if BIASED > 0:
+        acc = _add_products(
+            acc, ds, d_strides, weights, own + 2 * C, keep, rows, dims, count, COUNT - BIASED, COUNT, True, COUNT,
+            ALIGN, WIDTH, C, BLOCK_N,
+        )  # fmt: skip
     if NARROW > 0:
         n = tl.arange(0, 16)
         offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
@@ -136,8 +172,11 @@ def _input_gradient_kernel(
         d = tl.load(narrow_d + offsets, mask=keep_in, other=0.0)
         block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
         acc = dot(d, block, acc)
-        if NARROW_SUM >= 0:
-            tl.store(own + NARROW_SUM + n, _column_sums(d, keep), mask=n < NARROW)
+        if NARROW_BIAS:
+            value = widen(d)
+            if keep is not None:
+                value *= keep[:, None]
+            tl.store(own + 2 * C + BIASED * WIDTH + n, tl.sum(value, 0), mask=n < NARROW)
     if keep is not None:
         acc *= keep[:, None]
     gradient = norm_input_gradient(
@@ -150,14 +189,10 @@ def _input_gradient_kernel(
 
 def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | None, int]:
     """One bias vector for the last projections and the column where it starts; (None, 0) without any."""
-    present = [n for n, bias in enumerate(biases) if bias is not None]
+    present = [bias for bias in biases if bias is not None]
     if not present:
         return None, 0
-    tail = biases[present[0] :]
-    example = biases[present[0]]
-    assert example is not None
-    filled = [example.new_zeros(width) if bias is None else bias for bias in tail]
-    return (filled[0] if len(filled) == 1 else torch.cat(filled)), present[0] * width
+    return (present[0] if len(present) == 1 else torch.cat(present)), (len(biases) - len(present)) * width
 
 
 def _in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tensor:
@@ -183,7 +218,8 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, through, *ds):
         x, norm_weight, norm_bias, row_mask, *weights = ctx.saved_tensors
         ds = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(ds, weights, strict=True)]
-        ds = [*ds[: ctx.num_wide], *(_in_rows_of(x, d) for d in ds[ctx.num_wide :])]
+        wide = [d if d.stride(-1) == 1 else d.contiguous() for d in ds[: ctx.num_wide]]
+        ds = [*wide, *(_in_rows_of(x, d) for d in ds[ctx.num_wide :])]
         c, dtype = x.shape[-1], norm_weight.dtype
         dx, normed, partials = input_gradient(x, norm_weight, norm_bias, row_mask, weights, ds, ctx.has_bias, through)
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
@@ -233,10 +269,10 @@ def input_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of x: [*, c] -> layer norm (times row_mask: [*]) -> projections, for the gradients ds of these.
 
-    Weights: equally wide ones [w, c], then at most one narrower than 16, each dense; ds: [*, w] of any strides. Returns
-    the gradient of x plus ``through``, in the memory order of x; the (masked) layer norm, rows in that order; and
-    partial sums [tiles, 2 c + widths] for ``rows.sum_all``: gradients of the norm's weight and bias, then of each bias
-    that there is.
+    Weights: equally wide ones [w, c], those without a bias first, then at most one narrower than 16, each dense; ds:
+    [*, w], dense along w. Returns the gradient of x plus ``through``, in the memory order of x; the (masked) layer
+    norm, rows in that order; and partial sums [tiles, 2 c + widths] for ``rows.sum_all``: gradients of the norm's
+    weight and bias, then of each bias that there is.
     """
     c, num_wide = x.shape[-1], sum(weight.shape[0] >= NARROW_WIDTH for weight in weights)
     wide, narrow = tuple(weights[:num_wide]), weights[num_wide:]
@@ -247,18 +283,23 @@ def input_gradient(
     mask_view = x if row_mask is None else row_mask[..., None]
     views = (x, dx, x if narrow_d is None else narrow_d, mask_view, normed, x if through is None else through)
     dims, count, strides = common_rows(*views, *ds[:num_wide])
-    widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, has_bias, strict=True)]
-    tiles, num_sums = triton.cdiv(count, config["BLOCK_M"]), 2 * c + sum(widths)
-    partials = torch.empty(tiles, num_sums, dtype=torch.float32, device=x.device)
-    starts = [2 * c + sum(widths[:n]) if own else -1 for n, own in enumerate(widths)]
+    tiles = triton.cdiv(count, config["BLOCK_M"])
+    num_sums = sum(weight.shape[0] for weight, has in zip(weights, has_bias, strict=True) if has)
+    partials = torch.empty(tiles, 2 * c + num_sums, dtype=torch.float32, device=x.device)
     _input_gradient_kernel[(tiles,)](
-        x, strides[0], norm_weight, norm_bias, wide, tuple(ds[:num_wide]), tuple(strides[6:]),
-        narrow[0] if narrow else None, narrow_d, strides[2], row_mask, strides[3], through, strides[5], dx, strides[1],
-        normed, strides[4], partials, num_sums, dims, row_limit(count, config), COUNT=num_wide,
-        SUMS=tuple(starts[:num_wide]), WIDTH=width,
-        NARROW=narrow[0].shape[0] if narrow else 0, NARROW_SUM=starts[-1] if narrow else -1, C=c, **config,
+        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, tuple(ds[:num_wide]),
+        tuple(zip(*strides[6:], strict=True))[:3], narrow[0] if narrow else None, narrow_d, strides[2], row_mask,
+        strides[3], through, strides[5], dx, strides[1], normed, strides[4], partials, dims, row_limit(count, config),
+        COUNT=num_wide, BIASED=sum(has_bias[:num_wide]), WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0,
+        NARROW_BIAS=bool(narrow) and has_bias[-1], C=c, ALIGN=_alignment(ds[:num_wide], strides[6:]), **config,
     )  # fmt: skip
     return dx, normed, partials
+
+
+def _alignment(tensors: Sequence[Tensor], strides: Sequence[Strides]) -> int:
+    """8 if all rows start at multiples of 8 elements and 16 bytes, else 1."""
+    even = all(stride % 8 == 0 for levels in strides for stride in levels[:3])
+    return 8 if even and all(tensor.data_ptr() % 16 == 0 for tensor in tensors) else 1
 
 
 def _in_rows_of(x: Tensor, d: Tensor) -> Tensor:
@@ -304,7 +345,7 @@ def masked_projections(
 
 
 def _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases) -> tuple[Tensor, ...]:
-    order = sorted(range(len(weights)), key=lambda n: weights[n].shape[0] < NARROW_WIDTH)
+    order = sorted(range(len(weights)), key=lambda n: (weights[n].shape[0] < NARROW_WIDTH, biases[n] is not None))
     num_wide = sum(weight.shape[0] >= NARROW_WIDTH for weight in weights)
     ordered = [weights[n] for n in order] + [biases[n] for n in order]
     through, *outs = _NormLinear.apply(x, norm_weight, norm_bias, row_mask, num_wide, *ordered)

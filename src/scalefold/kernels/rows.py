@@ -19,6 +19,7 @@ from scalefold.kernels.instructions import widen
 from scalefold.kernels.reference import LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
+LINES = tl.constexpr(16)  # of ones, in products that sum columns: the fewest that the tensor cores take
 
 Strides = tuple[int, int, int, int]
 
@@ -71,6 +72,27 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def store_column_sums(pointer, tile, columns, keep):
+    """Sums over the rows of tile [rows, columns], times ``keep``: [rows] or None, to pointer[columns].
+
+    For 16-bit tiles a product with equal lines of ones: a tenth of the instructions of a reduction across lanes and
+    warps, which took a quarter of the backward kernels' time.
+    """
+    if tile.dtype == tl.float32:
+        if keep is not None:
+            tile *= keep[:, None]
+        tl.store(pointer + columns, tl.sum(tile, 0))
+    else:
+        line = tl.arange(0, LINES)
+        if keep is None:
+            ones = tl.full([LINES, tile.shape[0]], 1.0, tl.float32).to(tile.dtype)
+        else:
+            ones = tl.broadcast_to(keep.to(tile.dtype)[None, :], [LINES, tile.shape[0]])
+        sums = tl.dot(ones, tile)
+        tl.store(pointer + columns[None, :] + 0 * line[:, None], sums, mask=(line == 0)[:, None])
+
+
+@triton.jit
 def normalise(x, C: tl.constexpr):
     """x [rows, C] fp32 -> (x - mean) / std and 1 / std, [rows, C] and [rows]."""
     centred = x - tl.sum(x, 1)[:, None] / C
@@ -106,8 +128,8 @@ def norm_input_gradient(
     if keep is not None:
         value = (widen(value) * keep[:, None]).to(tile.dtype)
     store_tile(normed, value, rows, columns, dims, normed_strides, count)
-    tl.store(partials + columns, tl.sum(d * hat, 0))
-    tl.store(partials + C + columns, tl.sum(d, 0))
+    store_column_sums(partials, (d * hat).to(tile.dtype), columns, None)
+    store_column_sums(partials + C, d.to(tile.dtype), columns, None)
     scaled = d * weight[None, :]
     mean = tl.sum(scaled, 1)[:, None] / C
     along = tl.sum(scaled * hat, 1)[:, None] / C

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.instructions import widen
 from scalefold.kernels.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
     chosen_tiles,
@@ -35,6 +34,7 @@ from scalefold.kernels.rows import (
     norm_input_gradient,
     register_tiles,
     row_limit,
+    store_column_sums,
     store_tile,
     sum_all,
     tile_config,
@@ -115,13 +115,13 @@ def _backward_kernel(
         d_hidden = dot(d, block_2, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(d.dtype)
         store_tile(d_hidden_out, d_hidden, rows, n, dims, hidden_strides, count)
-        tl.store(own + 3 * C + n, tl.sum(widen(d_hidden), 0))
+        store_column_sums(own + 3 * C, d_hidden, n, None)
         if FUSED:
             acc = dot(d_hidden, block_1, acc)
-    d = load_tile(d_out, rows, c, dims, d_strides, count).to(tl.float32)
-    tl.store(own + 2 * C + c, tl.sum(d, 0))
+    d = load_tile(d_out, rows, c, dims, d_strides, count)
+    store_column_sums(own + 2 * C, d, c, None)
     if FUSED:
-        gradient = d + norm_input_gradient(
+        gradient = d.to(tl.float32) + norm_input_gradient(
             acc, x, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, x_strides, count, C
         )
         store_tile(dx, gradient, rows, c, dims, dx_strides, count)
@@ -166,7 +166,8 @@ class _Transition(torch.autograd.Function):
         partials = torch.empty(tiles, 3 * c + width, dtype=torch.float32, device=x.device)
         _backward_kernel[(tiles,)](
             x, strides[0], norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, strides[1], hidden, d_hidden,
-            strides[2], normed, strides[3], dx, strides[4], partials, dims, row_limit(count, config), FUSED=not by_library, HIDDEN=width,
+            strides[2], normed, strides[3], dx, strides[4], partials, dims, row_limit(count, config),
+            FUSED=not by_library, HIDDEN=width,
             C=c, **config,
         )  # fmt: skip
         norm_sums, bias_sums = partials.split([2 * c, c + width], 1)

@@ -27,6 +27,7 @@ from scalefold.kernels.rows import (
     norm_input_gradient,
     register_tiles,
     row_limit,
+    store_column_sums,
     store_tile,
     sum_all,
 )
@@ -94,9 +95,9 @@ def _project_backward_kernel(
             gate = sigmoid(logits)
             d = widen(load_tile(ds[side], rows, n, dims, d_strides[side], count)) * keep[:, None] * gate
             d_logits = d * value * (1.0 - gate)
-            tl.store(own + 2 * C + 2 * side * WIDTH + n, tl.sum(d, 0))
-            tl.store(own + 2 * C + (2 * side + 1) * WIDTH + n, tl.sum(d_logits, 0))
             d_value, d_logits = d.to(normed.dtype), d_logits.to(normed.dtype)
+            store_column_sums(own + 2 * C + 2 * side * WIDTH, d_value, n, None)
+            store_column_sums(own + 2 * C + (2 * side + 1) * WIDTH, d_logits, n, None)
             store_tile(projected, d_value, rows, 2 * side * WIDTH + n, dims, p_strides, count)
             store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, dims, p_strides, count)
             acc = dot(d_value, value_block, acc)
@@ -191,8 +192,8 @@ class _Project(torch.autograd.Function):
         partials = torch.empty(tiles, 2 * c + 4 * width, dtype=torch.float32, device=z.device)
         _project_backward_kernel[(tiles,)](
             z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, through, strides[7], ds,
-            tuple(strides[2:4]), projected, strides[4], dz, strides[5], normed, strides[6], partials, dims, row_limit(count, config),
-            WIDTH=width, C=c, **config,
+            tuple(strides[2:4]), projected, strides[4], dz, strides[5], normed, strides[6], partials, dims,
+            row_limit(count, config), WIDTH=width, C=c, **config,
         )  # fmt: skip
         sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
         d_norm_weight, d_norm_bias, bias = sums.split([c, c, 4 * width])
