@@ -82,8 +82,8 @@ def _forward_kernel(
         acc = dot(gated, tl.trans(block), acc)
     acc += tl.load(bias + c).to(tl.float32)[None, :]
     if dropout is not None:
-        acc *= widen(load_tile(dropout, rows, c, dims, dropout_strides, count))
-    acc += widen(load_tile(x, rows, c, dims, x_strides, count))
+        acc *= load_tile(dropout, rows, c, dims, dropout_strides, count).to(tl.float32)
+    acc += load_tile(x, rows, c, dims, x_strides, count).to(tl.float32)
     store_tile(out, acc, rows, c, dims, out_strides, count)
 
 
@@ -105,7 +105,7 @@ def _input_gradient_kernel(
         k = first + tl.arange(0, BLOCK_N)
         block = tl.load(weight + c[:, None] * HD + k[None, :])
         d_gated = dot(update, block, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-        value = widen(load_tile(o, rows, k, dims, o_strides, count))
+        value = load_tile(o, rows, k, dims, o_strides, count).to(tl.float32)
         opening = sigmoid(widen(load_tile(gate, rows, k, dims, gate_strides, count)))
         store_tile(gated_out, value * opening, rows, k, dims, gated_strides, count)
         d_gated *= opening

@@ -34,3 +34,18 @@ def widen(x):
         return x.to(tl.float32)
     else:  # noqa: RET505
         return tl.inline_asm_elementwise(_WIDEN, "=&r,=r,r", [x], tl.float32, True, 2)
+
+
+@triton.jit
+def settle(tile):
+    """tile in fp32, in the register layout of a product's result, moved there once and as 16-bit values.
+
+    The compiler leaves values in the layout in which they were loaded and moves what becomes of them, in fp32, next to
+    each use together with a product. A product with zeros pins the layout.
+    """
+    if tile.dtype == tl.float32:
+        return tile
+    else:  # noqa: RET505
+        left = tl.zeros([tile.shape[0], 16], tl.float32).to(tile.dtype)
+        right = tl.zeros([16, tile.shape[1]], tl.float32).to(tile.dtype)
+        return tl.dot(left, right, tile.to(tl.float32))

@@ -183,7 +183,7 @@ def _input_gradient_kernel(
         acc, x, norm_weight, norm_bias, keep, normed, normed_strides, own, rows, dims, x_strides, count, C
     )
     if through is not None:
-        gradient += widen(load_tile(through, rows, c, dims, through_strides, count))
+        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
     store_tile(dx, gradient, rows, c, dims, dx_strides, count)
 
 

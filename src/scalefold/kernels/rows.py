@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import widen
+from scalefold.kernels.instructions import settle, widen
 from scalefold.kernels.reference import LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
@@ -122,11 +122,14 @@ def norm_input_gradient(
     """
     columns = tl.arange(0, C)
     tile = load_tile(x, rows, columns, dims, strides, count)
-    hat, rstd = normalise(widen(tile), C)
+    if C > 128:  # eight warps: the pinned layout would not be that of d
+        hat, rstd = normalise(tile.to(tl.float32), C)
+    else:
+        hat, rstd = normalise(settle(tile), C)
     weight = tl.load(norm_weight + columns).to(tl.float32)
     value = (hat * weight[None, :] + tl.load(norm_bias + columns).to(tl.float32)[None, :]).to(tile.dtype)
     if keep is not None:
-        value = (widen(value) * keep[:, None]).to(tile.dtype)
+        value = (value.to(tl.float32) * keep[:, None]).to(tile.dtype)
     store_tile(normed, value, rows, columns, dims, normed_strides, count)
     store_column_sums(partials, (d * hat).to(tile.dtype), columns, None)
     store_column_sums(partials + C, d.to(tile.dtype), columns, None)

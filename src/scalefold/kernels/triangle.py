@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference
-from scalefold.kernels.instructions import sigmoid, widen
+from scalefold.kernels.instructions import sigmoid
 from scalefold.kernels.linear import input_gradient
 from scalefold.kernels.rows import (
     chosen_tiles,
@@ -93,7 +93,7 @@ def _project_backward_kernel(
             logits, gate_block = _projected(normed, weights[2 * side + 1], biases[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
             value, value_block = _projected(normed, weights[2 * side], biases[2 * side], n, C, BLOCK_M, BLOCK_N)
             gate = sigmoid(logits)
-            d = widen(load_tile(ds[side], rows, n, dims, d_strides[side], count)) * keep[:, None] * gate
+            d = load_tile(ds[side], rows, n, dims, d_strides[side], count).to(tl.float32) * keep[:, None] * gate
             d_logits = d * value * (1.0 - gate)
             d_value, d_logits = d.to(normed.dtype), d_logits.to(normed.dtype)
             store_column_sums(own + 2 * C + 2 * side * WIDTH, d_value, n, None)
@@ -106,7 +106,7 @@ def _project_backward_kernel(
         acc, z, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, z_strides, count, C
     )
     if through is not None:
-        gradient += widen(load_tile(through, rows, c, dims, through_strides, count))
+        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
     store_tile(dz, gradient, rows, c, dims, dz_strides, count)
 
 
@@ -126,8 +126,8 @@ def _output_forward_kernel(
         value, _ = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
         update = sigmoid(gate) * value
         if dropout is not None:
-            update *= widen(load_tile(dropout, rows, n, dims, dropout_strides, count))
-        update += widen(load_tile(z, rows, n, dims, z_strides, count))
+            update *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
+        update += load_tile(z, rows, n, dims, z_strides, count).to(tl.float32)
         store_tile(out, update, rows, n, dims, out_strides, count)
 
 
@@ -146,9 +146,9 @@ def _output_gradient_kernel(
         logits, _ = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
         value, _ = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
         gate = sigmoid(logits)
-        d = widen(load_tile(d_out, rows, n, dims, d_strides, count)) * gate
+        d = load_tile(d_out, rows, n, dims, d_strides, count).to(tl.float32) * gate
         if dropout is not None:
-            d *= widen(load_tile(dropout, rows, n, dims, dropout_strides, count))
+            d *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
         store_tile(projected, d, rows, n, dims, p_strides, count)
         store_tile(projected, d * value * (1.0 - gate), rows, C + n, dims, p_strides, count)
 
