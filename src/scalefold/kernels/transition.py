@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import reference, tuning
 from scalefold.kernels.layer_norm import norm_gradient, normed_rows
@@ -74,11 +75,9 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, C], tl.float32)
     for first in range(0, HIDDEN, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        block_1 = tl.load(weight_1 + n[:, None] * C + c[None, :])
-        hidden = dot(normed, tl.trans(block_1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        hidden = dot(normed, tl.trans(weight_1.load([first, 0])), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         hidden += tl.load(bias_1 + n).to(tl.float32)[None, :]
-        block_2 = tl.load(weight_2 + c[:, None] * HIDDEN + n[None, :])
-        acc = dot(tl.maximum(hidden, 0.0).to(normed.dtype), tl.trans(block_2), acc)
+        acc = dot(tl.maximum(hidden, 0.0).to(normed.dtype), tl.trans(weight_2.load([0, first])), acc)
     acc += tl.load(bias_2 + c).to(tl.float32)[None, :]
     acc += load_tile(x, rows, c, dims, x_strides, count).to(tl.float32)
     store_tile(out, acc, rows, c, dims, out_strides, count)
@@ -105,13 +104,13 @@ def _backward_kernel(
     for first in range(0, HIDDEN, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         if FUSED:
-            block_1 = tl.load(weight_1 + n[:, None] * C + c[None, :])
+            block_1 = weight_1.load([first, 0])
             hidden = dot(normed, tl.trans(block_1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             hidden = tl.maximum(hidden + tl.load(bias_1 + n).to(tl.float32)[None, :], 0.0)
             store_tile(hidden_rows, hidden, rows, n, dims, hidden_strides, count)
         else:
             hidden = load_tile(hidden_rows, rows, n, dims, hidden_strides, count)
-        block_2 = tl.load(weight_2 + c[:, None] * HIDDEN + n[None, :])
+        block_2 = weight_2.load([0, first])
         d_hidden = dot(d, block_2, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(d.dtype)
         store_tile(d_hidden_out, d_hidden, rows, n, dims, hidden_strides, count)
@@ -127,6 +126,12 @@ def _backward_kernel(
         store_tile(dx, gradient, rows, c, dims, dx_strides, count)
 
 
+def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """The weights for the copy engine, in blocks of BLOCK_N hidden channels: fewer registers than loads by pointer."""
+    c, block = weight_1.shape[1], config["BLOCK_N"]
+    return TensorDescriptor.from_tensor(weight_1, [block, c]), TensorDescriptor.from_tensor(weight_2, [c, block])
+
+
 class _Transition(torch.autograd.Function):
     """Arguments: those of ``transition``."""
 
@@ -137,10 +142,10 @@ class _Transition(torch.autograd.Function):
         hidden, c = weight_1.shape
         config = chosen_tiles("transition_forward", x, hidden, hidden)
         dims, count, strides = common_rows(x, out)
+        blocks = _blocks(weight_1, weight_2, config)
         _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-            x, strides[0], norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, out, strides[1], dims,
-            row_limit(count, config),
-            HIDDEN=hidden, C=c, **config,
+            x, strides[0], norm_weight, norm_bias, blocks[0], bias_1, blocks[1], bias_2, out, strides[1], dims,
+            row_limit(count, config), HIDDEN=hidden, C=c, **config,
         )  # fmt: skip
         return out
 
@@ -164,11 +169,11 @@ class _Transition(torch.autograd.Function):
         dims, count, strides = common_rows(x, d_out, hidden, normed, dx)
         tiles = triton.cdiv(count, config["BLOCK_M"])
         partials = torch.empty(tiles, 3 * c + width, dtype=torch.float32, device=x.device)
+        blocks = _blocks(weight_1, weight_2, config)
         _backward_kernel[(tiles,)](
-            x, strides[0], norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, strides[1], hidden, d_hidden,
+            x, strides[0], norm_weight, norm_bias, blocks[0], bias_1, blocks[1], d_out, strides[1], hidden, d_hidden,
             strides[2], normed, strides[3], dx, strides[4], partials, dims, row_limit(count, config),
-            FUSED=not by_library, HIDDEN=width,
-            C=c, **config,
+            FUSED=not by_library, HIDDEN=width, C=c, **config,
         )  # fmt: skip
         norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
         if by_library:
