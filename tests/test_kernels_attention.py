@@ -95,14 +95,6 @@ def test_the_backward_in_small_tiles_is_as_accurate_as_pytorch(shape, with_bias,
         assert_as_accurate_as_pytorch(inputs, d_output)
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3])
-def test_the_backward_in_few_rows_at_once_is_as_accurate_as_pytorch(at_once, monkeypatch):
-    shape = batch, _, n, heads, _ = (2, 5, 24, 2, 8)
-    monkeypatch.setattr(attention, "CHUNK_BYTES", at_once * batch * heads * n * n * 4)
-    with small_backward():
-        assert_as_accurate_as_pytorch(*make_inputs(shape, True, torch.float32, transposed=True))
-
-
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_attention_takes_transposed_views_and_returns_the_same_memory_order(with_bias):
     inputs, d_output = make_inputs((1, 4, 17, 2, 16), with_bias, torch.bfloat16, transposed=True)

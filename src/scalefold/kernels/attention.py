@@ -40,7 +40,6 @@ from scalefold.kernels.attention_programs import (
 from scalefold.kernels.rows import sum_partials
 
 LOG2_E = math.log2(math.e)
-CHUNK_BYTES = 32 << 20  # of gradients of scores between writer and reader: they stay in an L2 cache of 40 or 50 MB
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float) -> Tensor:
@@ -73,7 +72,8 @@ class _Attention(torch.autograd.Function):
         do = do if do.stride(-1) == 1 else do.contiguous()
         if bias is None:
             return *_gradients(q, k, v, mask, o, do, lse, rest, ctx.inf), None, None, None
-        dq, dk, dv, d_bias = _biased_gradients(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)
+        dk, dv, ds = _key_gradients(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)
+        dq, d_bias = _query_gradients(q, k, bias, ds)
         return dq, dk, dv, None, d_bias, None
 
 
@@ -176,59 +176,43 @@ def _gradients(
     return dq, dk.sum(0).to(k.dtype), dv.sum(0).to(v.dtype)
 
 
-def _biased_gradients(
+def _key_gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, o: Tensor, do: Tensor, lse: Tensor, rest: Tensor,
     inf: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv and the gradient of the bias, a view with keys outermost."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dk, dv and the gradients of the scores [B, S, H, N keys, N queries] in the type of q."""
     batch, rows, n, heads, width = q.shape
-    keys, queries = (tuning.lookup(f"attention_backward_{name}", **_fields(q, bias)) for name in ("keys", "queries"))
-    parts = tuning.ceil_div(n, _blocks(queries, n, width)[1])
-    chunk = min(rows, max(1, CHUNK_BYTES // (batch * heads * n * n * q.element_size())))
-    groups = min(queries["GROUPS"], chunk)
-    dk, dv, ds = torch.empty_like(k), torch.empty_like(v), q.new_empty(batch, chunk, heads, n, n)
-    dq = torch.empty_like(q)
-    dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
-    partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
-    bias_keys = bias.transpose(-1, -2).contiguous()  # 0.5 MiB copied beats 0.5 MiB gathered once per row of q
-    for start in range(0, rows, chunk):
-        own, ds = slice(start, start + chunk), ds[:, : rows - start]
-        few = [x[:, own] for x in (q, k, v, mask, o, do, lse, rest, dk, dv)]
-        _key_gradients(*few, ds, bias_keys, inf, keys)
-        _query_gradients(few[1], ds, dqs[:, :, own], partial, start > 0, queries)
-    if parts > 1:
-        dq = dqs.sum(0).to(q.dtype)
-    d_bias = sum_partials(partial.flatten(1), bias.dtype).view(batch, heads, n, n).transpose(-1, -2)
-    return dq, dk, dv, d_bias
-
-
-def _key_gradients(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, o: Tensor, do: Tensor, lse: Tensor, rest: Tensor, dk: Tensor,
-    dv: Tensor, ds: Tensor, bias: Tensor, inf: float, config: tuning.Config,
-) -> None:  # fmt: skip
-    """Write dk, dv and the gradients of the scores, ds: [B, S, H, N keys, N queries]; bias: [B, H, N keys, N]."""
-    batch, rows, n, heads, width = q.shape
+    config = tuning.lookup("attention_backward_keys", **_fields(q, bias))
     blocks = _blocks(config, n, width)
+    dk, dv, ds = torch.empty_like(k), torch.empty_like(v), q.new_empty(batch, rows, heads, n, n)
+    bias = bias.transpose(-1, -2).contiguous()  # 0.5 MiB copied beats 0.5 MiB gathered once per row of q
     strides = tuple(stride for x in (q, k, v, o, do, ds, dk, dv) for stride in x.stride()[:4])
     heads_at = tuple(x.stride(3) for x in (q, k, v, o, do, dk, dv))
     backward_keys[(tuning.ceil_div(n, blocks[1]) * heads, rows, batch)](
-        q, k, v, mask, bias, o, do, lse, rest, ds, dk, dv, *strides, lse.stride(0), *mask.stride(), *bias.stride(),
-        n, heads, inf * LOG2_E, **_constants(q, config, blocks, heads_at),
+        q, k, v, mask, bias, o, do, lse, rest, ds, dk, dv, *strides, *mask.stride(), *bias.stride(),
+        rows, n, heads, inf * LOG2_E, **_constants(q, config, blocks, heads_at),
     )  # fmt: skip
+    return dk, dv, ds
 
 
-def _query_gradients(
-    k: Tensor, ds: Tensor, dqs: Tensor, partial: Tensor, continued: bool, config: tuning.Config
-) -> None:
-    """Write dqs: [parts, B, S, N, H, D] and the sums of ds over groups of rows; add to those if ``continued``."""
-    batch, rows, n, heads, width = k.shape
+def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
+    """dq and the gradient of the bias, a view with keys outermost."""
+    batch, rows, n, heads, width = q.shape
+    config = tuning.lookup("attention_backward_queries", **_fields(q, bias))
     blocks = _blocks(config, n, width)
+    parts, group = tuning.ceil_div(n, blocks[1]), tuning.ceil_div(rows, min(config["GROUPS"], rows))
+    groups = tuning.ceil_div(rows, group)
+    dq = torch.empty_like(q)
+    dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
+    partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
     strides = (*k.stride()[:4], *ds.stride()[:4], *dqs.stride()[:5], *partial.stride()[:4])
-    tiles = tuning.ceil_div(n, blocks[0]) * len(dqs)
-    backward_queries[(tiles, min(len(partial), rows), batch * heads)](
-        k, ds, dqs, partial, *strides, rows, n, heads, CONTINUED=continued,
-        **_constants(k, config, blocks, (k.stride(3), dqs.stride(4))),
+    backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
+        k, ds, dqs, partial, *strides, rows, n, heads, group,
+        **_constants(q, config, blocks, (k.stride(3), dq.stride(3))),
     )  # fmt: skip
+    if parts > 1:
+        dq = dqs.sum(0).to(q.dtype)
+    return dq, sum_partials(partial.flatten(1), bias.dtype).view(batch, heads, n, n).transpose(-1, -2)
 
 
 def _config(block_q: int, block_k: int, num_warps: int, stages: int, **extra: int) -> tuning.Config:

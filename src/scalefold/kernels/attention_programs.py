@@ -7,7 +7,7 @@ import math
 import triton
 import triton.language as tl
 
-from scalefold.kernels.instructions import INTERPRETED, widen
+from scalefold.kernels.instructions import INTERPRETED, settle, widen
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -76,17 +76,6 @@ def _store_scores(base, tile, offs_k, offs_q, stride_k, n, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _settle(tile, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The same tile in fp32 in the register layout of a product, moved there once instead of in each iteration.
-
-    The compiler places conversions next to the use. A product with zeros, outside the loop, pins the layout.
-    """
-    left = tl.zeros([BLOCK_Q, 16], tl.bfloat16)
-    right = tl.zeros([16, BLOCK_K], tl.bfloat16)
-    return tl.dot(left, right, tile.to(tl.float32))
-
-
-@triton.jit
 def _pack(first, second):
     """Two fp32 tiles that hold bf16 values -> one of 32-bit words, ``first`` in the lower halves."""
     lower = first.to(tl.uint32, bitcast=True) >> 16
@@ -119,11 +108,11 @@ def _bias_tiles(
         for pair in tl.static_range((STEPS + 1) // 2):
             start = pair * 2 * BLOCK_K
             first = _load_bias(base, offs_q, start + offs_k, stride_q, stride_k, n, EVEN)
-            first = _settle(first, BLOCK_Q, BLOCK_K)
+            first = settle(first)
             second = first
             if pair * 2 + 1 < STEPS:
                 second = _load_bias(base, offs_q, start + BLOCK_K + offs_k, stride_q, stride_k, n, EVEN)
-                second = _settle(second, BLOCK_Q, BLOCK_K)
+                second = settle(second)
             tiles += (_pack(first, second),)
     else:
         for step in tl.static_range(STEPS):
@@ -305,13 +294,13 @@ def backward_rows(
     _store_rows(dq + b * dq_b + s * dq_s + _head(h, dq_h, ALIGN), offs_q, dq_n, n, dq_sum * SCALE, D, BLOCK_D, EVEN)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["rows", "n"])
 def backward_keys(
     q, k, v, mask, bias, o, do, lse, rest, ds, dk, dv,
     q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h, do_b, do_s, do_n, do_h,
     ds_b, ds_s, ds_h, ds_k, dk_b, dk_s, dk_n, dk_h, dv_b, dv_s, dv_n, dv_h,
-    lse_b, mask_b, mask_s, mask_n, bias_b, bias_h, bias_k, bias_q,
-    n, heads, inf_log2,
+    mask_b, mask_s, mask_n, bias_b, bias_h, bias_k, bias_q,
+    rows, n, heads, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -330,7 +319,7 @@ def backward_keys(
     o += b * o_b + s * o_s + _head(h, o_h, ALIGN)
     do += b * do_b + s * do_s + _head(h, do_h, ALIGN)
     bias += b * bias_b + h * bias_h
-    statistics = b * lse_b + (s * heads + h) * n
+    statistics = ((b * rows + s) * heads + h) * n
     ds += b * ds_b + s * ds_s + h * ds_h
     keys = _load_rows(k + b * k_b + s * k_s + _head(h, k_h, ALIGN), offs_k, k_n, n, D, BLOCK_D, EVEN)
     values = _load_rows(v + b * v_b + s * v_s + _head(h, v_h, ALIGN), offs_k, v_n, n, D, BLOCK_D, EVEN)
@@ -358,20 +347,19 @@ def backward_keys(
     _store_rows(dv + b * dv_b + s * dv_s + _head(h, dv_h, ALIGN), offs_k, dv_n, n, dv_sum, D, BLOCK_D, EVEN)
 
 
-@triton.jit(do_not_specialize=["rows", "n"])
+@triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
 def backward_queries(
     k, ds, dq, partial,
     k_b, k_s, k_n, k_h, ds_b, ds_s, ds_h, ds_k, dq_c, dq_b, dq_s, dq_n, dq_h,
     partial_g, partial_b, partial_h, partial_k,
-    rows, n, heads,
-    CONTINUED: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    rows, n, heads, rows_per_program,
+    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of queries of one head, for a group of rows, and the sum of their gradients of scores.
 
-    Groups take turns, last row first: what was written last is in the cache still. CONTINUED: partial holds the sum of
-    earlier rows. With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile.
+    With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile.
     """
     tiles = tl.cdiv(n, BLOCK_Q)
     offs_q = (tl.program_id(0) % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -382,16 +370,15 @@ def backward_queries(
     k += b * k_b + _head(h, k_h, ALIGN)
     ds += b * ds_b + h * ds_h
     dq += part * dq_c + b * dq_b + _head(h, dq_h, ALIGN)
-    partial += tl.program_id(1).to(tl.int64) * partial_g + b * partial_b + h * partial_h
-    if CONTINUED:
-        total = _load_bias(partial, offs_k, offs_q, partial_k, 1, n, EVEN)
-    else:
-        total = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
-    for turn in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=STAGES):
-        s = tl.cast(rows - 1 - turn, tl.int64)
+    total = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
+    first = tl.program_id(1) * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    for row in tl.range(first, last, num_stages=STAGES):
+        s = tl.cast(row, tl.int64)
         tile = _load_bias(ds + s * ds_s, offs_k, offs_q, ds_k, 1, n, EVEN)
         keys = _load_rows(k + s * k_s, offs_k, k_n, n, D, BLOCK_D, EVEN)
         gradient = tl.dot(tl.trans(tile), keys, input_precision=PRECISION) * SCALE
         _store_rows(dq + s * dq_s, offs_q, dq_n, n, gradient, D, BLOCK_D, EVEN)
         total += widen(tile)
+    partial += tl.program_id(1).to(tl.int64) * partial_g + b * partial_b + h * partial_h
     _store_scores(partial, total, offs_k, offs_q, partial_k, n, EVEN)

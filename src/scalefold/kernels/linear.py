@@ -65,7 +65,7 @@ def _forward_kernel(
 ):  # fmt: skip
     """Tile of rows: layer norm once, then all output columns. weight: [N, C]; out: [N / WIDTH][rows, WIDTH]."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
+    normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C, IN_REGISTERS=True)
     c = tl.arange(0, C)
     if row_mask is not None:
         keep = load_per_row(row_mask, rows, dims, mask_strides, count)

@@ -61,7 +61,7 @@ def _project_forward_kernel(
 ):  # fmt: skip
     """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
+    normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C, IN_REGISTERS=True)
     keep = load_per_row(mask, rows, dims, mask_strides, count)
     for side in tl.static_range(2):
         for first in range(0, WIDTH, BLOCK_N):
