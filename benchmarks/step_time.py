@@ -93,8 +93,18 @@ def enliven(model: AlphaFold) -> None:
             parameter.copy_(noise)
 
 
-def measure(variant: str, extra: list[str], passes: list[int], repeats: int) -> list[dict[str, object]]:
-    """One CSV row per number of passes."""
+def measure(variant: str, extra: list[str], passes: list[int], repeats: int, each: bool) -> list[dict[str, object]]:
+    """One CSV row per number of passes. each: with a step of its own, whose peak is that of graphs for 1..R passes."""
+    rows = []
+    for group in [[r] for r in passes] if each else [passes]:
+        rows += measure_together(variant, extra, group, repeats)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return rows
+
+
+def measure_together(variant: str, extra: list[str], passes: list[int], repeats: int) -> list[dict[str, object]]:
+    """Rows of one step, whose graphs for up to the largest number of passes all stay in memory."""
     config = configuration(variant, extra)
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda").features
     _, step = build(config)
@@ -262,6 +272,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", action="append", choices=sorted(VARIANTS), help="may be repeated; default ours")
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--each", action="store_true", help="a step of its own for each R: peak_gib tells R's need")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--check", action="store_true", help="compare with the fp32 reference first")
     parser.add_argument("--profile", type=int, nargs="*", metavar="R", help="profile these numbers of passes")
@@ -275,9 +286,7 @@ def main() -> int:
         status = int(not compare(arguments.csv.with_name("precision.csv")))
     rows = []
     for variant in arguments.variant or ["ours"]:
-        rows += measure(variant, arguments.set, arguments.passes, arguments.repeats)
-        gc.collect()
-        torch.cuda.empty_cache()
+        rows += measure(variant, arguments.set, arguments.passes, arguments.repeats, arguments.each)
     for r in arguments.profile or []:
         profile((arguments.variant or ["ours"])[0], arguments.set, r, arguments.csv, arguments.trace)
     append_rows(arguments.csv, rows)
