@@ -63,6 +63,17 @@ def test_a_sweep_tries_both_forms_of_the_backward():
     assert {bool(config.get("LIBRARY")) for config in tried} == {True, False}
 
 
+def test_weights_may_begin_anywhere_in_memory():
+    draw = Draw(5)
+    x, norm = draw(1, 3, 4, 16), draw.norm(16)
+    weights = [draw.weight(64, 16), draw.weight(16, 64)]
+    odd = [torch.cat([w.new_zeros(1), w.flatten()])[1:].view_as(w) for w in weights]
+    assert all(w.data_ptr() % 16 for w in odd)
+    biases = draw(64), draw(16)
+    expected = transition.transition(x, *norm, weights[0], biases[0], weights[1], biases[1])
+    torch.testing.assert_close(transition.transition(x, *norm, odd[0], biases[0], odd[1], biases[1]), expected)
+
+
 def test_a_zero_last_layer_leaves_the_input_as_it_is():
     draw = Draw(3)
     x = draw(1, 4, 5, 16)

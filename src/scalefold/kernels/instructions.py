@@ -1,7 +1,7 @@
 """Arithmetic in as few instructions as the chip has for it, where the compiler takes several times as many.
 
-Most kernels here are bound by instructions and their latency, not by memory (docs/performance.md). Each function has
-the plain meaning in its first line, which is also what the interpreter runs.
+Many kernels here wait for instructions and barriers more than for memory (docs/performance.md). The first line of each
+function says its plain meaning, which is also what the interpreter runs.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import reference
 from scalefold.kernels.instructions import widen
@@ -37,6 +36,7 @@ from scalefold.kernels.rows import (
     store_column_sums,
     store_tile,
     sum_all,
+    weight_blocks,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
@@ -207,7 +207,10 @@ def _in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tenso
 
 
 class _NormLinear(torch.autograd.Function):
-    """Arguments: x, norm weight and bias, row mask, number of wide weights, weights (wide first), biases."""
+    """Arguments: x, norm weight and bias, row mask, number of wide weights, weights, biases.
+
+    Wide weights come first, and of these the ones without a bias.
+    """
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, row_mask, num_wide, *parameters):
@@ -255,7 +258,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     bias, bias_start = _fused_bias(biases[:num_wide], width)
     weight = fused_view(wide) if wide else None
     if weight is not None and c > WIDEST_BY_POINTER.value:
-        weight = TensorDescriptor.from_tensor(weight, [config["BLOCK_N"], c])
+        weight = weight_blocks(weight, (config["BLOCK_N"], c))
     _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
         x, strides[0], norm_weight, norm_bias, weight, bias, out, strides[1],
         count * width, narrow[0] if narrow else None, biases[num_wide] if narrow else None, narrow_out, strides[2],

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
 from scalefold.kernels.instructions import settle, widen
@@ -269,6 +270,14 @@ def fused_view(weights: Sequence[Tensor]) -> Tensor:
         end += weight.numel() * weight.element_size()
     num_rows = sum(weight.shape[0] for weight in weights)
     return first.as_strided((num_rows, first.shape[1]), (first.shape[1], 1))
+
+
+def weight_blocks(weight: Tensor, block: Sequence[int]) -> TensorDescriptor:
+    """A dense weight for the copy engine, which fetches blocks of it without addresses in registers.
+
+    It is copied first if it does not begin at a multiple of 16 bytes (parameters in flat buffers do).
+    """
+    return TensorDescriptor.from_tensor(weight if weight.data_ptr() % 16 == 0 else weight.clone(), list(block))
 
 
 def row_fields(count: int, dtype: torch.dtype, **sizes: int) -> dict[str, int | str]:

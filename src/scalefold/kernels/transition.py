@@ -40,6 +40,7 @@ from scalefold.kernels.rows import (
     sum_all,
     tile_config,
     tile_default,
+    weight_blocks,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
@@ -127,9 +128,9 @@ def _backward_kernel(
 
 
 def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """The weights for the copy engine, in blocks of BLOCK_N hidden channels: fewer registers than loads by pointer."""
+    """Both weights in blocks of BLOCK_N hidden channels."""
     c, block = weight_1.shape[1], config["BLOCK_N"]
-    return TensorDescriptor.from_tensor(weight_1, [block, c]), TensorDescriptor.from_tensor(weight_2, [c, block])
+    return weight_blocks(weight_1, (block, c)), weight_blocks(weight_2, (c, block))
 
 
 class _Transition(torch.autograd.Function):
