@@ -4,7 +4,7 @@
     scalefold plan configs/eos_h100_260x8_dap8.yaml --step-times benchmarks/step_estimate_high.csv \\
         --eval-times benchmarks/eval_estimate_high.csv
 
-Reads step_time.csv, step_kernels.csv (newest profile with R = 1), exchange_counts.csv, exchange_symmetric.csv,
+Reads step_time.csv, step_kernels.csv (newest profiles with R = 1), exchange_counts.csv, exchange_symmetric.csv,
 exchange.csv, exchange_2_gpus.csv and evaluation_time.csv; writes step_estimate_{low,high}.csv and
 eval_estimate_{low,high}.csv, which plans read. Assumptions are the two scenarios below, ``LOW`` and ``HIGH``. A step at
 DAP P is made of
@@ -15,7 +15,7 @@ DAP P is made of
 * copies that rearrange tensors before and after the library's exchanges; direct ones need none.
 
 All this for one pass (R = 1), whose kernels are known; the mean step has the same mix, and 2.5 times the forward
-exchanges. H100: computing scaled by the step times of both cards. Sums of gradients over replicas are left out.
+exchanges. Each kind of card from its own newest profile. Sums of gradients over replicas are left out.
 """
 
 import argparse
@@ -122,19 +122,18 @@ def is_shared(kernel: str, scenario: Scenario) -> bool:
     return scenario.library_is_shared or not any(word in name for word in LIBRARY_KERNELS)
 
 
-def newest_profile() -> tuple[str, list[dict[str, str]]]:
-    """Kind of card and kernels of the last profiled step of this project with one pass."""
-    rows = [row for row in read("step_kernels.csv") if (row["variant"], row["passes"]) == ("ours", "1")]
-    last = rows[-1]["date"], rows[-1]["commit"], rows[-1]["device"]
-    gpu = next(gpu for gpu in GPUS if gpu in last[2])
-    return gpu, [row for row in rows if (row["date"], row["commit"], row["device"]) == last]
+def newest_profile(gpu: str) -> list[dict[str, str]]:
+    """Kernels of the last profiled step of this project with one pass on a kind of card."""
+    ours = [row for row in read("step_kernels.csv") if (row["variant"], row["passes"]) == ("ours", "1")]
+    rows = [row for row in ours if gpu in row["device"]]
+    last = rows[-1]["date"], rows[-1]["commit"]
+    return [row for row in rows if (row["date"], row["commit"]) == last]
 
 
-def computing_ms(size: int, scenario: Scenario) -> tuple[float, float]:
+def computing_ms(gpu: str, size: int, scenario: Scenario) -> tuple[float, float]:
     """Shared and repeated milliseconds of one pass with backward as profiled, gaps among the repeated."""
     shared, repeated, busy_ms = 0.0, 0.0, 0.0
-    device, kernels = newest_profile()
-    for row in kernels:
+    for row in newest_profile(gpu):
         calls, total_ms = int(row["calls"]), float(row["total_ms"])
         busy_ms += total_ms
         if not is_shared(row["kernel"], scenario):
@@ -143,7 +142,7 @@ def computing_ms(size: int, scenario: Scenario) -> tuple[float, float]:
         each_us = 1e3 * total_ms / calls
         speed = size * (1 - scenario.loss_per_doubling) ** math.log2(size)
         shared += calls * min(each_us, max(each_us / speed, scenario.shortest_us)) / 1e3
-    step = measured(device)
+    step = measured(gpu)
     assert step is not None
     return shared, repeated + max(0.0, step.one_pass_ms - busy_ms)
 
@@ -191,10 +190,10 @@ def exchanges_ms(size: int, scenario: Scenario) -> tuple[float, float]:
 
 def parts(gpu: str, size: int, scenario: Scenario) -> Parts:
     """The mean step on ``gpu`` (H100 or H200) at a DAP size."""
-    card, known = measured(gpu), computing_ms(1, scenario)
+    card, known = measured(gpu), computing_ms(gpu, 1, scenario)
     assert card is not None
     scale = card.mean_ms / sum(known)
-    shared, repeated = computing_ms(size, scenario)
+    shared, repeated = computing_ms(gpu, size, scenario)
     return Parts(scale * shared, scale * repeated, *exchanges_ms(size, scenario))
 
 

@@ -102,8 +102,8 @@ class Assumptions:
     runtime_gib: float = 3.0
     activations_gib: float = 36.4
     activations_source: str = "run on one H200 that evaluates too held 38.3 GiB (benchmarks/real_chains.csv)"
-    checkpointed_peak_gib: float = 5.6
-    checkpointed_source: str = "measured on one H100 with checkpointing (benchmarks/step_time.csv)"
+    checkpointed_peak_gib: float = 7.2
+    checkpointed_source: str = "measured on one H200 with checkpointing, R = 4 (benchmarks/step_time.csv)"
 
 
 @dataclass(frozen=True)
