@@ -36,7 +36,7 @@ def measurements(store: Path | None) -> dict[str, list[str]]:
     python = [sys.executable]
     chosen = {
         "step": [*python, str(FOLDER / "step_time.py"), "--check", "--profile", "1"]
-        + ["--variant", "ours", "--variant", "ours_ckpt"],
+        + ["--each", "--variant", "ours", "--variant", "ours_ckpt"],
         "operations": [*python, str(FOLDER / "kernels.py")],
         "evaluation": [*python, str(FOLDER / "evaluation_time.py")],
         "gpu tests": [*python, "-m", "pytest", "-q", "-m", "gpu", str(FOLDER.parent / "tests")],
