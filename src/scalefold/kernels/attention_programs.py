@@ -267,9 +267,9 @@ def backward_rows(
     dk += chunk * dk_c + b * dk_b + s * dk_s + _head(h, dk_h, ALIGN)
     dv += chunk * dv_c + b * dv_b + s * dv_s + _head(h, dv_h, ALIGN)
     mask += b * mask_b + s * mask_s
-    statistics = ((b * rows + s) * heads + h) * n + offs_q
-    row_lse = tl.load(lse + statistics, mask=offs_q < n, other=float("inf"))
-    row_rest = tl.load(rest + statistics, mask=offs_q < n, other=0.0)
+    statistics = ((b * rows + s) * heads + h) * n
+    row_lse = _load_statistic(lse + statistics, offs_q, n, float("inf"), EVEN)
+    row_rest = _load_statistic(rest + statistics, offs_q, n, 0.0, EVEN)
     outputs = _load_rows(o + b * o_b + s * o_s + _head(h, o_h, ALIGN), offs_q, o_n, n, D, BLOCK_D, EVEN)
     grads = _load_rows(do + b * do_b + s * do_s + _head(h, do_h, ALIGN), offs_q, do_n, n, D, BLOCK_D, EVEN)
     row_delta = tl.sum(widen(outputs) * widen(grads), 1)

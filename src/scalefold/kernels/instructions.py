@@ -20,7 +20,7 @@ _WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), x fp32: 4 instructions with a relative error below 1e-6, where exact division takes 13."""
+    """1 / (1 + exp(-x)), x fp32, by the chip's own power of two and reciprocal: 4 instructions instead of 13."""
     if INTERPRETED:
         return tl.sigmoid(x)
     else:  # noqa: RET505  (the compiler looks at what follows an untaken return)

@@ -91,10 +91,16 @@ def _forward_kernel(
         if narrow_bias is not None:
             acc += tl.load(narrow_bias + n, mask=n < NARROW, other=0.0).to(tl.float32)[None, :]
         offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
-        keep_out = (n < NARROW)[None, :]
-        if count is not None:
-            keep_out = keep_out & (rows < count)[:, None]
-        tl.store(narrow_out + offsets, acc.to(narrow_out.dtype.element_ty), mask=keep_out)
+        tl.store(narrow_out + offsets, acc.to(narrow_out.dtype.element_ty), mask=_inside(rows, count, n, NARROW))
+
+
+@triton.jit
+def _inside(rows, count, n, NARROW: tl.constexpr):
+    """Which elements of a narrow tile [rows, n] exist: [rows or 1, n]."""
+    inside = (n < NARROW)[None, :]
+    if count is not None:
+        inside = inside & (rows < count)[:, None]
+    return inside
 
 
 @triton.jit
@@ -171,10 +177,7 @@ def _input_gradient_kernel(
     if NARROW > 0:
         n = tl.arange(0, 16)
         offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
-        keep_in = (n < NARROW)[None, :]
-        if count is not None:
-            keep_in = keep_in & (rows < count)[:, None]
-        d = tl.load(narrow_d + offsets, mask=keep_in, other=0.0)
+        d = tl.load(narrow_d + offsets, mask=_inside(rows, count, n, NARROW), other=0.0)
         block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
         acc = dot(d, block, acc)
         if NARROW_BIAS:

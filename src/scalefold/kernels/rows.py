@@ -76,8 +76,8 @@ def dot(a, b, acc):
 def store_column_sums(pointer, tile, columns, keep):
     """Sums over the rows of tile [rows, columns], times ``keep``: [rows] or None, to pointer[columns].
 
-    For 16-bit tiles a product with equal lines of ones: a tenth of the instructions of a reduction across lanes and
-    warps, which took a quarter of the backward kernels' time.
+    For 16-bit tiles a product with equal lines of ones. A reduction across lanes and warps instead took a fifth to a
+    quarter of the input gradients of projections (76 us with 128 channels, 114 with 256; H100).
     """
     if tile.dtype == tl.float32:
         if keep is not None:
