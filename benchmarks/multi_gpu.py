@@ -28,6 +28,7 @@ import torch.distributed as dist
 from common import FOLDER, Timing, append_rows, capture, device_events, facts, print_table, time_calls
 from scalefold.compile import TrainStep, preserved
 from scalefold.config import Config, load_config
+from scalefold.data.loader import Batch
 from scalefold.data.synthetic import synthetic_batch
 from scalefold.kernels import use_operations
 from scalefold.parallel.dap import apply_dap
@@ -206,7 +207,7 @@ def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namesp
 def measure_steps(
     host: Host,
     step: TrainStep,
-    batch: dict[str, torch.Tensor],
+    batch: Batch,
     config: Config,
     layout: Layout,
     arguments: argparse.Namespace,
@@ -227,7 +228,7 @@ def measure_steps(
     return {r: timing.median_ms for r, timing in times.items()}
 
 
-def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainStep, dict[str, torch.Tensor], Config]:
+def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainStep, Batch, Config]:
     """A step whose ranks form ``gpus / dap`` replicas; every rank takes part."""
     settings = [
         f"parallel.{'ranks' if host.small else 'gpus'}_per_node={gpus}",
@@ -252,7 +253,7 @@ def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainS
     without_dropout(model)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     step.model = model  # type: ignore[attr-defined]
-    batch = synthetic_batch(feature_settings(config), 1, seed=1, device=ranks.device).features
+    batch = synthetic_batch(feature_settings(config), 1, seed=1, device=ranks.device)
     return step, batch, config
 
 
@@ -264,7 +265,7 @@ def set_dropout(step: TrainStep, on: bool) -> None:
             module.dropout = rates.get(type(module).__name__, 0.25) if on else 0.0
 
 
-def first_values(step: TrainStep, batch: dict[str, torch.Tensor]) -> dict[str, float]:
+def first_values(step: TrainStep, batch: Batch) -> dict[str, float]:
     """Loss, terms and gradient norm of one eager step; weights are put back."""
     with preserved(step.optimizer):
         values = TrainStep.__call__(_Eager(step), batch, 1, 1)  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ def measure(variant: str, extra: list[str], passes: list[int], repeats: int, eac
 def measure_together(variant: str, extra: list[str], passes: list[int], repeats: int) -> list[dict[str, object]]:
     """Rows of one step, whose graphs for up to the largest number of passes all stay in memory."""
     config = configuration(variant, extra)
-    batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda").features
+    batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
     _, step = build(config)
     torch.cuda.reset_peak_memory_stats()
     step.warm_up(batch, max(passes), lambda text: print(f"  {variant}: {text}", flush=True))
@@ -147,8 +147,8 @@ def gradients(variant: str, passes: int) -> tuple[dict[str, float], dict[str, Te
     torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
     model, step = build(config)
     without_dropout(model)
-    batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda").features
-    loss, terms = step.objective(batch, passes)
+    batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
+    loss, terms = step.objective(batch.features, passes)
     loss.backward()
     values = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
     grads = {n: p.grad.float().cpu() for n, p in model.named_parameters() if p.grad is not None}
@@ -218,7 +218,7 @@ def host_time(call: Callable[[], object], repeats: int) -> Timing:
 def profile(variant: str, extra: list[str], passes: int, csv: Path, trace: Path | None) -> None:
     """Host time of a step; kernels of one replayed step: number, time by class, the longest ones, idle share."""
     config = configuration(variant, extra)
-    batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda").features
+    batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
     _, step = build(config)
     step.warm_up(batch, passes, lambda text: None)
     host = host_time(lambda: step(batch, passes, 1), 10)

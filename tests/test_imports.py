@@ -21,7 +21,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "metrics": ({"torch"}, set()),
     "parallel": ({"torch", "mpi4py"}, {"config", "kernels", "errors", "parallel", "optim"}),
     "optim": ({"torch", "numpy"}, {"config", "kernels", "errors"}),
-    "compile": ({"torch"}, {"optim", "parallel", "config", "kernels", "errors"}),
+    "compile": ({"torch"}, {"optim", "parallel", "config", "kernels", "errors", "data"}),
     "launch": ({"torch", "yaml"}, {"config", "errors", "launch", "parallel.ranks"}),
     "data": (DATA_FILES | {"torch"}, {"errors", "data", "stop_signals"}),
 }

@@ -119,7 +119,7 @@ def test_workers_touch_no_data_before_start(tmp_path):
     loader = TrainLoader(tmp_path / "absent", SMALL, num_workers=1)
     loader.spawn()
     loader.close()
-    evaluation = EvalSet(tmp_path / "absent", SMALL, ["chain01_A"], num_workers=1)
+    evaluation = EvalSet(tmp_path / "absent", SMALL, num_workers=1)
     evaluation.spawn()
     evaluation.close()
 
@@ -224,9 +224,9 @@ def test_a_copied_batch_has_the_same_features(tmp_path):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_features_depend_on_the_chain_alone_and_are_built_once(tmp_path, num_workers):
     names = ["chain04_A", "chain01_A", "chain09_A"]
-    evaluation = EvalSet(tmp_path, SMALL, names, num_workers=num_workers)
+    evaluation = EvalSet(tmp_path, SMALL, num_workers=num_workers)
     evaluation.spawn()
-    evaluation.start()
+    evaluation.start(names)
     first, second = list(evaluation), list(evaluation)
     evaluation.close()
     assert [b.chain_ids[0] for b in first] == names
@@ -247,8 +247,8 @@ def test_a_failing_evaluation_chain_is_an_error_that_names_it(tmp_path):
     folder = tmp_path / "broken"
     folder.mkdir()
     for num_workers in (0, 1):
-        evaluation = EvalSet(folder, SMALL, ["chain01_A", "chain07_A"], num_workers=num_workers)
-        evaluation.start()
+        evaluation = EvalSet(folder, SMALL, num_workers=num_workers)
+        evaluation.start(["chain01_A", "chain07_A"])
         with pytest.raises(DataError, match="chain07_A"):
             list(evaluation)
         evaluation.close()

@@ -44,9 +44,13 @@ def main() -> None:
 
 
 def leave(status: int) -> None:
-    """End with ``status``; in a run of several ranks at once, because exchanges under way may never end."""
+    """End with ``status``; in a run of several ranks at once, whatever the libraries that they share still hold.
+
+    After an error exchanges under way may never end, and what libraries do after the last line of Python has no bound.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
 
@@ -172,15 +176,11 @@ def train(
     Example: scalefold train configs/tiny.yaml run.run_dir=runs/mine
     """
     from scalefold.config import load_config
-    from scalefold.phases import EXIT_NEXT_PHASE
     from scalefold.run import RunOptions
     from scalefold.train import run_rank
 
     outcome = run_rank(load_config(config, overrides or []).config, RunOptions(resume, result_index, instance))
-    if outcome is not None and outcome.status == "next_phase":
-        raise typer.Exit(code=EXIT_NEXT_PHASE)
-    if outcome is not None and outcome.status != "success":
-        raise typer.Exit(code=4)
+    leave(outcome.exit_status if outcome is not None else 0)
 
 
 @app.command()

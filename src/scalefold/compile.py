@@ -1,9 +1,9 @@
 """One optimizer step as a callable: eager, or captured in CUDA graphs, one per number of recycling passes.
 
 The model, the loss and the optimizer are given from outside; nothing here knows what they compute. A captured step
-does no Python work and no synchronisation: the batch is copied into fixed buffers, a few numbers (learning rate, bias
-corrections) are sent ahead, and the graph is launched. Dropout draws from the default generator, whose seed and offset
-every replay reads anew, so seeding before a step has the same effect with and without graphs.
+does no Python work and no synchronisation: the batch is copied into a fixed buffer in one piece, a few numbers
+(learning rate, bias corrections) are sent ahead, and the graph is launched. Dropout draws from the default generator,
+whose seed and offset every replay reads anew, so seeding before a step has the same effect with and without graphs.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,18 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scalefold.data.features import copy_samples
+from scalefold.data.loader import Batch
 from scalefold.optim import Optimizer
 from scalefold.parallel.ddp import GradientReducer
 
-Batch = Mapping[str, Tensor]
-Objective = Callable[[Batch, int], tuple[Tensor, dict[str, Tensor]]]
+Features = Mapping[str, Tensor]
+Objective = Callable[[Features, int], tuple[Tensor, dict[str, Tensor]]]
 
 
 class TrainStep:
     """Forward with R passes, loss, backward, gradient sum, clip, Adam, average.
 
     Args:
-        objective: (batch, passes) -> (scalar loss with graph, named scalar terms without).
+        objective: (features, passes) -> (scalar loss with graph, named scalar terms without).
         optimizer: applies the flat gradient.
         reducer: sums gradients over ranks.
         micro_batch_size: samples computed at once; a larger batch is worked off in parts whose gradients add up.
@@ -47,18 +49,18 @@ class TrainStep:
         self.names: tuple[str, ...] = ()
 
     def __call__(self, batch: Batch, passes: int, step: int) -> Tensor:
-        """Run iteration ``step`` (from 1) on a batch whose size is a multiple of the micro batch.
+        """Run iteration ``step`` (from 1) on a batch on the device whose size is a multiple of the micro batch.
 
-        Returns the logged values as one fp32 device vector, ``names`` says what they are: loss, terms, gradient norm
-        (the norm is that of the last applied update).
+        passes: at most as many as the batch has slices. Returns the logged values as one fp32 device vector, ``names``
+        says what they are: loss, terms, gradient norm (the norm is that of the last applied update).
         """
-        parts = split_batch(batch, self.micro_batch_size)
-        total = len(parts) * self.accumulation
-        done = (step - 1) % self.accumulation * len(parts)
-        updates = done + len(parts) == total
+        parts = num_parts(batch, self.micro_batch_size)
+        total = parts * self.accumulation
+        done = (step - 1) % self.accumulation * parts
+        updates = done + parts == total
         if updates:
             self.optimizer.prepare(step)
-        values = torch.stack([self._part(part, passes, done + i, total) for i, part in enumerate(parts)]).mean(0)
+        values = torch.stack([self._part(batch, i, passes, done + i, total) for i in range(parts)]).mean(0)
         if updates:
             self._update(total)
             self.optimizer.count()
@@ -72,16 +74,23 @@ class TrainStep:
                 for step in range(1, self.accumulation + 1):
                     self(batch, r, step)
 
-    def _part(self, part: Batch, passes: int, index: int, total: int) -> Tensor:
-        """Micro batch ``index`` of the ``total`` that make one update."""
+    def close(self) -> None:
+        """Let go of what the device holds for this step; it cannot be called again."""
+
+    def _part(self, batch: Batch, number: int, passes: int, index: int, total: int) -> Tensor:
+        """Micro batch ``number`` of the batch, which is number ``index`` of the ``total`` that make one update."""
+        first = number * self.micro_batch_size
+        part = {key: value[first : first + self.micro_batch_size] for key, value in batch.features.items()}
         return self._forward_backward(part, passes, total, accumulate=index > 0, communicate=index == total - 1)
 
     def _update(self, total: int) -> None:
         self.optimizer.apply()
 
-    def _forward_backward(self, batch: Batch, passes: int, total: int, accumulate: bool, communicate: bool) -> Tensor:
+    def _forward_backward(
+        self, features: Features, passes: int, total: int, accumulate: bool, communicate: bool
+    ) -> Tensor:
         self.reducer.begin(accumulate, communicate)
-        loss, terms = self.objective(batch, passes)
+        loss, terms = self.objective(features, passes)
         (loss / total).backward()
         self.reducer.finish()
         self.names = ("loss", *terms, "grad_norm")
@@ -103,35 +112,34 @@ class GraphedTrainStep(TrainStep):
         super().__init__(*args, **kwargs)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._update_graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: dict[str, Tensor] = {}
+        self._input: Batch | None = None
         self._values: dict[int, Tensor] = {}
         self._pool = None
 
     def warm_up(self, batch: Batch, passes: int, progress: Callable[[str], None]) -> None:
         """Compile, warm up and capture the graph of every number of passes; state is put back."""
-        parts = split_batch(batch, self.micro_batch_size)
-        self._inputs = {key: value.clone() for key, value in parts[0].items()}
+        self._input = batch.empty_like(self.micro_batch_size)
+        copy_samples(batch.buffer, batch.shape, 0, self._input.buffer, self._input.shape)
         self._pool = torch.cuda.graph_pool_handle()
         with preserved(self.optimizer):
-            stream, total = torch.cuda.Stream(), len(parts) * self.accumulation
+            self.optimizer.prepare(1)  # steps outside a graph divide by the bias corrections
+            stream, total = torch.cuda.Stream(), num_parts(batch, self.micro_batch_size) * self.accumulation
             for r in range(passes, 0, -1):
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")
                 if r == passes:  # compiles whatever fewer passes use
                     self._run_uncaptured(r, total, stream)
                 self._capture(r, total, stream)
 
-    def load(self, batch: Batch) -> None:
-        """Copy a batch into the graphs' input buffers (asynchronous where it is pinned or on the device).
+    def close(self) -> None:
+        """Destroy the graphs: as long as one lives, so do the communicators that it uses."""
+        for graph in (*self._graphs.values(), *([self._update_graph] if self._update_graph is not None else [])):
+            graph.reset()
+        self._graphs, self._values, self._update_graph, self._input, self._pool = {}, {}, None, None, None
 
-        A batch may hold fewer recycling slices than the buffers.
-        """
-        for key, buffer in self._inputs.items():
-            source = batch[key]
-            target = buffer if source.shape == buffer.shape else buffer[..., : source.shape[-1]]
-            target.copy_(source, non_blocking=True)
-
-    def _part(self, part: Batch, passes: int, index: int, total: int) -> Tensor:
-        self.load(part)
+    def _part(self, batch: Batch, number: int, passes: int, index: int, total: int) -> Tensor:
+        assert self._input is not None, "warm_up comes first"
+        first = number * self.micro_batch_size
+        copy_samples(batch.buffer, batch.shape, first, self._input.buffer, self._input.shape)
         if total > 1 and index == 0:
             for flat in self.optimizer.flat.gradients.values():
                 flat.zero_()
@@ -144,22 +152,24 @@ class GraphedTrainStep(TrainStep):
 
     def _run_uncaptured(self, passes: int, total: int, stream: torch.cuda.Stream) -> None:
         """Steps outside any graph: compile kernels, create library handles, fill caches."""
-        whole = total == 1
+        assert self._input is not None
+        whole, features = total == 1, self._input.features
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):
-                self._forward_backward(self._inputs, passes, total, accumulate=not whole, communicate=whole)
+                self._forward_backward(features, passes, total, accumulate=not whole, communicate=whole)
                 self._reduce_and_apply(whole)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
 
     def _capture(self, passes: int, total: int, stream: torch.cuda.Stream) -> None:
         """Graph of a whole step; where an update needs several parts, of one part, and one more for the update."""
-        whole = total == 1
+        assert self._input is not None
+        whole, features = total == 1, self._input.features
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             self._values[passes] = self._forward_backward(
-                self._inputs, passes, total, accumulate=not whole, communicate=whole
+                features, passes, total, accumulate=not whole, communicate=whole
             )
             if whole:
                 self.optimizer.apply()
@@ -177,12 +187,12 @@ class GraphedTrainStep(TrainStep):
         self.optimizer.apply()
 
 
-def split_batch(batch: Batch, size: int) -> list[dict[str, Tensor]]:
-    """Parts of ``size`` samples each, as views."""
-    count = next(iter(batch.values())).shape[0]
+def num_parts(batch: Batch, size: int) -> int:
+    """Micro batches of ``size`` samples in a batch."""
+    count = batch.shape.batch_size
     if count % size:
         raise ValueError(f"a batch of {count} samples cannot be worked off in parts of {size}")
-    return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, count, size)]
+    return count // size
 
 
 @contextmanager

@@ -34,6 +34,9 @@ class Evaluator(Protocol):
     def warm_up(self) -> None:
         """Before the clock: whatever is slow and needs no data."""
 
+    def spawn(self) -> None:
+        """Before the clock: start the processes that will build features."""
+
     def open_data(self, lengths: dict[str, int]) -> None:
         """After ``run_start``: the evaluation chains with their lengths."""
 
@@ -54,6 +57,9 @@ class Evaluator(Protocol):
 
     def close(self) -> None:
         """Let go of workers and memory."""
+
+    def release_device(self) -> None:
+        """Let go of what the device holds."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,12 @@ class EvaluationModel:
         if ops is not self.ops:
             use_operations(self.model, ops)
             self.ops, self._graphs = ops, {}
+
+    def close(self) -> None:
+        """Destroy the graphs."""
+        for captured in self._graphs.values():
+            captured.graph.reset()
+        self._graphs = {}
 
     @torch.no_grad()
     def capture(self, features: dict[str, Tensor]) -> None:
@@ -152,7 +164,17 @@ class ChainScorer:
         self.config, self.settings, self.group = config, settings, group
         self.model = EvaluationModel(config, ranks.device, ops)
         self.names: list[str] = []
-        self._chains: EvalSet | None = None
+        d = config.data
+        self._chains = EvalSet(
+            d.store_dir,
+            settings,
+            num_workers=d.num_eval_workers,
+            pin_memory=d.pin_memory and self.model.device.type == "cuda",
+        )
+
+    def spawn(self) -> None:
+        """Start the processes that build features; they touch no data yet."""
+        self._chains.spawn()
 
     def warm_up(self, note: Callable[[str], None]) -> None:
         """Synthetic chains through the model, unless the configuration leaves warm-up out.
@@ -177,16 +199,8 @@ class ChainScorer:
         """Place the chains over the ranks of the group and start to build features."""
         self.names = list(lengths)
         size, rank = (dist.get_world_size(self.group), dist.get_rank(self.group)) if self.group else (1, 0)
-        d = self.config.data
         padded = {name: self.settings.padded_length(length) for name, length in lengths.items()}
-        self._chains = EvalSet(
-            d.store_dir,
-            self.settings,
-            place_chains(padded, size)[rank],
-            num_workers=d.num_eval_workers,
-            pin_memory=d.pin_memory and self.model.device.type == "cuda",
-        )
-        self._chains.start()
+        self._chains.start(place_chains(padded, size)[rank])
 
     def score(self, flat: FlatParameters, weights: Tensor) -> Evaluation:
         """Evaluate ``weights`` on all chains; the same result on every rank of the group."""
@@ -197,14 +211,12 @@ class ChainScorer:
         return Evaluation(chains, time.monotonic() - start)
 
     def _on_device(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        assert self._chains is not None, "open_data comes first"
         for batch in self._chains:
             yield batch.chain_ids[0], to_device(batch, self.model.device).features
 
     def close(self) -> None:
         """End the workers that build features."""
-        if self._chains is not None:
-            self._chains.close()
+        self._chains.close()
 
 
 class EvaluationHere:
@@ -227,6 +239,10 @@ class EvaluationHere:
     def warm_up(self) -> None:
         """Synthetic chains of all padded lengths."""
         self.scorer.warm_up(self.progress.note)
+
+    def spawn(self) -> None:
+        """Start the feature workers."""
+        self.scorer.spawn()
 
     def open_data(self, lengths: dict[str, int]) -> None:
         """Start to build features."""
@@ -259,6 +275,10 @@ class EvaluationHere:
     def close(self) -> None:
         """End the feature workers."""
         self.scorer.close()
+
+    def release_device(self) -> None:
+        """Destroy the graphs."""
+        self.scorer.model.close()
 
 
 class EvaluationElsewhere:
@@ -325,8 +345,14 @@ class EvaluationElsewhere:
     def use(self, ops: Operations) -> None:
         """The evaluation ranks keep theirs: with them, every phase is a process of its own."""
 
+    def spawn(self) -> None:
+        """Features are built elsewhere."""
+
     def close(self) -> None:
         """Nothing to let go of."""
+
+    def release_device(self) -> None:
+        """Nothing on the device."""
 
     def _write_results(self, sender: SnapshotSender) -> None:
         for report in sender.results():

@@ -24,6 +24,7 @@ from scalefold.data.sampler import TrainingSampler, initialisation_seed
 from scalefold.data.shared_loader import SharedLoader
 from scalefold.data.store import Store
 from scalefold.data.synthetic import synthetic_batch
+from scalefold.ending import Ending
 from scalefold.errors import ConfigError
 from scalefold.evaluators import (
     ChainScorer,
@@ -39,6 +40,7 @@ from scalefold.loss import loss_terms, total_of_terms
 from scalefold.mlperf.events import Events
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.optim import FlatParameters, Optimizer, learning_rate
+from scalefold.parallel.collectives import use_direct
 from scalefold.parallel.dap import apply_dap, check_shares, gradient_scale
 from scalefold.parallel.ddp import GradientReducer, broadcast_master
 from scalefold.parallel.ranks import Ranks
@@ -123,17 +125,22 @@ class Run:
         )
         self.loader.start(sampler, first_step, self.schedule.last_step)
 
-    def synthetic_batch(self) -> dict[str, Tensor]:
+    def synthetic_batch(self) -> Batch:
         """A batch of true shapes and plausible geometry that touches no data."""
-        return synthetic_batch(self.settings, self.config.local_batch_size, device=self.ranks.device).features
+        return synthetic_batch(self.settings, self.config.local_batch_size, device=self.ranks.device)
 
-    def to_device(self, batch: Batch) -> dict[str, Tensor]:
-        """Features on this rank's device, by one asynchronous copy."""
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch on this rank's device, by one asynchronous copy beside the step before."""
         if self.ranks.device.type == "cpu":
-            return batch.features
+            return batch
         if self._copies is None:
             self._copies = torch.cuda.Stream()
-        return to_device(batch, self.ranks.device, self._copies).features
+        return to_device(batch, self.ranks.device, self._copies)
+
+    def spawn_workers(self) -> None:
+        """Start the processes that will build features; they touch no data before ``open_data``."""
+        self.loader.spawn()
+        self.evaluator.spawn()
 
     def learning_rate(self, step: int) -> float:
         """Rate of iteration ``step``."""
@@ -171,15 +178,21 @@ class Run:
         due = step == self.schedule.last_step or code == PHASE_REACHED
         return self.schedule.follows(step) and (due or (here and self.schedule.goal_reached(self.evaluator.last)))
 
-    def close(self) -> None:
-        """Let go of workers, groups and files."""
+    def end_polling(self) -> None:
+        """Wait for the last exchange of stop codes; an orderly end only."""
         if self._stop is not None:
             self._stop.close()
-        self.loader.close()
-        self.evaluator.close()
-        self.record.close()
-        self.progress.close()
-        self.events.close()
+            self._stop = None
+
+    def let_go_with(self, ending: Ending) -> None:
+        """Hand over everything this run holds; what is entered last goes first."""
+        ending.add("the record", self.record.close)
+        ending.add("the screen", self.progress.close)
+        ending.add("captured steps", lambda: self.step.close(), after_errors=False)
+        ending.add("captured evaluations", self.evaluator.release_device, after_errors=False)
+        ending.add("evaluation workers", self.evaluator.close)
+        ending.add("page-locked batches", lambda: self.loader.release_memory(), after_errors=False)
+        ending.add("loader workers", lambda: self.loader.close())
 
 
 def check_places(config: Config) -> None:
@@ -220,7 +233,7 @@ class Beginning:
     resumed_from: Path | None
 
 
-def begin(config: Config, options: RunOptions, ranks: Ranks) -> Beginning:
+def begin(config: Config, options: RunOptions, ranks: Ranks, ending: Ending) -> Beginning:
     """Seed, log and checkpoint to resume from; logs ``init_start`` after a barrier of all ranks."""
     run_dir = config.run.run_dir
     checkpoints = Checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints, config.run.archive_every_iters)
@@ -229,20 +242,21 @@ def begin(config: Config, options: RunOptions, ranks: Ranks) -> Beginning:
     result_file = choose_result_file(run_dir, options, resumed_from)
     ranks.barrier()
     events = open_events(result_file, ranks, options)
+    ending.add("the log", events.close)
     ranks.watch.before_exit = events.abort
     events.init_start()
     return Beginning(seed, result_file, events, checkpoints, resumed_from)
 
 
-def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
-    """Build a training rank's run, up to the moment before warm-up.
+def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> Run:
+    """Build a training rank's run, up to the moment before warm-up; ``ending`` lets go of it.
 
     Raises:
         ConfigError, CheckpointError: the configuration, the launcher or the initial checkpoint do not fit.
     """
     config = schedule.config
     check_shares(config.model, config.parallel.dap_size)
-    beginning = begin(config, options, ranks)
+    beginning = begin(config, options, ranks, ending)
     seed, events, checkpoints = beginning.seed, beginning.events, beginning.checkpoints
     run_dir, resumed_from = config.run.run_dir, beginning.resumed_from
     ops = choose_operations(config, ranks)
@@ -250,6 +264,8 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
     use_operations(model, ops)
     apply_dap(model, ranks.dap_group)
     exchange = connect_replica(config, ranks)
+    if (group := ranks.dap_group) is not None:
+        ending.add("memory that GPUs share", lambda: use_direct(group, None), after_errors=False)
     optimizer = build_optimizer(config, model, ranks, ops, any_phase(schedule.base, adds_gradients))
     digest = load_weights_into(config, model, optimizer)
     broadcast_master(optimizer.flat, ranks.train_group)
@@ -283,6 +299,7 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
         first_step=state.iteration + 1 if state else 1,
         settings=settings,
     )
+    run.let_go_with(ending)
     catch_stop_signals(run)
     return run
 
@@ -319,9 +336,11 @@ def enter_next_phase(run: Run, step: int) -> bool:
     use_operations(run.model, ops)
     run.evaluator.use(ops)
     run.optimizer.config, run.optimizer.ops = config.training, ops
+    run.step.close()
     run.step = build_step(config, run.model, run.optimizer, run.ranks, run.step.reducer)
     continue_counting(run.events, run.schedule)
     run.loader.close()
+    run.loader.release_memory()
     run.loader = make_loader(config, run.ranks, run.settings)
     run.start_loader(step + 1)
     return True
@@ -334,33 +353,33 @@ def continue_counting(events: Events, schedule: Schedule) -> None:
         events.change_batch(position.steps_before, position.samples_before, schedule.config.training.global_batch_size)
 
 
-def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks) -> None:
-    """An evaluation rank's whole life, in step with the barriers of the training ranks."""
+def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> None:
+    """An evaluation rank's whole life, in step with the barriers of the training ranks; ``ending`` lets go of it."""
     config = schedule.config
     leave_stopping_to_others()
-    beginning = begin(config, options, ranks)
+    beginning = begin(config, options, ranks, ending)
     events, settings = beginning.events, feature_settings(config)
     ops = choose_operations(config, ranks)
     flat = build_optimizer(config, build_model(config, 0, ranks), ranks, ops).flat
     scorer = ChainScorer(config, ranks, settings, ops, ranks.eval_group)
+    ending.add("captured evaluations", scorer.model.close, after_errors=False)
+    ending.add("evaluation workers", scorer.close)
     log_header(events, config, ranks, beginning.seed, scorer.model.model, None)
     continue_counting(events, schedule)
     accept_connection(ranks)
     ranks.watch.at("warm-up")
+    scorer.spawn()
     scorer.warm_up(lambda text: ranks.watch.at(f"warm-up, {text}"))
     ranks.barrier()
     events.init_stop()
     ranks.barrier()
     events.run_start()
     ranks.barrier()
-    try:
-        store = Store(config.data.store_dir)
-        scorer.open_data(evaluation_lengths(config, store))
-        store.close()
-        serve_evaluations(config, ranks, scorer, flat, events)
-    finally:
-        scorer.close()
-        events.close()
+    store = Store(config.data.store_dir)
+    scorer.open_data(evaluation_lengths(config, store))
+    store.close()
+    serve_evaluations(config, ranks, scorer, flat, events)
+    events.close()  # whoever joins the parts of the log must find all of this one
 
 
 def make_progress(config: Config, ranks: Ranks) -> Progress:

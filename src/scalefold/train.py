@@ -16,11 +16,12 @@ from torch import Tensor
 from scalefold.config import Config
 from scalefold.data.loader import Batch
 from scalefold.data.sampler import forward_seed
+from scalefold.ending import Ending
 from scalefold.errors import TrainingError
 from scalefold.mlperf.events import merge_parts
 from scalefold.parallel.ranks import start
 from scalefold.parallel.snapshots import STOP_REQUESTED, TARGET_REACHED
-from scalefold.phases import open_schedule
+from scalefold.phases import EXIT_NEXT_PHASE, open_schedule
 from scalefold.report.record import StepRow
 from scalefold.run import (
     Run,
@@ -35,6 +36,9 @@ from scalefold.run import (
 log = logging.getLogger(__name__)
 
 
+EXIT_STATUS = {"success": 0, "aborted": 4, "next_phase": EXIT_NEXT_PHASE}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a run ended: the target, another end, or a phase that needs other ranks; last iteration, last evaluation."""
@@ -42,6 +46,11 @@ class Outcome:
     status: Literal["success", "aborted", "next_phase"]
     step: int
     lddt_ca: float | None
+
+    @property
+    def exit_status(self) -> int:
+        """Of a process of this run."""
+        return EXIT_STATUS[self.status]
 
 
 def run_rank(config: Config, options: RunOptions) -> Outcome | None:
@@ -54,23 +63,25 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
     schedule = open_schedule(config, options.resume)
     check_places(schedule.config)
     prepare_process(schedule.config)
-    ranks = start(schedule.config)
-    outcome = None
-    with ranks.watch:
-        try:
-            if ranks.trains:
-                run = assemble(schedule, options, ranks)
-                outcome = train(run)
-            else:
-                evaluate_elsewhere(schedule, options, ranks)
-        except BaseException:
-            ranks.watch.before_exit()  # the log says so, or is removed if its clock never ran
-            raise
-        ranks.watch.at("end")
-        ranks.barrier()
-    if ranks.is_root and ranks.layout.num_eval_ranks:
-        merge_parts(run.result_file)
-    ranks.stop()
+    with Ending() as ending:
+        ranks, outcome = start(schedule.config), None
+        ending.owner = ranks.describe()
+        ending.add("process groups", ranks.stop, after_errors=False)
+        with ranks.watch:
+            try:
+                if ranks.trains:
+                    run = assemble(schedule, options, ranks, ending)
+                    outcome = train(run)
+                    ending.status = outcome.exit_status
+                else:
+                    evaluate_elsewhere(schedule, options, ranks, ending)
+                ranks.watch.at("end")
+                ranks.barrier()
+            except BaseException:
+                ranks.watch.before_exit()  # the log says so, or is removed if its clock never ran
+                raise
+        if ranks.is_root and ranks.layout.num_eval_ranks:
+            merge_parts(run.result_file)
     return outcome
 
 
@@ -81,22 +92,19 @@ def train(run: Run) -> Outcome:
         TrainingError: gradients are not finite; the last good checkpoint stays.
         DataError: a sample cannot be built.
     """
-    try:
-        warm_up(run)
-        start_clock(run)
-        outcome = loop(run, StepLog(run))
-        run.events.run_stop("success" if outcome.status == "success" else "aborted")
-        report_loading(run)
-        return outcome
-    except BaseException:
-        run.events.abort()
-        raise
-    finally:
-        run.close()
+    warm_up(run)
+    start_clock(run)
+    outcome = loop(run, StepLog(run))
+    run.events.run_stop("success" if outcome.status == "success" else "aborted")
+    report_loading(run)
+    run.end_polling()
+    run.events.close()  # whoever joins the parts of the log must find all of this one
+    return outcome
 
 
 def warm_up(run: Run) -> None:
     """Everything slow that needs no data set: compile, capture, first collectives, on a synthetic batch."""
+    run.spawn_workers()
     warm_up_step(run)
     run.evaluator.warm_up()
     run.ranks.barrier()

@@ -274,6 +274,35 @@ def feature_views(buffer: torch.Tensor, shape: BatchShape) -> dict[str, torch.Te
     return {key: view.movedim(0, -1) if key in PER_SLICE_KEYS else view for key, view in views.items()}
 
 
+def copy_samples(
+    source: torch.Tensor, source_shape: BatchShape, first: int, target: torch.Tensor, target_shape: BatchShape
+) -> None:
+    """Samples ``first`` and following of one flat batch into the memory of another, as many as that one holds.
+
+    In one piece where ``target`` holds all of them, else in one per feature, with few launches on a device. The target
+    may have more slices: those stay as they are. Asynchronous on a device.
+    """
+    if source_shape.batch_size == target_shape.batch_size:
+        count = buffer_bytes(source_shape)
+        target[:count].copy_(source[:count], non_blocking=True)
+        return
+    rows = slice(first, first + target_shape.batch_size)
+    targets, sources = _stored_views(target, target_shape), _stored_views(source, source_shape)
+    pairs = []
+    for key, values in sources.items():
+        if key in PER_SLICE_KEYS:
+            pairs += [(targets[key][e], values[e, rows]) for e in range(source_shape.num_slices)]
+        else:
+            pairs.append((targets[key], values[rows]))
+    words = [(_words(to), _words(of)) for to, of in pairs]
+    torch._foreach_copy_([to for to, _ in words], [of for _, of in words], non_blocking=True)
+
+
+def _words(dense: torch.Tensor) -> torch.Tensor:
+    """A dense tensor's memory as int32, so that features of all types share a launch."""
+    return dense.view(-1).view(torch.int32)
+
+
 def reference_layout(features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Every feature with a trailing slice dimension, as the reference's batches have it."""
     num_slices = features["msa_feat"].shape[-1]

@@ -67,6 +67,11 @@ class Batch:
         shape = replace(self.shape, num_slices=count)
         return replace(self, buffer=self.buffer[: buffer_bytes(shape)], shape=shape)
 
+    def empty_like(self, batch_size: int) -> "Batch":
+        """A batch of other size and the same slices, in zeroed memory of the same device, of no chain."""
+        shape = replace(self.shape, batch_size=batch_size)
+        return Batch(self.buffer.new_zeros(buffer_bytes(shape)), shape, self.iteration, (), (), (), ())
+
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory, from which copies to the device can overlap with computation."""
         return replace(self, buffer=self.buffer.pin_memory())
@@ -368,6 +373,9 @@ class TrainLoader:
         """Seconds and chain of the samples delivered so far that took longest to build, slowest first."""
         return self.slow_samples.slowest()
 
+    def release_memory(self) -> None:
+        """Nothing is registered with the device here."""
+
     def close(self) -> None:
         """End thread and worker processes; the loader may be started again."""
         if self._ready is not None:
@@ -380,11 +388,10 @@ class TrainLoader:
 class EvalSet:
     """Evaluation features of some chains: uncropped, all slices, seeded by the chain id, built once, kept in memory.
 
-    Iterate as often as needed, the order is that of ``chain_ids``. With worker processes, building begins at ``start``
-    and goes on while training runs; without, each chain is built when it is first asked for.
+    Iterate as often as needed, in the order given to ``start``. With worker processes, building begins at ``start`` and
+    goes on while training runs; without, each chain is built when it is first asked for.
 
     Args:
-        chain_ids: chains to evaluate on this rank.
         pin_memory: keep the features in page-locked memory; about 54 MB * length / 256 per chain at benchmark sizes.
     """
 
@@ -392,14 +399,13 @@ class EvalSet:
         self,
         store_path: Path | str,
         settings: FeatureSettings,
-        chain_ids: Sequence[str],
         *,
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin_memory: bool = False,
     ) -> None:
-        self.chain_ids = tuple(chain_ids)
-        self._store_path, self._settings = store_path, settings
+        self.chain_ids: tuple[str, ...] = ()
+        self._settings = settings
         self._dataset = ChainDataset(store_path, settings, training=False)
         self._workers = _Workers(
             self._dataset, num_workers=num_workers, prefetch_factor=prefetch_factor, in_order=True, pin_memory=False
@@ -416,8 +422,9 @@ class EvalSet:
         """Start the worker processes without touching data; allowed before ``run_start``."""
         self._workers.spawn()
 
-    def start(self) -> None:
-        """Open the data set and, with workers, begin to build; only after ``run_start``."""
+    def start(self, chain_ids: Sequence[str]) -> None:
+        """Open the data set and, with workers, begin to build these chains; only after ``run_start``."""
+        self.chain_ids = tuple(chain_ids)
         store = self._dataset.store()
         rows = [store.index_of(chain_id) for chain_id in self.chain_ids]
         self._workers.start(

@@ -95,6 +95,9 @@ class SharedLoader:
         """``TrainLoader.close``, for good."""
         if self._own is not None:
             self._own.close()
+
+    def release_memory(self) -> None:
+        """Take the slots back from the device, once it is done with all work so far."""
         if self._registered:
             torch.cuda.synchronize()  # no copy from the memory may be under way
             _driver().cudaHostUnregister(self._slots.data_ptr())
