@@ -103,6 +103,7 @@ class Run:
         self.events.dataloader_type(f"InitialTrainingDataloader{c.data.dataloader.upper()}")
         self.evaluator.open_data(lengths)
         store.close()
+        self.record.start_part("data_opened")
         self.start_loader(self.first_step)
 
     def start_loader(self, first_step: int) -> None:
