@@ -5,7 +5,7 @@
     python benchmarks/gpu_runs.py --tiny --only dap2               # tiny model on CPU ranks: the same script, tried
 
 Full model, generated proteins (short ones, so that an evaluation is quick), one shared Triton cache. Layouts:
-``one_gpu``, ``dap2``, ``dp2`` run twice with one seed; ``train_eval`` is one training and one evaluation rank;
+``one_gpu``, ``dap2``, ``dp2`` use up their step budget, twice with one seed; ``train_eval`` is one training and one evaluation rank;
 ``target`` reaches its target; ``stop_one_gpu`` and ``stop_dap2`` are asked to stop (SIGTERM) and resumed; ``killed``
 loses a rank (SIGKILL); ``ruler_one`` and ``ruler_two`` time bare steps with step_time.py and multi_gpu.py.
 
@@ -24,6 +24,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import socket
 import statistics
 import sys
@@ -361,7 +362,7 @@ def begin(plan: Plan, start: Start, gpus: list[int], left_s: float) -> Running:
     """Start it on these GPUs."""
     package = str(Path(scalefold.__file__).resolve().parents[1])
     environment = {
-        "PYTHONPATH": os.pathsep.join([package, str(FOLDER), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "TRITON_CACHE_DIR": str(plan.work / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(plan.work / "inductor"),
     }
@@ -766,6 +767,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny model on CPU ranks, to try the script")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="further configuration")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))  # ends what was started, too
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     began = time.monotonic()
     out = arguments.out or Path(tempfile.mkdtemp(prefix="scalefold-gpu-runs-"))

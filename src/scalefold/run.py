@@ -134,7 +134,9 @@ class Run:
             return batch.features
         if self._copies is None:
             self._copies = torch.cuda.Stream()
-        return to_device(batch, self.ranks.device, self._copies).features
+        features = to_device(batch, self.ranks.device, self._copies).features
+        self.record.start_part("first_copy_launched")
+        return features
 
     def learning_rate(self, step: int) -> float:
         """Rate of iteration ``step``."""
