@@ -163,6 +163,16 @@ def test_every_rank_must_end_with_its_documented_status(gpu_runs, layout, status
     assert gpu_runs.judge_statuses(start, statuses, hung=True).met is False
 
 
+def test_the_end_counts_from_run_stop_or_from_the_loss_of_a_rank(gpu_runs, watched, tmp_path):
+    one = watched.Watched([], tmp_path, {}, 1.0, ended_at=130.0)
+    plain, killed = (next(s for s in gpu_runs.STARTS if s.name == name) for name in ("one_gpu", "killed"))
+    line = gpu_runs.judge_end(gpu_runs.Ended(plain, one, None, set(), []), {"run_stop": 119.0})
+    assert (line.value, line.met) == (11.0, False)
+    assert gpu_runs.judge_end(gpu_runs.Ended(plain, one, None, set(), []), {}).met is False
+    line = gpu_runs.judge_end(gpu_runs.Ended(killed, one, 105.0, set(), []), {"run_stop": 129.0})
+    assert (line.value, line.met) == (25.0, True)
+
+
 def test_files_under_temporary_names_are_found(gpu_runs, tmp_path):
     kept = tmp_path / "checkpoints" / "last" / "000012"
     kept.mkdir(parents=True)
