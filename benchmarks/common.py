@@ -3,6 +3,7 @@
 import csv
 import datetime
 import gc
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -66,13 +67,16 @@ def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGrap
 
 
 def facts() -> dict[str, str]:
-    """Date, device, torch version and commit: the first columns of every row."""
+    """Date, device, torch version and commit: the first columns of every row.
+
+    ``SCALEFOLD_COMMIT`` names the commit of a copy without its repository.
+    """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=FOLDER)
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": commit.stdout.strip() or os.environ.get("SCALEFOLD_COMMIT", "unknown"),
     }
 
 

@@ -51,6 +51,30 @@ def test_written_values_come_back_as_columns(tmp_path):
     assert metrics.events[0]["stall_ms"] == 12.0
 
 
+def test_the_first_step_writes_the_parts_of_the_start_once(tmp_path):
+    with Record(tmp_path, rank0=True) as record:
+        record.start_part("before_the_clock")
+        record.start_clock()
+        for step in (1, 2):
+            record.start_part("data_opened")
+            record.start_part("first_batch")
+            record.step(StepRow(step=step, loss=1.0))
+    (start,) = read_metrics(tmp_path).events
+    assert (start["name"], start["step"]) == ("start", 1)
+    assert 0 <= start["data_opened_s"] <= start["first_batch_s"] <= start["time_s"]
+    assert "before_the_clock_s" not in start
+
+
+def test_a_resumed_record_times_the_parts_of_its_own_start(tmp_path):
+    write_run(tmp_path, [1, 2])
+    with Record(tmp_path, rank0=True, resume_step=2) as record:
+        record._clock_offset_s = 1000.0
+        record.start_clock()
+        record.start_part("data_opened")
+        record.step(StepRow(step=3, loss=1.0))
+    assert read_metrics(tmp_path).events[-1]["data_opened_s"] < 1000.0
+
+
 def test_each_line_is_on_disk_before_the_call_returns(tmp_path):
     record = Record(tmp_path, rank0=True)
     record.step(StepRow(step=1, loss=2.0))

@@ -105,6 +105,7 @@ class Run:
         self.events.dataloader_type(f"InitialTrainingDataloader{c.data.dataloader.upper()}")
         self.evaluator.open_data(lengths)
         store.close()
+        self.record.start_part("data_opened")
         self.start_loader(self.first_step)
 
     def start_loader(self, first_step: int) -> None:
@@ -135,7 +136,9 @@ class Run:
             return batch
         if self._copies is None:
             self._copies = torch.cuda.Stream()
-        return to_device(batch, self.ranks.device, self._copies)
+        moved = to_device(batch, self.ranks.device, self._copies)
+        self.record.start_part("first_copy_launched")
+        return moved
 
     def spawn_workers(self) -> None:
         """Start the processes that will build features; they touch no data before ``open_data``."""

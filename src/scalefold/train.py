@@ -125,6 +125,7 @@ def start_clock(run: Run) -> None:
     run.record.start_clock()
     run.ranks.barrier()
     run.open_data()
+    run.record.start_part("loader_started")
 
 
 def report_loading(run: Run) -> None:
@@ -144,9 +145,11 @@ def loop(run: Run, steps: "StepLog") -> Outcome:
         cycle.begin(step)
         at("waiting for a batch", step)
         batch = run.loader.next(step)
+        run.record.start_part("first_batch")
         at("training step", step)
         torch.manual_seed(forward_seed(run.seed, run.ranks.dp_index, step))
         values = run.step(run.to_device(batch), batch.passes, step)
+        run.record.start_part("first_step_launched")
         steps.push(step, batch, values)
         cycle.count(batch)
         reached = False

@@ -5,7 +5,7 @@ Kinds of line, told apart by the key ``kind``:
 * ``run``: one per start of the program: configuration name, environment, world size, device, parameters
 * ``step``: one per optimizer step, fields of :class:`StepRow`
 * ``eval``: one per evaluation, fields of :class:`EvalRow`
-* ``event``: whatever else happened (``resume``, ``checkpoint``, ``hand_over``, ...), with a name
+* ``event``: whatever else happened (``start``, ``resume``, ``checkpoint``, ``hand_over``, ...), with a name
 
 Times (``time_s``) count from the run's clock start (MLPerf ``run_start``). A value that is not finite is written as
 ``null`` and read back as NaN, so the file stays strict JSON.
@@ -74,6 +74,7 @@ class Record:
         self._file: TextIO | None = None
         self._clock_offset_s = 0.0
         self._clock_start: float | None = None
+        self._start_parts: dict[str, float] | None = {}
         if not rank0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,12 +96,23 @@ class Record:
             return None
         return self._clock_offset_s + time.monotonic() - self._clock_start
 
+    def start_part(self, name: str) -> None:
+        """Note when a part of the way to the first step is over, in seconds since this start's own clock start.
+
+        The first call of a name counts. The first step writes all parts as one ``start`` event.
+        """
+        if self._start_parts is not None and self._clock_start is not None:
+            self._start_parts.setdefault(name, time.monotonic() - self._clock_start)
+
     def run(self, **header: Any) -> None:
         """Write the header: config name, environment, world_size, device, parameters, target, batch size, ..."""
         self._write({"kind": "run", **header})
 
     def step(self, row: StepRow) -> None:
         """Write one step; ``time_s`` is filled in from the clock when the row has none."""
+        if self._start_parts:
+            self.event("start", step=row.step, **{f"{name}_s": seconds for name, seconds in self._start_parts.items()})
+        self._start_parts = None
         self._write_row("step", row)
 
     def evaluation(self, row: EvalRow) -> None:
