@@ -86,6 +86,8 @@ def train(run: Run) -> Outcome:
         start_clock(run)
         outcome = loop(run, StepLog(run))
         run.events.run_stop("success" if outcome.status == "success" else "aborted")
+        run.ranks.watch.at("checkpoint", outcome.step)
+        run.finish_saving()
         report_loading(run)
         return outcome
     except BaseException:
@@ -99,6 +101,7 @@ def warm_up(run: Run) -> None:
     """Everything slow that needs no data set: compile, capture, first collectives, on a synthetic batch."""
     warm_up_step(run)
     run.evaluator.warm_up()
+    run.checkpoints.settle()
     run.ranks.barrier()
     run.events.init_stop()
 
