@@ -78,7 +78,7 @@ class Jobs:
 
     def newest(self, job_id: str) -> int:
         """Iteration of the newest checkpoint, 0 without one."""
-        folder = Checkpoints(self.run_dir(job_id) / "checkpoints", 2).newest()
+        folder = Checkpoints(self.run_dir(job_id) / "checkpoints").newest()
         return read_state(folder).iteration if folder else 0
 
     def wait_for_checkpoint(self, job_id: str, beyond: int = 0, timeout_s: float = 180) -> int:

@@ -79,19 +79,14 @@ DROPOUT_KEYS = (
 )
 
 
-def test_weights_that_are_not_finite_stop_training_and_leave_the_last_checkpoint(
+def test_a_step_that_is_not_finite_stops_training_and_leaves_the_last_checkpoint(
     tiny_store: Path, tmp_path: Path
 ) -> None:
-    config = tiny_config(tiny_store, tmp_path / "run", "run.checkpoint_every_iters=2", "training.num_train_iters=2")
-    run_rank(config, RunOptions())
-    folder = tmp_path / "run" / "checkpoints" / "last" / "000002"
-    content = torch.load(folder / RESUMABLE_FILE, weights_only=True)
-    content["alphafold_state_dict"]["evoformer_stack.linear.weight"][0, 0] = float("nan")
-    torch.save(content, folder / RESUMABLE_FILE)
-    before = sorted(p.name for p in folder.parent.iterdir())
-    with pytest.raises(TrainingError, match=r"step 3, chains .*not finite: .*grad_norm.*000002"):
-        run_rank(tiny_config(tiny_store, tmp_path / "run", "run.checkpoint_every_iters=1"), RunOptions(resume=True))
-    assert sorted(p.name for p in folder.parent.iterdir()) == before
+    rate = "training.opt_base_learning_rate=1e30"  # weights of 1e30 after one step: finite, but no loss comes of them
+    config = tiny_config(tiny_store, tmp_path / "run", "run.checkpoint_every_iters=1", rate)
+    with pytest.raises(TrainingError, match=r"step 2, chains .*not finite: .*grad_norm.*000001"):
+        run_rank(config, RunOptions())
+    assert [p.name for p in (tmp_path / "run" / "checkpoints" / "last").iterdir()] == ["000001"]
 
 
 def test_places_that_are_missing_are_named_before_anything_is_written(tiny_store: Path, tmp_path: Path) -> None:

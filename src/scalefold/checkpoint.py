@@ -6,14 +6,15 @@ A checkpoint is a folder ``NNNNNN`` (the iteration) with two files that the refe
                              ``optimizer_state_dict``: torch Adam's layout, indexed by registration order
 ``swa_checkpoint.pt``        ``averaged_model.n_averaged`` and ``averaged_model.module.<name>``
 
-and ``run_state.json`` of our own: seed and samples seen. Data order, recycling and dropout seeds are functions of seed
-and iteration, so no generator state is needed. A folder is written under a temporary name and renamed.
+and ``run_state.json`` of our own: seed, place in the run, and the SHA-256 of the two files. Data order, recycling and
+dropout seeds are functions of seed and iteration, so no generator state is needed. ``checkpoint_writer.py`` writes
+these folders; here they are chosen, verified and loaded.
 """
 
 import hashlib
 import json
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ from scalefold.optim import FlatParameters, Optimizer
 RESUMABLE_FILE = "resumable_checkpoint.pt"
 AVERAGED_FILE = "swa_checkpoint.pt"
 STATE_FILE = "run_state.json"
+AVERAGED_COUNT = "averaged_model.n_averaged"
+AVERAGED_PREFIX = "averaged_model.module."
 
 
 @dataclass(frozen=True)
 class RunState:
     """Where a run stands: completed iterations, applied optimizer updates in the average, its seed, and its phase.
 
-    ``steps_before`` and ``samples_before`` had been done when phase number ``phase`` began.
+    ``steps_before`` and ``samples_before`` had been done when phase number ``phase`` began. ``sha256`` holds the hash
+    of each file beside it; checkpoints of earlier versions have none.
     """
 
     iteration: int
@@ -41,6 +45,7 @@ class RunState:
     phase: int = 0
     steps_before: int = 0
     samples_before: int = 0
+    sha256: Mapping[str, str] = field(default_factory=dict)
 
 
 def sha256_of(file: Path) -> str:
@@ -48,7 +53,7 @@ def sha256_of(file: Path) -> str:
     digest = hashlib.sha256()
     try:
         with file.open("rb") as stream:
-            while chunk := stream.read(1 << 24):
+            while chunk := stream.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot read the checkpoint: {error.strerror}") from None
@@ -63,7 +68,8 @@ def load_initial(
     A file without both dictionaries of the resumable layout is taken as a plain state dict: Adam then starts fresh.
 
     Raises:
-        CheckpointError: unreadable file, another hash than expected, or other names or shapes than the model's.
+        CheckpointError: unreadable file, another hash than expected, other names or shapes than the model's, or values
+            that are no finite floating-point numbers.
     """
     digest = sha256_of(file)
     if expected_sha256 is not None and digest != expected_sha256:
@@ -80,118 +86,105 @@ def load_initial(
     return digest
 
 
-def resumable_state(flat: FlatParameters, optimizer: Optimizer, names: list[str], iteration: int) -> dict[str, Any]:
-    """The content of ``resumable_checkpoint.pt``; ``names`` is the model's registration order."""
-    weights = _by_name(flat, flat.master)
-    first, second = _by_name(flat, optimizer.exp_avg), _by_name(flat, optimizer.exp_avg_sq)
-    c = optimizer.config
-    step = torch.tensor(float(optimizer.adam_step))
-    states = {i: {"step": step.clone(), "exp_avg": first[n], "exp_avg_sq": second[n]} for i, n in enumerate(names)}
-    group = {
-        "lr": c.opt_base_learning_rate,
-        "betas": (c.opt_adam_beta_1, c.opt_adam_beta_2),
-        "eps": c.opt_adam_epsilon,
-        "weight_decay": 0.0,
-        "amsgrad": False,
-        "maximize": False,
-        "foreach": None,
-        "capturable": False,
-        "differentiable": False,
-        "fused": None,
-        "params": list(range(len(names))),
-    }
-    return {
-        "iteration": iteration,
-        "alphafold_state_dict": {name: weights[name] for name in names},
-        "optimizer_state_dict": {"state": states, "param_groups": [group]},
-    }
-
-
-def averaged_state(flat: FlatParameters, optimizer: Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The content of ``swa_checkpoint.pt``."""
-    averaged = _by_name(flat, optimizer.averaged)
-    return {
-        "averaged_model.n_averaged": torch.tensor(optimizer.num_averaged),
-        **{f"averaged_model.module.{name}": averaged[name] for name in names},
-    }
-
-
 class Checkpoints:
-    """The newest ``keep`` checkpoints of a run, below ``folder/last``, and for good every ``archive_every``-th step."""
+    """The checkpoints of a run below ``run_dir/checkpoints``, oldest first: which there are, and which is good."""
 
-    def __init__(self, folder: Path, keep: int, archive_every: int = 0) -> None:
-        self.folder, self.keep, self.archive_every = folder / "last", keep, archive_every
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "last"
 
-    def save(self, flat: FlatParameters, optimizer: Optimizer, names: list[str], state: RunState) -> Path:
-        """Write the checkpoint of ``state.iteration`` and drop the oldest beyond ``keep``.
-
-        Raises:
-            CheckpointError: weights are not finite (the last good checkpoint stays) or the disk refuses.
-        """
-        if not bool(torch.isfinite(flat.master).all()):
-            raise CheckpointError(f"iteration {state.iteration}: weights are not finite; no checkpoint written")
-        target = self.folder / f"{state.iteration:06d}"
-        temporary = self.folder / f".{target.name}.partial"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            torch.save(resumable_state(flat, optimizer, names, state.iteration), temporary / RESUMABLE_FILE)
-            torch.save(averaged_state(flat, optimizer, names), temporary / AVERAGED_FILE)
-            (temporary / STATE_FILE).write_text(json.dumps(asdict(state)) + "\n")
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-        except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
-            shutil.rmtree(temporary, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise CheckpointError(f"{target}: cannot write the checkpoint, is the disk full? {reason}") from None
-        passing = [p for p in self._all() if not self.archive_every or int(p.name) % self.archive_every]
-        for old in [p for p in passing[: -self.keep] if p != target]:
-            shutil.rmtree(old, ignore_errors=True)
-        return target
+    def all(self) -> list[Path]:
+        """Folders of all complete checkpoints, the newest last."""
+        complete = (p for p in self.folder.glob("[0-9]*") if p.name.isdecimal() and (p / STATE_FILE).exists())
+        return sorted(complete, key=lambda p: int(p.name))
 
     def newest(self) -> Path | None:
         """Folder of the newest complete checkpoint, or None."""
-        return (self._all() or [None])[-1]
+        return (self.all() or [None])[-1]
 
-    def _all(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("[0-9]*") if (p / STATE_FILE).exists())
+    def newest_good(self, note: Callable[[str], None]) -> tuple[Path, RunState] | None:
+        """The newest checkpoint whose files are as they were written, or None if there is no checkpoint at all.
+
+        ``note`` is told why newer ones were passed over.
+
+        Raises:
+            CheckpointError: there are checkpoints, and all of them are broken.
+        """
+        reasons = []
+        for folder in reversed(self.all()):
+            try:
+                return folder, verified_state(folder)
+            except CheckpointError as error:
+                reasons.append(error)
+                note(f"{error}; looking for an older checkpoint")
+        if reasons:
+            raise CheckpointError(f"{reasons[0]}; no older checkpoint is good: start again without --resume")
+        return None
 
 
 def read_state(folder: Path) -> RunState:
-    """Iteration and seed of a checkpoint folder."""
+    """What ``run_state.json`` of a checkpoint folder says.
+
+    Raises:
+        CheckpointError: unreadable, incomplete, or of the wrong types.
+    """
+    file = folder / STATE_FILE
     try:
-        return RunState(**json.loads((folder / STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{folder / STATE_FILE}: cannot read: {error}") from None
+        facts = json.loads(file.read_text())
+        state = RunState(**facts)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot read: {error}") from None
+    hashes = state.sha256
+    if not isinstance(hashes, dict) or not all(isinstance(text, str) for text in hashes.values()):
+        raise CheckpointError(f"{file}: sha256 must be a dictionary of file names and hashes")
+    for number in (f.name for f in fields(RunState) if f.name != "sha256"):
+        value = getattr(state, number)
+        if type(value) is not int or value < 0:
+            raise CheckpointError(f"{file}: {number} must be a whole number from 0 on, found {str(value)[:40]!r}")
+    return state
+
+
+def verified_state(folder: Path) -> RunState:
+    """The state of a checkpoint of which every file is as it was written.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut off, changed, or contradicts another one.
+    """
+    state = read_state(folder)
+    if int(folder.name) != state.iteration:
+        raise CheckpointError(f"{folder / STATE_FILE}: says iteration {state.iteration}, contradicting the folder")
+    for name in (RESUMABLE_FILE, AVERAGED_FILE):
+        if name not in state.sha256:  # of an earlier version: all that can be seen is whether it loads
+            _load(folder / name)
+        elif sha256_of(folder / name) != state.sha256[name]:
+            raise CheckpointError(f"{folder / name}: is not as it was written (SHA-256 differs from {STATE_FILE})")
+    return state
 
 
 def load_run(folder: Path, flat: FlatParameters, optimizer: Optimizer, names: list[str]) -> RunState:
     """Put a run back to where the checkpoint ``folder`` was taken.
 
     Raises:
-        CheckpointError: a file is missing or does not fit the model.
+        CheckpointError: a file is missing, does not fit the model, or contradicts ``run_state.json``.
     """
     state = read_state(folder)
-    content = _load(folder / RESUMABLE_FILE)
-    _load_weights(folder / RESUMABLE_FILE, flat, content["alphafold_state_dict"])
-    _load_adam(folder / RESUMABLE_FILE, flat, optimizer, names, content["optimizer_state_dict"])
+    file = folder / RESUMABLE_FILE
+    content = _load(file)
+    _agree(file, "iteration", content.get("iteration"), state.iteration)
+    _load_weights(file, flat, _entry(file, content, "alphafold_state_dict"))
+    _load_adam(file, flat, optimizer, names, _entry(file, content, "optimizer_state_dict"))
     averaged = _load(folder / AVERAGED_FILE)
-    prefix = "averaged_model.module."
-    tensors = {name.removeprefix(prefix): value for name, value in averaged.items() if name.startswith(prefix)}
-    _copy_into(folder / AVERAGED_FILE, flat, optimizer.averaged, tensors)
+    _agree(folder / AVERAGED_FILE, "num_averaged", averaged.get(AVERAGED_COUNT), state.num_averaged)
+    _copy_into(folder / AVERAGED_FILE, flat, optimizer.averaged, _without_prefix(averaged))
     optimizer.num_averaged = state.num_averaged
     return state
 
 
-def load_weights(file: Path) -> dict[str, Tensor]:
+def load_weights(file: Path) -> dict[str, Any]:
     """Weights for evaluation from any of our files: averaged, resumable, or a plain state dict."""
     content = _load(file)
     if "alphafold_state_dict" in content:
-        return content["alphafold_state_dict"]
-    prefix = "averaged_model.module."
-    if any(name.startswith(prefix) for name in content):
-        return {n.removeprefix(prefix): t for n, t in content.items() if n.startswith(prefix)}
-    return content
+        return _entry(file, content, "alphafold_state_dict")
+    return _without_prefix(content) or content
 
 
 def load_into(file: Path, flat: FlatParameters, buffer: Tensor) -> None:
@@ -220,14 +213,38 @@ def _load(file: Path) -> dict[str, Any]:
     return content
 
 
-def _by_name(flat: FlatParameters, buffer: Tensor) -> dict[str, Tensor]:
-    return {name: view.detach().cpu().clone() for name, view in flat.named_views(buffer)}
+def _entry(file: Path, content: dict[str, Any], key: str) -> dict[str, Any]:
+    """A dictionary inside a file."""
+    value = content.get(key)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: {key} is a {type(value).__name__}, not a dictionary")
+    return value
+
+
+def _without_prefix(content: dict[str, Any]) -> dict[str, Any]:
+    """The averaged weights of a file by the names of the model."""
+    return {
+        name.removeprefix(AVERAGED_PREFIX): value
+        for name, value in content.items()
+        if isinstance(name, str) and name.startswith(AVERAGED_PREFIX)
+    }
+
+
+def _agree(file: Path, what: str, found: Any, stated: int) -> None:
+    try:
+        same = int(found) == stated
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        same = False
+    if not same:
+        shown = found.tolist() if isinstance(found, Tensor) and found.numel() == 1 else found
+        raise CheckpointError(f"{file}: holds {what} {str(shown)[:40]}, {STATE_FILE} beside it says {stated}")
 
 
 @torch.no_grad()
-def _copy_into(file: Path, flat: FlatParameters, buffer: Tensor, tensors: dict[str, Tensor]) -> None:
+def _copy_into(file: Path, flat: FlatParameters, buffer: Tensor, tensors: dict[str, Any], what: str = "") -> None:
+    """Tensors by name into a flat buffer; ``what`` says which of a parameter's tensors they are."""
     known = {slot.name for slot in flat.slots}
-    missing, extra = sorted(known - tensors.keys()), sorted(tensors.keys() - known)
+    missing, extra = sorted(known - tensors.keys()), sorted(tensors.keys() - known, key=str)
     if missing or extra:
         raise CheckpointError(
             f"{file}: {len(missing)} parameters missing (first: {next(iter(missing), '-')}), "
@@ -235,14 +252,40 @@ def _copy_into(file: Path, flat: FlatParameters, buffer: Tensor, tensors: dict[s
         )
     for slot in flat.slots:
         value = tensors[slot.name]
-        if value.shape != slot.shape:
-            raise CheckpointError(
-                f"{file}: {slot.name} has shape {tuple(value.shape)}, the model has {tuple(slot.shape)}"
-            )
+        if (fault := _fault(value, slot.shape)) is not None:
+            raise CheckpointError(f"{file}: {what}{slot.name} {fault}")
         flat.view(buffer, slot).copy_(value)
+    if (name := first_not_finite(flat, buffer)) is not None:
+        raise CheckpointError(f"{file}: {what}{name} holds values that are not finite")
 
 
-def _load_weights(file: Path, flat: FlatParameters, tensors: dict[str, Tensor]) -> None:
+def _fault(value: Any, shape: torch.Size) -> str | None:
+    """Why a value cannot be a parameter's tensor of this shape, or None if it can."""
+    if not isinstance(value, Tensor):
+        return f"is a {type(value).__name__}, not a tensor"
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return f"is no ordinary tensor (layout {str(value.layout).removeprefix('torch.')}, device {value.device.type})"
+    if not value.is_floating_point():
+        return f"has type {str(value.dtype).removeprefix('torch.')}, not a real floating-point type"
+    if value.shape != shape:
+        return f"has shape {tuple(value.shape)}, the model has {tuple(shape)}"
+    return None
+
+
+def first_not_finite(flat: FlatParameters, buffer: Tensor) -> str | None:
+    """Name of the first parameter with a NaN or an infinity in a flat buffer, or None.
+
+    The sum of all elements tells: in fp64 finite fp32 numbers cannot overflow, and no temporary is needed.
+    """
+    if bool(torch.isfinite(buffer.sum(dtype=torch.float64))):
+        return None
+    views = flat.named_views(buffer)
+    return next((name for name, view in views if not torch.isfinite(view.sum(dtype=torch.float64))), "padding")
+
+
+def _load_weights(file: Path, flat: FlatParameters, tensors: dict[str, Any]) -> None:
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"{file}: alphafold_state_dict is a {type(tensors).__name__}, not a dictionary")
     _copy_into(file, flat, flat.master, tensors)
     flat.refresh()
 
@@ -253,12 +296,15 @@ def _load_adam(file: Path, flat: FlatParameters, optimizer: Optimizer, names: li
         first = {name: entries[i]["exp_avg"] for i, name in enumerate(names)}
         second = {name: entries[i]["exp_avg_sq"] for i, name in enumerate(names)}
         steps = {int(entries[i]["step"]) for i in range(len(names))}
-    except (KeyError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{file}: optimizer_state_dict is not Adam's over {len(names)} tensors: {error!r}"
+            f"{file}: optimizer_state_dict is not Adam's over {len(names)} tensors: {type(error).__name__}: {reason}"
         ) from None
-    if len(steps) != 1:
-        raise CheckpointError(f"{file}: parameters have different Adam steps {sorted(steps)[:4]}")
-    _copy_into(file, flat, optimizer.exp_avg, first)
-    _copy_into(file, flat, optimizer.exp_avg_sq, second)
+    if len(steps) != 1 or min(steps) < 0:
+        raise CheckpointError(f"{file}: parameters have different or negative Adam steps {sorted(steps)[:4]}")
+    _copy_into(file, flat, optimizer.exp_avg, first, "exp_avg of ")
+    _copy_into(file, flat, optimizer.exp_avg_sq, second, "exp_avg_sq of ")
+    if bool((optimizer.exp_avg_sq < 0).any()):
+        raise CheckpointError(f"{file}: exp_avg_sq holds negative values: these are not Adam's second moments")
     optimizer.adam_step = steps.pop()

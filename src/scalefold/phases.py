@@ -91,7 +91,7 @@ def open_schedule(config: Config, resume: bool) -> Schedule:
     """
     if not resume:
         return Schedule(config)
-    checkpoints = Checkpoints(config.run.run_dir / "checkpoints", 1)
+    checkpoints = Checkpoints(config.run.run_dir / "checkpoints")
     folder = checkpoints.newest()
     if folder is None:
         raise CheckpointError(

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scalefold.checkpoint import Checkpoints, RunState, load_initial, load_run, read_state
+from scalefold.checkpoint import RunState, load_initial, load_run, read_state
+from scalefold.checkpoint_writer import CheckpointWriter, Written
 from scalefold.compile import GraphedTrainStep, TrainStep
 from scalefold.config import Config
 from scalefold.data import selection
@@ -79,7 +80,7 @@ class Run:
     events: Events
     record: Record
     progress: Progress
-    checkpoints: Checkpoints
+    checkpoints: CheckpointWriter
     result_file: Path
     first_step: int = 1
     settings: FeatureSettings = field(default_factory=FeatureSettings)
@@ -155,11 +156,28 @@ class Run:
         return every > 0 and step % every == 0
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of the ``step`` completed iterations on rank 0."""
+        """Begin to write a checkpoint of the ``step`` completed iterations on rank 0, beside training.
+
+        Raises:
+            CheckpointError: the checkpoint before this one could not be written.
+        """
         if self.ranks.is_root:
             state = RunState(step, self.seed, self.optimizer.num_averaged, **vars(self.schedule.position))
-            folder = self.checkpoints.save(self.optimizer.flat, self.optimizer, parameter_names(self.model), state)
-            self.record.event("checkpoint", step=state.iteration, folder=folder.name)
+            names = parameter_names(self.model)
+            self._note(self.checkpoints.save(self.optimizer.flat, self.optimizer, names, state))
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self._note(self.checkpoints.finish())
+
+    def _note(self, written: Written | None) -> None:
+        if written is not None:
+            times = {"stall_ms": round(written.stall_ms, 3), "write_s": round(written.write_s, 3)}
+            self.record.event("checkpoint", step=written.step, folder=written.folder.name, **times)
 
     def stop_code(self) -> int:
         """0, TARGET_REACHED, STOP_REQUESTED (a signal to rank 0) or PHASE_REACHED; the same on all training ranks."""
@@ -191,6 +209,7 @@ class Run:
         """Hand over everything this run holds; what is entered last goes first."""
         ending.add("the record", self.record.close)
         ending.add("the screen", self.progress.close)
+        ending.add("the checkpoint under way", self.checkpoints.close)
         ending.add("captured steps", lambda: self.step.close(), after_errors=False)
         ending.add("captured evaluations", self.evaluator.release_device, after_errors=False)
         ending.add("evaluation workers", self.evaluator.close)
@@ -232,14 +251,14 @@ class Beginning:
     seed: int
     result_file: Path
     events: Events
-    checkpoints: Checkpoints
+    checkpoints: CheckpointWriter
     resumed_from: Path | None
 
 
 def begin(config: Config, options: RunOptions, ranks: Ranks, ending: Ending) -> Beginning:
     """Seed, log and checkpoint to resume from; logs ``init_start`` after a barrier of all ranks."""
     run_dir = config.run.run_dir
-    checkpoints = Checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints, config.run.archive_every_iters)
+    checkpoints = CheckpointWriter(run_dir / "checkpoints", config.run.keep_checkpoints, config.run.archive_every_iters)
     resumed_from = checkpoints.newest() if options.resume else None
     seed = agree_on_seed(config, ranks, resumed_from)
     result_file = choose_result_file(run_dir, options, resumed_from)
@@ -273,6 +292,8 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Endi
     digest = load_weights_into(config, model, optimizer)
     broadcast_master(optimizer.flat, ranks.train_group)
     state = load_run(resumed_from, optimizer.flat, optimizer, parameter_names(model)) if resumed_from else None
+    if ranks.is_root and config.run.checkpoint_every_iters:
+        checkpoints.prepare(optimizer.flat, optimizer, parameter_names(model))
     settings = feature_settings(config)
     log_header(events, config, ranks, seed, model, digest)
     continue_counting(events, schedule)

@@ -96,6 +96,8 @@ def train(run: Run) -> Outcome:
     start_clock(run)
     outcome = loop(run, StepLog(run))
     run.events.run_stop("success" if outcome.status == "success" else "aborted")
+    run.ranks.watch.at("checkpoint", outcome.step)
+    run.finish_saving()
     report_loading(run)
     run.end_polling()
     run.events.close()  # whoever joins the parts of the log must find all of this one
@@ -107,6 +109,7 @@ def warm_up(run: Run) -> None:
     run.spawn_workers()
     warm_up_step(run)
     run.evaluator.warm_up()
+    run.checkpoints.settle()
     run.ranks.barrier()
     run.events.init_stop()
 
