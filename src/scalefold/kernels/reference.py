@@ -205,6 +205,8 @@ def invariant_point_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of Supplement Algorithm 22 between residues with frames; all in fp32.
 
+    Products with coordinates are sums of products, forward and backward: a matrix product would follow the tf32 switch.
+
     q, k: [B, N, H, D]; v: [B, N, H, D]; q_points, k_points: [B, N, H, P_q, 3] and v_points: [B, N, H, P_v, 3] in the
     global frame; bias: [B, N, N, H]; z: [B, N, N, c_z]; point_weights: [H], softplus(gamma) * sqrt(2 / (27 P_q));
     mask: [B, N] -> o [B, N, H, D], o_points (global frame) [B, N, H, P_v, 3], o_pair [B, N, H, c_z].
@@ -216,7 +218,7 @@ def invariant_point_attention(
     pair_mask = mask[:, :, None] * mask[:, None, :]
     weights = torch.softmax(logits + (pair_mask - 1.0)[:, None] * inf, dim=-1)
     o = torch.einsum("bhij,bjhd->bihd", weights, v)
-    o_points = torch.einsum("bhij,bjhpx->bihpx", weights, v_points)
+    o_points = (weights.permute(0, 2, 3, 1)[..., None, None] * v_points[:, None]).sum(2)
     o_pair = torch.einsum("bhij,bijc->bihc", weights, z)
     return o, o_points, o_pair
 
