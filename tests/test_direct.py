@@ -1,8 +1,11 @@
 """Direct exchanges: several ranks in one process, whose stages are their memory; values equal to plain indexing."""
 
 import csv
+import itertools
 import subprocess
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from processes import run_ranks
+from scalefold.compile import TrainStep
+from scalefold.config import TrainingConfig
 from scalefold.kernels import triton_ops
+from scalefold.optim import FlatParameters, Optimizer
 from scalefold.parallel import collectives, direct
+from scalefold.parallel.ddp import GradientReducer
 from scalefold.parallel.direct import STAGES, DirectExchanges
 
 pytestmark = pytest.mark.skipif(
@@ -116,6 +123,73 @@ def test_a_group_uses_them_from_the_moment_it_is_told_to(monkeypatch):
     assert collectives.reduce_scatter(x, -2, group).shape == (1, 4, 2, 8)  # type: ignore[arg-type]
     collectives.use_direct(group, None)  # type: ignore[arg-type]
     assert group not in collectives._direct
+
+
+class Exchanged(torch.autograd.Function):
+    """An all-gather whose backward is an exchange too, as in the sharded stacks."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, exchanges: DirectExchanges) -> Tensor:
+        ctx.exchanges = exchanges
+        return exchanges.all_gather(x, 0)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        return ctx.exchanges.reduce_scatter(gradients[0].contiguous(), 0), None
+
+
+def recorded_steps(monkeypatch: pytest.MonkeyPatch, counts: dict[int, int]) -> dict[int, list[int | str]]:
+    """What a real step of R passes does, by R, captured in the order given: stages of its exchanges, and its sums."""
+    done: list[int | str] = []
+    stages = [torch.zeros(BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(STAGES)]
+    views = {torch.float32: [[stage.view(torch.float32)] for stage in stages]}
+    exchanges = DirectExchanges(0, 1, stages, views, done.append)
+    monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: done.append("sum"))
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
+    layer = torch.nn.Linear(8, 8, device=DEVICE)
+
+    def objective(batch, passes: int) -> tuple[Tensor, dict[str, Tensor]]:
+        x = layer(batch["x"])
+        with torch.no_grad():  # passes without a gradient have no exchanges in their backward
+            for _ in range(counts[passes] - 2):
+                Exchanged.apply(x, exchanges)
+        return Exchanged.apply(x, exchanges).sum(), {}
+
+    flat = FlatParameters(layer, torch.device(DEVICE))
+    group: Any = object()
+    step = TrainStep(objective, Optimizer(flat, TrainingConfig()), GradientReducer(flat, None), 1, 1, group)
+    steps: dict[int, list[int | str]] = {}
+    for passes in counts:
+        done.clear()
+        step._forward_backward({"x": torch.ones(1, 8, device=DEVICE)}, passes, 1, accumulate=False, communicate=True)
+        steps[passes] = done.copy()
+    return steps
+
+
+def unsafe_writes(done: Sequence[int | str]) -> list[int]:
+    """Places of exchanges that write a stage which a peer may still read: no meeting lies between the two uses."""
+    last: dict[int | str, int] = {}
+    unsafe = []
+    for place, what in enumerate(done):
+        if what != "sum":
+            if last.get(what) == place - 1:  # every other exchange in between is a barrier, and so is a sum
+                unsafe.append(place)
+            last[what] = place
+    return unsafe
+
+
+@pytest.mark.parametrize("order", [(1, 2), (2, 1)])
+def test_graphs_captured_and_replayed_in_any_order_never_write_a_stage_that_a_peer_may_read(order, monkeypatch):
+    counts = {1: 3, 2: 5}
+    steps = recorded_steps(monkeypatch, {passes: counts[passes] for passes in order})
+    first, second = (steps[passes] for passes in order)
+    exchanged = {passes: [what for what in done if what != "sum"] for passes, done in steps.items()}
+    assert {passes: len(stages) for passes, stages in exchanged.items()} == counts
+    assert first[0] != second[0]  # turns go on
+    for replays in itertools.product((first, second), repeat=4):
+        assert unsafe_writes([what for done in replays for what in done]) == []
+    without_sums = exchanged[1] + exchanged[1]
+    assert unsafe_writes(without_sums) == [3]  # odd numbers of exchanges need the sum between two steps
 
 
 def connected_where_one_rank_cannot(rank: int) -> tuple[bool, bool]:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kernel_accuracy import DEVICE, Draw
-from scalefold.kernels import adam_swa, elementwise, reference
+from scalefold.config import TrainingConfig
+from scalefold.kernels import adam_swa, elementwise, operations, reference
+from scalefold.optim import FlatParameters, Optimizer
 
 HYPER = {"beta_1": 0.9, "beta_2": 0.999, "eps": 1e-6, "swa_decay": 0.9}
 
@@ -38,6 +40,23 @@ def test_adam_swa_without_a_copy_equals_the_one_with():
     adam_swa.adam_swa(*first, None, scalars, **HYPER)
     adam_swa.adam_swa(*second, torch.empty(77, dtype=torch.bfloat16, device=DEVICE), scalars, **HYPER)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("table", ["reference", "triton"])
+def test_every_segment_takes_its_own_scale_into_norm_and_clip(table):
+    model, scales = torch.nn.Linear(40, 30, device=DEVICE), {"weight": 1 / 218, "bias": 1 / 1744}
+    flat = FlatParameters(model, torch.device(DEVICE), gradient_scale=scales.__getitem__)
+    optimizer, means = Optimizer(flat, TrainingConfig(), operations(table)), {}
+    for slot in flat.slots:
+        segment = flat.segment_of(slot)
+        gradient = flat.view(flat.gradients[segment], slot, segment.start)
+        means[slot.name] = gradient.copy_(Draw(slot.start + 1)(*slot.shape)) * scales[slot.name]
+    optimizer.prepare(1)
+    optimizer.apply()
+    norm = torch.nn.utils.get_total_norm(list(means.values()))
+    torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-6, atol=0)
+    for name, moment in flat.named_views(optimizer.exp_avg):
+        torch.testing.assert_close(moment, 0.1 * means[name] * (0.1 / norm).clamp(max=1.0), rtol=2e-5, atol=0)
 
 
 def test_buffers_of_different_length_are_refused():

@@ -6,7 +6,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_accuracy import DEVICE, Draw, results
+from loose_products import FAR, LooseProducts
 from scalefold.config import StructureConfig
+from scalefold.evaluators import precision
 from scalefold.kernels import point_attention, reference, rows, triton_ops, tuning, use_operations
 from scalefold.model.rigid import Rigid
 from scalefold.model.structure import MASK_INF, InvariantPointAttention
@@ -127,6 +129,24 @@ def test_the_structure_module_gives_the_same_with_these_kernels():
     use_operations(module, triton_ops.TRITON)
     for own, expected in zip(results(update, leaves, torch.float32), plain, strict=True):
         assert (own - expected).norm() <= RELATIVE * expected.norm().clamp_min(1.0)  # the bias of linear_b gets 0
+
+
+@pytest.mark.parametrize(
+    ("function", "gradient"),
+    [(point_attention, 1.0), (point_attention, FAR), (reference, 1.0)],  # large ones reach the definition's q and k
+    ids=["kernels", "kernels, gradients", "definition"],
+)
+def test_products_with_coordinates_or_their_gradients_never_use_tf32(function, gradient):
+    leaves = [leaf.detach().requires_grad_() for leaf in make_leaves(1, 5, 3)]
+    far = [leaf + FAR if leaf.shape[-1] == 3 and leaf.dim() == 5 else leaf for leaf in leaves]
+    with precision("tf32"), LooseProducts() as mode:
+        outputs = function.invariant_point_attention(*far, torch.ones(1, 5, device=DEVICE), MASK_INF)
+        gradients = [torch.full_like(output, gradient if output.dim() == 5 else 1.0) for output in outputs]
+        torch.autograd.backward(outputs, gradients)
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert all(leaf.grad is not None for leaf in leaves)
+    assert mode.seen >= 3  # weights and pair representation: one product forward, two backward
+    assert mode.with_coordinates == []
 
 
 class Launches(TorchDispatchMode):

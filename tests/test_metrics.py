@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,6 +43,33 @@ def test_score_is_pooled_over_pairs_not_averaged_over_residues() -> None:
     mask = torch.ones(1, 6)
     assert metrics.lddt_ca(predicted, truth, mask).item() == pytest.approx(12 / 14)
     assert metrics.lddt_ca_per_residue(predicted, truth, mask).mean().item() == pytest.approx(4 / 6)
+
+
+def test_scores_are_products_with_the_reciprocal_as_the_reference_rounds_them() -> None:
+    """A residue with 25 neighbours that meets 10 of 100 thresholds lies below a tenth, in bin 4 of 50 and not in 5."""
+    around = torch.tensor([[x, y, z] for x in (-3.0, 0.0, 3.0) for y in (-3.0, 0.0, 3.0) for z in (-3.0, 0.0, 3.0)])
+    truth = torch.cat((torch.zeros(1, 3), around[around.abs().sum(-1) > 0][:25]))[None]
+    predicted = truth * 100.0
+    met = torch.tensor([0.1] * 2 + [1.5])  # four thresholds each, then two
+    predicted[0, 1:4] = truth[0, 1:4] * (1.0 + met / truth[0, 1:4].norm(dim=-1))[:, None]
+    mask = torch.ones(1, 26)
+    score, counted = metrics.lddt_pairs(predicted, truth, mask)
+    assert (score[0, 0].sum().item(), counted[0, 0].sum().item()) == (2.5, 25.0)
+    found = metrics.lddt_ca_per_residue(predicted, truth, mask)[0, 0]
+    assert found.item() == 0.09999999403953552
+    assert torch.floor(found * 50).item() == 4.0
+
+
+@pytest.mark.parametrize("pooled", [False, True], ids=["per residue", "pooled"])
+def test_every_score_has_the_bits_of_the_reciprocal_first(pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, score = (x.ravel() for x in np.mgrid[0:45, 0 : 4 * 44 + 1].astype(np.float32))
+    score /= 4
+    expected = np.float32(1) / (np.float32(1e-8) + count) * (np.float32(1e-8) + score)
+    pairs = [torch.from_numpy(x)[(...,) + (None,) * (1 + pooled)] for x in (score, count)]
+    monkeypatch.setattr(metrics, "lddt_pairs", lambda *_: pairs)
+    found = (metrics.lddt_ca if pooled else metrics.lddt_ca_per_residue)(*(torch.empty(0),) * 3)
+    assert found.dtype == torch.float32
+    assert np.array_equal(found.numpy(), expected)
 
 
 def test_thresholds_cutoff_and_self_pairs() -> None:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loose_products import FAR, LooseProducts
 from parity import golden
 from scalefold import loss
 from scalefold.config import LossConfig
+from scalefold.evaluators import precision
 from scalefold.model import AlphaFold, cast_trunk, select_slice
 from scalefold.model.rigid import Rigid
 
@@ -208,3 +210,23 @@ def test_rigid_algebra_never_calls_a_matrix_product() -> None:
         frames.compose(frames).apply(frames.translation)
     assert calls
     assert [name for name in calls if name.startswith(("aten.mm", "aten.bmm", "aten.addmm", "aten.baddbmm"))] == []
+
+
+def test_no_product_that_may_use_tf32_takes_a_coordinate_in_forward_or_backward() -> None:
+    """Structure module, frames, atoms and FAPE, with everything moved far away from the origin."""
+    module, batch = golden.small_model().structure_module, select_slice(golden.small_batch(), 0)
+    quaternion, translation = module._identity_frames(batch["msa_feat"][:, 0])
+    module._identity_frames = lambda s: (quaternion, translation + FAR)  # type: ignore[method-assign]
+    generator, (b, n) = torch.Generator().manual_seed(0), batch["aatype"].shape
+    s, z = (
+        torch.randn(shape, generator=generator).requires_grad_()
+        for shape in ((b, n, module.linear_in.in_features), (b, n, n, module.layer_norm_z.weight.numel()))
+    )
+    with precision("tf32"), LooseProducts() as mode:
+        outputs = module(s, z, batch["seq_mask"], batch["aatype"])._asdict()
+        (loss.backbone_fape(outputs, batch) + loss.sidechain_fape(outputs, batch)).sum().backward()
+    assert outputs["sm_positions"].abs().max() > FAR
+    assert s.grad is not None
+    assert s.grad.isfinite().all()
+    assert mode.seen > 50  # the layers and the products with the pair representation
+    assert mode.with_coordinates == []

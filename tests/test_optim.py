@@ -63,6 +63,54 @@ def test_five_steps_equal_torch_adam_with_clipping_and_averaging(scale: float) -
             torch.testing.assert_close(averaged[name], value.detach(), rtol=2e-5, atol=1e-7)
 
 
+def scaled(scales: dict[str, float], dtype: torch.dtype | None = None) -> tuple[FlatParameters, Optimizer]:
+    """Flat parameters of which those named after a letter of ``scales`` have that gradient scale, all others 1."""
+    torch.manual_seed(0)
+    flat = FlatParameters(
+        Attention(),
+        torch.device("cpu"),
+        gradient_scale=lambda name: next((s for letter, s in scales.items() if f"_{letter}." in name), 1.0),
+        gradient_dtype=dtype,
+    )
+    return flat, Optimizer(flat, TrainingConfig(opt_base_learning_rate=1e-2, opt_learning_rate_warmup_steps=0))
+
+
+def by_name(flat: FlatParameters, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in flat.named_views(buffer)}
+
+
+def filled(flat: FlatParameters, scales: dict[str, float], size: float) -> dict[str, torch.Tensor]:
+    """Draw the flat gradient; returns its values times their scales, exact to fp64, by name."""
+    generator, exact = torch.Generator().manual_seed(1), {}
+    for slot in sorted(flat.slots, key=lambda slot: slot.name):
+        segment = flat.segment_of(slot)
+        place = flat.view(flat.gradients[segment], slot, segment.start)
+        place.copy_(size * torch.randn(slot.shape, generator=generator))
+        exact[slot.name] = place.double() * next((s for k, s in scales.items() if f"_{k}." in slot.name), 1.0)
+    return exact
+
+
+@pytest.mark.parametrize("size", [1e-3, 10.0], ids=["norm below the limit", "norm above the limit"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_summed_gradient_updates_as_its_scaled_values_do_without_rounding_them(size, dtype) -> None:
+    scales = {"q": 1 / 218, "o": 1 / 1744}  # 218 replicas of 8 ranks: what all ranks hold a part of, and the rest
+    flat, optimizer = scaled(scales, dtype)
+    exact = filled(flat, scales, size)
+    norm = torch.stack([g.square().sum() for g in exact.values()]).sum().sqrt()
+    factor = min(1.0, 0.1 / (norm.item() + 1e-6))
+    before = by_name(flat, flat.master)
+    optimizer.prepare(1)
+    optimizer.apply()
+    assert optimizer.grad_norm.item() == pytest.approx(norm.item(), rel=1e-6)
+    mean, square, after = (by_name(flat, b) for b in (optimizer.exp_avg, optimizer.exp_avg_sq, flat.master))
+    for name, gradient in exact.items():
+        clipped = factor * gradient
+        torch.testing.assert_close(mean[name].double(), 0.1 * clipped, rtol=1e-6, atol=0)
+        torch.testing.assert_close(square[name].double(), 1e-3 * clipped.square(), rtol=2e-6, atol=1e-30)
+        expected = before[name].double() - 1e-2 * clipped / (clipped.abs() + 1e-6)
+        torch.testing.assert_close(after[name].double(), expected, rtol=0, atol=1e-7)
+
+
 def test_query_key_value_and_gate_projections_are_neighbours_in_memory() -> None:
     model = Attention()
     flat = FlatParameters(model, torch.device("cpu"))

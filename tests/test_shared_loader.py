@@ -1,12 +1,16 @@
 """A DAP group builds each sample once: the first rank's batches arrive on all ranks bit for bit."""
 
 import hashlib
+import itertools
 import multiprocessing as mp
 import os
 import queue
 import threading
+import time
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +109,42 @@ def test_a_slot_is_not_written_again_while_the_step_before_may_still_read_it() -
         return bool((kept.buffer == 1).all())
 
     assert run_group(take) == dict.fromkeys(range(NUM_RANKS), True)
+
+
+def test_a_slot_is_not_written_again_before_the_slowest_rank_has_read_it() -> None:
+    """Nothing but the loader holds the ranks together: no step, no barrier, no order of calls around it."""
+
+    def take(rank: int, loader: SharedLoader) -> list[bool]:
+        right = []
+        for iteration in range(1, 3 * NUM_SLOTS + 1):
+            batch = loader.next(iteration)
+            if rank == 1:
+                time.sleep(0.02)
+            right.append(bool((batch.buffer == iteration).all()))
+        return right
+
+    assert run_group(take) == dict.fromkeys(range(NUM_RANKS), [True] * 3 * NUM_SLOTS)
+
+
+def test_a_slot_is_not_written_again_before_the_device_has_copied_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    over: list[int] = []  # numbers of the batches whose copy the host knows to be done
+    numbers = itertools.count()
+    stream = SimpleNamespace(record_event=lambda: SimpleNamespace(synchronize=partial(over.append, next(numbers))))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    own, known = Numbered(), {}
+    original = own.next
+
+    def fetch(iteration: int) -> Batch:
+        known[iteration] = over[-1:]
+        return original(iteration)
+
+    own.next = fetch  # type: ignore[method-assign]
+    loader = SharedLoader(own, Threads(True, [], queue.Queue(), threading.Barrier(1)), SETTINGS, 2, False)  # type: ignore[arg-type]
+    loader._registered = True
+    for iteration in range(1, 3 * NUM_SLOTS + 1):
+        loader.next(iteration)
+    for iteration in range(NUM_SLOTS + 1, 3 * NUM_SLOTS + 1):
+        assert known[iteration] == [iteration - NUM_SLOTS]
 
 
 def test_no_name_is_left_in_shared_memory() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ import torch.distributed as dist
 
 from processes import free_port
 from runs import tiny_config
+from scalefold import evaluators
 from scalefold.config import Config
 from scalefold.errors import DataError, RankLostError, ScaleFoldError
+from scalefold.parallel import watch
 from scalefold.parallel.ranks import start
 from scalefold.parallel.watch import Sign, Watch, blame
+from scalefold.report.record import read_metrics
 from scalefold.run import RunOptions
 from scalefold.train import run_rank
 
@@ -211,10 +215,37 @@ def test_the_groups_of_the_loop_get_the_short_timeout_after_the_first_step(tiny_
         assert backend.options._timeout.total_seconds() < 60
         ranks.watch.at("evaluation", 2)
         assert ranks.watch.limit_s == 60
+        assert backend.options._timeout.total_seconds() > 60
+        ranks.watch.at("training step", 3)
+        assert backend.options._timeout.total_seconds() < 60
         ranks.stop()
 
     ends = run_apart(function, 2, tmp_path)
     assert [(end.status, end.text) for end in ends] == [(0, "")] * 2
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("apart", [True, False], ids=["on ranks of its own", "on the training ranks"])
+def test_ranks_wait_for_an_evaluation_that_takes_longer_than_a_step_may(
+    apart: bool, tiny_store: Path, tmp_path: Path
+) -> None:
+    layout = ("parallel.ranks_per_node=3", "parallel.num_eval_ranks=1") if apart else ()
+    config, slow = two_ranks(tiny_store, tmp_path / "run", *layout), 2 if apart else 1
+
+    def function(rank: int) -> None:
+        score = evaluators.score_chains
+
+        def score_slowly(*args: Any) -> dict[str, float]:
+            if rank == slow:
+                time.sleep(STEP_TIMEOUT_S + 2)
+            return score(*args)
+
+        watch.GRACE_S, evaluators.score_chains = 0.5, score_slowly  # type: ignore[assignment]
+        run_rank(config, RunOptions())
+
+    ends = run_apart(function, 3 if apart else 2, tmp_path)
+    assert [(end.status, end.text) for end in ends] == [(0, "")] * len(ends)
+    assert len(read_metrics(tmp_path / "run").eval_lddt_ca) == 2
 
 
 @pytest.mark.distributed

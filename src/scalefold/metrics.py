@@ -31,7 +31,7 @@ def lddt_pairs(predicted: Tensor, true: Tensor, mask: Tensor) -> tuple[Tensor, T
 def lddt_ca_per_residue(predicted: Tensor, true: Tensor, mask: Tensor) -> Tensor:
     """lDDT-Cα of each residue, the target of the confidence head; 1 where no pair counts. -> [B, N]."""
     score, counted = lddt_pairs(predicted, true, mask)
-    return (LDDT_EPS + score.sum(-1)) / (LDDT_EPS + counted.sum(-1))
+    return _share(score.sum(-1), counted.sum(-1))
 
 
 def lddt_ca(predicted: Tensor, true: Tensor, mask: Tensor) -> Tensor:
@@ -40,7 +40,12 @@ def lddt_ca(predicted: Tensor, true: Tensor, mask: Tensor) -> Tensor:
     predicted, true: Cα positions [B, N, 3], angstrom; mask: [B, N], 1 where the true Cα is present -> [B], 0..1.
     """
     score, counted = lddt_pairs(predicted, true, mask)
-    return (LDDT_EPS + score.sum((-1, -2))) / (LDDT_EPS + counted.sum((-1, -2)))
+    return _share(score.sum((-1, -2)), counted.sum((-1, -2)))
+
+
+def _share(score: Tensor, counted: Tensor) -> Tensor:
+    """Sum of scores by number of pairs, as the reference rounds it: a quotient falls into other bins of confidence."""
+    return (1.0 / (LDDT_EPS + counted)) * (LDDT_EPS + score)
 
 
 def prediction_lddt_ca(final_atom_positions: Tensor, batch: dict[str, Tensor]) -> Tensor:

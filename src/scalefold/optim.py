@@ -5,7 +5,8 @@ same layout. Parameters that compute in bf16 get a second, bf16 buffer that the 
 others are views of the master itself. So a step is a few kernels whatever the number of tensors, a snapshot of the
 averaged weights is one copy, and clip coefficient and norm never leave the device.
 
-Update of iteration t (training specification, sections 3 to 5), g the gradient averaged over data-parallel replicas:
+Update of iteration t (training specification, sections 3 to 5), g the gradient averaged over data-parallel replicas,
+which is a segment's sum over all ranks times its scale; the scale is part of the clip and never applied on its own:
 
     c = min(1, clip / (|g| + 1e-6));  m = b1 m + (1 - b1) c g;  v = b2 v + (1 - b2) (c g)^2
     p = p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
@@ -71,7 +72,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Segment:
-    """A contiguous range of parameters that share compute type and gradient scale."""
+    """A contiguous range of parameters that share compute type and gradient scale.
+
+    ``gradient_scale`` makes the sum over all training ranks, which the flat gradient holds, the data-parallel mean.
+    """
 
     start: int
     stop: int
@@ -102,7 +106,7 @@ class FlatParameters:
         model: its parameters are re-pointed to the buffers; values are kept.
         device: where the buffers live.
         compute_dtype: type in which parameters compute, by name.
-        gradient_scale: factor on a parameter's gradient before it is summed over all training ranks, by name.
+        gradient_scale: factor on a parameter's gradient summed over all training ranks, by name.
         gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
     """
 
@@ -207,7 +211,10 @@ def _aligned(count: int) -> int:
 
 
 class Optimizer:
-    """Clip, Adam and weight averaging over the flat buffers of one model."""
+    """Clip, Adam and weight averaging over the flat buffers of one model.
+
+    ``grad_norm`` is that of the scaled gradient; a row of ``scalars`` belongs to a segment (``reference.adam_swa``).
+    """
 
     def __init__(self, flat: FlatParameters, config: TrainingConfig, ops: Operations = REFERENCE) -> None:
         self.flat, self.config, self.ops = flat, config, ops
@@ -217,7 +224,9 @@ class Optimizer:
         self.adam_step = 0
         self.num_averaged = 0
         self.grad_norm = torch.zeros((), device=flat.master.device)
-        self.scalars = torch.zeros(5, device=flat.master.device)
+        scales = [segment.gradient_scale for segment in flat.segments]
+        self.scales = torch.tensor(scales, dtype=torch.float32, device=flat.master.device)
+        self.scalars = torch.zeros(len(scales), ALIGNMENT, device=flat.master.device)[:, :5]
 
     def prepare(self, step: int) -> None:
         """Send the numbers of iteration ``step`` to the device: rate, bias corrections, copy-or-average."""
@@ -228,16 +237,17 @@ class Optimizer:
             (1.0 - c.opt_adam_beta_2**t) ** 0.5,
             float(self.num_averaged == 0),
         ]
-        self.scalars[1:].copy_(torch.tensor(values), non_blocking=True)
+        self.scalars[:, 1:].copy_(torch.tensor(values).expand(len(self.scalars), -1), non_blocking=True)
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Clip, Adam, average, refresh the compute copies; device work only, so it can be captured."""
+        """Scale, clip, Adam, average, refresh the compute copies; device work only, so it can be captured."""
         c, flat = self.config, self.flat
         squares = [self.ops.sum_of_squares(flat.gradients[segment]) for segment in flat.segments]
-        self.grad_norm.copy_(torch.stack(squares).sum().sqrt())
-        self.scalars[0] = (c.opt_gradient_clip_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        for segment in flat.segments:
+        self.grad_norm.copy_((torch.stack(squares) * self.scales.square()).sum().sqrt())
+        clip = (c.opt_gradient_clip_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        self.scalars[:, 0] = clip * self.scales
+        for segment, scalars in zip(flat.segments, self.scalars, strict=True):
             part = slice(segment.start, segment.stop)
             self.ops.adam_swa(
                 flat.master[part],
@@ -246,7 +256,7 @@ class Optimizer:
                 self.exp_avg_sq[part],
                 self.averaged[part],
                 flat.compute_copy(segment),
-                self.scalars,
+                scalars,
                 c.opt_adam_beta_1,
                 c.opt_adam_beta_2,
                 c.opt_adam_epsilon,

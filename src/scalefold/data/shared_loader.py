@@ -2,13 +2,14 @@
 
 The first rank of the group owns the workers. It writes each batch into one of a few slots of host memory that all ranks
 of the group map, and announces it with a small header of fixed size; nothing is pickled. A slot is used again
-``NUM_SLOTS`` steps later: by then the owner has seen the end of a step in which all others took part, after they copied
-what the slot held before.
+``NUM_SLOTS`` batches later, once every rank has said that nothing reads what it held before. Of whoever takes a batch
+only this is asked: that its copy is in the device's current stream before the next batch is asked for.
 """
 
 import logging
 import os
 import time
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,6 +64,7 @@ class SharedLoader:
         ]
         self._slots = self._map(NUM_SLOTS, buffer_bytes(self._shapes[-1]))
         self._next_slot = 0
+        self._taken: deque[torch.cuda.Event] = deque()  # after the copy of each batch whose slot was not used again
         self._registered = page_locked and _register(self._slots)
 
     def spawn(self) -> None:
@@ -78,6 +80,7 @@ class SharedLoader:
     def next(self, iteration: int) -> Batch:
         """``TrainLoader.next``, the same batch on all ranks of the group."""
         start = time.perf_counter()
+        self._release()
         slot = self._slots[self._next_slot]
         self._next_slot = (self._next_slot + 1) % NUM_SLOTS
         if self._own is None:
@@ -86,6 +89,14 @@ class SharedLoader:
         slot[: batch.buffer.numel()].copy_(batch.buffer)
         self._replica.broadcast_in_replica(_header(batch))
         return replace(batch, buffer=slot[: batch.buffer.numel()])
+
+    def _release(self) -> None:
+        """Wait until no rank of the group reads the slot that comes next; it is ``NUM_SLOTS`` batches old."""
+        if self._registered:  # other copies to a device are over when their call returns
+            self._taken.append(torch.cuda.current_stream().record_event())
+            if len(self._taken) == NUM_SLOTS:
+                self._taken.popleft().synchronize()
+        self._replica.barrier_in_replica()
 
     def slowest(self) -> list[tuple[float, str]]:
         """``TrainLoader.slowest``; nothing on ranks that do not build."""

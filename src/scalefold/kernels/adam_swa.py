@@ -16,10 +16,10 @@ def _update(
     param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, index, keep, weight_1, beta_2, weight_2, eps, swa_weight
 ):
     """One block of elements; ``keep`` is a mask or None. Every buffer is read and written once."""
-    clip, lr = tl.load(scalars), tl.load(scalars + 1)
+    factor, lr = tl.load(scalars), tl.load(scalars + 1)
     correction_1, correction_2_sqrt = tl.load(scalars + 2), tl.load(scalars + 3)
     weight = tl.where(tl.load(scalars + 4) > 0, 1.0, swa_weight)
-    g = tl.load(grad + index, mask=keep).to(tl.float32) * clip
+    g = tl.load(grad + index, mask=keep).to(tl.float32) * factor
     m = tl.load(exp_avg + index, mask=keep)
     m += weight_1 * (g - m)
     v = tl.load(exp_avg_sq + index, mask=keep) * beta_2 + weight_2 * g * g

@@ -3,8 +3,9 @@
 Same meaning as ``reference.invariant_point_attention``, without its [N, N, H, P, 3] intermediate: distances and softmax
 happen in registers, and of the size N^2 H only the weights are written. Channels and points are packed side by side
 first, whatever their strides: q and k as components of residues [C, N], which the kernels read in contiguous pieces; v
-as rows [N, C], so that one product gives both of its outputs. All in fp32. Products of q and k and everything about a
-coordinate are element-wise; the products with the weights are the library's and follow its tf32 switch.
+as rows [N, C], so that one product gives both of its outputs. All in fp32. Products of q and k and distances are
+element-wise; products with the weights are the library's. Those that carry coordinates, or gradients of them, are full
+fp32 products whatever the tf32 switch says; those with the pair representation follow it.
 
 Forward:  pack; logits and softmax by rows; two products.
 Backward: pack the gradients of o and o_points; gradient of the weights (two products); gradients of logits, bias and q
@@ -13,7 +14,8 @@ Backward: pack the gradients of o and o_points; gradient of the weights (two pro
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -171,6 +173,17 @@ def _columns_kernel(
     _own_gradient(d, k + first, q + first, d_k + first, j, i, n, scale, weight, D, C)
 
 
+@contextmanager
+def full_fp32() -> Iterator[None]:
+    """Library products of fp32 tensors without tf32, for products with coordinates; a CUDA graph keeps the choice."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = before
+
+
 def _pack(splits: Sequence[Split], packed: Sequence[Tensor]) -> None:
     """Write channels and flattened points side by side, several tensors in one launch. packed: [B, N, H, C] each."""
     channels, points = zip(*splits, strict=True)
@@ -219,7 +232,8 @@ class _PointAttention(torch.autograd.Function):
         )  # fmt: skip
         out, pair = torch.empty_like(values), q.new_empty(batch, n, heads, z.shape[-1])
         for weights_n, values_n, z_n, out_n, pair_n in zip(weights, values, z, out, pair, strict=True):
-            torch.bmm(weights_n, values_n.transpose(0, 1), out=out_n.transpose(0, 1))
+            with full_fp32():
+                torch.bmm(weights_n, values_n.transpose(0, 1), out=out_n.transpose(0, 1))
             torch.bmm(weights_n.transpose(0, 1), z_n, out=pair_n)
         ctx.save_for_backward(qk, values, z, point_weights, weights)
         ctx.widths = width, v.shape[-1]
@@ -237,7 +251,8 @@ class _PointAttention(torch.autograd.Function):
         d_qk, d_point_weights = _logits_gradient(qk, point_weights, weights, d_bias, width)
         d_values, d_z = torch.empty_like(values), torch.empty(z.shape, dtype=z.dtype, device=z.device)
         for weights_n, d_out_n, d_pair_n, d_values_n, d_z_n in zip(weights, d_out, d_pair, d_values, d_z, strict=True):
-            torch.bmm(weights_n.transpose(1, 2), d_out_n.transpose(0, 1), out=d_values_n.transpose(0, 1))
+            with full_fp32():
+                torch.bmm(weights_n.transpose(1, 2), d_out_n.transpose(0, 1), out=d_values_n.transpose(0, 1))
             torch.bmm(weights_n.permute(1, 2, 0), d_pair_n, out=d_z_n)
         d_q, d_q_points = _split(_components(d_qk[0]), width)
         d_k, d_k_points = _split(_components(d_qk[1]), width)
@@ -251,7 +266,8 @@ def _weights_gradient(values: Tensor, z: Tensor, d_out: Tensor, d_pair: Tensor) 
     batch, n, heads, _ = values.shape
     d_weights = values.new_empty(batch, heads, n, n)
     for values_n, z_n, d_out_n, d_pair_n, d_weights_n in zip(values, z, d_out, d_pair, d_weights, strict=True):
-        torch.bmm(d_out_n.transpose(0, 1), values_n.permute(1, 2, 0), out=d_weights_n)
+        with full_fp32():
+            torch.bmm(d_out_n.transpose(0, 1), values_n.permute(1, 2, 0), out=d_weights_n)
         d_weights_n.transpose(0, 1).baddbmm_(d_pair_n, z_n.transpose(1, 2))
     return d_weights
 

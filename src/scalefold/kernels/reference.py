@@ -205,6 +205,8 @@ def invariant_point_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention of Supplement Algorithm 22 between residues with frames; all in fp32.
 
+    Products with coordinates are sums of products, forward and backward: a matrix product would follow the tf32 switch.
+
     q, k: [B, N, H, D]; v: [B, N, H, D]; q_points, k_points: [B, N, H, P_q, 3] and v_points: [B, N, H, P_v, 3] in the
     global frame; bias: [B, N, N, H]; z: [B, N, N, c_z]; point_weights: [H], softplus(gamma) * sqrt(2 / (27 P_q));
     mask: [B, N] -> o [B, N, H, D], o_points (global frame) [B, N, H, P_v, 3], o_pair [B, N, H, c_z].
@@ -216,7 +218,7 @@ def invariant_point_attention(
     pair_mask = mask[:, :, None] * mask[:, None, :]
     weights = torch.softmax(logits + (pair_mask - 1.0)[:, None] * inf, dim=-1)
     o = torch.einsum("bhij,bjhd->bihd", weights, v)
-    o_points = torch.einsum("bhij,bjhpx->bihpx", weights, v_points)
+    o_points = (weights.permute(0, 2, 3, 1)[..., None, None] * v_points[:, None]).sum(2)
     o_pair = torch.einsum("bhij,bijc->bihc", weights, z)
     return o, o_points, o_pair
 
@@ -272,15 +274,16 @@ def adam_swa(
 ) -> None:
     """Clipped Adam step and weight averaging, in place on flat fp32 buffers.
 
-    param, exp_avg, exp_avg_sq, averaged: fp32 [n]; grad: fp32 or bf16 [n], not clipped yet; ``copy``: low-precision
-    compute weights [n] that follow the parameters, or None. ``scalars`` is a device
-    tensor fp32 [5], so that a captured graph reads new values at each replay: clip coefficient, learning rate,
-    1 - beta_1^t, sqrt(1 - beta_2^t), and 1 where the average must copy instead of average (first update), else 0.
+    param, exp_avg, exp_avg_sq, averaged: fp32 [n]; grad: fp32 or bf16 [n], neither scaled nor clipped yet; ``copy``:
+    low-precision compute weights [n] that follow the parameters, or None. ``scalars`` is a device tensor fp32 [5], so
+    that a captured graph reads new values at each replay: factor on the gradient (clip coefficient times gradient
+    scale), learning rate, 1 - beta_1^t, sqrt(1 - beta_2^t), and 1 where the average must copy instead of average
+    (first update), else 0.
     m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; p -= lr / (1-b1^t) * m / (sqrt(v) / sqrt(1-b2^t) + eps);
     avg = copy ? p : avg + (1 - decay) (p - avg).   Spec: benchmark training specification, sections 3 and 4.
     """
-    clip, lr, correction_1, correction_2_sqrt, replace = scalars.unbind()
-    g = grad.float() * clip
+    factor, lr, correction_1, correction_2_sqrt, replace = scalars.unbind()
+    g = grad.float() * factor
     exp_avg.lerp_(g, 1.0 - beta_1)
     exp_avg_sq.mul_(beta_2).addcmul_(g, g, value=1.0 - beta_2)
     denominator = exp_avg_sq.sqrt().div_(correction_2_sqrt).add_(eps)

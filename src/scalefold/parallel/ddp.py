@@ -22,7 +22,7 @@ class Bucket:
 
 
 class GradientReducer:
-    """Sums the flat gradient over ``group`` and applies each segment's gradient scale.
+    """Sums the flat gradient over ``group``; to make a mean of the sum is left to the optimizer, in fp32.
 
     Buckets are filled and launched by autograd hooks, always in the same order on every rank (the last parameters
     first, as backward produces them), so that communication overlaps the rest of backward. With one rank it only
@@ -58,7 +58,7 @@ class GradientReducer:
             bucket.missing = bucket.num_parameters
 
     def finish(self) -> None:
-        """After backward: launch what no hook launched (parameters without gradient), wait, scale."""
+        """After backward: launch what no hook launched (parameters without gradient), wait."""
         if not self.buckets or not self._communicate:
             self.flat.collect_gradients(self._accumulate)
             return
@@ -66,19 +66,12 @@ class GradientReducer:
             self._launch()
         for work in self._works:
             work.wait()
-        self._scale()
 
     def reduce_now(self) -> None:
         """Sum the flat gradient as it stands, without overlap: after gradients were accumulated in parts."""
         if self.buckets:
             for gradient in self.flat.gradients.values():
                 dist.all_reduce(gradient, group=self.group)
-            self._scale()
-
-    def _scale(self) -> None:
-        for segment, gradient in self.flat.gradients.items():
-            if segment.gradient_scale != 1.0:
-                gradient.mul_(segment.gradient_scale)
 
     def _hook(self, bucket: Bucket):
         def ready(_: Tensor) -> None:

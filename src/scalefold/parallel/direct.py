@@ -6,8 +6,10 @@ library's exchange needs its own rearranging copies before and after. No multica
 can hold it.
 
 Two stages take turns. Whoever writes to a stage again has passed the barrier of the other stage, which its peers reach
-only after reading the first one. Turns restart with every graph; there the sum of gradients and logged values that
-ends a step is the barrier. Measured beside NCCL by ``benchmarks/symmetric_exchange.py``.
+only after reading the first one. Turns go on from one captured graph to the next, and graphs are replayed in any order,
+so one may begin with the stage that the one before ended with: between them the sum of gradients and logged values
+over all training ranks, with which every captured part of a step ends, is the barrier.
+Measured beside NCCL by ``benchmarks/symmetric_exchange.py``.
 """
 
 import logging

@@ -2,7 +2,8 @@
 
 A thread of every rank writes a sign of life (host, step, activity, collective it waits in) into the run's key-value
 store every few seconds and reads that of its right neighbour. Three things end a run, each within the timeout of its
-part (``parallel.startup_timeout_s`` until the first step is through, ``parallel.step_timeout_s`` afterwards):
+part (``parallel.startup_timeout_s`` until the first step is through and for evaluations, checkpoints and warm-up,
+``parallel.step_timeout_s`` otherwise), and a collective waits as long as the activity that it belongs to:
 
 * this rank makes no progress for the timeout;
 * the neighbour gives no sign for half the timeout: it was killed or its node is gone;
@@ -81,7 +82,8 @@ class Watch:
         self.rank, self.world_size = rank, world_size
         self.startup_timeout_s, self.step_timeout_s = float(startup_timeout_s), float(step_timeout_s)
         self.beat_s = min(SLOWEST_BEAT_S, max(FASTEST_BEAT_S, min(startup_timeout_s, step_timeout_s) / 8))
-        self.groups: list[dist.ProcessGroup] = []  # their own timeout is shortened with the second part
+        self.groups: list[dist.ProcessGroup] = []  # their own timeout follows the activity
+        self._groups_wait_s = self.startup_timeout_s
         self.before_exit: Callable[[], None] = lambda: None
         self._store = own_connection(store) if store is not None else None
         self._activity, self._step, self._since = "start-up", 0, time.monotonic()
@@ -116,7 +118,8 @@ class Watch:
         self._activity, self._step, self._since = activity, step or self._step, time.monotonic()
         self._first_step = self._first_step or step or None
         if not self._stepping and self._first_step is not None and self._step > self._first_step:
-            self._shorten()
+            self._stepping = True
+        self._fit_groups()
 
     @property
     def limit_s(self) -> float | None:
@@ -162,11 +165,14 @@ class Watch:
             self.rank, socket.gethostname(), os.getpid(), self._beats, self._step, self._activity, since_s, call
         )
 
-    def _shorten(self) -> None:
-        self._stepping = True
-        timeout = datetime.timedelta(seconds=self.step_timeout_s + GRACE_S)
+    def _fit_groups(self) -> None:
+        """Let what is called from now on wait for a rank that takes as long as the present activity may."""
+        limit_s = self.limit_s
+        if limit_s is None or limit_s == self._groups_wait_s:
+            return
+        self._groups_wait_s = limit_s
         for group in self.groups:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=limit_s + GRACE_S), group)
 
     def _run(self, store: Store) -> None:
         try:
