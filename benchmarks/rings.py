@@ -209,7 +209,7 @@ class _Walk:
         return [scalar(operation, values)]
 
     def allocate(self, operation: Operation) -> Slot:
-        """A ring: one per line of the program, whatever loop that is in. One that is given a value is written at once."""
+        """A ring: one per line of the program, whatever loop that is in. One with a value is written at once."""
         shape = re.search(r"memdesc<([0-9x]+)x", operation.text)
         self.rings[operation.result] = shape[1] if shape else "?"
         slot = Slot(operation.result, None)
