@@ -4,6 +4,7 @@ import csv
 import datetime
 import gc
 import os
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -66,17 +67,22 @@ def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGrap
     return graph
 
 
-def facts() -> dict[str, str]:
-    """Date, device, torch version and commit: the first columns of every row.
+def commit() -> str:
+    """Short hash of the checkout; where there is no git, what SCALEFOLD_COMMIT says."""
+    stated = os.environ.get("SCALEFOLD_COMMIT")
+    if stated or shutil.which("git") is None:
+        return stated or "unknown"
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=FOLDER)
+    return found.stdout.strip() or "unknown"
 
-    ``SCALEFOLD_COMMIT`` names the commit of a copy without its repository.
-    """
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=FOLDER)
+
+def facts() -> dict[str, str]:
+    """Date, device, torch version and commit: the first columns of every row."""
     return {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or os.environ.get("SCALEFOLD_COMMIT", "unknown"),
+        "commit": commit(),
     }
 
 

@@ -4,7 +4,8 @@ A case builds its inputs and calls one operation of any table, so the same list 
 (``tune.py``) and the comparison with other implementations (``kernels.py``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,17 @@ from scalefold.kernels import Operations
 DEVICE = "cuda"
 MSA, EXTRA, N, TEMPLATES = 128, 1024, 256, 4  # rows and residues of a training crop
 PAIR_BLOCKS = 52  # Evoformer and extra-MSA stack
+
+
+@contextmanager
+def on_device(name: str) -> Iterator[None]:
+    """Build inputs elsewhere inside the block: ``cpu`` for the interpreter, ``meta`` to compile without running."""
+    global DEVICE
+    before, DEVICE = DEVICE, name
+    try:
+        yield
+    finally:
+        DEVICE = before
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ class Draw:
     def __init__(self, wants_gradient: bool, dtype: torch.dtype) -> None:
         self.wants_gradient, self.dtype = wants_gradient, dtype
         self.leaves: list[Tensor] = []
-        self.generator = torch.Generator(device=DEVICE).manual_seed(1)
+        self.generator = None if DEVICE == "meta" else torch.Generator(device=DEVICE).manual_seed(1)
 
     def __call__(self, *shape: int, scale: float = 1.0, transposed: bool = False) -> Tensor:
         """A leaf; ``transposed``: stored with dimensions 1 and 2 exchanged."""

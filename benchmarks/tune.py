@@ -8,12 +8,14 @@
 First every candidate of every problem is compiled by a pool of processes, most expensive problems first; then this
 process alone times what has compiled: the operation inside a CUDA graph, forward only for kernels of the forward pass.
 Earlier results come first: the present choice, then choices of other machines for the same problem. A candidate that
-does not compile, does not launch, or disagrees with the present choice is left out, and one that is faster by less than
-a hundredth does not replace it. At the time limit the choices made so far are kept. Every choice is a row of
-``tuning.csv``.
+does not compile, does not launch, races (``rings.py``), or disagrees with the present choice is left out, and one that
+is faster by less than a hundredth does not replace it. What is chosen has given the same bits in REPEATS repeats, with
+memory poisoned in between; what differs, the present choice too, is dropped and named. At the time limit the choices
+made so far are kept. Every choice is a row of ``tuning.csv``.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -21,17 +23,21 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
+from bits import Difference, repeat
 from common import FOLDER, append_rows, capture, facts, print_table
 from operation_cases import Case, Inputs, evaluation_cases, outputs_of, training_cases
+from rings import ring_faults, unguarded_refills
 from scalefold.kernels import tuning
 from scalefold.kernels.triton_ops import TRITON
 
@@ -39,6 +45,7 @@ COMPILE_SHARE = 0.6  # of the time limit
 MAX_CANDIDATES = 20
 LARGEST_DIFFERENCE = 0.02  # relative, between candidates: bf16 rounding in another order
 REPLAYS = 12
+REPEATS = 20  # with equal bits, before a candidate may be chosen
 LEAST_GAIN = 0.01  # of the operation's time: less is noise
 REGISTERS = (96, 128, 168)  # per thread: five, four and three programs of four warps on a multiprocessor
 
@@ -52,6 +59,7 @@ class Problem:
     case: int
     backward: bool
     candidates: list[tuning.Config] = field(default_factory=list)
+    present: tuning.Config = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -163,17 +171,46 @@ def find_task(n: int) -> list[Problem]:
         torch.cuda.empty_cache()
 
 
-def compile_task(problem: Problem, config: tuning.Config) -> bool:
-    """Run the case once with a candidate, so that the on-disk cache holds its kernels; False if it does not run."""
+@contextmanager
+def recorded_kernels() -> Iterator[list[Any]]:
+    """Collect the compiled kernels that are launched."""
+    kernels: list[Any] = []
+    original = JITFunction.run
+
+    def record(self: JITFunction, *arguments: Any, **options: Any) -> Any:
+        kernels.append(original(self, *arguments, **options))
+        return kernels[-1]
+
+    JITFunction.run = record  # type: ignore[method-assign]
     try:
-        with tuning.override(problem.kernel, config, **problem.fields):
+        yield kernels
+    finally:
+        JITFunction.run = original  # type: ignore[method-assign]
+
+
+@functools.cache
+def races(ttgir: str, ptx: str, num_warps: int) -> bool:
+    """Whether a compiled kernel may overwrite what an unfinished product reads."""
+    return bool(ring_faults(ttgir) or unguarded_refills(ptx, num_warps))
+
+
+def compile_task(problem: Problem, config: tuning.Config) -> bool:
+    """Run the case once with a candidate, so that the on-disk cache holds its kernels.
+
+    False if it does not run, or if a kernel races.
+    """
+    try:
+        with tuning.override(problem.kernel, config, **problem.fields), recorded_kernels() as kernels:
             run_once(_worker_cases[problem.case].build(), problem.backward)
         torch.cuda.synchronize()
+        racing = [k.name for k in kernels if races(k.asm["ttgir"], k.asm["ptx"], k.metadata.num_warps)]
     except Exception:  # whatever the compiler or the driver says, this candidate is not for this GPU
         return False
     finally:
         torch.cuda.empty_cache()
-    return True
+    if racing:
+        print(f"{problem.kernel} {problem.key[1]}: {config} races in {', '.join(racing)}", flush=True)
+    return not racing
 
 
 def unique(problems: list[Problem], cases: list[Case]) -> list[Problem]:
@@ -185,12 +222,12 @@ def unique(problems: list[Problem], cases: list[Case]) -> list[Problem]:
 
 
 def compile_all(pool: ProcessPoolExecutor, problems: list[Problem], refine: bool, deadline: float) -> None:
-    """Keep of every problem's candidates the present choice and those that ran before the deadline."""
+    """Keep of every problem's candidates those that ran before the deadline, and the present choice if it was late."""
     futures: dict[Future[bool], tuple[Problem, tuning.Config]] = {}
     for problem in problems:
-        present, *others = choices(problem, refine)
-        problem.candidates = [present]
-        for config in others:
+        configs = choices(problem, refine)
+        problem.present, problem.candidates = configs[0], []
+        for config in configs:
             futures[pool.submit(compile_task, problem, config)] = (problem, config)
     done, late = wait(futures, timeout=max(0.0, deadline - time.monotonic()))
     for future in late:
@@ -200,7 +237,8 @@ def compile_all(pool: ProcessPoolExecutor, problems: list[Problem], refine: bool
         f"{len(futures)} candidates: {ran} run, {len(done) - ran} do not, {len(late)} left for lack of time", flush=True
     )
     for future, (problem, config) in futures.items():
-        if future in done and future.exception() is None and future.result():
+        kept = config == problem.present if future in late else future.exception() is None and future.result()
+        if kept:
             problem.candidates.append(config)
 
 
@@ -248,12 +286,40 @@ def time_problem(problem: Problem, inputs: Inputs) -> dict[str, float]:
     return times
 
 
+def differing_repeats(problem: Problem, inputs: Inputs, config: tuning.Config) -> list[list[Difference]]:
+    """Repeats, memory poisoned in between, in which the operation gives other bits than the first time."""
+    with tuning.override(problem.kernel, config, **problem.fields):
+        return repeat(lambda: run_once(inputs, problem.backward), REPEATS)
+
+
+def without_differing(
+    problem: Problem, times: dict[str, float], differing: Callable[[tuning.Config], list[list[Difference]]]
+) -> dict[str, float]:
+    """Times without the candidates whose bits differ from run to run, as far as they would have been chosen."""
+    left = dict(times)
+    while left:
+        config = fastest(left)
+        found = differing(json.loads(config))
+        if not found:
+            break
+        del left[config]
+        print(
+            f"{problem.kernel} {problem.key[1]}: {config} is dropped: {len(found)} of {REPEATS} repeats differ,"
+            f" {found[0][0]}",
+            flush=True,
+        )
+    return left
+
+
+def fastest(times: dict[str, float]) -> str:
+    """The first candidate, or one that is faster by more than LEAST_GAIN."""
+    best, first = min(times, key=lambda config: times[config]), next(iter(times))
+    return first if times[best] > (1 - LEAST_GAIN) * times[first] else best
+
+
 def choose(problem: Problem, case: Case, times: dict[str, float]) -> tuple[tuning.Config, dict[str, object]]:
-    """The fastest candidate and its row of the table; the first one is the present choice."""
-    best = min(times, key=lambda config: times[config])
-    present, first = next(iter(times.items()))
-    if times[best] > (1 - LEAST_GAIN) * first:
-        best = present
+    """The fastest candidate and its row of the table; the first one is the present choice, unless that was dropped."""
+    best, first = fastest(times), next(iter(times.values()))
     row: dict[str, object] = {
         "kernel": problem.kernel,
         "problem": problem.key[1],
@@ -274,15 +340,17 @@ def time_all(problems: list[Problem], cases: list[Case], deadline: float) -> lis
     for problem in problems:
         if time.monotonic() > deadline:
             break
-        if len(problem.candidates) < 2:  # nothing else was compiled in time
+        if problem.candidates == [problem.present]:  # nothing else was compiled in time
             continue
         if problem.case != built:
             inputs, built = None, problem.case
             torch.cuda.empty_cache()
             inputs = cases[built].build()
         assert inputs is not None
-        times = time_problem(problem, inputs)
+        differing = functools.partial(differing_repeats, problem, inputs)
+        times = without_differing(problem, time_problem(problem, inputs), differing)
         if not times:
+            print(f"{problem.kernel} {problem.key[1]}: NO candidate is sound, {problem.present} stays", flush=True)
             continue
         config, row = choose(problem, cases[built], times)
         tuning.save(tuning.device_kind(), {problem.kernel: {problem.key[1]: config}})

@@ -132,9 +132,12 @@ def _add_products(
 ):  # fmt: skip
     """acc + d W of projections FIRST..LAST, in one loop, so that loads run ahead from one to the next.
 
-    SUMMED: column sums of d are stored in ``sums``, from projection FIRST on.
+    SUMMED: column sums of d are stored in ``sums``, from projection FIRST on, and no load runs ahead: the compiler
+    gives a tile that feeds a product and something else a ring with one slot too few, and refills the slot that the
+    product of the iteration before still reads (triton-lang/triton#6691; fewer stages or more warps only hide it). The
+    limit may go once ``benchmarks/compile_targets.py --rings`` is clean without it in every supported release.
     """
-    for start in range(FIRST * WIDTH, LAST * WIDTH, BLOCK_N):
+    for start in tl.range(FIRST * WIDTH, LAST * WIDTH, BLOCK_N, num_stages=1 if SUMMED else None):
         n = start + tl.arange(0, BLOCK_N)
         i = start // WIDTH
         d = _load_gradient(ds, d_strides, i, rows, n - i * WIDTH, dims, count, COUNT, ALIGN)

@@ -1,0 +1,216 @@
+"""The promise of equal bits: what finds a difference, and on GPUs that there is none."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from scalefold.compile import TrainStep
+from scalefold.config import TrainingConfig
+from scalefold.kernels import REFERENCE
+from scalefold.optim import FlatParameters, Optimizer
+from scalefold.parallel.ddp import GradientReducer
+
+REPORT = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at _input_gradient_kernel+0x1c40 in linear.py:140
+=========     and Read access at _input_gradient_kernel+0x2a10 in linear.py:140 [508 hazards]
+=========     and Read access at _input_gradient_kernel+0x2a90 in linear.py:140 [4 hazards]
+=========
+========= Warning: Race reported between Read access at void reduce<float>(T1 *)+0x70 in reduce.cu:7
+=========     and Write access at void reduce<float>(T1 *)+0x90 in reduce.cu:9
+=========
+========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
+"""
+
+
+@pytest.fixture
+def script(repository, monkeypatch):
+    """Benchmark scripts by name."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    return __import__
+
+
+def arguments(**changed) -> argparse.Namespace:
+    """A command line, as far as steps look at it."""
+    return argparse.Namespace(**{"passes": [1, 2], "repeats": 3, "set": [], "digests": None} | changed)
+
+
+def small_step(disturb) -> TrainStep:
+    """A step of one layer; ``disturb`` changes the loss of a call with so many passes."""
+    model = torch.nn.Module()
+    model.layer = torch.nn.Linear(4, 4)
+    flat = FlatParameters(model, torch.device("cpu"))
+
+    def objective(batch, passes):
+        output = torch.nn.functional.dropout(model.layer(batch["x"]), 0.5).square().sum() * passes
+        return output * disturb(passes), {"term": output.detach()}
+
+    step = TrainStep(objective, Optimizer(flat, TrainingConfig(), REFERENCE), GradientReducer(flat, None))
+    step.model = model
+    return step
+
+
+@pytest.fixture
+def rows_of(script, monkeypatch):
+    """Rows and digests of ``small_step`` on this process alone."""
+    reproducibility = script("reproducibility")
+    config = SimpleNamespace(data=SimpleNamespace(num_recycling_iters=3))
+
+    def rows(disturb, **changed):
+        torch.manual_seed(3)
+        batch = SimpleNamespace(features={"x": torch.ones(1, 4)}, shape=SimpleNamespace(batch_size=1))
+        built = (small_step(disturb), batch, config)
+        monkeypatch.setattr(reproducibility, "build", lambda *_: built)
+        host = reproducibility.Host(0, 1, torch.device("cpu"), None, None)
+        return reproducibility.step_rows(host, (1, 1), arguments(**changed))
+
+    return rows
+
+
+def test_bits_tell_apart_what_numbers_do_not(script):
+    bits = script("bits")
+    nan, zero = torch.tensor([float("nan"), 1.0]), torch.zeros(2)
+    assert bits.differences([nan, zero], [nan.clone(), zero.clone()]) == []
+    (found,) = bits.differences([nan, zero], [nan.clone(), -zero])
+    assert (found.result, found.elements, found.largest) == (1, 2, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool])
+def test_one_changed_bit_of_any_type_is_found(script, dtype):
+    bits = script("bits")
+    first = torch.ones(3, 5, dtype=dtype).t()
+    again = first.clone()
+    bits.bits(again)[2, 1] ^= 1
+    (found,) = bits.differences([first], [again])
+    assert found.elements == 1
+    assert found.shape == (5, 3)
+
+
+def test_repeats_that_differ_from_the_first_are_counted(script):
+    bits = script("bits")
+    turns, values = [], iter([1.0, 1.0, 2.0, 1.0, 3.0])
+    found = bits.repeat(lambda: [torch.tensor([next(values)])], 4, between=turns.append)
+    assert turns == [0, 1, 2, 3]
+    assert [different[0].largest for different in found] == [1.0, 2.0]
+
+
+def test_a_result_in_a_buffer_that_is_used_again_is_compared_with_the_first(script):
+    bits = script("bits")
+    buffer = torch.zeros(1)
+    assert len(bits.repeat(lambda: [buffer.add_(1)], 3, between=lambda turn: None)) == 3
+
+
+def test_steps_from_one_seed_are_equal_although_dropout_is_on(rows_of):
+    rows, digests = rows_of(lambda passes: 1.0)
+    assert [(row["what"], row["passes"], row["repeats"], row["differing"]) for row in rows] == [
+        ("step", 1, 3, 0),
+        ("step", 2, 3, 0),
+    ]
+    assert len(set(digests.values())) == 2
+    assert rows_of(lambda passes: 1.0)[1] == digests
+
+
+def test_a_step_whose_gradient_differs_once_is_counted_for_its_number_of_passes(rows_of, capsys):
+    calls = iter([1.0, 1.0, 1.0, 1.0 + 1e-6])  # warm-up; first; two repeats; then as before
+    rows, _ = rows_of(lambda passes: next(calls, 1.0) if passes == 2 else 1.0)
+    assert [row["differing"] for row in rows] == [0, 1]
+    assert "R=2 repeat 1 DIFFERS; gradients of: layer" in capsys.readouterr().out
+
+
+def test_an_earlier_process_with_other_bits_is_named(script, tmp_path):
+    unequal, file = script("reproducibility").unequal_digests, tmp_path / "digests.json"
+    assert unequal(file, {"step R=1": "a"}) == []
+    assert unequal(file, {"step R=1": "a", "step R=2": "b"}) == []
+    assert unequal(file, {"step R=1": "c", "step R=2": "b"}) == ["step R=1"]
+    assert json.loads(file.read_text()) == {"step R=1": "a", "step R=2": "b"}
+
+
+def test_an_operation_that_does_not_run_is_no_success(script):
+    reproducibility = script("reproducibility")
+    case = reproducibility.operation_cases.Case("broken", "2x2", 1, lambda: 1 / 0)
+    assert reproducibility.differing_repeats(case, 2) == "error"
+
+
+def test_operations_of_every_share_are_asked_about(script, monkeypatch):
+    reproducibility = script("reproducibility")
+    monkeypatch.setattr(reproducibility, "differing_repeats", lambda case, repeats: int("transition" in case.name))
+    rows = reproducibility.operation_rows([1, 8], [], 5)
+    assert {row["dap"] for row in rows} == {1, 8}
+    assert any(row["what"].startswith("layer_norm_linear 1x32x256x128to") for row in rows)
+    assert all(row["differing"] == int("transition" in row["what"]) for row in rows)
+
+
+def test_the_script_runs_on_the_cpu(repository):
+    command = [sys.executable, "benchmarks/reproducibility.py", "--small", "--repeats", "1", "--passes", "1"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 questions, 0 with differing bits" in done.stdout
+
+
+@pytest.mark.distributed
+def test_the_script_runs_on_two_ranks_of_the_cpu(repository):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    options = ["--small", "--repeats", "1", "--passes", "1", "--dap", "2", "1"]
+    command = [*torchrun, "benchmarks/reproducibility.py", *options]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 questions, 0 with differing bits" in done.stdout
+    assert "step of 2 replicas" in done.stdout
+
+
+def test_hazards_of_a_report_are_summed_by_kernel(script):
+    found = script("racecheck").hazards(REPORT.splitlines())
+    assert found == {("_input_gradient_kernel", "error"): 512, ("reduce", "warning"): 1}
+
+
+@pytest.mark.parametrize(
+    ("reached", "lines", "status"),
+    [
+        (["a", "b"], ["========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"], 0),
+        (["a"], ["========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"], 1),
+        (["a", "b"], REPORT.splitlines(), 1),
+        (["a", "b"], [], 1),
+    ],
+    ids=["clean", "not reached", "hazards", "no report"],
+)
+def test_only_a_whole_report_without_hazards_is_a_success(script, reached, lines, status):
+    assert script("racecheck").summarise(["a", "b"], reached, lines) == status
+
+
+@pytest.mark.gpu
+def test_every_operation_gives_the_same_bits_again(script):
+    assert torch.cuda.is_available()
+    rows = script("reproducibility").operation_rows([1], [], repeats=4)
+    assert rows
+    assert [row["what"] for row in rows if row["differing"] != 0] == []
+
+
+@pytest.mark.gpu
+def test_whole_steps_give_the_same_bits_again_and_in_another_process(repository, tmp_path):
+    command = [sys.executable, "benchmarks/reproducibility.py", "--steps", "--digests", str(tmp_path / "digests.json")]
+    for _ in range(2):
+        check(command, repository, tmp_path)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.timeout(600)
+def test_steps_of_two_gpus_give_the_same_bits_again(repository, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    check([*torchrun, "benchmarks/reproducibility.py", "--steps", "--dap", "2", "1"], repository, tmp_path)
+
+
+def check(command: list[str], repository: Path, folder: Path) -> None:
+    """Three repeats; rows go to a table of the test's own."""
+    options = ["--repeats", "3", "--csv", str(folder / "rows.csv")]
+    done = subprocess.run([*command, *options], cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
