@@ -1,7 +1,11 @@
 """Delivery of batches: order, determinism, slow samples, failures, evaluation cache."""
 
+import contextlib
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -252,3 +256,46 @@ def test_a_failing_evaluation_chain_is_an_error_that_names_it(tmp_path):
         with pytest.raises(DataError, match="chain07_A"):
             list(evaluation)
         evaluation.close()
+
+
+TRAINER = """
+import sys, time
+from scalefold.data.features import FeatureSettings
+from scalefold.data.loader import TrainLoader
+
+if __name__ == "__main__":
+    loader = TrainLoader(sys.argv[1], FeatureSettings(), num_workers=2)
+    loader.spawn()
+    print("spawned", flush=True)
+    time.sleep(600)
+"""
+
+
+def marked(mark: str) -> list[str]:
+    """Processes of this machine with ``mark`` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(folder.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+def test_workers_fork_server_and_tracker_end_with_a_trainer_that_was_killed(tmp_path):
+    program, mark = tmp_path / "trainer.py", f"MARK_OF_TEST={tmp_path}"
+    program.write_text(TRAINER)
+    name, value = mark.split("=")
+    command = [sys.executable, str(program), str(tmp_path / "absent")]
+    with subprocess.Popen(command, env=os.environ | {name: value}, stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "spawned\n"
+        deadline = time.monotonic() + 120
+        while len(marked(mark)) < 5 and time.monotonic() < deadline:  # trainer, tracker, fork server, two workers
+            time.sleep(0.1)
+        assert len(marked(mark)) >= 5
+        trainer.kill()
+    deadline = time.monotonic() + 120
+    while marked(mark) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert marked(mark) == []

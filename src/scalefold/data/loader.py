@@ -5,14 +5,16 @@ No process opens the data set before ``start``, which belongs after ``run_start`
 may be running before that.
 """
 
+import contextlib
 import heapq
 import logging
 import os
+import select
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +167,27 @@ def _itself(batch: Any) -> Any:
     return batch
 
 
+def end_with(process: int, _: int = 0) -> None:
+    """In a worker: end as soon as ``process``, which trains, is gone, however it ended.
+
+    A worker's own parent is the fork server, and that lives as long as one worker does.
+    """
+    threading.Thread(target=_await_end, args=(process,), name="end-with-trainer", daemon=True).start()
+
+
+def _await_end(process: int) -> None:
+    try:
+        select.select([os.pidfd_open(process)], [], [])
+    except ProcessLookupError:
+        pass
+    except (AttributeError, OSError):  # no such call here
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(process, 0)
+                time.sleep(1.0)
+    os._exit(1)
+
+
 class _Workers:
     """Worker processes behind a PyTorch data loader. They exist after ``spawn`` and read data after ``start``."""
 
@@ -180,6 +203,7 @@ class _Workers:
                 "multiprocessing_context": context,
                 "prefetch_factor": prefetch_factor,
                 "persistent_workers": True,
+                "worker_init_fn": partial(end_with, os.getpid()),
             }
         self._loader = DataLoader(
             dataset,
