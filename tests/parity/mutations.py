@@ -88,7 +88,7 @@ MUTATIONS = (
     Mutation(
         "lDDT-Cα is averaged over residues instead of pooled over pairs",
         "metrics.py",
-        "return (LDDT_EPS + score.sum((-1, -2))) / (LDDT_EPS + counted.sum((-1, -2)))",
+        "return _share(score.sum((-1, -2)), counted.sum((-1, -2)))",
         "return lddt_ca_per_residue(predicted, true, mask).mean(-1)",
         "test_metrics.py::test_score_is_pooled_over_pairs_not_averaged_over_residues",
     ),

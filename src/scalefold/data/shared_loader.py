@@ -64,7 +64,7 @@ class SharedLoader:
         ]
         self._slots = self._map(NUM_SLOTS, buffer_bytes(self._shapes[-1]))
         self._next_slot = 0
-        self._taken: deque[torch.cuda.Event] = deque()  # after the copy of each batch whose slot was not used again
+        self._taken: deque[Any] = deque()  # events after the copy of each batch whose slot was not used again
         self._registered = page_locked and _register(self._slots)
 
     def spawn(self) -> None:
