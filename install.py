@@ -131,9 +131,10 @@ def install(python: Path, variant: str, torch: str) -> None:
     if variant == "cpu" and platform.system() == "Linux":
         wanted += triton_for(torch)  # a build for CPUs brings none
         if torch != f"torch=={present.removesuffix('+cpu')}" and not cpu_build(python, torch):
-            say(f"no CPU build from {CPU_INDEX}: taking the default build, which brings CUDA. {SIZES['cuda']}")
-    constraints = ["-c", str(PROJECT / "constraints.txt")]
-    if pip(python, "install", *constraints, *wanted, "-e", f"{PROJECT}[dev]").returncode:
+            say(f"no CPU build from {CPU_INDEX}: taking the default build, which brings CUDA: {SIZES['cuda']}")
+    command = ["install", "-c", str(PROJECT / "constraints.txt"), *wanted]
+    project = ["--no-build-isolation", "-e", f"{PROJECT}[dev]"]  # an isolated build would lose pip's certificates
+    if pip(python, *command, "setuptools").returncode or pip(python, *command, *project).returncode:
         raise SetupError("pip could not install, see above; `make setup` again continues")
 
 

@@ -36,7 +36,7 @@ STEPS_ENDED = 4  # exit status of a demo whose steps ended before the target
 
 
 def isolated(environment: Mapping[str, str], home: Path, index_url: str = "") -> dict[str, str]:
-    """``environment`` without settings of pip, Python and make but certificates; caches and configuration in ``home``."""
+    """``environment`` without settings of pip, Python and make but certificates; caches go to ``home``."""
     kept = {name: value for name, value in environment.items() if not name.startswith(FOREIGN)}
     certificates = environment.get("PIP_CERT")
     if certificates:

@@ -96,9 +96,7 @@ def _compiler() -> Finding:
         return Finding("ok", "C compiler", compiler)
     lacks = "no C compiler" if not compiler else f"no {headers}"
     level: Level = "problem" if _has_gpu() else "note"
-    return Finding(
-        level, "C compiler", f"{lacks}: Triton needs it on a GPU (Debian, Ubuntu: apt install gcc python3-dev)"
-    )
+    return Finding(level, "C compiler", f"{lacks}: Triton needs both on a GPU (Debian: apt install gcc python3-dev)")
 
 
 def _has_gpu() -> bool:
