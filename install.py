@@ -133,7 +133,7 @@ def install(python: Path, variant: str, torch: str) -> None:
         if torch != f"torch=={present.removesuffix('+cpu')}" and not cpu_build(python, torch):
             say(f"no CPU build from {CPU_INDEX}: taking the default build, which brings CUDA: {SIZES['cuda']}")
     command = ["install", "-c", str(PROJECT / "constraints.txt"), *wanted]
-    project = ["--no-build-isolation", "-e", f"{PROJECT}[dev]"]  # an isolated build would lose pip's certificates
+    project = ["--no-build-isolation", "-e", f"{PROJECT}[dev]"]  # built with the setuptools that this torch accepts
     if pip(python, *command, "setuptools").returncode or pip(python, *command, *project).returncode:
         raise SetupError("pip could not install, see above; `make setup` again continues")
 
