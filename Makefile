@@ -1,25 +1,25 @@
 # make setup | demo | test | check and more; every target prepares what it needs in .venv of this checkout.
+# TORCH_VARIANT=cuda|cpu and TORCH=torch==VERSION choose another PyTorch than install.py would
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?=
+TORCH_VARIANT ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-distributed test-slurm test-gpu check format equivalence mutations bench-data bench-gpu clean
+.PHONY: help setup demo test test-distributed test-slurm test-gpu test-install check format equivalence mutations bench-data bench-gpu clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
-setup: $(READY)  ## create .venv with pinned versions (safe to run again)
+setup: $(READY)  ## create .venv with pinned versions (safe to run again; PYTHON=, TORCH_VARIANT=cuda|cpu, TORCH=torch==…)
 
-$(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install -q -c constraints.txt setuptools
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
-	touch $(READY)
+$(READY): pyproject.toml constraints.txt install.py $(if $(TORCH)$(TORCH_VARIANT),FORCE)
+	@$(PYTHON) install.py --venv $(VENV) --variant "$(TORCH_VARIANT)" --torch "$(TORCH)"
+
+FORCE:
 
 demo: setup  ## generate tiny proteins, prepare, train to the target, check the log, write the report (CPU, minutes)
 	$(BIN)/scalefold demo
@@ -48,6 +48,9 @@ bench-data: setup  ## prepare real or generated chains and measure samples per s
 
 bench-gpu: setup  ## measure a step on this machine's GPU and judge every line (TORCH=torch==2.11.0 STORE=folder)
 	$(BIN)/python benchmarks/gates.py $(STORE)
+
+test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo
+	$(PYTHON) tests/installation.py
 
 check: setup  ## lint, format and types
 	$(BIN)/ruff check .

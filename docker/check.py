@@ -1,16 +1,13 @@
 """Check docker/Dockerfile without a Docker engine. Prints what is wrong; exit status 1 if anything is.
 
-usage: python docker/check.py [--resolve]
+usage: python docker/check.py
 """
 
-import argparse
 import fnmatch
 import importlib.metadata
 import re
 import shlex
-import subprocess
 import sys
-import tempfile
 import tomllib
 from pathlib import Path
 
@@ -102,7 +99,7 @@ def pin_problems(text: str, project: Path = PROJECT) -> list[str]:
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
         if name not in pins:
-            if not name.startswith(("nvidia-", "cuda-")) and name != "setuptools":  # torch pins its CUDA libraries
+            if not name.startswith(("nvidia-", "cuda-")) and name not in ("setuptools", "triton"):  # torch pins them
                 wrong.append(f"{origin} needs {wanted}, which constraints.txt does not pin")
         elif not wanted.specifier.contains(pins[name]):
             wrong.append(f"{origin} needs {wanted}, constraints.txt pins {pins[name]}")
@@ -118,19 +115,6 @@ def read_pins(file: Path) -> dict[str, str]:
     return {_canonical(name): version for name, _, version in (line.partition("==") for line in lines if line)}
 
 
-def resolve(text: str, project: Path = PROJECT) -> list[str]:
-    """Ask pip's resolver whether the image's packages exist together; needs a package index."""
-    torch = re.search(r"^ARG TORCH=(\S+)$", text, re.M)
-    kept = [line for line in (project / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")]
-    with tempfile.TemporaryDirectory() as folder:
-        constraints = Path(folder) / "constraints.txt"
-        constraints.write_text("\n".join(kept) + "\n")
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
-        command += ["-c", str(constraints), torch[1] if torch else "torch", str(project)]
-        done = subprocess.run(command, capture_output=True, text=True)
-    return [f"pip: {line}" for line in done.stderr.splitlines() if line.startswith("ERROR")] if done.returncode else []
-
-
 def _requirements(name: str) -> list[str]:
     try:
         return importlib.metadata.requires(name) or []
@@ -144,11 +128,8 @@ def _canonical(name: str) -> str:
 
 def main() -> int:
     """Print every problem and return the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resolve", action="store_true", help="also ask pip's resolver (needs a package index)")
-    options = parser.parse_args()
     text = (PROJECT / "docker" / "Dockerfile").read_text()
-    wrong = problems(text) + pin_problems(text) + (resolve(text) if options.resolve else [])
+    wrong = problems(text) + pin_problems(text)
     print("\n".join(wrong) or "docker/Dockerfile: fine")
     return int(bool(wrong))
 

@@ -50,7 +50,7 @@ def test_continued_lines_are_one_instruction_and_comments_are_none() -> None:
         (r"python:3\.12\.8-bookworm", "python:latest", "must name an exact version or a digest"),
         ("RUN scalefold doctor", "RUN true", "last instruction must be `RUN scalefold doctor`"),
         (r"COPY src \./src", "COPY sources ./src", "COPY sources: there is no such file"),
-        ("RUN grep", "RUN apt-get install gcc && grep", "`apt-get`: the image is made with pip alone"),
+        ("RUN python", "RUN apt-get install gcc && python", "`apt-get`: the image is made with pip alone"),
         ("WORKDIR", "WORKIDR", "`WORKIDR` is no instruction"),
     ],
 )

@@ -1,11 +1,14 @@
 """What the doctor says of a machine."""
 
-from scalefold.doctor import _peers, examine
+import pytest
+
+from scalefold import doctor
+from scalefold.doctor import PAIRS, _compiler, _mpi, _peers, examine, pair_finding
 
 
 def test_this_machine_is_examined_and_can_run() -> None:
     found = {finding.topic: finding for finding in examine()}
-    assert {"python", "torch", "cpu", "triton cache"} <= set(found)
+    assert {"python", "torch", "mpi4py", "C compiler", "cpu", "triton cache"} <= set(found)
     assert not [finding for finding in found.values() if finding.level == "problem"]
 
 
@@ -15,3 +18,51 @@ def test_gpus_that_cannot_read_each_others_memory_are_named() -> None:
     (note,) = _peers(3, lambda a, b: {a, b} != {0, 2})
     assert note.level == "note"
     assert note.text.startswith("cuda:0 cannot read the memory of cuda:2")
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.torch)
+def test_a_pair_that_was_tried_is_said_to_be_measured_or_only_tested(pair: doctor.Pair) -> None:
+    for build in ("", "+cpu", "+cu130"):
+        _, finding = pair_finding(pair.torch + build, pair.triton)
+        assert finding.level == "ok"
+        assert finding.text.startswith({"measured": "the measured pair", "tested": "tested, not measured"}[pair.tried])
+
+
+@pytest.mark.parametrize("versions", [("2.13.0+cpu", "3.6.0"), ("2.11.0", "3.7.1"), ("2.99.0", "3.99.0")])
+def test_every_other_pair_is_a_warning_that_names_the_known_ones(versions: tuple[str, str]) -> None:
+    _, finding = pair_finding(*versions)
+    assert finding.level == "warning"
+    assert all(f"{pair.torch} + {pair.triton} ({pair.tried})" in finding.text for pair in PAIRS)
+
+
+@pytest.mark.parametrize(("system", "level"), [("Linux", "warning"), ("Darwin", "note")])
+def test_a_machine_without_triton_can_run_with_plain_operations(
+    system: str, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: system)
+    (finding,) = pair_finding("2.13.0", None)
+    assert finding.level == level
+    assert "plain PyTorch operations" in finding.text
+
+
+def test_an_mpi_library_is_missed_only_for_what_needs_it() -> None:
+    assert _mpi("4.1.2", True) == doctor.Finding("ok", "mpi4py", "4.1.2")
+    assert _mpi("4.1.2", False).text == "4.1.2 without an MPI library; only mpirun and `prepare --mpi` need both"
+    assert _mpi(None, False).level == "note"
+
+
+@pytest.mark.parametrize(("gpu", "level"), [(True, "problem"), (False, "note")])
+def test_a_missing_compiler_is_a_problem_only_beside_a_gpu(
+    gpu: bool, level: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor, "_has_gpu", lambda: gpu)
+    assert _compiler().level == level
+    assert _compiler().text.startswith("no C compiler")
+
+
+def test_a_mac_which_cannot_bind_processes_to_cores_is_examined_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sched_getaffinity")
+    (cpu,) = (finding for finding in examine() if finding.topic == "cpu")
+    assert cpu.text.split()[0].isdigit()

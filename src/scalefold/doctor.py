@@ -4,14 +4,35 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Level = Literal["ok", "note", "problem"]
-NEEDED = ("torch", "triton", "numpy", "h5py", "pydantic", "gemmi", "mlperf-logging", "matplotlib", "rich", "typer")
-OPTIONAL = {"mpi4py": "prepare over several nodes, rendezvous under mpirun"}
+Level = Literal["ok", "note", "warning", "problem"]
+NEEDED = ("torch", "numpy", "h5py", "pydantic", "gemmi", "mlperf-logging", "matplotlib", "rich", "typer")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A PyTorch, the Triton that its wheels for Linux name, and how far both were tried together here."""
+
+    torch: str
+    triton: str
+    tried: Literal["measured", "tested"]
+
+
+PAIRS = (
+    Pair("2.11.0", "3.6.0", "measured"),
+    Pair("2.13.0", "3.7.1", "tested"),
+)
+TRIED = {
+    "measured": "the measured pair: every figure on GPUs was taken with it",
+    "tested": "tested, not measured: kernels in the interpreter, and compiled for compute capability 8.0 and 9.0",
+}
 
 
 @dataclass(frozen=True)
@@ -27,7 +48,10 @@ def examine() -> list[Finding]:
     """All findings; a ``problem`` means that a run on this machine fails."""
     return [
         *_python_packages(),
+        *pair_finding(_version("torch"), _version("triton")),
+        _mpi(_version("mpi4py"), _mpi_loads()),
         *_devices(),
+        _compiler(),
         *_host(),
         *_tools(),
     ]
@@ -39,9 +63,55 @@ def _python_packages() -> list[Finding]:
         version = _version(name)
         text = version or f"missing: pip install {name} (or `make setup`)"
         found.append(Finding("ok" if version else "problem", name, text))
-    for name, use in OPTIONAL.items():
-        found.append(Finding("note", name, _version(name) or f"absent; only needed to {use}"))
     return found
+
+
+def pair_finding(torch: str | None, triton: str | None) -> list[Finding]:
+    """What is known of this PyTorch with this Triton; nothing where PyTorch itself is missing."""
+    if torch is None:
+        return []
+    if triton is None:
+        text = "absent (it exists for Linux): everything takes the plain PyTorch operations, which are slow on a GPU"
+        return [Finding("warning" if platform.system() == "Linux" else "note", "triton", text)]
+    topic = "torch + triton"
+    for pair in PAIRS:
+        if (torch.partition("+")[0], triton) == (pair.torch, pair.triton):
+            return [Finding("ok", "triton", triton), Finding("ok", topic, TRIED[pair.tried])]
+    known = ", ".join(f"{pair.torch} + {pair.triton} ({pair.tried})" for pair in PAIRS)
+    return [Finding("ok", "triton", triton), Finding("warning", topic, f"a pair that nobody tried; known: {known}")]
+
+
+def _mpi(mpi4py: str | None, loads: bool) -> Finding:
+    """mpi4py comes with the packages, the MPI library that it loads with the system."""
+    if mpi4py and loads:
+        return Finding("ok", "mpi4py", mpi4py)
+    missing = f"{mpi4py} without an MPI library" if mpi4py else "absent"
+    return Finding("note", "mpi4py", f"{missing}; only mpirun and `prepare --mpi` need both")
+
+
+def _mpi_loads() -> bool:
+    """Whether mpi4py finds its library; asked in another process, which may end as it likes."""
+    code = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def _compiler() -> Finding:
+    """What Triton builds its launchers with, at run time and on a GPU only."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if compiler and headers.exists():
+        return Finding("ok", "C compiler", compiler)
+    lacks = "no C compiler" if not compiler else f"no {headers}"
+    level: Level = "problem" if _has_gpu() else "note"
+    return Finding(level, "C compiler", f"{lacks}: Triton needs both on a GPU (Debian: apt install gcc python3-dev)")
+
+
+def _has_gpu() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
 
 
 def _version(name: str) -> str | None:
@@ -84,7 +154,7 @@ def _peers(count: int, can_access: Callable[[int, int], bool]) -> list[Finding]:
 
 
 def _host() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = [Finding("ok", "cpu", f"{cores} cores usable by this process")]
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     if shm is not None:

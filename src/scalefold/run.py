@@ -36,7 +36,7 @@ from scalefold.evaluators import (
 )
 from scalefold.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.header import log_header, run_header, write_resolved
-from scalefold.kernels import Operations, operations, use_operations
+from scalefold.kernels import REFERENCE, Operations, operations, use_operations
 from scalefold.loss import loss_terms, total_of_terms
 from scalefold.mlperf.events import Events
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
@@ -303,6 +303,7 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Endi
         write_resolved(run_dir / CONFIG_FILE, schedule.base)
         record.run(**run_header(config, ranks, seed, model, ops, exchange))
     progress = make_progress(config, ranks)
+    progress.note(f"operations: {'plain PyTorch' if ops is REFERENCE else 'Triton kernels'} on {ranks.device.type}")
     step = build_step(config, model, optimizer, ranks)
     evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops, schedule)
     loader = make_loader(config, ranks, settings)
