@@ -12,6 +12,7 @@ Python, where it would hold the training thread up.
 import contextlib
 import errno
 import gc
+import itertools
 import json
 import logging
 import os
@@ -186,6 +187,20 @@ class CheckpointWriter(Checkpoints):
         )
         self._thread.start()
         return before
+
+    def set_aside(self, after: int) -> None:
+        """Rename checkpoints beyond iteration ``after``, which the run is not going to continue from, out of the way.
+
+        They are broken, or another run's that was here before; ``run_dir/checkpoints/set_aside`` keeps them.
+        """
+        self._join()
+        for folder in self.all():
+            if int(folder.name) > after:
+                store = self.folder.with_name("set_aside")
+                store.mkdir(exist_ok=True)
+                suffixes = itertools.chain([""], (f"_{n}" for n in itertools.count(2)))
+                names = (folder.name + suffix for suffix in suffixes)
+                folder.rename(next(store / name for name in names if not (store / name).exists()))
 
     def newest(self) -> Path | None:
         """Folder of the newest complete checkpoint, once the one under way is over; None if there is none."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes
 from scalefold.data.loader import Batch, TrainLoader
-from scalefold.data.sampler import TrainingSampler
+from scalefold.data.sampler import Delivered, TrainingSampler
 from scalefold.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,10 @@ class SharedLoader:
         slot[: batch.buffer.numel()].copy_(batch.buffer)
         self._replica.broadcast_in_replica(_header(batch))
         return replace(batch, buffer=slot[: batch.buffer.numel()])
+
+    def delivered(self) -> Delivered | None:
+        """``TrainLoader.delivered``; None on ranks that do not build."""
+        return None if self._own is None else self._own.delivered()
 
     def slowest(self) -> list[tuple[float, str]]:
         """``TrainLoader.slowest``; nothing on ranks that do not build."""
