@@ -18,6 +18,7 @@ from scalefold.config import Config
 from scalefold.errors import CheckpointError, ConfigError, LogError
 from scalefold.report.record import read_metrics
 from scalefold.resume import CONFIG_FILE, RunOptions, Start, choose_start
+from scalefold.run import join_left_parts
 from scalefold.train import StepLog, run_rank
 
 RESUME = RunOptions(resume=True)
@@ -149,6 +150,19 @@ def test_a_run_that_falls_back_equals_an_uninterrupted_one_and_keeps_the_damaged
     assert read_metrics(run_dir).loss.tolist() == read_metrics(whole).loss.tolist()
     assert (run_dir / "result_0.resumed_000002.txt").exists()
     assert os.listdir(run_dir / "checkpoints" / "set_aside") == ["000004"]
+
+
+def test_a_resume_joins_the_parts_that_a_crash_left_and_no_damaged_ones(
+    tiny_store: Path, run_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, log = choose(tiny_store, run_dir), run_dir / "result_0.txt"
+    text = log.read_text()
+    log.rename(run_dir / "result_0.txt.training.part")
+    join_left_parts(run_dir, start)
+    assert log.read_text() == text
+    (run_dir / "result_1.txt.training.part").write_text("no log\n")
+    join_left_parts(run_dir, start)
+    assert "result_1.txt.training.part: not an MLPerf log line" in caplog.text
 
 
 def test_a_start_before_the_first_checkpoint_says_how_to_go_on_and_that_works(tiny_store: Path, tmp_path: Path) -> None:

@@ -87,18 +87,22 @@ class HostCopy:
         """Take everything as of now in stream order; on a GPU the host does not wait."""
         optimizer, count = self.optimizer, len(self._steps)
         sources = [self.flat.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.averaged]
-        if self._stream is not None and self._arrival is not None:
+        if self._stream is None or self._arrival is None:
+            self._copy_from(sources)
+        else:
             self._clones = [source.clone() for source in sources]
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                torch._foreach_copy_(list(self.buffers.values()), self._clones, non_blocking=True)
+                self._copy_from(self._clones)
                 self._arrival.record()
-        else:
-            torch._foreach_copy_(list(self.buffers.values()), sources)
         self._steps.fill_(float(optimizer.adam_step))
         self._num_averaged.fill_(optimizer.num_averaged)
         self.resumable["iteration"] = iteration
         self.resumable["optimizer_state_dict"]["param_groups"] = [adam_group(optimizer.config, count)]
+
+    def _copy_from(self, sources: list[Tensor]) -> None:
+        for target, source in zip(self.buffers.values(), sources, strict=True):
+            target.copy_(source, non_blocking=True)
 
     def wait(self) -> None:
         """Until the copy has arrived; called by the writing thread."""

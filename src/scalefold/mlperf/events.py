@@ -459,6 +459,8 @@ def merge_parts(result_file: str | Path) -> Path:
     if not parts:
         raise LogError(f"{result_file}: no {result_file.name}.training.part or .evaluation.part beside it")
     lines = [_PartLine.read(part, line) for part in parts for line in complete_lines(part)]
+    if not lines:
+        raise LogError(f"{result_file}: its parts hold no line yet: {', '.join(part.name for part in parts)}")
     lines.sort(key=lambda line: line.time_ms)
     stops = [line for line in lines if line.key == "run_stop"]
     if len(stops) > 1 and stops[0].status == "success":
