@@ -15,6 +15,8 @@ from processes import run_ranks
 from runs import tiny_config
 from scalefold.checkpoint import AVERAGED_FILE, RESUMABLE_FILE, STATE_FILE, Checkpoints, load_run, read_state
 from scalefold.config import Config
+from scalefold.data.loader import Batch, TrainLoader
+from scalefold.data.sampler import Delivered
 from scalefold.errors import CheckpointError, ConfigError, LogError
 from scalefold.report.record import read_metrics
 from scalefold.resume import CONFIG_FILE, RunOptions, Start, choose_start
@@ -294,6 +296,35 @@ def test_a_stop_inside_gradient_accumulation_waits_for_the_update(
     run_rank(tiny_config(tiny_store, tmp_path / "parts", *three, "run.checkpoint_every_iters=9"), RESUME)
     assert_equal_states(tmp_path / "whole", tmp_path / "parts", 9)
     assert read_metrics(tmp_path / "parts").loss.tolist() == read_metrics(tmp_path / "whole").loss.tolist()
+
+
+def seeds_of(config: Config, options: RunOptions) -> dict[int, tuple[int, ...]]:
+    """The sample seeds that each step of a run has used."""
+    used: dict[int, tuple[int, ...]] = {}
+    push = StepLog.push
+
+    def noting(self: StepLog, step: int, batch: Batch, *values) -> None:
+        used[step] = batch.seeds
+        push(self, step, batch, *values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepLog, "push", noting)
+        run_rank(config, options)
+    return used
+
+
+def test_a_resumed_run_begins_with_the_samples_that_were_not_ready(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_order = seeds_of(tiny_config(tiny_store, tmp_path / "pt"), RunOptions())
+    ready_first = [EVERY_2, "data.dataloader=pq"]
+    with monkeypatch.context() as patch:  # as if draws 2 and 4 had been ready before 1 and 3
+        patch.setattr(TrainLoader, "delivered", lambda self: Delivered(4, (1, 3)))
+        run_rank(tiny_config(tiny_store, tmp_path / "pq", *ready_first, "training.num_train_iters=2"), RunOptions())
+    assert read_state(last(tmp_path / "pq") / "000002").left_over == [0, 1, 4, 5]
+    used = seeds_of(tiny_config(tiny_store, tmp_path / "pq", *ready_first), RESUME)
+    assert used == {3: in_order[1], 4: in_order[3]}
+    assert read_state(last(tmp_path / "pq") / "000004").left_over == []
 
 
 # Several ranks ------------------------------------------------------------------------------------------------------
