@@ -2,18 +2,31 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from processes import run_ranks
 from scalefold import checkpoint_writer
-from scalefold.checkpoint import AVERAGED_FILE, RESUMABLE_FILE, STATE_FILE, RunState, load_run, read_state
+from scalefold.checkpoint import (
+    AVERAGED_FILE,
+    RESUMABLE_FILE,
+    STATE_FILE,
+    RunState,
+    load_initial,
+    load_into,
+    load_run,
+    read_state,
+)
 from scalefold.checkpoint_writer import CheckpointWriter
 from scalefold.config import TrainingConfig
-from scalefold.errors import CheckpointError
+from scalefold.errors import CheckpointError, TrainingError
 from scalefold.optim import FlatParameters, Optimizer
+from scalefold.parallel.agreement import Agreement, checksums
 
 
 class Trained:
@@ -183,3 +196,108 @@ def test_the_size_of_a_file_is_that_of_its_tensors(trained: Trained) -> None:
     payload = 4 * trained.flat.size
     assert (folder / AVERAGED_FILE).stat().st_size < payload + 4096
     assert (folder / RESUMABLE_FILE).stat().st_size < 3 * payload + 8192
+
+
+def initial(trained: Trained) -> dict:
+    """The content of an initial checkpoint of the resumable layout."""
+    return torch.load(trained.save(1) / RESUMABLE_FILE, weights_only=True)
+
+
+def spoil(value: object) -> Callable[[dict], None]:
+    return lambda content: content["alphafold_state_dict"].update({"1.bias": value})
+
+
+def spoil_moment(key: str, value: object) -> Callable[[dict], None]:
+    return lambda content: content["optimizer_state_dict"]["state"][3].update({key: value})
+
+
+NAN, GOOD = torch.tensor([1.0, float("nan")]), torch.tensor([1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (spoil(NAN), "1.bias holds values that are not finite"),
+        (spoil(torch.tensor([1.0, -float("inf")])), "1.bias holds values that are not finite"),
+        (spoil(torch.tensor([1e300, 1.0], dtype=torch.float64)), "1.bias holds values that are not finite"),
+        (spoil(torch.tensor([1, 2])), "1.bias has type int64, not a real floating-point type"),
+        (spoil(torch.tensor([True, False])), "1.bias has type bool, not a real"),
+        (spoil(torch.tensor([1.0 + 2.0j, 1.0])), "1.bias has type complex64, not a real"),
+        (spoil(GOOD.to_sparse()), "1.bias is no ordinary tensor (layout sparse_coo"),
+        (spoil(GOOD.to("meta")), "1.bias is no ordinary tensor (layout strided, device meta"),
+        (spoil([1.0, 2.0]), "1.bias is a list, not a tensor"),
+        (spoil(None), "1.bias is a NoneType, not a tensor"),
+        (spoil(torch.ones(3)), "1.bias has shape (3,), the model has (2,)"),
+        (spoil_moment("exp_avg", NAN), "exp_avg of 1.bias holds values that are not finite"),
+        (spoil_moment("exp_avg_sq", GOOD.long()), "exp_avg_sq of 1.bias has type int64"),
+        (spoil_moment("exp_avg_sq", -GOOD), "exp_avg_sq holds negative values"),
+        (spoil_moment("exp_avg", [0.0]), "exp_avg of 1.bias is a list"),
+        (spoil_moment("step", GOOD), "optimizer_state_dict is not Adam's over 4 tensors: ValueError: only one"),
+        (spoil_moment("step", float("nan")), "optimizer_state_dict is not Adam's over 4 tensors: ValueError"),
+        (spoil_moment("step", 5), "parameters have different or negative Adam steps [1, 5]"),
+        (lambda c: c.update(alphafold_state_dict=[1]), "alphafold_state_dict is a list, not a dictionary"),
+        (lambda c: c.update(optimizer_state_dict=[1]), "optimizer_state_dict is not Adam's over 4 tensors: TypeError"),
+        (lambda c: c["alphafold_state_dict"].update({7: GOOD}), "1 unknown (first: 7); it belongs to another model"),
+    ],
+)
+def test_an_initial_checkpoint_of_anything_but_finite_real_tensors_is_refused_by_name(
+    trained: Trained, tmp_path: Path, change: Callable[[dict], None], message: str
+) -> None:
+    content = initial(trained)
+    change(content)
+    torch.save(content, file := tmp_path / "initial.pt")
+    with pytest.raises(CheckpointError) as refused:
+        load_initial(file, trained.flat, trained.optimizer, trained.names, None)
+    assert str(refused.value).startswith(f"{file}: ")
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_every_real_type_are_taken(trained: Trained, tmp_path: Path, dtype: torch.dtype) -> None:
+    content = initial(trained)["alphafold_state_dict"]
+    torch.save({name: value.to(dtype) for name, value in content.items()}, file := tmp_path / "initial.pt")
+    load_initial(file, trained.flat, trained.optimizer, trained.names, None)
+    for name, view in trained.flat.named_views(trained.flat.master):
+        assert torch.equal(view, content[name].to(dtype).float())
+
+
+def test_an_evaluation_of_a_damaged_file_is_refused_by_name(trained: Trained, tmp_path: Path) -> None:
+    for content, message in (
+        ({"alphafold_state_dict": [1]}, "alphafold_state_dict is a list"),
+        ({"averaged_model.module.0.weight": 3}, "3 parameters missing"),
+    ):
+        torch.save(content, file := tmp_path / "weights.pt")
+        with pytest.raises(CheckpointError, match=f"weights.pt: {message}"):
+            load_into(file, trained.flat, trained.flat.master)
+
+
+@pytest.mark.parametrize("odd_rank", [0, 1, 2])
+def test_of_three_ranks_the_one_that_differs_is_named(odd_rank: int) -> None:
+    def compared(rank: int) -> list[str]:
+        trained, texts = Trained(Path("unused")), []
+        trained.step()
+        agreement = Agreement(trained.optimizer, dist.group.WORLD)
+        for step in (4, 5):
+            agreement.begin(step)
+            try:
+                agreement.settle()
+            except TrainingError as error:
+                texts.append(str(error))
+            if rank == odd_rank:
+                trained.optimizer.exp_avg_sq.view(torch.int32)[0] ^= 1
+        return texts
+
+    found = run_ranks(compared, 3)
+    assert all(texts == found[0] and len(texts) == 1 for texts in found)
+    assert f"step 5: rank {odd_rank} on " in found[0][0]
+    assert "than the other 2; all were equal after step 4" in found[0][0]
+
+
+def test_counters_are_compared_too_and_one_rank_compares_nothing(trained: Trained) -> None:
+    before = checksums(trained.optimizer)
+    trained.optimizer.adam_step += 1
+    assert not torch.equal(checksums(trained.optimizer), before)
+    agreement = Agreement(trained.optimizer, None)
+    agreement.begin(3)
+    agreement.settle()

@@ -141,6 +141,29 @@ def test_out_of_order_delivery_loses_and_repeats_nothing(tmp_path):
         assert torch.equal(batch.features["msa_feat"][..., :shared], reference.features["msa_feat"][..., :shared])
 
 
+def test_draws_passed_over_by_one_loader_are_the_first_of_the_next(tmp_path):
+    (tmp_path / "slow").mkdir()
+
+    def run(first, last, samples, left_over):
+        draws = TrainingSampler(
+            np.arange(NUM_CHAINS), np.ones(NUM_CHAINS), SLOW_SEED, 0, 1, 1, 3, 1, first - 1, samples, left_over
+        )
+        loader = TrainLoader(tmp_path / "slow", SMALL, num_workers=2, prefetch_factor=2, in_order=False)
+        loader.start(draws, first, 40)
+        try:
+            batches = [loader.next(iteration) for iteration in range(first, last + 1)]
+            return [batch.seeds[0] for batch in batches], draws.passed_over([loader.delivered()])
+        finally:
+            loader.close()
+
+    before, left_over = run(1, 14, 0, [])  # the slow row is the 11th draw
+    assert 10 in left_over
+    after, nothing = run(15, 40, 14, left_over)
+    assert nothing == []
+    whole = TrainingSampler(np.arange(NUM_CHAINS), np.ones(NUM_CHAINS), SLOW_SEED)
+    assert sorted([*before, *after]) == sorted(whole.pairs(i)[0][1] for i in range(1, 41))
+
+
 def waits_ms(folder, in_order):
     loader = TrainLoader(folder, SMALL, num_workers=2, prefetch_factor=2, in_order=in_order)
     loader.spawn()

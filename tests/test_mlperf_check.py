@@ -254,7 +254,7 @@ def test_files_that_are_no_logs_are_named(tmp_path):
     with pytest.raises(LogError, match=r"absent\.txt: cannot read"):
         check_log(tmp_path / "absent.txt")
     (tmp_path / "result_0.txt.training.part").touch()
-    with pytest.raises(LogError, match="join them"):
+    with pytest.raises(LogError, match=r"its parts hold no line yet: result_0\.txt\.training\.part"):
         check_log(tmp_path / "result_0.txt")
 
 
@@ -281,3 +281,14 @@ def test_our_key_table_demands_what_the_official_rules_demand():
                 required.add((rule["NAME"], rule["REQ"].lower()))
     ours = {(key.name, key.count) for key in KEYS.values()}
     assert required <= ours
+
+
+def test_parts_that_a_crashed_run_left_are_joined_and_judged(tmp_path):
+    log = rehearsal(tmp_path / "result_0.txt")
+    expected, lines = check_log(log), log.read_text().splitlines(keepends=True)
+    log.unlink()
+    for role, wanted in (("training", False), ("evaluation", True)):
+        own = [line for line in lines if any(key in line for key in ('"eval_a', '"eval_st', '"run_stop"')) is wanted]
+        (tmp_path / f"result_0.txt.{role}.part").write_text("".join(own))
+    assert check_log(log) == expected
+    assert log.exists()

@@ -1,5 +1,6 @@
 """The event writer: what it writes, who writes, and which order it refuses."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalefold.errors import LogError
-from scalefold.mlperf.events import Events, SubmissionInfo, merge_parts
+from scalefold.mlperf.events import Events, SubmissionInfo, merge_left_parts, merge_parts
 from scalefold.mlperf.keys import CHECKPOINT_SHA256, EXPECTED, KEYS
 from scalefold.mlperf.rehearsal import benchmark_hyperparameters
 
@@ -253,11 +254,49 @@ def test_parts_that_disagree_or_have_broken_lines_are_refused(tmp_path):
         ev.run_stop("success")
     with pytest.raises(LogError, match="2 run_stop lines, the first is aborted"):
         merge_parts(tmp_path / "r.txt")
-    ev.file.write_text(ev.file.read_text()[:-20])
+    ev.file.write_text("half a line\n" + ev.file.read_text())
     with pytest.raises(LogError, match="not an MLPerf log line"):
         merge_parts(tmp_path / "r.txt")
     with pytest.raises(LogError, match=r"no other\.txt\.training\.part"):
         merge_parts(tmp_path / "other.txt")
+
+
+@pytest.mark.parametrize("tail", [':::MLLOG {"namespace": "", "time_ms": 17', "\0" * 500, "\0" * 20 + "\n"])
+def test_parts_of_a_crashed_run_are_joined_without_what_the_crash_left_behind(tmp_path, tail):
+    result = tmp_path / "result_0.txt"
+    with Events(result, role="training") as train, Events(result, role="evaluation") as ev:
+        begin(train)
+        begin(ev)
+        evaluate(ev, 40, 0.5)
+        train.epoch_start(80)
+    for part in (train.file, ev.file):
+        part.write_text(part.read_text() + tail)
+    assert merge_left_parts(tmp_path, besides=tmp_path / "result_0.resumed_000040.txt") == [result]
+    assert [key for key in keys(result) if key in ("run_start", "eval_stop", "epoch_start")] == [
+        "run_start",
+        "eval_stop",
+        "epoch_start",
+    ]
+    assert merge_left_parts(tmp_path, besides=result) == []
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    with Events(tmp_path / "r.txt") as events:
+        begin(events)
+        whole, write = events.file.read_text(), os.write
+
+        def short(descriptor, data):
+            if len(data) < 10:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return write(descriptor, data[:-5])
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.write", short)
+            with pytest.raises(LogError, match="No space left on device"):
+                events.epoch_start(40)
+        assert events.file.read_text() == whole
+        events.abort()
+    assert read(events.file)[-1]["key"] == "run_stop"
 
 
 def test_a_log_whose_clock_never_ran_is_removed_when_its_run_fails(tmp_path):

@@ -107,6 +107,28 @@ def test_an_incomplete_last_line_of_a_killed_run_is_ignored_and_removed_by_the_r
     assert read_metrics(path).step.tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize("tail", ["\0" * 300, "\0" * 300 + "\n", '{"kind": "st', '\0\0{"kind": "st'])
+def test_what_a_crash_leaves_at_the_end_does_not_block_a_resume(tmp_path, tail):
+    path = write_run(tmp_path, [1, 2, 3])
+    path.write_text(path.read_text() + tail)
+    assert read_metrics(path).step.tolist() == [1, 2, 3]
+    write_run(tmp_path, [3], resume_step=2)
+    assert read_metrics(path).step.tolist() == [1, 2, 3]
+    assert "\0" not in path.read_text()
+
+
+def test_half_a_line_inside_is_left_out_by_a_resume_which_says_so_and_keeps_the_file(tmp_path, caplog):
+    path = write_run(tmp_path, [1, 2, 3])
+    lines = path.read_text().splitlines(keepends=True)
+    broken = "".join([*lines[:2], lines[2][:-30], *lines[2:]])
+    path.write_text(broken)
+    write_run(tmp_path, [3], resume_step=2)
+    assert read_metrics(path).step.tolist() == [1, 3]  # the half line has swallowed the one of step 2
+    assert "metrics.jsonl:3: not a JSON object" in caplog.text
+    assert "1 such lines are left out" in caplog.text
+    assert (tmp_path / "metrics.1.jsonl").read_text() == broken
+
+
 @settings(deadline=None)
 @given(cut=st.integers(min_value=0, max_value=2000))
 def test_a_file_cut_at_any_byte_is_readable(cut, tmp_path_factory):

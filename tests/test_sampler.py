@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalefold.data.sampler import (
+    Delivered,
     RecyclingSchedule,
     SampleStream,
     TrainingSampler,
@@ -149,3 +151,53 @@ def test_evaluation_pairs_equal_the_reference(golden_dir):
         world, rank = (int(part.lstrip("worldank")) for part in key.split("/"))
         expected = [(index, int(seed)) for index, seed in pairs]
         assert evaluation_pairs(golden["chain_ids"], rank, world) == expected
+
+
+class Replicas:
+    """Loaders of all replicas that deliver in any order, as far ahead as ``depth`` draws."""
+
+    def __init__(self, num: int, batch: int, depth: int, step: int, samples: int, left_over: list[int]) -> None:
+        def sampler(replica: int) -> TrainingSampler:
+            return TrainingSampler(
+                np.arange(9), np.ones(9), 3, replica, num, batch, 0, 1, step, samples, left_over=left_over
+            )
+
+        self.samplers = [sampler(replica) for replica in range(num)]
+        self.step, self.depth = step, depth
+        self.delivered: list[set[int]] = [set() for _ in range(num)]
+
+    def deliver(self, choose: random.Random) -> list[int]:
+        """Places in the stream that one iteration of all replicas uses."""
+        used = []
+        for sampler, done in zip(self.samplers, self.delivered, strict=True):
+            waiting = [d for d in range(self.step + 1, self.step + 2 + len(done) + self.depth) if d not in done]
+            done.add(draw := choose.choice(waiting[: self.depth]))
+            used += sampler.numbers(draw)
+        return used
+
+    def left_over(self) -> list[int]:
+        """What has to come first after the next start."""
+        found = []
+        for done in self.delivered:
+            newest = max(done, default=self.step)
+            missing = tuple(d for d in range(self.step + 1, newest) if d not in done)
+            found.append(Delivered(newest, missing))
+        return self.samplers[0].passed_over(found)
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(0, 7)), min_size=1, max_size=5),
+    depth=st.integers(1, 6),
+    seed=st.integers(0, 999),
+)
+def test_whatever_is_passed_over_comes_first_after_the_next_start(
+    parts: list[tuple[int, int, int]], depth: int, seed: int
+) -> None:
+    """Parts of a run: (replicas, local batch, iterations), each with loaders of its own."""
+    choose, used, left_over, step = random.Random(seed), list[int](), list[int](), 0
+    for num, batch, iterations in parts:
+        replicas = Replicas(num, batch, depth, step, len(used), left_over)
+        for _ in range(iterations):
+            used += replicas.deliver(choose)
+        left_over, step = replicas.left_over(), step + iterations
+        assert sorted([*used, *left_over]) == list(range(len(used) + len(left_over)))

@@ -13,7 +13,7 @@ these folders; here they are chosen, verified and loaded.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,9 @@ AVERAGED_PREFIX = "averaged_model.module."
 class RunState:
     """Where a run stands: completed iterations, applied optimizer updates in the average, its seed, and its phase.
 
-    ``steps_before`` and ``samples_before`` had been done when phase number ``phase`` began. ``sha256`` holds the hash
-    of each file beside it; checkpoints of earlier versions have none.
+    ``steps_before`` and ``samples_before`` had been done when phase number ``phase`` began. ``left_over`` are places of
+    the stream of samples that a loader passed over because they were not ready. ``sha256`` holds the hash of each file
+    beside it; checkpoints of earlier versions have none.
     """
 
     iteration: int
@@ -45,6 +46,7 @@ class RunState:
     phase: int = 0
     steps_before: int = 0
     samples_before: int = 0
+    left_over: Sequence[int] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -136,10 +138,12 @@ def read_state(folder: Path) -> RunState:
     hashes = state.sha256
     if not isinstance(hashes, dict) or not all(isinstance(text, str) for text in hashes.values()):
         raise CheckpointError(f"{file}: sha256 must be a dictionary of file names and hashes")
-    for number in (f.name for f in fields(RunState) if f.name != "sha256"):
-        value = getattr(state, number)
+    counts = {f.name: getattr(state, f.name) for f in fields(RunState) if f.type in (int, "int")}
+    if not isinstance(state.left_over, list | tuple):
+        raise CheckpointError(f"{file}: left_over must be a list of whole numbers")
+    for name, value in (*counts.items(), *(("left_over", value) for value in state.left_over)):
         if type(value) is not int or value < 0:
-            raise CheckpointError(f"{file}: {number} must be a whole number from 0 on, found {str(value)[:40]!r}")
+            raise CheckpointError(f"{file}: {name} must be a whole number from 0 on, found {str(value)[:40]!r}")
     return state
 
 

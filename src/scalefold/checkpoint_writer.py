@@ -12,6 +12,7 @@ Python, where it would hold the training thread up.
 import contextlib
 import errno
 import gc
+import itertools
 import json
 import logging
 import os
@@ -86,18 +87,22 @@ class HostCopy:
         """Take everything as of now in stream order; on a GPU the host does not wait."""
         optimizer, count = self.optimizer, len(self._steps)
         sources = [self.flat.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.averaged]
-        if self._stream is not None and self._arrival is not None:
+        if self._stream is None or self._arrival is None:
+            self._copy_from(sources)
+        else:
             self._clones = [source.clone() for source in sources]
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                torch._foreach_copy_(list(self.buffers.values()), self._clones, non_blocking=True)
+                self._copy_from(self._clones)
                 self._arrival.record()
-        else:
-            torch._foreach_copy_(list(self.buffers.values()), sources)
         self._steps.fill_(float(optimizer.adam_step))
         self._num_averaged.fill_(optimizer.num_averaged)
         self.resumable["iteration"] = iteration
         self.resumable["optimizer_state_dict"]["param_groups"] = [adam_group(optimizer.config, count)]
+
+    def _copy_from(self, sources: list[Tensor]) -> None:
+        for target, source in zip(self.buffers.values(), sources, strict=True):
+            target.copy_(source, non_blocking=True)
 
     def wait(self) -> None:
         """Until the copy has arrived; called by the writing thread."""
@@ -186,6 +191,20 @@ class CheckpointWriter(Checkpoints):
         )
         self._thread.start()
         return before
+
+    def set_aside(self, after: int) -> None:
+        """Rename checkpoints beyond iteration ``after``, which the run is not going to continue from, out of the way.
+
+        They are broken, or another run's that was here before; ``run_dir/checkpoints/set_aside`` keeps them.
+        """
+        self._join()
+        for folder in self.all():
+            if int(folder.name) > after:
+                store = self.folder.with_name("set_aside")
+                store.mkdir(exist_ok=True)
+                suffixes = itertools.chain([""], (f"_{n}" for n in itertools.count(2)))
+                names = (folder.name + suffix for suffix in suffixes)
+                folder.rename(next(store / name for name in names if not (store / name).exists()))
 
     def newest(self) -> Path | None:
         """Folder of the newest complete checkpoint, once the one under way is over; None if there is none."""

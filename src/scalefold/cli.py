@@ -167,6 +167,9 @@ def train(
     resume: Annotated[bool, typer.Option(help="continue from the newest checkpoint of run.run_dir")] = False,
     result_index: Annotated[int, typer.Option(help="N of result_N.txt")] = 0,
     instance: Annotated[int, typer.Option(help="index of a weak-scaling instance")] = 0,
+    accept_changes: Annotated[
+        bool, typer.Option(help="with --resume: go on although settings differ from the run's config.yaml")
+    ] = False,
 ) -> None:
     """Train until the target is reached. The same command under srun, torchrun and mpirun.
 
@@ -179,7 +182,8 @@ def train(
     from scalefold.run import RunOptions
     from scalefold.train import run_rank
 
-    outcome = run_rank(load_config(config, overrides or []).config, RunOptions(resume, result_index, instance))
+    options = RunOptions(resume, result_index, instance, accept_changes)
+    outcome = run_rank(load_config(config, overrides or []).config, options)
     leave(outcome.exit_status if outcome is not None else 0)
 
 

@@ -8,8 +8,9 @@ of ranks ends it with a checkpoint and ``EXIT_NEXT_PHASE``, so that the launcher
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
-from scalefold.checkpoint import Checkpoints, read_state
+from scalefold.checkpoint import Checkpoints, RunState, read_state
 from scalefold.config import Config
 from scalefold.errors import CheckpointError
 
@@ -69,6 +70,12 @@ class Schedule:
         goal = None if self.is_last else self.base.phases[self.position.phase].until_lddt_ca
         return goal is not None and lddt_ca is not None and lddt_ca >= goal
 
+    def place(self, state: RunState) -> None:
+        """Continue at a checkpoint: in its phase, or in the next one if that ended with it."""
+        self.position = Position(state.phase, state.steps_before, state.samples_before)
+        while state.iteration >= self.last_step and self.follows(state.iteration):
+            self.advance(state.iteration)
+
     def follows(self, step: int) -> bool:
         """Whether another phase begins after ``step``, given that this one ends there."""
         return not self.is_last and step < self.base.training.num_train_iters
@@ -84,30 +91,33 @@ class Schedule:
 
 
 def open_schedule(config: Config, resume: bool) -> Schedule:
-    """The phases of the run, at the place where it starts or resumes.
+    """The phases of the run, at the place where it starts or resumes as far as this rank can see.
+
+    That decides which ranks are expected. From which checkpoint the run continues is decided when they have met; a
+    rank that sees none expects the first phase's.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it was written in a phase that the configuration does not have.
+        CheckpointError: the checkpoint was written in a phase that the configuration does not have.
     """
-    if not resume:
-        return Schedule(config)
-    checkpoints = Checkpoints(config.run.run_dir / "checkpoints")
-    folder = checkpoints.newest()
-    if folder is None:
-        raise CheckpointError(
-            f"{checkpoints.folder}: --resume, but there is no complete checkpoint; set run.run_dir to the run to "
-            "continue, or start without --resume"
-        )
-    state = read_state(folder)
+    schedule = Schedule(config)
+    for folder in reversed(Checkpoints(config.run.run_dir / "checkpoints").all() if resume else []):
+        try:
+            state = read_state(folder)
+        except CheckpointError:  # whether an older one will do is decided later, and said then
+            continue
+        check_phase(config, folder, state)
+        schedule.place(state)
+        break
+    return schedule
+
+
+def check_phase(config: Config, folder: Path, state: RunState) -> None:
+    """Refuse a checkpoint of a phase that the configuration does not have."""
     if state.phase > max(0, len(config.phases) - 1):
         raise CheckpointError(
             f"{folder}: was written in phase {state.phase}, but the configuration has phases 0 to "
             f"{len(config.phases) - 1}; resume with the configuration beside it"
         )
-    schedule = Schedule(config, Position(state.phase, state.steps_before, state.samples_before))
-    while state.iteration >= schedule.last_step and schedule.follows(state.iteration):
-        schedule.advance(state.iteration)
-    return schedule
 
 
 def any_phase(config: Config, holds: Callable[[Config], bool]) -> bool:

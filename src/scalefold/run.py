@@ -1,11 +1,9 @@
 """Assembles a run from its configuration: ranks, model, optimizer, data, log, record, checkpoints, evaluation."""
 
-import itertools
 import logging
 import os
-import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scalefold.checkpoint import RunState, load_initial, load_run, read_state
+from scalefold.checkpoint import RunState
 from scalefold.checkpoint_writer import CheckpointWriter, Written
 from scalefold.compile import GraphedTrainStep, TrainStep
 from scalefold.config import Config
 from scalefold.data import selection
 from scalefold.data.features import FeatureSettings
 from scalefold.data.loader import Batch, TrainLoader, to_device
-from scalefold.data.sampler import TrainingSampler, initialisation_seed
+from scalefold.data.sampler import Delivered, TrainingSampler, initialisation_seed
 from scalefold.data.shared_loader import SharedLoader
 from scalefold.data.store import Store
 from scalefold.data.synthetic import synthetic_batch
 from scalefold.ending import Ending
-from scalefold.errors import ConfigError
+from scalefold.errors import ConfigError, LogError, TrainingError
 from scalefold.evaluators import (
     ChainScorer,
     Evaluator,
@@ -38,31 +36,22 @@ from scalefold.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.header import log_header, run_header, write_resolved
 from scalefold.kernels import REFERENCE, Operations, operations, use_operations
 from scalefold.loss import loss_terms, total_of_terms
-from scalefold.mlperf.events import Events
+from scalefold.mlperf.events import Events, merge_left_parts
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.optim import FlatParameters, Optimizer, learning_rate
+from scalefold.parallel.agreement import Agreement
 from scalefold.parallel.collectives import use_direct
 from scalefold.parallel.dap import apply_dap, check_shares, gradient_scale
-from scalefold.parallel.ddp import GradientReducer, broadcast_master
+from scalefold.parallel.ddp import GradientReducer
 from scalefold.parallel.ranks import Ranks
 from scalefold.parallel.snapshots import PHASE_REACHED, STOP_REQUESTED, TARGET_REACHED, StopSignal
-from scalefold.phases import Schedule, any_phase
+from scalefold.phases import Position, Schedule, any_phase
 from scalefold.report.console import Progress
 from scalefold.report.record import Record
+from scalefold.resume import CONFIG_FILE, RunOptions, Start, agree_on_start, load_state
 from scalefold.stop_signals import STOP_SIGNALS, leave_stopping_to_others
 
 log = logging.getLogger(__name__)
-
-CONFIG_FILE = "config.yaml"
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What differs between starts of one configuration."""
-
-    resume: bool = False
-    result_index: int = 0
-    instance: int = 0
 
 
 @dataclass
@@ -85,6 +74,9 @@ class Run:
     first_step: int = 1
     settings: FeatureSettings = field(default_factory=FeatureSettings)
     stop_asked: bool = False
+    left_over: Sequence[int] = ()
+    _sampler: TrainingSampler | None = None
+    _agreement: Agreement | None = None
     _training_set: selection.TrainingSet | None = None
     _stop: StopSignal | None = None
     _copies: "torch.cuda.Stream | None" = None
@@ -111,9 +103,9 @@ class Run:
 
     def start_loader(self, first_step: int) -> None:
         """Deliver the batches of the present phase from iteration ``first_step`` on."""
-        c, train, position = self.config, self._training_set, self.schedule.position
+        c, train = self.config, self._training_set
         assert train is not None, "open_data comes first"
-        sampler = TrainingSampler(
+        self._sampler = TrainingSampler(
             train.rows,
             train.weights,
             self.seed,
@@ -122,10 +114,11 @@ class Run:
             c.local_batch_size,
             c.data.num_recycling_iters,
             c.training.gradient_accumulation_steps,
-            position.steps_before,
-            position.samples_before,
+            first_step - 1,
+            self.schedule.samples(first_step - 1),
+            self.left_over,
         )
-        self.loader.start(sampler, first_step, self.schedule.last_step)
+        self.loader.start(self._sampler, first_step, self.schedule.last_step)
 
     def synthetic_batch(self) -> Batch:
         """A batch of true shapes and plausible geometry that touches no data."""
@@ -158,21 +151,65 @@ class Run:
     def save(self, step: int) -> None:
         """Begin to write a checkpoint of the ``step`` completed iterations on rank 0, beside training.
 
+        Every training rank calls this: they compare what they hold, and say which samples they have passed over.
+
         Raises:
             CheckpointError: the checkpoint before this one could not be written.
+            TrainingError: the ranks held different weights at the one before.
         """
+        self.compare_ranks(step)
+        left_over = self.samples_left_over(step)
         if self.ranks.is_root:
-            state = RunState(step, self.seed, self.optimizer.num_averaged, **vars(self.schedule.position))
+            position = vars(self.schedule.position)
+            state = RunState(step, self.seed, self.optimizer.num_averaged, **position, left_over=left_over)
             names = parameter_names(self.model)
             self._note(self.checkpoints.save(self.optimizer.flat, self.optimizer, names, state))
 
     def finish_saving(self) -> None:
-        """Wait until the last checkpoint is on the disk.
+        """Wait until the last checkpoint is on the disk, and the ranks are known to agree.
 
         Raises:
             CheckpointError: it could not be written.
+            TrainingError: the ranks held different weights.
         """
+        self._go_on_comparing(to_the_end=True)
         self._note(self.checkpoints.finish())
+
+    def samples_left_over(self, step: int) -> list[int]:
+        """Places in the stream of samples that were passed over by iteration ``step``; every training rank calls this.
+
+        In the order of draws nothing is. Else only the loaders know.
+        """
+        assert self._sampler is not None, "open_data comes first"
+        found: list[Delivered | None] = [Delivered(step)] * self.ranks.layout.dp_size
+        if self.config.data.dataloader == "pq":
+            found = [mine := self.loader.delivered()] * self.ranks.layout.num_train_ranks
+            if len(found) > 1:
+                dist.all_gather_object(found, mine, group=self.ranks.train_control_group)
+        return self._sampler.passed_over([delivered for delivered in found if delivered is not None])
+
+    def compare_ranks(self, step: int, wait: bool = False) -> None:
+        """Begin to compare the weights of all training ranks after ``step`` iterations; the same call on all of them.
+
+        Raises:
+            TrainingError: they differed, now (with ``wait``) or at the comparison before.
+        """
+        self._go_on_comparing(to_the_end=True)
+        if self._agreement is None:
+            group = self.ranks.train_control_group if self.ranks.layout.num_train_ranks > 1 else None
+            self._agreement = Agreement(self.optimizer, group)
+        self._agreement.begin(step)
+        self._go_on_comparing(to_the_end=wait)
+
+    def _go_on_comparing(self, to_the_end: bool = False) -> None:
+        if (agreement := self._agreement) is None:
+            return
+        try:
+            (agreement.settle if to_the_end else agreement.advance)()
+        except TrainingError:
+            if self.ranks.is_root:
+                self.checkpoints.set_aside(agreement.last_step)
+            raise
 
     def _note(self, written: Written | None) -> None:
         if written is not None:
@@ -183,6 +220,7 @@ class Run:
         """0, TARGET_REACHED, STOP_REQUESTED (a signal to rank 0) or PHASE_REACHED; the same on all training ranks."""
         if self._stop is None:
             self._stop = StopSignal(self.ranks.train_control_group, self._decide_to_stop)
+        self._go_on_comparing()
         return self._stop.poll()
 
     def _decide_to_stop(self) -> int:
@@ -193,8 +231,14 @@ class Run:
         elsewhere = self.ranks.layout.num_eval_ranks > 0
         return PHASE_REACHED if elsewhere and self.schedule.goal_reached(self.evaluator.last) else 0
 
+    def between_updates(self, step: int) -> bool:
+        """Whether no gradient is held after iteration ``step``: only then can a run be left and continued."""
+        return step % self.config.training.gradient_accumulation_steps == 0
+
     def phase_ends(self, step: int, code: int) -> bool:
         """Whether another phase follows iteration ``step``; the same on all training ranks."""
+        if not self.between_updates(step):
+            return False
         here = self.ranks.layout.num_eval_ranks == 0 and step % self.config.training.val_every_iters == 0
         due = step == self.schedule.last_step or code == PHASE_REACHED
         return self.schedule.follows(step) and (due or (here and self.schedule.goal_reached(self.evaluator.last)))
@@ -246,62 +290,62 @@ def prepare_process(config: Config) -> None:
 
 @dataclass(frozen=True)
 class Beginning:
-    """What every rank of a run agrees on first."""
+    """What every rank of a run does first: where it starts, and the log of this rank."""
 
-    seed: int
-    result_file: Path
+    start: Start
     events: Events
     checkpoints: CheckpointWriter
-    resumed_from: Path | None
 
 
-def begin(config: Config, options: RunOptions, ranks: Ranks, ending: Ending) -> Beginning:
-    """Seed, log and checkpoint to resume from; logs ``init_start`` after a barrier of all ranks."""
-    run_dir = config.run.run_dir
-    checkpoints = CheckpointWriter(run_dir / "checkpoints", config.run.keep_checkpoints, config.run.archive_every_iters)
-    resumed_from = checkpoints.newest() if options.resume else None
-    seed = agree_on_seed(config, ranks, resumed_from)
-    result_file = choose_result_file(run_dir, options, resumed_from)
+def begin(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> Beginning:
+    """Agree on the start and move the schedule there; logs ``init_start`` after a barrier of all ranks.
+
+    Raises:
+        CheckpointError, ConfigError, LogError: see ``agree_on_start``.
+    """
+    r = schedule.base.run
+    checkpoints = CheckpointWriter(r.run_dir / "checkpoints", r.keep_checkpoints, r.archive_every_iters)
+    start = agree_on_start(schedule, options, ranks, checkpoints)
     ranks.barrier()
-    events = open_events(result_file, ranks, options)
+    events = open_events(start.result_file, ranks, options)
     ending.add("the log", events.close)
     ranks.watch.before_exit = events.abort
     events.init_start()
-    return Beginning(seed, result_file, events, checkpoints, resumed_from)
+    return Beginning(start, events, checkpoints)
 
 
 def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> Run:
     """Build a training rank's run, up to the moment before warm-up; ``ending`` lets go of it.
 
     Raises:
-        ConfigError, CheckpointError: the configuration, the launcher or the initial checkpoint do not fit.
+        ConfigError, CheckpointError: the configuration, the launcher or a checkpoint do not fit.
     """
-    config = schedule.config
-    check_shares(config.model, config.parallel.dap_size)
-    beginning = begin(config, options, ranks, ending)
-    seed, events, checkpoints = beginning.seed, beginning.events, beginning.checkpoints
-    run_dir, resumed_from = config.run.run_dir, beginning.resumed_from
+    check_shares(schedule.config.model, schedule.config.parallel.dap_size)
+    beginning = begin(schedule, options, ranks, ending)
+    config, start = schedule.config, beginning.start
+    events, checkpoints, run_dir = beginning.events, beginning.checkpoints, config.run.run_dir
     ops = choose_operations(config, ranks)
-    model = build_model(config, initialisation_seed(seed), ranks)
+    model = build_model(config, initialisation_seed(start.seed), ranks)
     use_operations(model, ops)
     apply_dap(model, ranks.dap_group)
     exchange = connect_replica(config, ranks)
     if (group := ranks.dap_group) is not None:
         ending.add("memory that GPUs share", lambda: use_direct(group, None), after_errors=False)
     optimizer = build_optimizer(config, model, ranks, ops, any_phase(schedule.base, adds_gradients))
-    digest = load_weights_into(config, model, optimizer)
-    broadcast_master(optimizer.flat, ranks.train_group)
-    state = load_run(resumed_from, optimizer.flat, optimizer, parameter_names(model)) if resumed_from else None
-    if ranks.is_root and config.run.checkpoint_every_iters:
-        checkpoints.prepare(optimizer.flat, optimizer, parameter_names(model))
+    names = parameter_names(model)
+    digest = load_state(config, start, optimizer, names, ranks)
     settings = feature_settings(config)
-    log_header(events, config, ranks, seed, model, digest)
+    log_header(events, config, ranks, start.seed, model, digest)
     continue_counting(events, schedule)
-    record = Record(run_dir, ranks.is_root, state.iteration if state else None)
+    record = Record(run_dir, ranks.is_root, start.state.iteration if start.state else None)
     if ranks.is_root:
+        checkpoints.set_aside(start.first_step - 1)
+        join_left_parts(run_dir, start)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_resolved(run_dir / CONFIG_FILE, schedule.base)
-        record.run(**run_header(config, ranks, seed, model, ops, exchange))
+        record.run(**run_header(config, ranks, start.seed, model, ops, exchange))
+        if config.run.checkpoint_every_iters:
+            checkpoints.prepare(optimizer.flat, optimizer, names)
     progress = make_progress(config, ranks)
     progress.note(f"operations: {'plain PyTorch' if ops is REFERENCE else 'Triton kernels'} on {ranks.device.type}")
     step = build_step(config, model, optimizer, ranks)
@@ -310,7 +354,7 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Endi
     run = Run(
         schedule=schedule,
         ranks=ranks,
-        seed=seed,
+        seed=start.seed,
         model=model,
         optimizer=optimizer,
         step=step,
@@ -320,13 +364,23 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Endi
         record=record,
         progress=progress,
         checkpoints=checkpoints,
-        result_file=beginning.result_file,
-        first_step=state.iteration + 1 if state else 1,
+        result_file=start.result_file,
+        first_step=start.first_step,
+        left_over=start.left_over,
         settings=settings,
     )
     run.let_go_with(ending)
     catch_stop_signals(run)
     return run
+
+
+def join_left_parts(run_dir: Path, start: Start) -> None:
+    """On a resume: the logs of a run with evaluation ranks that ended before they were joined."""
+    try:
+        for joined in merge_left_parts(run_dir, besides=start.result_file) if start.folder else []:
+            log.warning("%s: joined from the parts that the run before left", joined)
+    except LogError as error:  # a damaged log of the past does not keep a run from going on
+        log.warning("%s", error)
 
 
 def make_loader(config: Config, ranks: Ranks, settings: FeatureSettings) -> TrainLoader | SharedLoader:
@@ -364,6 +418,7 @@ def enter_next_phase(run: Run, step: int) -> bool:
     run.step.close()
     run.step = build_step(config, run.model, run.optimizer, run.ranks, run.step.reducer)
     continue_counting(run.events, run.schedule)
+    run.left_over = run.samples_left_over(step)
     run.loader.close()
     run.loader.release_memory()
     run.loader = make_loader(config, run.ranks, run.settings)
@@ -372,24 +427,24 @@ def enter_next_phase(run: Run, step: int) -> bool:
 
 
 def continue_counting(events: Events, schedule: Schedule) -> None:
-    """Let the log count samples across phases."""
-    if schedule.base.phases:
-        position = schedule.position
+    """Let the log count samples across phases and changes of the batch."""
+    position = schedule.position
+    if position != Position():
         events.change_batch(position.steps_before, position.samples_before, schedule.config.training.global_batch_size)
 
 
 def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> None:
     """An evaluation rank's whole life, in step with the barriers of the training ranks; ``ending`` lets go of it."""
-    config = schedule.config
     leave_stopping_to_others()
-    beginning = begin(config, options, ranks, ending)
-    events, settings = beginning.events, feature_settings(config)
+    beginning = begin(schedule, options, ranks, ending)
+    config, events = schedule.config, beginning.events
+    settings = feature_settings(config)
     ops = choose_operations(config, ranks)
     flat = build_optimizer(config, build_model(config, 0, ranks), ranks, ops).flat
     scorer = ChainScorer(config, ranks, settings, ops, ranks.eval_group)
     ending.add("captured evaluations", scorer.model.close, after_errors=False)
     ending.add("evaluation workers", scorer.close)
-    log_header(events, config, ranks, beginning.seed, scorer.model.model, None)
+    log_header(events, config, ranks, beginning.start.seed, scorer.model.model, None)
     continue_counting(events, schedule)
     accept_connection(ranks)
     ranks.watch.at("warm-up")
@@ -411,28 +466,6 @@ def make_progress(config: Config, ranks: Ranks) -> Progress:
     """The screen of rank 0; every other rank prints to nowhere."""
     stream = None if ranks.is_root else open(os.devnull, "w")  # noqa: SIM115
     return Progress(config.training.target_avg_lddt_ca_value, config.training.num_train_iters, stream)
-
-
-def agree_on_seed(config: Config, ranks: Ranks, resumed_from: Path | None) -> int:
-    """The resumed run's seed, the configured one, or one from the system's entropy; the same on all ranks."""
-    seed = [config.training.seed]
-    if resumed_from is not None:
-        seed = [read_state(resumed_from).seed]
-    elif seed == [None]:
-        seed = [random.SystemRandom().getrandbits(63)]
-    if ranks.layout.world_size > 1:
-        dist.broadcast_object_list(seed, src=0, group=ranks.control_group)
-    assert seed[0] is not None
-    return seed[0]
-
-
-def choose_result_file(run_dir: Path, options: RunOptions, resumed_from: Path | None) -> Path:
-    """``result_N.txt``; a resumed run writes a log of its own, because it is no valid benchmark run."""
-    if resumed_from is None:
-        return run_dir / f"result_{options.result_index}.txt"
-    stem = f"result_{options.result_index}.resumed_{resumed_from.name}"
-    names = (f"{stem}{suffix}.txt" for suffix in itertools.chain([""], (f"_{n}" for n in itertools.count(2))))
-    return next(run_dir / name for name in names if not any(run_dir.glob(f"{name}*")))
 
 
 def open_events(result_file: Path, ranks: Ranks, options: RunOptions) -> Events:
@@ -504,15 +537,6 @@ def build_optimizer(
         gradient_dtype=torch.float32 if in_parts else None,
     )
     return Optimizer(flat, config.training, ops)
-
-
-def load_weights_into(config: Config, model: AlphaFold, optimizer: Optimizer) -> str | None:
-    """Load the initial checkpoint, if one is configured; return its SHA-256."""
-    t = config.training
-    if t.init_checkpoint is None:
-        return None
-    names = parameter_names(model)
-    return load_initial(t.init_checkpoint, optimizer.flat, optimizer, names, t.init_checkpoint_sha256sum)
 
 
 def build_step(

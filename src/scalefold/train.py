@@ -110,6 +110,7 @@ def warm_up(run: Run) -> None:
     warm_up_step(run)
     run.evaluator.warm_up()
     run.checkpoints.settle()
+    run.compare_ranks(run.first_step - 1, wait=True)
     run.ranks.barrier()
     run.events.init_stop()
 
@@ -172,11 +173,12 @@ def loop(run: Run, steps: "StepLog") -> Outcome:
                 return finish(run, steps, step, "next_phase")
             warm_up_step(run)
             steps.restart()
-        if run.checkpoint_due(step) or code == STOP_REQUESTED:
+        stops = code == STOP_REQUESTED and run.between_updates(step)
+        if run.checkpoint_due(step) or stops:
             steps.flush()
             at("checkpoint", step)
             run.save(step)
-        if code == STOP_REQUESTED:
+        if stops:
             return finish(run, steps, step, "aborted")
     return finish(run, steps, t.num_train_iters, "aborted")
 

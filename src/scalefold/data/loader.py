@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes, feature_views, fill_sample
-from scalefold.data.sampler import Task, TrainingSampler, seed_from_string
+from scalefold.data.sampler import Delivered, Task, TrainingSampler, seed_from_string
 from scalefold.data.store import Store
 from scalefold.errors import DataError, ScaleFoldError
 from scalefold.stop_signals import children_unaware
@@ -322,7 +322,8 @@ class TrainLoader:
 
     ``in_order=True`` ("PT") delivers draw after draw: the samples of an iteration do not depend on the number of
     workers or on timing, and only the recycling slices of that iteration are built. ``in_order=False`` ("PQ") delivers
-    the earliest draw that is ready, so one slow sample never holds up a step; nothing is dropped. As the number of
+    the earliest draw that is ready, so one slow sample never holds up a step; nothing is dropped: ``delivered`` says
+    which draws were passed over, and the next start may begin with them. As the number of
     passes belongs to the iteration, not to the draw, all slices are built there and the first ones delivered.
 
     Args:
@@ -356,6 +357,7 @@ class TrainLoader:
         self._ready: _ReadyFirst | None = None
         self._sampler: TrainingSampler | None = None
         self._num_workers = num_workers
+        self._newest, self._passed_over = 0, set[int]()
         self.slow_samples = SlowSamples()
 
     def spawn(self) -> None:
@@ -365,6 +367,7 @@ class TrainLoader:
     def start(self, sampler: TrainingSampler, first_iteration: int, last_iteration: int) -> None:
         """Begin to build the batches of ``first_iteration`` to ``last_iteration``; only after ``run_start``."""
         self._sampler = sampler
+        self._newest, self._passed_over = first_iteration - 1, set()
         tasks = sampler.tasks(first_iteration, last_iteration)
         if not self._in_order:
             tasks = (replace(task, num_slices=self._settings.num_slices) for task in tasks)
@@ -391,7 +394,17 @@ class TrainLoader:
                 f"iteration {iteration}: the loader delivers iteration {batch.iteration}; resume from there"
             )
         self.slow_samples.add(batch)
+        self._count(batch.iteration)
         return replace(batch.first_slices(self._sampler.recycling(iteration) + 1), wait_ms=wait_ms)
+
+    def _count(self, draw: int) -> None:
+        self._passed_over.update(range(self._newest + 1, draw))
+        self._passed_over.discard(draw)
+        self._newest = max(self._newest, draw)
+
+    def delivered(self) -> Delivered:
+        """Which draws have been delivered since ``start``; all others would be lost if it ended now."""
+        return Delivered(self._newest, tuple(sorted(self._passed_over)))
 
     def slowest(self) -> list[tuple[float, str]]:
         """Seconds and chain of the samples delivered so far that took longest to build, slowest first."""

@@ -103,6 +103,14 @@ class Task:
     num_slices: int
 
 
+@dataclass(frozen=True)
+class Delivered:
+    """What a loader has delivered: all draws up to ``newest`` except those ``passed_over``."""
+
+    newest: int
+    passed_over: tuple[int, ...] = ()
+
+
 class TrainingSampler:
     """The tasks of one data-parallel replica, from any iteration on.
 
@@ -114,6 +122,7 @@ class TrainingSampler:
         local_batch_size: samples per replica and iteration.
         max_recycling_iters, accumulation: see ``RecyclingSchedule``.
         iterations_before, samples_before: what earlier parts of the run, with another batch size, have used.
+        left_over: numbers of the stream that those parts passed over; they come first.
     """
 
     def __init__(
@@ -128,6 +137,7 @@ class TrainingSampler:
         accumulation: int = 1,
         iterations_before: int = 0,
         samples_before: int = 0,
+        left_over: Sequence[int] = (),
     ) -> None:
         if not 0 <= replica < num_replicas:
             raise ValueError(f"replica {replica} of {num_replicas}")
@@ -135,14 +145,35 @@ class TrainingSampler:
         self._stream = SampleStream(weights, seed_from_string(f"initial_training_sampler_{seed}"))
         self._replica, self._num_replicas, self._local_batch_size = replica, num_replicas, local_batch_size
         self._iterations_before, self._samples_before = iterations_before, samples_before
+        self._left_over = tuple(left_over)
         self.recycling = RecyclingSchedule(seed, max_recycling_iters, accumulation)
+
+    def numbers(self, iteration: int, replica: int | None = None) -> list[int]:
+        """Places in the global stream of a replica's samples at ``iteration`` (1-based); by default this replica's."""
+        replica = self._replica if replica is None else replica
+        first = (iteration - 1 - self._iterations_before) * self._local_batch_size
+        places = (replica + self._num_replicas * (first + j) for j in range(self._local_batch_size))
+        left = self._left_over
+        return [left[place] if place < len(left) else self._samples_before + place for place in places]
 
     def pairs(self, iteration: int) -> list[tuple[int, int]]:
         """(training-set index, seed) of this replica's samples at ``iteration`` (1-based)."""
-        first = (iteration - 1 - self._iterations_before) * self._local_batch_size
-        mine = self._samples_before + self._replica
-        numbers = (mine + self._num_replicas * (first + j) for j in range(self._local_batch_size))
-        return [self._stream.pair(number) for number in numbers]
+        return [self._stream.pair(number) for number in self.numbers(iteration)]
+
+    def passed_over(self, delivered: Sequence["Delivered"]) -> list[int]:
+        """Places in the stream that lie before one that was used, and are not used themselves.
+
+        ``delivered`` holds what each replica's loader has delivered since its start, in the order of the replicas.
+        """
+        newest = max(d.newest for d in delivered)
+        missing = [
+            number
+            for replica, d in enumerate(delivered)
+            for draw in (*d.passed_over, *range(d.newest + 1, newest + 1))
+            for number in self.numbers(draw, replica)
+        ]
+        drawn = (newest - self._iterations_before) * self._num_replicas * self._local_batch_size
+        return sorted([*missing, *self._left_over[drawn:]])
 
     def task(self, iteration: int) -> Task:
         """What the loader has to build for ``iteration``."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes
 from scalefold.data.loader import Batch, TrainLoader
-from scalefold.data.sampler import TrainingSampler
+from scalefold.data.sampler import Delivered, TrainingSampler
 from scalefold.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -97,6 +97,10 @@ class SharedLoader:
             if len(self._taken) == NUM_SLOTS:
                 self._taken.popleft().synchronize()
         self._replica.barrier_in_replica()
+
+    def delivered(self) -> Delivered | None:
+        """``TrainLoader.delivered``; None on ranks that do not build."""
+        return None if self._own is None else self._own.delivered()
 
     def slowest(self) -> list[tuple[float, str]]:
         """``TrainLoader.slowest``; nothing on ranks that do not build."""

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from scalefold.mlperf.events import merge_parts
 from scalefold.mlperf.keys import EXPECTED, KEYS, RULESET, TARGET_LDDT, USAGE
 from scalefold.mlperf.lint import Finding, has_type, is_number, lint
 from scalefold.mlperf.logfile import Log, read_log
@@ -102,11 +103,13 @@ class Verdict:
 
 
 def check_log(path: str | Path) -> Verdict:
-    """Read, judge and classify one result file.
+    """Read, judge and classify one result file; parts of it that a crashed run left are joined first.
 
     Raises:
         LogError: the file cannot be read or is no MLPerf log.
     """
+    if not Path(path).exists() and any(Path(path).parent.glob(f"{Path(path).name}.*.part")):
+        merge_parts(path)  # the run ended before it could
     log = read_log(path)
     differing = differences(log)
     findings = lint(log)

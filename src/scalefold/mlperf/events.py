@@ -113,12 +113,29 @@ class _LineHandler(logging.Handler):
         if record.levelno > logging.INFO:
             raise LogError(f"cannot log an MLPerf event: {self._cause or line.strip()}") from self._cause
         try:
-            os.write(self._file_descriptor, f"{line}\n".encode())
+            write_line(self._file_descriptor, line)
         except OSError as error:
             self._cause = error
             raise
         if self._echo:
             print(line, file=sys.stdout, flush=True)
+
+
+def write_line(file_descriptor: int, line: str) -> None:
+    """Append a whole line or nothing: what a full disk takes of it is taken back.
+
+    Raises:
+        OSError: the line could not be written.
+    """
+    data, size = f"{line}\n".encode(), os.fstat(file_descriptor).st_size
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(file_descriptor, data[written:])
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file_descriptor, size)
+        raise
 
 
 class Events:
@@ -441,7 +458,9 @@ def merge_parts(result_file: str | Path) -> Path:
     parts = [part for role in ("training", "evaluation") if (part := _part_file(result_file, role)).exists()]
     if not parts:
         raise LogError(f"{result_file}: no {result_file.name}.training.part or .evaluation.part beside it")
-    lines = [_PartLine.read(part, line) for part in parts for line in part.read_text().splitlines()]
+    lines = [_PartLine.read(part, line) for part in parts for line in complete_lines(part)]
+    if not lines:
+        raise LogError(f"{result_file}: its parts hold no line yet: {', '.join(part.name for part in parts)}")
     lines.sort(key=lambda line: line.time_ms)
     stops = [line for line in lines if line.key == "run_stop"]
     if len(stops) > 1 and stops[0].status == "success":
@@ -452,6 +471,24 @@ def merge_parts(result_file: str | Path) -> Path:
     temporary.write_text("".join(f"{line.text}\n" for line in lines))
     temporary.replace(result_file)
     return result_file
+
+
+def complete_lines(part: Path) -> list[str]:
+    """The lines of a part without what a killed process or a crashed file system left behind the last of them."""
+    text = part.read_text(encoding="utf-8", errors="replace")
+    return [line for line in text[: text.rfind("\n") + 1].split("\n") if line.strip("\0")]
+
+
+def merge_left_parts(run_dir: Path, besides: Path) -> list[Path]:
+    """Join the parts of every log in a folder, ``besides`` the one being written, whose run ended before it could.
+
+    A joined log stays as it is.
+
+    Raises:
+        LogError: see ``merge_parts``.
+    """
+    logs = {part.with_name(part.name.rsplit(".", 2)[0]) for part in run_dir.glob("result_*.*.part")}
+    return [merge_parts(log) for log in sorted(logs) if log != besides and not log.exists()]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,10 @@
 """Data-parallel gradients: flat buckets summed over all training ranks while backward still runs."""
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalefold.optim import FlatParameters, Segment
+from scalefold.optim import FlatParameters, Optimizer, Segment
 
 
 class Bucket:
@@ -104,8 +105,13 @@ class GradientReducer:
         return buckets[::-1]
 
 
-def broadcast_master(flat: FlatParameters, group: dist.ProcessGroup | None, source: int = 0) -> None:
-    """Give every rank of ``group`` the master weights of ``source``, and refresh the compute copies."""
-    if group is not None:
-        dist.broadcast(flat.master, src=source, group=group)
-        flat.refresh()
+def broadcast_optimizer(optimizer: Optimizer, group: dist.ProcessGroup | None, source: int = 0) -> None:
+    """Give every rank of ``group`` the weights, moments, averages and counters of ``source``."""
+    if group is None:
+        return
+    flat = optimizer.flat
+    counters = torch.tensor([optimizer.adam_step, optimizer.num_averaged], device=flat.master.device)
+    for values in (flat.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.averaged, counters):
+        dist.broadcast(values, src=source, group=group)
+    optimizer.adam_step, optimizer.num_averaged = map(int, counters.tolist())
+    flat.refresh()

@@ -11,9 +11,12 @@ Times (``time_s``) count from the run's clock start (MLPerf ``run_start``). A va
 ``null`` and read back as NaN, so the file stays strict JSON.
 """
 
+import itertools
 import json
+import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +26,8 @@ from typing import Any, TextIO
 import numpy as np
 
 from scalefold.errors import LogError
+
+log = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -214,16 +219,19 @@ _KINDS = ("run", "step", "eval", "event")
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     """All complete entries of a metrics file, in file order."""
+    text = _text(path)
+    for number, line in enumerate(text.split("\n")[:-1], 1):
+        if line := line.strip("\0"):  # blocks that a crashed file system never filled
+            yield _entry(path, number, line)
+
+
+def _text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise LogError(
             f"{path}: cannot read metrics ({error.strerror}); give a run folder or a metrics.jsonl"
         ) from None
-    lines = text.split("\n")
-    for number, line in enumerate(lines[:-1], 1):
-        if line:
-            yield _entry(path, number, line)
 
 
 def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -269,18 +277,44 @@ def _plain(value: Any) -> Any:
 
 
 def _set_aside(path: Path) -> None:
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    number = 1
-    while (old := path.with_name(f"metrics.{number}.jsonl")).exists():
-        number += 1
-    path.rename(old)
+    if path.exists() and path.stat().st_size:
+        path.rename(_free_name(path))
+
+
+def _free_name(path: Path) -> Path:
+    """``metrics.N.jsonl`` beside the file, with the first N that is free."""
+    return next(name for n in itertools.count(1) if not (name := path.with_name(f"metrics.{n}.jsonl")).exists())
 
 
 def _truncate_after(path: Path, step: int) -> float:
-    """Drop what happened after ``step``; return the last ``time_s`` that is kept (0.0 if there is none)."""
-    kept = [e for e in _entries(path) if e["kind"] == "run" or e.get("step", step) <= step]
+    """Drop what happened after ``step``; return the last ``time_s`` that is kept (0.0 if there is none).
+
+    Lines that are no records, as a crash or a full disk leaves them, do not keep a run from going on: they are dropped
+    with a warning, and the file as it was stays beside the new one.
+    """
+    entries, broken = _readable(path)
+    if broken:
+        whole = _free_name(path)
+        shutil.copyfile(path, whole)
+        log.warning("%s; %d such lines are left out, %s keeps the file as it was", broken[0], len(broken), whole)
+    kept = [e for e in entries if e["kind"] == "run" or _number(e.get("step", step)) <= step]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(e) + "\n" for e in kept)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
     return max((_number(e.get("time_s")) for e in kept if e.get("time_s") is not None), default=0.0)
+
+
+def _readable(path: Path) -> tuple[list[dict[str, Any]], list[LogError]]:
+    """The complete entries of a file, and what is wrong with each line that is none; a cut-off last one is neither."""
+    entries: list[dict[str, Any]] = []
+    broken: list[LogError] = []
+    for number, line in enumerate(_text(path).split("\n")[:-1], 1):
+        try:
+            if line := line.strip("\0"):
+                entries.append(_entry(path, number, line))
+        except LogError as error:
+            broken.append(error)
+    return entries, broken
