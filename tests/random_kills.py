@@ -6,6 +6,7 @@
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,9 +35,14 @@ class Start:
     started_s: float = field(default_factory=time.monotonic)
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:
-        """Exit statuses; what outlives the limit is killed, and an error."""
+        """Exit statuses; what outlives the limit says where it stands, is killed, and is an error."""
         try:
             return [process.wait(max(0.1, self.started_s + limit_s - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            for process in self.processes:
+                process.send_signal(signal.SIGABRT)  # the fault handler prints the stacks of all threads
+            time.sleep(2)
+            raise AssertionError(f"still running after {limit_s:.0f} s:\n{self.text()}") from None
         finally:
             for process in self.processes:
                 process.kill()
@@ -48,7 +54,7 @@ class Start:
 
     def text(self) -> str:
         """What all processes printed, the end of it."""
-        return "\n".join(output.read_text(errors="replace")[-2000:] for output in self.outputs)
+        return "\n".join(output.read_text(errors="replace")[-8000:] for output in self.outputs)
 
 
 class Victim:
@@ -80,7 +86,8 @@ class Victim:
         port, processes, outputs = free_port(), [], []
         for rank in range(self.num_ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.num_ranks, "MASTER_PORT": port}
-            env = os.environ | {key: str(value) for key, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+            env = os.environ | {"MASTER_ADDR": "127.0.0.1", "PYTHONFAULTHANDLER": "1"}
+            env |= {key: str(value) for key, value in place.items()}
             outputs.append(self.run_dir / f"output_{self._starts}_{rank}.txt")
             with outputs[-1].open("w") as output:
                 processes.append(subprocess.Popen(command, stdout=output, stderr=output, env=env))

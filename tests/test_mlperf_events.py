@@ -263,8 +263,8 @@ def test_parts_that_disagree_or_have_broken_lines_are_refused(tmp_path):
 
 @pytest.mark.parametrize("tail", [':::MLLOG {"namespace": "", "time_ms": 17', "\0" * 500, "\0" * 20 + "\n"])
 def test_parts_of_a_crashed_run_are_joined_without_what_the_crash_left_behind(tmp_path, tail):
-    result = tmp_path / "result_0.txt"
-    with Events(result, role="training") as train, Events(result, role="evaluation") as ev:
+    result, clock = tmp_path / "result_0.txt", Clock()
+    with Events(result, role="training", now_ms=clock) as train, Events(result, role="evaluation", now_ms=clock) as ev:
         begin(train)
         begin(ev)
         evaluate(ev, 40, 0.5)

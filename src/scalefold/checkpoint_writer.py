@@ -60,7 +60,7 @@ class HostCopy:
         self.flat, self.optimizer = flat, optimizer
         on_gpu = flat.master.is_cuda
         self.buffers = {
-            name: torch.empty(flat.size, dtype=torch.float32, pin_memory=on_gpu)
+            name: torch.empty(flat.size, dtype=torch.float32, pin_memory=on_gpu).zero_()  # the first touch is slow
             for name in ("weights", "exp_avg", "exp_avg_sq", "averages")
         }
         self._steps, self._num_averaged = torch.empty(len(names)), torch.tensor(0)

@@ -199,7 +199,8 @@ class Run:
             group = self.ranks.train_control_group if self.ranks.layout.num_train_ranks > 1 else None
             self._agreement = Agreement(self.optimizer, group)
         self._agreement.begin(step)
-        self._go_on_comparing(to_the_end=wait)
+        if wait:
+            self._go_on_comparing(to_the_end=True)
 
     def _go_on_comparing(self, to_the_end: bool = False) -> None:
         if (agreement := self._agreement) is None:
