@@ -35,6 +35,7 @@ from scalefold.evaluators import (
 from scalefold.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.header import log_header, run_header, write_resolved
 from scalefold.kernels import Operations, operations, use_operations
+from scalefold.launch.placement import Placement, check_placement
 from scalefold.loss import loss_terms, total_of_terms
 from scalefold.mlperf.events import Events
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
@@ -218,10 +219,12 @@ class Beginning:
     events: Events
     checkpoints: Checkpoints
     resumed_from: Path | None
+    placement: Placement
 
 
 def begin(config: Config, options: RunOptions, ranks: Ranks) -> Beginning:
-    """Seed, log and checkpoint to resume from; logs ``init_start`` after a barrier of all ranks."""
+    """Places, seed, log and checkpoint to resume from; logs ``init_start`` after a barrier of all ranks."""
+    placement = check_placement(ranks, config.parallel.world_size // config.parallel.nodes)
     run_dir = config.run.run_dir
     checkpoints = Checkpoints(run_dir / "checkpoints", config.run.keep_checkpoints, config.run.archive_every_iters)
     resumed_from = checkpoints.newest() if options.resume else None
@@ -231,7 +234,7 @@ def begin(config: Config, options: RunOptions, ranks: Ranks) -> Beginning:
     events = open_events(result_file, ranks, options)
     ranks.watch.before_exit = events.abort
     events.init_start()
-    return Beginning(seed, result_file, events, checkpoints, resumed_from)
+    return Beginning(seed, result_file, events, checkpoints, resumed_from, placement)
 
 
 def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
@@ -262,7 +265,9 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks) -> Run:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_resolved(run_dir / CONFIG_FILE, schedule.base)
         record.run(**run_header(config, ranks, seed, model, ops, exchange))
+    record.event("placement", **beginning.placement.facts())
     progress = make_progress(config, ranks)
+    progress.note(beginning.placement.text)
     step = build_step(config, model, optimizer, ranks)
     evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops, schedule)
     loader = make_loader(config, ranks, settings)
