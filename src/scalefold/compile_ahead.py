@@ -5,6 +5,8 @@ process group answers by itself. What cannot be compiled here: Inductor's code (
 by which the GPUs of a DAP group read each other's memory, CUDA graphs (captured anew at every start).
 """
 
+import importlib.metadata
+import json
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from scalefold.errors import ConfigError
 if TYPE_CHECKING:
     from scalefold.parallel.ranks import Ranks
 
+MANIFEST = "scalefold_kernels.json"
 CAPABILITIES = {"A100": 80, "A800": 80, "H100": 90, "H200": 90, "H800": 90, "GH200": 90}
 
 
@@ -58,15 +61,25 @@ def compile_kernels(config: Config, gpu: str, out: Path, note: Callable[[str], N
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(out.resolve())
     try:
-        from scalefold.kernels.ahead import compiling_for, write_manifest
+        from scalefold.kernels.ahead import compiling_for
     except ImportError as error:
         raise ConfigError(f"Triton cannot be imported: {error}") from None
     start = time.monotonic()
     with compiling_for(capability) as count:
         run_training_step(config, note)
         run_evaluations(config, note)
-    write_manifest(out, config.system, capability, count.folders)
+    write_manifest(out, f"{config.system} sm_{capability}", count.folders)
     return Compiled(count.hits, count.misses, time.monotonic() - start)
+
+
+def write_manifest(cache: Path, system: str, folders: set[str]) -> None:
+    """Add a system's kernels to the list of what a cache holds, for ``doctor``."""
+    file = cache / MANIFEST
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    known[system] = {"triton": importlib.metadata.version("triton"), "folders": sorted(folders)}
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    temporary.replace(file)
 
 
 def run_training_step(config: Config, note: Callable[[str], None]) -> None:

@@ -199,8 +199,8 @@ def run_status(folder: Path, check: bool = False, alive: bool | None = None) -> 
     """The state of one run; ``alive``: whether its job runs, None if nobody knows."""
     metrics = read_metrics(folder) if (folder / METRICS_FILE).is_file() else None
     log = max(result_files(folder), key=lambda file: file.stat().st_mtime, default=None)
-    touched = [file.stat().st_mtime for file in (folder / METRICS_FILE, log or folder) if file.exists()]
-    silent_s = max(0.0, time.time() - max(touched, default=folder.stat().st_mtime))
+    files = [file for file in (folder / METRICS_FILE, log) if file is not None and file.exists()]
+    silent_s = max(0.0, time.time() - max(file.stat().st_mtime for file in files or [folder]))
     state = _state(metrics, log, alive, silent_s)
     config = _config(folder)
     minutes, planned, left, at_most = _times(metrics, config, state)

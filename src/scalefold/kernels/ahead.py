@@ -9,7 +9,6 @@ as well, against a stand-in for the driver's library.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 
 import ctypes
-import json
 import os
 import re
 import subprocess
@@ -27,8 +26,6 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from scalefold.kernels import tuning
-
-MANIFEST = "scalefold_kernels.json"
 
 
 @dataclass
@@ -133,13 +130,3 @@ def stand_in_for_driver() -> Iterator[Callable[[Any], None]]:
             triton.knobs.nvidia.libcuda_path = before
             nvidia.libcuda_dirs.cache_clear()
             nvidia.library_dirs.cache_clear()
-
-
-def write_manifest(cache: Path, system: str, capability: int, folders: set[str]) -> None:
-    """Add a system's kernels to the list of what a cache holds; ``doctor`` compares it with what is there."""
-    file = cache / MANIFEST
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    known[f"{system} sm_{capability}"] = {"triton": triton.__version__, "folders": sorted(folders)}
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
-    temporary.replace(file)
