@@ -147,5 +147,5 @@ def test_the_verb_prints_text_or_json(programs: Path, tmp_path: Path) -> None:
     assert (job["job_id"], job["runs"][0]["state"], job["runs"][0]["step"]) == ("17", "reached", 5)
     line = CliRunner().invoke(app, ["status", str(tmp_path / "job_17" / "run_0"), "--check"]).output
     assert line.count("\n") == 1
-    assert line.startswith("run_0     reached   step    5  lddt 0.400@4")
+    assert line.startswith("run_0    reached   step    5  lddt 0.400@4")
     assert line.endswith("valid closed-division log\n")
