@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,9 +66,10 @@ class Cluster:
         """Variables that point Slurm's commands at this cluster."""
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def run(self, *command: str, check: bool = True, **variables: str) -> str:
+    def run(self, *command: str, check: bool = True, variables: Mapping[str, str] | None = None) -> str:
         """Run one of Slurm's commands and return its output."""
-        done = subprocess.run(command, env=self.environment | variables, capture_output=True, text=True, timeout=60)
+        environment = self.environment | dict(variables or {})
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()

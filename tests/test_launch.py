@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -483,6 +484,26 @@ def test_the_entry_passes_on_the_exit_status_and_explains_itself(tmp_path: Path)
     assert subprocess.run([entry, "bash", "-c", "exit 4"], env=environment).returncode == 4
     done = subprocess.run([entry], env=environment, capture_output=True, text=True)
     assert (done.returncode, "usage: run.sh COMMAND" in done.stdout) == (2, True)
+
+
+def test_stop_signals_leave_the_tracker_of_shared_memory_alone() -> None:
+    """In a process of its own: this one's tracker runs already."""
+    program = """
+import os, signal, time
+from multiprocessing import resource_tracker
+from scalefold.stop_signals import STOP_SIGNALS, children_unaware
+with children_unaware():
+    pass
+tracker = resource_tracker._resource_tracker
+for _ in range(10):
+    for wanted in STOP_SIGNALS:
+        os.kill(tracker._pid, wanted)
+    time.sleep(0.05)
+alive, blocked = tracker._check_alive(), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+print(alive, len(blocked))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.split(), done.stderr) == (["True", "0"], "")
 
 
 def test_torchrun_starts_the_configured_number_of_ranks(tmp_path: Path) -> None:

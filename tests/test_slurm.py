@@ -66,7 +66,7 @@ def submit(cluster: Cluster, tiny_store: Path, repository: Path, tmp_path: Path)
         text = render_sbatch(load_config(file, shared).config, file, repository, shared, continue_job)
         assert edit[0] in text
         job.write_text(text.replace(*edit) if edit[0] else text)
-        return cluster.run("sbatch", "--parsable", str(job), **variables)
+        return cluster.run("sbatch", "--parsable", str(job), variables=variables)
 
     return submit_job
 

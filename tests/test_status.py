@@ -132,10 +132,10 @@ def test_a_number_or_folder_finds_its_jobs_and_a_wrong_one_is_named(
 
 def test_watching_ends_when_everything_is_over(programs: Path, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run_0")
-    looks = watch(str(folder), 0.01, clear=False)
-    assert "running" in next(looks)
+    looks = watch(str(folder), 0.01)
+    assert [job.runs[0].state for job in next(looks)] == ["running"]
     edit(rehearsal(folder / "result_0.txt"), set_value("submission_org", "A Laboratory"))
-    assert "reached" in next(looks)
+    assert [job.runs[0].state for job in next(looks)] == ["reached"]
     with pytest.raises(StopIteration):
         next(looks)
 

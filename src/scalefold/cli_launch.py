@@ -48,12 +48,10 @@ def status(
     from scalefold.status import status as look
     from scalefold.status import watch as look_again
 
-    if watch:
-        for text in look_again(what, every, clear=sys.stdout.isatty()):
-            print(text, flush=True)
-        return
-    jobs = look(what, check)
-    if check and len(jobs) == 1 and jobs[0].job_id is None:
-        print("\n".join(run.text() for run in jobs[0].runs))
-        return
-    print(as_json(jobs) if json else "\n".join(job.text() for job in jobs))
+    for jobs in look_again(what, every) if watch else [look(what, check)]:
+        if check and len(jobs) == 1 and jobs[0].job_id is None:
+            text = "\n".join(run.text() for run in jobs[0].runs)
+        else:
+            text = "\n".join(job.text() for job in jobs)
+        clear = "\x1b[2J\x1b[H" if watch and sys.stdout.isatty() else ""
+        print(f"{clear}{as_json(jobs) if json else text}", flush=True)

@@ -299,12 +299,11 @@ def _headline(log: Path, _mtime_ns: int) -> str:
         return f"invalid: {error}"
 
 
-def watch(what: str | None, every_s: float, clear: bool) -> Iterator[str]:
-    """The status as text, again and again, until everything is over; ``clear``: begin with an empty screen."""
+def watch(what: str | None, every_s: float) -> Iterator[list[JobStatus]]:
+    """The status, again and again, until everything is over."""
     while True:
         jobs = status(what)
-        text = "\n".join(job.text() for job in jobs)
-        yield f"\x1b[2J\x1b[H{time.strftime('%H:%M:%S')}\n{text}" if clear else text
+        yield jobs
         if all(job.is_over for job in jobs):
             return
         time.sleep(every_s)
