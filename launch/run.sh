@@ -24,13 +24,16 @@ export CUDA_CACHE_PATH="${cache_dir}/cuda"
 export MPLCONFIGDIR="${cache_dir}/matplotlib"
 mkdir -p "${TRITON_CACHE_DIR}" "${TORCHINDUCTOR_CACHE_DIR}" "${CUDA_CACHE_PATH}" "${MPLCONFIGDIR}"
 
-# Kernels that `scalefold compile` has made, once per node: the first rank copies, the others wait.
+# Kernels that `scalefold compile` has made, once per node: the first rank copies, the others wait. Triton's lists of a
+# kernel's files name them with the folder in which they were made.
 compiled="${SCALEFOLD_COMPILED_DIR:-}"
 if [[ -n "${compiled}" ]]; then
   exec {lock}>"${cache_dir}/compiled.lock"
   flock "${lock}"
   if [[ "$(cat "${cache_dir}/compiled.from" 2>/dev/null)" != "${compiled}" ]]; then
     cp -R "${compiled}/." "${TRITON_CACHE_DIR}/"
+    find "${TRITON_CACHE_DIR}" -name '__grp__*.json' -exec \
+      sed -i -E "s|\"[^\"]*/([^/\"]+/[^/\"]+)\"|\"${TRITON_CACHE_DIR}/\\1\"|g" {} +
     echo "${compiled}" >"${cache_dir}/compiled.from"
   fi
   exec {lock}>&-

@@ -63,12 +63,22 @@ def run_python(text: str, cache: Path) -> list[str]:
 
 
 def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(tmp_path: Path) -> None:
-    hits, misses, *folders = run_python(COMPILE, tmp_path)
+    cache = tmp_path / "compiled"
+    hits, misses, *folders = run_python(COMPILE, cache)
     assert (hits, int(misses) > 1, len(folders)) == ("0", True, int(misses))
-    launchers = list(tmp_path.glob("*/__triton_launcher*.so"))
+    launchers = list(cache.glob("*/__triton_launcher*.so"))
     assert launchers, "the C part of a launch is compiled too"
-    assert run_python(RUN, tmp_path) == [misses, "0", *folders], "every kernel is a hit"
-    assert run_python(COMPILE, tmp_path)[:2] == [misses, "0"]
+    assert run_python(RUN, cache) == [misses, "0", *folders], "every kernel is a hit"
+    moved = hand_to_node(cache, tmp_path / "node")
+    cache.rename(tmp_path / "elsewhere")
+    assert run_python(RUN, moved) == [misses, "0", *folders], "also in the node's own cache, without the first folder"
+
+
+def hand_to_node(compiled: Path, node: Path) -> Path:
+    """What launch/run.sh does with ``launch.compiled_dir``; returns the node's Triton cache."""
+    environment = os.environ | {"SCALEFOLD_CACHE_DIR": str(node), "SCALEFOLD_COMPILED_DIR": str(compiled)}
+    subprocess.run([CONFIGS.parent / "launch" / "run.sh", "true"], env=environment, check=True)
+    return node / "triton"
 
 
 def test_a_whole_configuration_is_compiled_with_its_share_of_a_dap_group(tmp_path: Path) -> None:
