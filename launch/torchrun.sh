@@ -16,6 +16,10 @@ overrides=()
 for argument in "$@"; do
   if [[ "${argument}" == *=* && "${argument}" != -* ]]; then overrides+=("${argument}"); fi
 done
+if [[ "${NNODES:-1}" == 1 && -z "${SCALEFOLD_TOKEN:-}" ]]; then # on several nodes: give all of them the same one
+  SCALEFOLD_TOKEN=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
+  export SCALEFOLD_TOKEN # a stray key of another run does not reach this one
+fi
 per_node=$(scalefold show "${config}" "${overrides[@]}" --ranks-per-node)
 
 exec torchrun \

@@ -3,6 +3,7 @@
 Everything lives in one folder and is stopped by process id. Missing packages are installed on Debian as root.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,9 +66,10 @@ class Cluster:
         """Variables that point Slurm's commands at this cluster."""
         return os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
 
-    def run(self, *command: str, check: bool = True) -> str:
+    def run(self, *command: str, check: bool = True, variables: Mapping[str, str] | None = None) -> str:
         """Run one of Slurm's commands and return its output."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        environment = self.environment | dict(variables or {})
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
@@ -75,6 +78,10 @@ class Cluster:
         """What ``scontrol show job`` says, as a dictionary."""
         words = self.run("scontrol", "show", "job", "--oneliner", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def hosts(self, names: str) -> list[str]:
+        """The nodes of a list such as ``node[0-1]``."""
+        return self.run("scontrol", "show", "hostnames", names).split()
 
     def wait(self, job_id: str, timeout_s: float = 300) -> dict[str, str]:
         """Wait until a job is over; TimeoutError with its last state otherwise."""
@@ -98,6 +105,41 @@ class Cluster:
                 raise TimeoutError(f"job {job_id} is not in the queue again: {self.job(job_id)}")
             time.sleep(0.2)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+    def ranks(self, job_id: str) -> dict[int, tuple[int, str]]:
+        """Rank -> process id and node of the training processes of a job: children of Slurm's step daemons."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                lines = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+                daemon = (Path("/proc") / parent / "comm").read_text().startswith("slurmstepd")
+            except OSError:
+                continue  # ended meanwhile
+            facts = dict(line.split("=", 1) for line in lines if "=" in line)
+            of_run = "MASTER_ADDR" in facts and facts.get("SLURM_STEP_ID", "").isdigit()
+            if daemon and of_run and facts.get("SLURM_JOB_ID") == job_id:
+                found[int(facts["SLURM_PROCID"])] = (int(folder.name), facts["SLURMD_NODENAME"])
+        return found
+
+    def lose_node(self, name: str, job_id: str) -> None:
+        """Take a node away at once, as a power cut does: its daemon, the step daemons and their tasks are killed."""
+        for process in self.processes:
+            if isinstance(process.args, tuple) and process.args[-1] == name:
+                process.kill()
+                process.wait()
+        for pid, node in self.ranks(job_id).values():
+            if node == name:
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                for victim in (parent, pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(victim, signal.SIGKILL)
+
+    def return_node(self, name: str) -> None:
+        """Start a lost node's daemon again."""
+        self._daemon("slurmd", "-D", "-N", name)
+        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
+        self._wait_until_idle()
 
     def stop(self) -> None:
         """End the jobs, then every process that was started here, by its id."""

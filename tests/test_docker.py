@@ -39,6 +39,18 @@ def test_the_image_keeps_the_project_where_job_files_look_for_it() -> None:
     assert "COPY launch ./launch" in TEXT
 
 
+def test_the_image_does_not_fix_the_cache_that_a_job_chooses_and_shows_the_network_cards() -> None:
+    variables = next(arguments for _, word, arguments in check.instructions(TEXT) if word == "ENV")
+    assert "SCALEFOLD_CACHE_DIR" not in variables
+    assert "MELLANOX_VISIBLE_DEVICES=all" in variables
+
+
+def test_only_the_packages_of_rdma_come_from_the_distribution() -> None:
+    assert check.problems(TEXT) == []
+    spoiled = TEXT.replace("rdma-core \\", "rdma-core gcc \\")
+    assert any("`apt-get`: the image is made with pip alone" in problem for problem in check.problems(spoiled))
+
+
 def test_continued_lines_are_one_instruction_and_comments_are_none() -> None:
     found = check.instructions("# a\nFROM x:1.2.3\nRUN a \\\n  # why\n  && b\n")
     assert found == [(2, "FROM", "x:1.2.3"), (3, "RUN", "a && b")]

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from scalefold import cli_launch
 from scalefold.cli_results import add_verbs
 from scalefold.errors import ScaleFoldError
 
@@ -292,8 +293,9 @@ def launch(
     if dry_run:
         print(text, end="")
         return
-    file, job_id = submit(loaded, text, folder)
+    file, job_id = submit(loaded, text, folder, continue_job)
     print(f"job {job_id} submitted: {file}; output: {loaded.run.run_dir}/slurm-{job_id}.out")
 
 
+cli_launch.add_verbs(app)
 add_verbs(app)

@@ -245,8 +245,11 @@ class LaunchConfig(Section):
     """How the job starts under Slurm; see ``scalefold launch``.
 
     ``nics``: one network card per local rank; empty leaves the choice to NCCL. ``cache_dir``: node-local folder for
-    compile caches, expanded by the shell. ``network_check_gb_per_s``: bus bandwidth that an all-reduce over all ranks
-    must reach before the first run; 0 checks the sums only, None checks nothing.
+    compile caches, expanded by the shell; ``compiled_dir``: kernels of ``scalefold compile`` that a node's cache begins
+    with. ``network_check_gb_per_s``: bus bandwidth that an all-reduce over all ranks must reach before the first run; 0
+    checks the sums only, None checks nothing. ``gpu_request``: how the job asks for GPUs; none where Slurm knows of
+    none. ``requeue``: continue from the checkpoint after the time limit and after the loss of a rank or node, this
+    ``restarts`` times from one checkpoint; on ``spare_nodes`` of the allocation, else in the queue for other nodes.
     """
 
     partition: str | None = None
@@ -261,14 +264,18 @@ class LaunchConfig(Section):
     repeats: int = Field(default=1, ge=1)
     instances: int = Field(default=1, ge=1)
     exclusive: bool = True
+    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
+    spare_nodes: int = Field(default=0, ge=0)
     cpus_per_task: int | None = Field(default=None, ge=1)
     numa_binding: Literal["none", "socket", "reversed"] = "socket"
     nics: tuple[str, ...] = ()
     drop_caches_command: str | None = None
     network_check_gb_per_s: float | None = Field(default=None, ge=0.0)
     cache_dir: str = "/tmp/scalefold-${USER:-cache}"
+    compiled_dir: str | None = None
     environment: dict[str, str] = {}
     requeue: bool = True
+    restarts: int = Field(default=3, ge=0)
     signal_grace_s: int = Field(default=120, ge=0)
 
 

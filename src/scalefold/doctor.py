@@ -54,6 +54,7 @@ def examine() -> list[Finding]:
         _compiler(),
         *_host(),
         *_tools(),
+        *_node(),
     ]
 
 
@@ -171,3 +172,11 @@ def _tools() -> list[Finding]:
         Finding("ok" if shutil.which(t) else "note", t, shutil.which(t) or f"absent; used to {u}")
         for t, u in uses.items()
     ]
+
+
+def _node() -> list[Finding]:
+    from scalefold.node_findings import kernel_cache_rows, rdma_rows
+
+    cache = Path(os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")).expanduser()
+    rows = [*rdma_rows(), *kernel_cache_rows(cache)]
+    return [Finding("ok" if level == "ok" else "note", topic, text) for level, topic, text in rows]

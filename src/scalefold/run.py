@@ -35,6 +35,7 @@ from scalefold.evaluators import (
 from scalefold.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.header import log_header, run_header, write_resolved
 from scalefold.kernels import REFERENCE, Operations, operations, use_operations
+from scalefold.launch.placement import Placement, check_placement
 from scalefold.loss import loss_terms, total_of_terms
 from scalefold.mlperf.events import Events, merge_left_parts
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
@@ -296,15 +297,17 @@ class Beginning:
     start: Start
     events: Events
     checkpoints: CheckpointWriter
+    placement: Placement
 
 
 def begin(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> Beginning:
-    """Agree on the start and move the schedule there; logs ``init_start`` after a barrier of all ranks.
+    """Look where ranks are, agree on the start and move the schedule there; logs ``init_start`` after a barrier.
 
     Raises:
-        CheckpointError, ConfigError, LogError: see ``agree_on_start``.
+        CheckpointError, ConfigError, LogError: see ``check_placement`` and ``agree_on_start``.
     """
-    r = schedule.base.run
+    r, p = schedule.base.run, schedule.config.parallel
+    placement = check_placement(ranks, p.world_size // p.nodes)
     checkpoints = CheckpointWriter(r.run_dir / "checkpoints", r.keep_checkpoints, r.archive_every_iters)
     start = agree_on_start(schedule, options, ranks, checkpoints)
     ranks.barrier()
@@ -312,7 +315,7 @@ def begin(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending)
     ending.add("the log", events.close)
     ranks.watch.before_exit = events.abort
     events.init_start()
-    return Beginning(start, events, checkpoints)
+    return Beginning(start, events, checkpoints, placement)
 
 
 def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> Run:
@@ -347,7 +350,9 @@ def assemble(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Endi
         record.run(**run_header(config, ranks, start.seed, model, ops, exchange))
         if config.run.checkpoint_every_iters:
             checkpoints.prepare(optimizer.flat, optimizer, names)
+    record.event("placement", **beginning.placement.facts())
     progress = make_progress(config, ranks)
+    progress.note(beginning.placement.text)
     progress.note(f"operations: {'plain PyTorch' if ops is REFERENCE else 'Triton kernels'} on {ranks.device.type}")
     step = build_step(config, model, optimizer, ranks)
     evaluator = make_evaluator(config, ranks, settings, optimizer, events, record, progress, ops, schedule)

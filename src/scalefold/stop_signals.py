@@ -20,9 +20,10 @@ def children_unaware() -> Iterator[None]:
 
     A process inherits the mask of the thread that starts it, and so do its own children (the fork server's workers).
     """
-    resource_tracker.ensure_running()  # starting it later would lift the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        resource_tracker.ensure_running()  # it ignores SIGTERM by itself, which it unblocks here
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

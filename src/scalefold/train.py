@@ -6,7 +6,8 @@
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -107,12 +108,27 @@ def train(run: Run) -> Outcome:
 def warm_up(run: Run) -> None:
     """Everything slow that needs no data set: compile, capture, first collectives, on a synthetic batch."""
     run.spawn_workers()
-    warm_up_step(run)
-    run.evaluator.warm_up()
+    with counted_kernels(run):
+        warm_up_step(run)
+        run.evaluator.warm_up()
     run.checkpoints.settle()
     run.compare_ranks(run.first_step - 1, wait=True)
     run.ranks.barrier()
     run.events.init_stop()
+
+
+@contextmanager
+def counted_kernels(run: Run) -> Iterator[None]:
+    """Say how many Triton kernels were looked up inside, and how many of them had to be compiled."""
+    if run.optimizer.ops.name != "triton":
+        yield
+        return
+    from scalefold.kernels.ahead import counting
+
+    with counting() as count:
+        yield
+    run.record.event("kernels", hits=count.hits, misses=count.misses, seconds=round(count.seconds, 1))
+    run.progress.note(count.text())
 
 
 def warm_up_step(run: Run) -> None:

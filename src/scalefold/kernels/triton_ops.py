@@ -24,6 +24,7 @@ from scalefold.kernels import (
     reference,
     transition,
     triangle,
+    tuning,
 )
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ _explained: set[tuple[str, str]] = set()
 
 def device_obstacle(device: torch.device) -> str | None:
     """Why kernels cannot run on ``device``, or None. The interpreter runs them on the CPU."""
-    if device.type == "cuda" or (INTERPRETED and device.type == "cpu"):
+    if device.type == "cuda" or (INTERPRETED and device.type == "cpu") or device.type == tuning.stand_in():
         return None
     return f"tensors are on {device.type}, not on a CUDA device"
 

@@ -165,6 +165,11 @@ def capability() -> int:
     return _assumed_capability[-1] if _assumed_capability else _device_capability()
 
 
+def stand_in() -> str | None:
+    """Kind of the devices that stand for a GPU that is compiled for: ``meta``; None where nothing is assumed."""
+    return "meta" if _assumed_capability else None
+
+
 @functools.cache
 def _device_capability() -> int:
     if not torch.cuda.is_available():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from scalefold.config import Config
 from scalefold.errors import ConfigError
+from scalefold.launch.render import NO_PYXIS
 
 JOB_FILE = "job.sbatch"
 
@@ -20,15 +21,21 @@ def find_project_dir(folder: Path) -> Path:
     )
 
 
-def submit(config: Config, text: str, project_dir: Path) -> tuple[Path, str]:
+def submit(config: Config, text: str, project_dir: Path, continue_job: int | None = None) -> tuple[Path, str]:
     """Write the job file into the run folder and hand it to ``sbatch``; returns the file and the job's number.
 
     Raises:
-        ConfigError: there is no Slurm here, or it refuses the job; its message is passed on.
+        ConfigError: there is no Slurm here, it cannot start containers, there is no job to continue, or Slurm refuses
+            the new one; its message is passed on.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("no sbatch on the PATH: submit from a login node, or start launch/torchrun.sh on each node")
+    if config.launch.container_image and not has_pyxis():
+        raise ConfigError(NO_PYXIS)
     run_dir = project_dir / config.run.run_dir
+    if continue_job is not None and not (run_dir / f"job_{continue_job}").is_dir():
+        there = ", ".join(sorted(folder.name for folder in run_dir.glob("job_*"))) or "none"
+        raise ConfigError(f"--continue-job {continue_job}: no folder {run_dir}/job_{continue_job}; there: {there}")
     run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / JOB_FILE
     temporary = file.with_suffix(".tmp")
@@ -38,3 +45,8 @@ def submit(config: Config, text: str, project_dir: Path) -> tuple[Path, str]:
     if done.returncode:
         raise ConfigError(f"{file}: sbatch refuses the job: {done.stderr.strip()}")
     return file, done.stdout.strip().split(";")[0]
+
+
+def has_pyxis() -> bool:
+    """Whether srun knows the options of NVIDIA's container plugin."""
+    return "--container-image" in subprocess.run(["srun", "--help"], capture_output=True, text=True).stdout

@@ -5,6 +5,7 @@ under Slurm (``srun``), ``torchrun`` or ``mpirun`` alike.
 """
 
 import datetime
+import ipaddress
 import os
 import socket
 from dataclasses import dataclass, field
@@ -238,13 +239,15 @@ def _open_store(ranks: Ranks, timeout_s: float) -> Store:
     serves = ranks.is_root and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     timeout, me, size = datetime.timedelta(seconds=timeout_s), ranks.describe(), ranks.layout.world_size
     try:
-        server = TCPStore(address, port, None, serves, timeout, wait_for_workers=False)
+        fd = _listen(address, port) if serves else None
+        server = TCPStore(address, port, None, serves, timeout, wait_for_workers=False, master_listen_fd=fd)
     except (dist.DistError, RuntimeError) as error:
         raise RankLostError(
             f"{me}: no connection to rank 0 at {address}:{port} within {timeout_s} s (parallel.startup_timeout_s): "
             f"{str(error).splitlines()[0]}"
         ) from None
-    store = PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
+    attempt, token = (os.environ.get(name, "") for name in ("TORCHELASTIC_RESTART_COUNT", "SCALEFOLD_TOKEN"))
+    store = PrefixStore(f"attempt_{attempt or '0'}{token}", server)  # keys of other runs and strays do not reach ours
     store.set(f"joined_{ranks.rank}", ranks.host)
     try:
         if ranks.is_root:
@@ -259,6 +262,19 @@ def _open_store(ranks: Ranks, timeout_s: float) -> Store:
             f"{', ...' if len(missing) > 16 else ''}; look at their first lines"
         ) from None
     return store
+
+
+def _listen(address: str, port: int) -> int | None:
+    """Descriptor of a socket that listens on the interface of ``address`` alone; None leaves it to the store.
+
+    The store itself listens on all interfaces, which it must where the address is a name (that may mean the loopback
+    interface on its own host) or is not one of this host's.
+    """
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=2048).detach()
+    except (ValueError, OSError):
+        return None
 
 
 def _start_watch(ranks: Ranks, store: Store, startup_timeout_s: float, step_timeout_s: float) -> None:

@@ -1,0 +1,140 @@
+"""Kernels compiled without their GPU: the running program must find them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scalefold.compile_ahead import capability_of, compile_kernels, write_manifest
+from scalefold.config import load_config
+from scalefold.errors import ConfigError
+from scalefold.node_findings import kernel_cache_rows, rdma_rows
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FEW = ["execution.kernels=triton", "data.val_max_sequence_length=16", "data.eval_length_multiple=16"]
+
+COMPILE = """
+import torch
+from scalefold.kernels import operations
+from scalefold.kernels.ahead import compiling_for
+ops, meta = operations("triton"), torch.device("meta")
+x = torch.empty(1, 64, 64, 128, device=meta, dtype=torch.bfloat16, requires_grad=True)
+w, b = (torch.empty(128, device=meta, requires_grad=True) for _ in range(2))
+with compiling_for(90) as count:
+    ops.layer_norm(x, w, b).backward(torch.empty_like(x))
+print(count.hits, count.misses, *sorted(count.folders))
+"""
+
+# What a program on a GPU does, up to the launch: real tensors with real addresses, Triton's own way to the cache; the
+# driver answers as one of that GPU would, and the launch itself is left out.
+RUN = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from scalefold.kernels import operations, triton_ops
+from scalefold.kernels.ahead import counting
+class Driver:
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+driver.set_active(Driver())
+CompiledKernel.run = property(lambda self: lambda *arguments: None)
+CompiledKernel.launch_metadata = lambda self, *arguments: None
+CompiledKernel.function = 0
+triton_ops.device_obstacle = lambda device: None
+x = torch.zeros(1, 64, 64, 128, dtype=torch.bfloat16, requires_grad=True)
+w, b = (torch.zeros(128, requires_grad=True) for _ in range(2))
+with counting() as count:
+    operations("triton").layer_norm(x, w, b).backward(torch.zeros_like(x))
+print(count.hits, count.misses, *sorted(count.folders))
+"""
+
+
+def run_python(text: str, cache: Path) -> list[str]:
+    """Run a program in a process of its own, without the interpreter that other tests use; what it prints, as words."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(tmp_path: Path) -> None:
+    cache = tmp_path / "compiled"
+    hits, misses, *folders = run_python(COMPILE, cache)
+    assert (hits, int(misses) > 1, len(folders)) == ("0", True, int(misses))
+    launchers = list(cache.glob("*/__triton_launcher*.so"))
+    assert launchers, "the C part of a launch is compiled too"
+    assert run_python(RUN, cache) == [misses, "0", *folders], "every kernel is a hit"
+    moved = hand_to_node(cache, tmp_path / "node")
+    cache.rename(tmp_path / "elsewhere")
+    assert run_python(RUN, moved) == [misses, "0", *folders], "also in the node's own cache, without the first folder"
+
+
+def hand_to_node(compiled: Path, node: Path) -> Path:
+    """What launch/run.sh does with ``launch.compiled_dir``; returns the node's Triton cache."""
+    environment = os.environ | {"SCALEFOLD_CACHE_DIR": str(node), "SCALEFOLD_COMPILED_DIR": str(compiled)}
+    subprocess.run([CONFIGS.parent / "launch" / "run.sh", "true"], env=environment, check=True)
+    return node / "triton"
+
+
+def test_a_whole_configuration_is_compiled_with_its_share_of_a_dap_group(tmp_path: Path) -> None:
+    out, shape = tmp_path / "compiled", ["parallel.ranks_per_node=2", "parallel.dap_size=2"]
+    command = [sys.executable, "-m", "scalefold", "compile", "--gpu", "H100", "--out", str(out)]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*command, "--config", str(CONFIGS / "tiny.yaml"), *FEW, *shape],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert " 0 were there, " in done.stdout
+    (row,) = kernel_cache_rows(out)
+    assert row[:2] == ("ok", "kernels")
+    assert row[2].startswith("tiny_cpu sm_90: ")
+    assert " 0 misses in " in row[2]
+
+
+def test_doctor_counts_what_a_cache_has_lost_and_what_another_triton_cannot_use(tmp_path: Path) -> None:
+    assert "holds none" in kernel_cache_rows(tmp_path)[0][2]
+    for name in ("A", "B"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kernel.cubin").touch()
+    write_manifest(tmp_path, "one sm_90", {"A", "B"})
+    write_manifest(tmp_path, "two sm_80", {"A", "C"})
+    rows = kernel_cache_rows(tmp_path)
+    assert [row[0] for row in rows] == ["ok", "note"]
+    assert rows[0][2].startswith("one sm_90: 2 hits, 0 misses")
+    assert rows[1][2].startswith("two sm_80: 1 hits, 1 misses")
+    assert kernel_cache_rows(tmp_path, triton_version="0")[0][2].startswith("one sm_90: 0 hits, 2 misses")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpu", "message"),
+    [
+        ([], "B200", "--gpu B200: must be one of A100"),
+        ([], "H100", "execution.kernels is reference"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(overrides: list[str], gpu: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compile_kernels(load_config(CONFIGS / "tiny.yaml", overrides).config, gpu, tmp_path)
+
+
+def test_gpus_are_known_by_their_short_or_long_names() -> None:
+    assert [capability_of(name) for name in ("A100-SXM-80GB", "h100", "GH200")] == [80, 90, 90]
+
+
+def test_doctor_says_what_is_missing_for_rdma(tmp_path: Path) -> None:
+    cards, devices = tmp_path / "infiniband", tmp_path / "dev"
+    assert "no InfiniBand or RoCE card" in rdma_rows(cards, devices)[0][2]
+    (cards / "mlx5_0").mkdir(parents=True)
+    assert "MELLANOX_VISIBLE_DEVICES=all" in rdma_rows(cards, devices, lambda name: True)[0][2]
+    devices.mkdir()
+    (devices / "uverbs0").touch()
+    assert "libmlx5.so.1 (Debian: ibverbs-providers)" in rdma_rows(cards, devices, lambda name: False)[0][2]
+    assert rdma_rows(cards, devices, lambda name: True)[0][:2] == ("ok", "rdma")
