@@ -1,14 +1,20 @@
 """Verbs of the command line that look at data, runs and submissions; ``cli`` adds them to the command."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scalefold.errors import ConfigError
 
+if TYPE_CHECKING:
+    from scalefold.mlperf.package import SystemEntry
+
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs instead of text")]
 Runs = Annotated[list[Path], typer.Argument(help="run folders, result files or folders of result_N.txt")]
 
 
@@ -17,6 +23,11 @@ def add_verbs(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
     for verb in (report, compare_runs, score, pack, verify_package, describe_system, bench_data, demo):
         app.command()(verb)
+
+
+def print_json(found: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def evaluate(
@@ -96,16 +107,24 @@ def compare_runs(
     raise typer.Exit(code=int(not comparison.ok))
 
 
-def score(folder: Annotated[Path, typer.Argument(help="organization, system, result or job folder")]) -> None:
-    """Print time-to-train scores (strong) or TTTa (weak), unscaled and scaled. Exit status 1 if a result is illegal.
+def score(
+    folder: Annotated[Path, typer.Argument(help="organization, system, result or job folder")],
+    as_json: JsonOption = False,
+) -> None:
+    """Print time-to-train scores (strong) or TTTa (weak), unscaled and scaled.
+
+    Exit status 1 if a result is illegal: runs are missing or failed, or they converge faster than the reference allows.
 
     Example: scalefold score submission/results
     """
     from scalefold.mlperf.score import score as score_folders
 
     scores = score_folders(folder)
-    print("\n".join(found.text() for found in scores))
-    raise typer.Exit(code=int(any(found.problems for found in scores)))
+    if as_json:
+        print_json([found.as_dict() for found in scores])
+    else:
+        print("\n".join(found.text() for found in scores))
+    raise typer.Exit(code=int(not all(found.is_legal for found in scores)))
 
 
 def describe_system(
@@ -136,50 +155,89 @@ def _pair(text: str) -> tuple[str, str]:
 def pack(
     out: Annotated[Path, typer.Argument(help="organization folder to build; must not exist")],
     org: Annotated[str, typer.Option(help="organization")],
-    system: Annotated[Path, typer.Option(help="systems/<system>.json from describe-system")],
-    config: Annotated[Path, typer.Option(help="the configuration that was run")],
-    strong: Annotated[list[Path] | None, typer.Option(help="job folder, or ten times a run folder or log")] = None,
-    weak: Annotated[
-        list[Path] | None, typer.Option(help="job folder, or ten or more times an instance's folder or log")
+    system: Annotated[list[Path], typer.Option(help="systems/<system>.json from describe-system; once per system")],
+    config: Annotated[list[Path], typer.Option(help="the configuration that was run; once per system, same order")],
+    strong: Annotated[
+        list[str] | None, typer.Option(help="[SYSTEM=]job folder, or ten times a run folder or log")
     ] = None,
-    pruned: Annotated[list[Path] | None, typer.Option(help="pruned instance")] = None,
+    weak: Annotated[
+        list[str] | None, typer.Option(help="[SYSTEM=]job folder, or ten or more times an instance's folder or log")
+    ] = None,
+    pruned: Annotated[list[str] | None, typer.Option(help="[SYSTEM=]pruned instance")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what the package would hold")] = False,
 ) -> None:
     """Assemble a submission as the package checker walks it, then check it.
 
-    Example: scalefold pack out --org Example --system dgx.json --config configs/dgx_h100_1x8.yaml --strong runs/a
-    """
-    import json
+    With several systems every run names its own, by the name of the system's JSON file.
 
-    from scalefold.mlperf.package import Submission, SystemEntry
+    Examples: scalefold pack out --org Example --system dgx.json --config configs/dgx_h100_1x8.yaml --strong runs/a;
+    scalefold pack out --org Example --system n260.json --config n260.yaml --system n256.json --config n256.yaml
+    --strong n260=runs/a/job_7 --weak n256=runs/b/job_8
+    """
+    from scalefold.mlperf.package import Submission
     from scalefold.mlperf.package import pack as build
 
-    try:
-        description = json.loads(system.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{system}: no JSON ({error}); `scalefold describe-system` writes it") from None
-    entry = SystemEntry(
-        name=system.stem,
-        description=description,
-        config=config,
-        strong=tuple(strong or ()),
-        weak=tuple(weak or ()),
-        pruned=tuple(pruned or ()),
-    )
-    print(build(Submission(org=org, systems=(entry,)), out, dry_run=dry_run).text())
+    names = [file.stem for file in system]
+    if len(system) != len(config):
+        raise ConfigError(f"pack: {len(system)} --system but {len(config)} --config; give one of each per system")
+    if len(set(names)) < len(names):
+        raise ConfigError(f"pack: --system {', '.join(names)}: a name is given twice; results lie in folders of that name")
+    runs = {option: _runs_by_system(option, given or [], names) for option, given in
+            (("--strong", strong), ("--weak", weak), ("--pruned", pruned))}  # fmt: skip
+    entries = [
+        _system_entry(file, settings, *(found[file.stem] for found in runs.values()))
+        for file, settings in zip(system, config, strict=True)
+    ]
+    print(build(Submission(org=org, systems=tuple(entries)), out, dry_run=dry_run).text())
     if not dry_run:
         verify_package(out)
 
 
-def verify_package(folder: Annotated[Path, typer.Argument(help="organization folder")]) -> None:
+def _runs_by_system(option: str, given: Sequence[str], names: list[str]) -> dict[str, tuple[Path, ...]]:
+    """``[SYSTEM=]PATH`` arguments by system; the name may be left out where there is only one."""
+    found: dict[str, tuple[Path, ...]] = {name: () for name in names}
+    for text in given:
+        name, _, path = text.partition("=")
+        if name not in found:
+            name, path = names[0], text
+            if len(names) > 1:
+                raise ConfigError(f"{option} {text}: must begin with {', '.join(f'{known}=' for known in names)}")
+        found[name] += (Path(path),)
+    return found
+
+
+def _system_entry(
+    file: Path, config: Path, strong: tuple[Path, ...], weak: tuple[Path, ...], pruned: tuple[Path, ...]
+) -> "SystemEntry":
+    from scalefold.mlperf.package import SystemEntry
+
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: no JSON ({error}); `scalefold describe-system` writes it") from None
+    if not isinstance(description, dict):
+        raise ConfigError(f"{file}: must hold one JSON object with the system's fields")
+    return SystemEntry(
+        name=file.stem, description=description, config=config, strong=strong, weak=weak, pruned=pruned
+    )
+
+
+def verify_package(
+    folder: Annotated[Path, typer.Argument(help="organization folder")], as_json: JsonOption = False
+) -> None:
     """Run all official checkers and our own rules on a copy of a submission; one verdict table.
+
+    Exit status 1 if anything has to be repaired before submitting.
 
     Example: scalefold verify-package submission
     """
     from scalefold.mlperf.verify import verify_package as verify
 
     verdict = verify(folder)
-    print(verdict.text())
+    if as_json:
+        print_json(verdict.as_dict())
+    else:
+        print(verdict.text())
     raise typer.Exit(code=verdict.exit_code)
 
 
