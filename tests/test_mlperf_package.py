@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlperf_editing import drop, edit, index_of, line_of, rehearsal, set_value
+from mlperf_editing import as_trained, drop, edit, index_of, line_of, rehearsal, set_value
 from scalefold.errors import LogError
 from scalefold.mlperf.logfile import read_log
 from scalefold.mlperf.package import Submission, SystemEntry, choose_runs, collect_logs, pack, plan_package
@@ -24,7 +24,8 @@ KNOWN |= {"host_processors_per_node": "2", "accelerators_per_node": "8"}
 def rebuild(folder: Path, submitter: str, scaling: str) -> tuple[Path, ...]:
     """One run folder per log, as training leaves them."""
     for run in published_runs(submitter=submitter, scaling=scaling)[:10]:
-        write_rehearsal(published_script(run, org=ORG, platform="r1"), folder / f"run-{run.run:02}" / "result_0.txt")
+        script = published_script(run, org=ORG, platform="r1")
+        as_trained(write_rehearsal(script, folder / f"run-{run.run:02}" / "result_0.txt"))
     return tuple(sorted(folder.iterdir()))
 
 
@@ -46,18 +47,30 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
+def config_of(folder: Path, repository: Path, name: str, base: str) -> Path:
+    """A system file of this submitter that builds on one of ours."""
+    file = folder / f"{name}.yaml"
+    mine = f"system: {name}\nsubmission: {{org: {ORG}, platform: r1}}\n"
+    file.write_text(f"base: {repository}/configs/{base}.yaml\n{mine}")
+    return file
+
+
 @pytest.fixture(scope="module")
-def submission(tmp_path_factory, source) -> Submission:
+def submission(tmp_path_factory, source, repository) -> Submission:
     runs = tmp_path_factory.mktemp("runs")
-    config = runs / "r260_260x8.yaml"
-    config.write_text("base: base.yaml\n")
+    config = config_of(runs, repository, "r260_260x8", "eos_h100_260x8_dap8")
     strong = SystemEntry(
         name="r260",
         description=described("r260", 260),
         config=config,
         strong=rebuild(runs / "strong", "NVIDIA", "strong"),
     )
-    weak = SystemEntry(name="r160", description=described("r160", 160), weak=rebuild(runs / "weak", "NVIDIA", "weak"))
+    weak = SystemEntry(
+        name="r160",
+        description=described("r160", 160),
+        config=config_of(runs, repository, "r160_16x8", "eos_h100_16x8_weak"),
+        weak=rebuild(runs / "weak", "NVIDIA", "weak"),
+    )
     return Submission(org=ORG, systems=(strong, weak), source_dir=source)
 
 

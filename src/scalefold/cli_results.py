@@ -156,7 +156,7 @@ def pack(
     out: Annotated[Path, typer.Argument(help="organization folder to build; must not exist")],
     org: Annotated[str, typer.Option(help="organization")],
     system: Annotated[list[Path], typer.Option(help="systems/<system>.json from describe-system; once per system")],
-    config: Annotated[list[Path], typer.Option(help="the configuration that was run; once per system, same order")],
+    config: Annotated[list[str], typer.Option(help="[SYSTEM=]configuration that was run, or config.yaml of a run")],
     strong: Annotated[
         list[str] | None, typer.Option(help="[SYSTEM=]job folder, or ten times a run folder or log")
     ] = None,
@@ -168,46 +168,41 @@ def pack(
 ) -> None:
     """Assemble a submission as the package checker walks it, then check it.
 
-    With several systems every run names its own, by the name of the system's JSON file.
+    With several systems, every configuration and run is preceded by its system: the name of the JSON file.
 
     Examples: scalefold pack out --org Example --system dgx.json --config configs/dgx_h100_1x8.yaml --strong runs/a;
-    scalefold pack out --org Example --system n260.json --config n260.yaml --system n256.json --config n256.yaml
-    --strong n260=runs/a/job_7 --weak n256=runs/b/job_8
+    scalefold pack out --org Example --system n260.json --config n260=a.yaml --strong n260=runs/a/job_7
+    --system n256.json --config n256=b.yaml --weak n256=runs/b/job_8
     """
     from scalefold.mlperf.package import Submission
     from scalefold.mlperf.package import pack as build
 
     names = [file.stem for file in system]
-    if len(system) != len(config):
-        raise ConfigError(f"pack: {len(system)} --system but {len(config)} --config; give one of each per system")
     if len(set(names)) < len(names):
-        raise ConfigError(f"pack: --system {', '.join(names)}: a name is given twice; results lie in folders of that name")
-    runs = {option: _runs_by_system(option, given or [], names) for option, given in
-            (("--strong", strong), ("--weak", weak), ("--pruned", pruned))}  # fmt: skip
-    entries = [
-        _system_entry(file, settings, *(found[file.stem] for found in runs.values()))
-        for file, settings in zip(system, config, strict=True)
-    ]
+        raise ConfigError(f"pack: --system {', '.join(names)}: a name is given twice, and results lie in its folder")
+    given = {"config": config, "strong": strong, "weak": weak, "pruned": pruned}
+    files = {option: _by_system(f"--{option}", found or [], names) for option, found in given.items()}
+    entries = [_system_entry(file, **{option: found[file.stem] for option, found in files.items()}) for file in system]
     print(build(Submission(org=org, systems=tuple(entries)), out, dry_run=dry_run).text())
     if not dry_run:
         verify_package(out)
 
 
-def _runs_by_system(option: str, given: Sequence[str], names: list[str]) -> dict[str, tuple[Path, ...]]:
+def _by_system(option: str, given: Sequence[str], names: list[str]) -> dict[str, tuple[Path, ...]]:
     """``[SYSTEM=]PATH`` arguments by system; the name may be left out where there is only one."""
-    found: dict[str, tuple[Path, ...]] = {name: () for name in names}
+    found: dict[str, tuple[Path, ...]] = dict.fromkeys(names, ())
     for text in given:
         name, _, path = text.partition("=")
         if name not in found:
             name, path = names[0], text
             if len(names) > 1:
-                raise ConfigError(f"{option} {text}: must begin with {', '.join(f'{known}=' for known in names)}")
+                raise ConfigError(f"{option} {text}: must begin with {' or '.join(f'{known}=' for known in names)}")
         found[name] += (Path(path),)
     return found
 
 
 def _system_entry(
-    file: Path, config: Path, strong: tuple[Path, ...], weak: tuple[Path, ...], pruned: tuple[Path, ...]
+    file: Path, config: tuple[Path, ...], strong: tuple[Path, ...], weak: tuple[Path, ...], pruned: tuple[Path, ...]
 ) -> "SystemEntry":
     from scalefold.mlperf.package import SystemEntry
 
@@ -217,8 +212,16 @@ def _system_entry(
         raise ConfigError(f"{file}: no JSON ({error}); `scalefold describe-system` writes it") from None
     if not isinstance(description, dict):
         raise ConfigError(f"{file}: must hold one JSON object with the system's fields")
+    if not config:
+        raise ConfigError(f"pack: no --config for system {file.stem}; give the configuration that was run")
     return SystemEntry(
-        name=file.stem, description=description, config=config, strong=strong, weak=weak, pruned=pruned
+        name=file.stem,
+        description=description,
+        config=config[0],
+        further_configs=config[1:],
+        strong=strong,
+        weak=weak,
+        pruned=pruned,
     )
 
 

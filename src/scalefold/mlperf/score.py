@@ -235,7 +235,8 @@ def _samples(log: Log) -> float:
 def _convergence(logs: list[Log]) -> Convergence | None:
     batch = logs[0].value("global_batch_size")
     samples = [_samples(log) for log in logs]
-    if any(log.value("global_batch_size") != batch for log in logs) or not is_number(batch) or len(samples) < 3 or sum(map(math.isinf, samples)) > 1:
+    differ = any(log.value("global_batch_size") != batch for log in logs)
+    if differ or not is_number(batch) or len(samples) < 3 or sum(map(math.isinf, samples)) > 1:
         return None
     return judge_convergence(int(batch), samples)
 

@@ -149,7 +149,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data; an open quantity has the value null and its reason as source."""
-        quantities = {name: {"value": q.value, "unit": q.unit, "source": q.source} for name, q in self.quantities.items()}
+        quantities = {q.name: {"value": q.value, "unit": q.unit, "source": q.source} for q in self.quantities.values()}
         shape = {name: getattr(self.spec, name) for name in ("world_size", "dp_size", "local_batch_size")}
         found = {"quantities": quantities, "warnings": self.warnings, "minutes": self.minutes, "fits": self.fits}
         return {**asdict(self.spec), **shape, **found}
