@@ -12,10 +12,11 @@ from report_logs import published_rows, write_result
 from scalefold.errors import LogError
 from scalefold.report.anatomy import anatomy, evaluates_synchronously, hand_over_delays
 from scalefold.report.logs import read_result, read_runs, reference_band
-from scalefold.report.page import Verdict, format_minutes, parse_check, score_minutes, write_report
+from scalefold.report.page import Verdict, format_minutes, parse_check, write_report
 from scalefold.report.plots import PALETTE, step_parts, thin
 from scalefold.report.published import olympic_mean, read_published
 from scalefold.report.record import EvalRow, Record, StepRow
+from scalefold.report.systems import by_system
 
 
 def log_of(tmp_path, submitter="NVIDIA", scaling="strong", index=0):
@@ -92,7 +93,7 @@ def test_a_run_that_is_still_going_has_no_minutes_but_a_curve(tmp_path):
     path.write_text("\n".join(lines) + '\n:::MLLOG {"time_ms": 1, "key": "eval_acc')
     (run,) = read_runs(path)
     assert run.minutes is None
-    assert score_minutes([run]) is None
+    assert by_system([run])[0].minutes is None
     assert run.log is not None
     assert anatomy(run.log) is None
     assert len(run.lddt_curve()[0]) == 14

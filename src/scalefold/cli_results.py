@@ -82,7 +82,8 @@ def _judge(logs: list[Path]) -> dict[str, object]:
     found = worst(verdicts)
     named = f"{len(logs)} logs, the worst is {found.file}: " if len(logs) > 1 else ""
     text = "\n".join(verdict.text() for verdict in verdicts)
-    return {"ok": found.kind != "invalid", "headline": f"{named}{found.headline}", "details": text}
+    kinds = {"ok": found.kind == "valid", "well_formed": found.kind == "non_benchmark"}
+    return {**kinds, "headline": f"{named}{found.headline}", "details": text}
 
 
 def compare_runs(

@@ -268,13 +268,18 @@ def _resolved(file: Path) -> str:
 
 def _run_script(name: str, config: Path | None) -> str:
     """Submits the job under Slurm, else starts one run on this node (or on each of several, see launch/torchrun.sh)."""
-    given = "" if config else "CONFIG.yaml "
+    given = "" if config else " CONFIG.yaml"
     chosen = f'config="${{here}}/{config.name}"' if config else 'config=$(realpath "$1")\nshift'
     return f"""#!/usr/bin/env bash
-# usage: {name} {given}[key.sub=value ...]   for example data.store_dir=/where/the/store/lies
-# With Slurm: submits the job of all timed runs. Without: one run, with as many processes as the configuration says.
-{_PREAMBLE}{chosen}
-if command -v sbatch >/dev/null; then
+# usage: {name} [--here]{given} [key.sub=value ...]   for example data.store_dir=/where/the/store/lies
+# With Slurm: submits the job of all timed runs. Without, or with --here: one run on this node.
+{_PREAMBLE}here_only=0
+if [[ "${{1:-}}" == --here ]]; then
+  here_only=1
+  shift
+fi
+{chosen}
+if ((!here_only)) && command -v sbatch >/dev/null; then
   exec scalefold launch "${{config}}" "$@" --project-dir "${{implementation}}"
 fi
 exec "${{implementation}}/launch/torchrun.sh" "${{config}}" "$@"
@@ -292,7 +297,8 @@ def _system_readme(system: SystemEntry, configs: list[Path]) -> str:
 
 1. `./setup.sh` prepares the software once (../implementations/{IMPLEMENTATION}, its README names the versions).
 2. `./init_datasets.sh --help` prepares the data set once, off the clock.
-3. The timed runs: {runs}. Under Slurm a script submits them, elsewhere it starts one.
+3. The timed runs: {runs}. Under Slurm a script submits them; elsewhere, or with
+   `--here`, it starts one.
    Arguments override the configuration: `data.store_dir=` where the data set lies, `training.init_checkpoint=`,
    `run.run_dir=`. Each run writes its own `result_<i>.txt`.
 """

@@ -69,6 +69,7 @@ class ResultLog:
     evaluations: list[Evaluation]
     throughput: list[tuple[int, float]]
     batch_wait_s: list[tuple[int, float]]
+    run_start_ms: float = 0.0
 
     @property
     def passing(self) -> Evaluation | None:
@@ -156,6 +157,7 @@ def read_result(path: Path | str) -> ResultLog:
         evaluations=_evaluations(entries, clock),
         throughput=_tracked(stats, "throughput"),
         batch_wait_s=_tracked(stats, "avg_perf_next_batch"),
+        run_start_ms=clock,
     )
 
 
