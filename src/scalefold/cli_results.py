@@ -21,7 +21,7 @@ Runs = Annotated[list[Path], typer.Argument(help="run folders, result files or f
 def add_verbs(app: typer.Typer) -> None:
     """Register every verb of this file."""
     app.command("eval")(evaluate)
-    for verb in (report, compare_runs, score, pack, verify_package, describe_system, bench_data, demo):
+    for verb in (report, export, compare_runs, score, pack, verify_package, describe_system, bench_data, demo):
         app.command()(verb)
 
 
@@ -84,6 +84,21 @@ def _judge(logs: list[Path]) -> dict[str, object]:
     text = "\n".join(verdict.text() for verdict in verdicts)
     kinds = {"ok": found.kind == "valid", "well_formed": found.kind == "non_benchmark"}
     return {**kinds, "headline": f"{named}{found.headline}", "details": text}
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder, folder of result_N.txt, result or metrics file")],
+    to: Annotated[str, typer.Option(help="tensorboard, wandb or mlflow; each is an optional extra")],
+    out: Annotated[Path | None, typer.Option(help="folder for what the tool writes; default: RUN/<tool>")] = None,
+) -> None:
+    """Hand what a run recorded to another tool. Reads files only, also while the run goes on.
+
+    Example: scalefold export runs/tiny --to tensorboard
+    """
+    from scalefold.report.export import export as export_runs
+
+    folder = out or (run if run.is_dir() else run.parent) / to
+    print("\n".join(export_runs(run, to, folder)))
 
 
 def compare_runs(

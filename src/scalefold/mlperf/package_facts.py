@@ -152,7 +152,7 @@ def _copy_problems(package: Package, name: str, contents: dict[str, Any]) -> Ite
     stated = copy if isinstance(copy, dict) else {}
     if wrong := [f for f in (*contents, *(set(stated) - set(contents))) if stated.get(f) != contents.get(f)]:
         message = f"{', '.join(wrong)}: not as in systems/{name}.json"
-        yield Problem(package.name(file), message, "make the two files equal")
+        yield Problem(package.name(file), message, "make the two files equal", "note")
 
 
 def clocks_agree_with_the_description(package: Package) -> Iterator[Problem]:
