@@ -158,7 +158,7 @@ def _to_wandb(runs: list[Run], out: Path) -> list[str]:
 def _to_mlflow(runs: list[Run], out: Path) -> list[str]:
     """One run each in the experiment ``scalefold``, in ``out`` unless MLFLOW_TRACKING_URI names a server."""
     mlflow, entities = _module("mlflow", "mlflow"), _module("mlflow.entities", "mlflow")
-    address = os.environ.get("MLFLOW_TRACKING_URI") or out.resolve().as_uri()
+    address = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{out.resolve()}/mlflow.db"
     out.mkdir(parents=True, exist_ok=True)
     client = mlflow.MlflowClient(tracking_uri=address)
     known = client.get_experiment_by_name("scalefold")

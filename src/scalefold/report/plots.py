@@ -221,10 +221,10 @@ def _legend(axes: Axes, systems: Sequence[System]) -> None:
     if not axes.get_legend_handles_labels()[0]:
         return
     if len(systems) > 1:
-        axes.figure.legend(loc="outside upper left", ncols=1, fontsize=8, borderaxespad=0.2)
+        legend = axes.figure.legend(loc="outside upper left", ncols=1, fontsize=8, borderaxespad=0.2)
     else:
-        axes.legend(loc="best")
-    for handle in (axes.figure.legends or [axes.get_legend()])[0].get_lines():
+        legend = axes.legend(loc="best")
+    for handle in legend.get_lines():
         handle.set_alpha(1.0)
 
 
