@@ -17,6 +17,12 @@ def rehearsal(file: Path, *, submitter: str = "NVIDIA", scaling: str = "strong",
     return write_rehearsal(published_script(run, org="Rehearsal Institute", platform="dgx-260"), file)
 
 
+def as_trained(file: Path) -> Path:
+    """The log with the call sites of another file: packages refuse logs that the rehearsal wrote."""
+    file.write_text(file.read_text().replace("scalefold/mlperf/rehearsal.py", "scalefold/mlperf/events.py"))
+    return file
+
+
 def edit(file: Path, change: Callable[[Lines], object]) -> Path:
     """Apply ``change`` to the list of the file's events and write them back."""
     lines = [json.loads(line.removeprefix(TOKEN)) for line in file.read_text().splitlines()]

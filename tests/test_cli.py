@@ -1,18 +1,26 @@
 """The command line: what the README promises of it, and mistakes that are answered in one line."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import scalefold
 from mlperf_editing import edit, rehearsal, set_value
 from scalefold.cli import app, main
 from scalefold.config import load_config
+from scalefold.mlperf.published import published_runs
+from scalefold.mlperf.rehearsal import published_script, write_rehearsal
+from scalefold.mlperf.verify import PackageVerdict, Row
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
@@ -78,13 +86,113 @@ def test_check_takes_several_logs_and_ends_with_the_status_of_the_worst(log: Pat
     assert invoke("check", log, other)[0] == 1
 
 
+def test_check_judges_every_file_even_if_one_cannot_be_read(log: Path, tmp_path: Path) -> None:
+    status, text = invoke("check", tmp_path / "absent.txt", log)
+    assert status == 2
+    assert f"error: {tmp_path}/absent.txt: unreadable: cannot read the log: No such file or directory" in text
+    assert f"{log}: valid closed-division log" in text
+
+
+def from_json(*arguments: object) -> tuple[int, Any]:
+    """What a verb says to a program: strict JSON and nothing else on standard output."""
+    done = CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--json")])
+    return done.exit_code, json.loads(done.stdout, parse_constant=pytest.fail)
+
+
+def test_verdicts_scores_and_plans_are_json_for_programs(log: Path, tmp_path: Path, repository: Path) -> None:
+    edit(log, set_value("max_templates", 2))
+    status, verdicts = from_json("check", log, tmp_path / "absent.txt")
+    assert status == 2
+    assert [v["kind"] for v in verdicts] == ["non_benchmark", "unreadable"]
+    assert verdicts[0]["differences"] == [{"key": "max_templates", "logged": 2, "expected": 4}]
+    status, scores = from_json("score", tmp_path)
+    assert (status, scores[0]["is_legal"], scores[0]["runs"][0]["file"]) == (1, False, log.name)
+    status, plan = from_json("plan", repository / "configs/eos_h100_260x8_dap8.yaml")
+    assert status == 0
+    assert plan["minutes"] == plan["quantities"]["time to train"]["value"]
+    assert plan["quantities"]["step time"]["source"].startswith("estimated")
+    assert plan["world_size"] == 2080
+
+
+def test_verify_package_is_json_for_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    row = Row("score", "results/a/strong/openfold", "fail", "9 runs", "run again", "openfold", "a")
+    monkeypatch.setattr("scalefold.mlperf.verify.verify_package", lambda f: PackageVerdict(str(f), (row,), ()))
+    status, verdict = from_json("verify-package", tmp_path)
+    assert status == 1
+    assert verdict["rows"] == [vars(row)]
+
+
+def test_score_ends_with_1_when_runs_converge_faster_than_the_reference_allows(tmp_path: Path) -> None:
+    for run in published_runs(submitter="HPE+LBNL"):
+        write_rehearsal(published_script(run), tmp_path / "strong/openfold" / f"result_{run.run}.txt")
+    status, text = invoke("score", tmp_path)
+    assert "time to train 14.646 min" in text
+    assert "floor 111,199: fail" in text
+    assert status == 1
+
+
+def test_the_version_needs_no_verb() -> None:
+    assert invoke("--version") == (0, f"scalefold {scalefold.__version__}\n")
+
+
+def test_a_shell_completes_verbs() -> None:
+    words = {"_SCALEFOLD_COMPLETE": "complete_bash", "COMP_WORDS": "scalefold verify", "COMP_CWORD": "1"}
+    command = [sys.executable, "-c", "from scalefold.cli import app; app(prog_name='scalefold')"]
+    done = subprocess.run(command, env=os.environ | words, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["verify-data", "verify-package"]
+
+
+def two_systems(tmp_path: Path, repository: Path) -> list[str]:
+    """Arguments of ``pack`` for a strong and a weak system, as two jobs left their runs."""
+    for scaling in ("strong", "weak"):
+        for run in published_runs(submitter="NVIDIA", scaling=scaling):
+            file = tmp_path / scaling / f"run_{run.run}" / f"result_{run.run}.txt"
+            write_rehearsal(published_script(run, org="A Laboratory"), file)
+    for name in ("n260", "n256"):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"number_of_nodes": name[1:]}))
+    configs = repository / "configs"
+    given = {
+        "n260": ["--config", f"n260={configs}/eos_h100_260x8_dap8.yaml", "--strong", f"n260={tmp_path}/strong"],
+        "n256": ["--config", f"n256={configs}/eos_h100_16x8_weak.yaml", "--weak", f"n256={tmp_path}/weak"],
+    }
+    systems = [part for name, runs in given.items() for part in ("--system", str(tmp_path / f"{name}.json"), *runs)]
+    return ["pack", str(tmp_path / "out"), "--org", "A Laboratory", *systems]
+
+
+def test_several_systems_are_packed_by_one_command(tmp_path: Path, repository: Path) -> None:
+    arguments = two_systems(tmp_path, repository)
+    status, text = invoke(*arguments, "--dry-run")
+    assert status == 0, text
+    for path in (
+        "results/n260/strong/openfold/result_9.txt",
+        "results/n256/weak/openfold/result_15.txt",
+        "systems/n260.json",
+        "systems/n256.json",
+        "benchmarks/openfold/n256/eos_h100_16x8_weak.yaml",
+    ):
+        assert path in text
+    assert "n256/strong" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_without_a_system_are_refused_where_there_are_several(
+    tmp_path: Path, repository: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = two_systems(tmp_path, repository)
+    error = mistake(capsys, monkeypatch, *(argument.removeprefix("n256=") for argument in arguments))
+    assert "eos_h100_16x8_weak.yaml: must begin with n260= or n256=" in error
+    without = [argument for argument in arguments if "config" not in argument]
+    error = mistake(capsys, monkeypatch, *without, "--config", "n260=x.yaml")
+    assert "no --config for system n256" in error
+
+
 def test_the_report_repeats_the_verdict_of_the_check(log: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert invoke("report", log, "--out", out)[0] == 0
     assert "✓ valid closed-division log" in out.read_text()
     edit(log, set_value("max_templates", 2))
     assert invoke("report", log, "--out", out)[0] == 0
-    assert "✓ well-formed log of a non-benchmark configuration; 1 key differs" in out.read_text()
+    assert "○ well-formed log of a non-benchmark configuration; 1 key differs" in out.read_text()
     (tmp_path / "job" / "run_1").mkdir(parents=True)
     shutil.copy(log, tmp_path / "job" / "run_1" / "result_1.txt")
     edit(log, set_value("seed", "x"))

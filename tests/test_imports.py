@@ -11,7 +11,7 @@ DATA_FILES = {"numpy", "h5py", "gemmi", "kalign", "mpi4py"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"pydantic", "yaml"}, {"errors"}),
     "errors": (set(), set()),
-    "mlperf": (TORCH_FREE, {"errors", "mlperf"}),
+    "mlperf": (TORCH_FREE, {"errors", "mlperf", "config", "scaling.step_time"}),
     "scaling": (TORCH_FREE, {"errors", "scaling", "mlperf", "config", "report"}),
     "report": ({"numpy", "rich", "matplotlib"}, {"errors", "report", "mlperf"}),
     "kernels": ({"torch", "triton"}, {"kernels", "errors"}),

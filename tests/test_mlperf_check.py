@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlperf_editing import drop, edit, index_of, line_of, move, rehearsal, scale_epoch_num, set_value
 from scalefold.errors import LogError
-from scalefold.mlperf.check import check_log, official_messages
+from scalefold.mlperf.check import check_log, judge_log, official_messages, worst
 from scalefold.mlperf.keys import EXPECTED, KEYS
 from scalefold.mlperf.published import published_runs
 from scalefold.mlperf.rehearsal import published_script, write_rehearsal
@@ -292,3 +292,65 @@ def test_parts_that_a_crashed_run_left_are_joined_and_judged(tmp_path):
         (tmp_path / f"result_0.txt.{role}.part").write_text("".join(own))
     assert check_log(log) == expected
     assert log.exists()
+
+
+def test_two_runs_in_one_file_are_said_in_these_words(log, tmp_path):
+    other = rehearsal(tmp_path / "other.txt", index=2)
+    log.write_text(log.read_text() + other.read_text())
+    verdict = check_log(log)
+    second = len(other.read_text().splitlines())
+    assert verdict.exit_code == 1
+    assert len(verdict.reasons) == 1
+    assert "two runs in one file" in verdict.headline
+    assert f"they begin at lines 1, {len(log.read_text().splitlines()) - second + 1}" in verdict.headline
+    assert verdict.official, "the official checker complains too"
+    assert verdict.minutes is None
+
+
+def test_a_run_that_was_begun_again_in_the_same_file_counts_as_two_and_doubled_lines_do_not(log):
+    lines = log.read_text().splitlines(keepends=True)
+    begun = next(i for i, line in enumerate(lines) if '"init_stop"' in line)
+    log.write_text("".join([*lines[:begun], *lines]))
+    assert "two runs in one file" in check_log(log).headline
+    log.write_text("".join([*lines[:begun], *lines, *lines]))
+    assert "three runs in one file" in check_log(log).headline
+    log.write_text("".join([*lines[:5], *lines[2:]]))
+    assert "in one file" not in check_log(log).text()
+
+
+@pytest.mark.parametrize("benchmark", ["cosmoflow", "deepcam", "oc20"])
+def test_the_log_of_another_benchmark_is_named_as_such(log, benchmark):
+    verdict = check_log(edit(log, set_value("submission_benchmark", benchmark)))
+    assert (verdict.kind, verdict.exit_code) == ("other_benchmark", 1)
+    assert verdict.headline == f"another benchmark: a log of {benchmark}; only logs of openfold are judged here"
+    assert verdict.text() == f"{log}: {verdict.headline}"
+
+
+def test_a_file_that_cannot_be_read_has_a_verdict_too(tmp_path, log):
+    verdict = judge_log(tmp_path / "absent.txt")
+    assert (verdict.kind, verdict.exit_code) == ("unreadable", 2)
+    assert verdict.headline == "unreadable: cannot read the log: No such file or directory"
+    assert judge_log(tmp_path).kind == "unreadable"
+    assert worst([judge_log(log), verdict]) is verdict
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), [1], {"a": 1}, None])
+def test_a_verdict_on_any_value_is_strict_json(log, value):
+    verdict = check_log(edit(log, lambda lines: [line.update(value=value) for line in lines]))
+    assert verdict.exit_code == 1
+    json.dumps(verdict.as_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("log_time_ms_string.txt", "invalid", "line 53: not a legal MLLOG line: time_ms is '1695867472645'"),
+        ("log_valnull.txt", "invalid", "line 61: eval_accuracy is None"),
+        ("log_two_runs.txt", "invalid", "two runs in one file"),
+        ("garbage_metrics.jsonl", "unreadable", "holds no :::MLLOG line"),
+    ],
+)
+def test_the_reported_cases_are_judged_in_one_headline(shared_dir, name, kind, words):
+    verdict = judge_log(shared_dir / "cases" / name)
+    assert verdict.kind == kind
+    assert words in verdict.headline

@@ -51,6 +51,7 @@ def test_published_times_to_train_are_reproduced(tmp_path, submitter):
     if scaled:
         assert result.scaled_minutes == pytest.approx(scaled, abs=0.005)
     assert result.problems == ()
+    assert result.is_legal is (status == "pass")
 
 
 def test_published_throughput_is_reproduced(tmp_path):
@@ -164,3 +165,42 @@ def test_the_factor_never_rewards_and_the_floor_lies_below_the_mean(batch, sampl
     assert result.factor >= 1
     assert (result.status == "pass") is (samples >= result.reference.floor_samples)
     assert samples * result.factor >= result.reference.mean_samples * (1 - 1e-12)
+
+
+def test_two_runs_in_one_file_and_values_that_are_no_numbers_are_problems_with_their_place(series):
+    first, second = series / "result_0.txt", series / "result_1.txt"
+    first.write_text(first.read_text() + second.read_text())
+    edit(series / "result_2.txt", lambda lines: line_of(lines, "eval_accuracy").update(value=None))
+    line = 1 + next(i for i, text in enumerate(_lines(series / "result_2.txt")) if '"eval_accuracy"' in text)
+    problems = score_folder(series).problems
+    assert "result_0.txt: two runs in one file" in problems
+    assert f"result_2.txt:{line}: eval_accuracy is None, must be a number" in problems
+
+
+@pytest.mark.parametrize("value", [None, "8", [8], {"a": 8}, 8.5])
+def test_a_scale_that_is_no_number_is_one_error_with_file_line_and_key(series, value):
+    edit(series / "result_0.txt", set_value("number_of_nodes", value))
+    line = 1 + next(i for i, text in enumerate(_lines(series / "result_0.txt")) if '"number_of_nodes"' in text)
+    with pytest.raises(LogError, match=rf"result_0\.txt:{line}: number_of_nodes is "):
+        score_folder(series)
+
+
+@pytest.mark.parametrize("value", [None, "256", [256], {"a": 256}])
+def test_a_batch_size_that_is_no_number_leaves_convergence_open(series, value):
+    for file in series.iterdir():
+        edit(file, set_value("global_batch_size", value))
+    result = score_folder(series)
+    assert result.convergence is None
+    assert not result.is_legal
+
+
+def _lines(file):
+    return file.read_text().splitlines()
+
+
+def test_the_benchmark_that_was_found_instead_is_named(tmp_path, nvidia):
+    shutil.copytree(nvidia, tmp_path / "deepcam")
+    for file in (tmp_path / "deepcam").iterdir():
+        edit(file, set_value("submission_benchmark", "deepcam"))
+    with pytest.raises(LogError, match="only logs of deepcam"):
+        score(tmp_path)

@@ -103,3 +103,12 @@ def test_the_overlay_is_written_as_a_picture(tmp_path):
     comparison = compare_runs(tmp_path / "a", tmp_path / "b")
     assert comparison.plot(tmp_path / "overlay.png").read_bytes()[:4] == b"\x89PNG"
     assert "<svg" in comparison.plot(tmp_path / "overlay.svg").read_text()
+
+
+def test_logs_and_garbage_are_refused_in_one_line(tmp_path):
+    write_run(tmp_path / "a")
+    (tmp_path / "metrics.jsonl").write_bytes(b"\0\1")
+    with pytest.raises(LogError, match="shares 0 steps"):
+        compare_runs(tmp_path / "a", tmp_path / "metrics.jsonl")
+    with pytest.raises(LogError, match=r"result_0\.txt: an MLPerf log has no losses; give the run folder"):
+        compare_runs(tmp_path / "result_0.txt", tmp_path / "a")

@@ -12,10 +12,11 @@ from report_logs import published_rows, write_result
 from scalefold.errors import LogError
 from scalefold.report.anatomy import anatomy, evaluates_synchronously, hand_over_delays
 from scalefold.report.logs import read_result, read_runs, reference_band
-from scalefold.report.page import Verdict, format_minutes, parse_check, score_minutes, write_report
+from scalefold.report.page import Verdict, format_minutes, parse_check, write_report
 from scalefold.report.plots import PALETTE, step_parts, thin
 from scalefold.report.published import olympic_mean, read_published
 from scalefold.report.record import EvalRow, Record, StepRow
+from scalefold.report.systems import by_system, lines
 
 
 def log_of(tmp_path, submitter="NVIDIA", scaling="strong", index=0):
@@ -92,7 +93,7 @@ def test_a_run_that_is_still_going_has_no_minutes_but_a_curve(tmp_path):
     path.write_text("\n".join(lines) + '\n:::MLLOG {"time_ms": 1, "key": "eval_acc')
     (run,) = read_runs(path)
     assert run.minutes is None
-    assert score_minutes([run]) is None
+    assert by_system([run])[0].minutes is None
     assert run.log is not None
     assert anatomy(run.log) is None
     assert len(run.lddt_curve()[0]) == 14
@@ -269,3 +270,134 @@ def test_the_page_of_a_run_that_is_not_the_benchmark_shows_losses_and_no_referen
     assert "system: tiny &lt;laptop&gt;" in text
     assert re.search(r"Environment</h2>.*torch.*2\.11", text, re.DOTALL)
     assert re.search(r"Slowest samples</h2>.*1abc_A.*0\.250 s.*2 loader workers, 4 batches", text, re.DOTALL)
+
+
+def organizations(tmp_path, *submitters):
+    """Folders of published results, one per submitter, under the folders' usual names."""
+    folders = []
+    for submitter in submitters:
+        folders.append(tmp_path / submitter / "strong" / "openfold")
+        folders[-1].mkdir(parents=True)
+        for row in published_rows(submitter):
+            write_result(folders[-1] / f"result_{row['run']}.txt", row)
+    return folders
+
+
+def test_runs_of_several_systems_are_told_apart_with_one_colour_and_legend_entry_each(tmp_path):
+    folders = organizations(tmp_path, "NVIDIA", "HPE+LBNL", "TACC", "Clemson")
+    systems = by_system(read_runs(folders))
+    assert [(system.label.split(" · ")[0], len(system.runs)) for system in systems] == [
+        ("NVIDIA", 10),
+        ("HPE+LBNL", 10),
+        ("TACC", 10),
+        ("Clemson", 10),
+    ]
+    drawn = list(lines(systems))
+    assert {line.colour for line in drawn} == {0, 1, 2, 3}
+    assert [line.label for line in drawn if line.label] == [system.label for system in systems]
+    text = write_report(folders, tmp_path / "r.html").page.read_text()
+    assert "OpenFold training: 4 systems, 40 runs" in text
+    for system, minutes in zip(systems, ("7.51 min", "14.65 min", "2h37m", "4h18m"), strict=True):
+        assert text.count(f"</span>{system.label}</h2>") == 1
+        assert minutes in text
+    svg = text[text.index("<h3>Accuracy over samples</h3>") : text.index("<h3>Accuracy over time</h3>")]
+    assert all(svg.count(f">{system.label}</text>") == 1 for system in systems)
+
+
+def test_weak_and_strong_results_of_one_platform_are_two_systems(tmp_path):
+    for scaling in ("strong", "weak"):
+        folder = tmp_path / "sys" / scaling / "openfold"
+        folder.mkdir(parents=True)
+        for row in published_rows("NVIDIA", scaling):
+            write_result(folder / f"result_{row['run']}.txt", row | {"system": "eos"})
+    strong, weak = by_system(read_runs([tmp_path / "sys" / scaling / "openfold" for scaling in ("strong", "weak")]))
+    assert (len(strong.scored), len(weak.scored)) == (8, 16)
+    assert strong.label == "NVIDIA · eos · 2080 ranks · batch 256 · bf16"
+    assert weak.minutes == pytest.approx(28.59, abs=0.01)
+
+
+def test_minutes_and_samples_are_those_of_the_same_runs(tmp_path):
+    (system,) = by_system(read_runs(organizations(tmp_path, "NVIDIA")))
+    rows = sorted(published_rows("NVIDIA"), key=lambda row: float(row["ttt_seconds"]))[1:-1]
+    assert system.minutes == pytest.approx(np.mean([float(row["ttt_seconds"]) for row in rows]) / 60)
+    assert system.samples == np.mean([int(row["samples_to_converge"]) for row in rows])
+    assert system.floor_samples == pytest.approx(123_132.39, abs=0.5)
+
+
+def test_one_run_that_missed_the_target_is_the_slowest_and_two_leave_no_score(tmp_path):
+    (folder,) = organizations(tmp_path, "NVIDIA")
+    before = by_system(read_runs(folder))[0].minutes
+    slowest = max(read_runs(folder), key=lambda run: run.minutes or 0.0)
+    for path, score in ((slowest.log.path, before), (folder / "result_0.txt", None)):
+        path.write_text(path.read_text().replace('"success"', '"aborted"'))
+        assert by_system(read_runs(folder))[0].minutes == score
+    assert "no score" in write_report(folder, tmp_path / "r.html").page.read_text()
+
+
+def test_the_log_of_another_benchmark_is_refused(tmp_path):
+    path = log_of(tmp_path)
+    path.write_text(path.read_text().replace('"openfold"', '"cosmoflow"'))
+    with pytest.raises(LogError, match="a log of cosmoflow; the report is on openfold"):
+        write_report(tmp_path, tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("log_time_ms_string.txt", ":53: run_start: time_ms is '1695867472645', must be a number"),
+        ("log_valnull.txt", ":61: eval_accuracy is None, must be a number"),
+        ("log_two_runs.txt", ":134: two runs in one file"),
+        ("garbage_metrics.jsonl", ": holds no record"),
+    ],
+)
+def test_the_reported_cases_are_one_line_with_file_and_place(shared_dir, tmp_path, name, words):
+    with pytest.raises(LogError, match=re.escape(f"{name}{words}")):
+        write_report(shared_dir / "cases" / name, tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"time_ms": "1", "key": "epoch_start", "value": None, "metadata": {}},
+        {"time_ms": float("nan"), "key": "epoch_start", "value": None, "metadata": {}},
+        {"time_ms": 1, "key": ["x"], "value": None, "metadata": {}},
+        {"time_ms": 1, "key": "eval_stop", "value": None, "metadata": []},
+        {"time_ms": 1, "key": "eval_accuracy", "value": {"a": 1}, "metadata": {"epoch_num": 1}},
+        {"time_ms": 1, "key": "tracked_stats", "value": {"throughput": "9"}, "metadata": {"step": 1}},
+        {"time_ms": 1, "key": "tracked_stats", "value": {"throughput": 9}, "metadata": {"step": [1]}},
+    ],
+)
+def test_an_entry_of_a_wrong_type_is_named_with_file_and_line(tmp_path, line):
+    path = log_of(tmp_path)
+    number = len(path.read_text().splitlines()) + 1
+    path.write_text(path.read_text() + f":::MLLOG {json.dumps(line)}\n")
+    with pytest.raises(LogError, match=rf"result_0\.txt:{number}: "):
+        read_runs(path)
+
+
+def test_only_a_valid_closed_division_log_has_a_green_tick(tmp_path):
+    path = log_of(tmp_path)
+    valid = {"ok": True, "headline": "valid closed-division log"}
+
+    def mark(check):
+        text = write_report(path, tmp_path / "r.html", check=check).page.read_text()
+        return re.search(r'<p class="verdict (\w+)">(.)', text).groups()
+
+    assert mark(valid) == ("ok", "✓")
+    assert mark({"ok": False, "well_formed": True, "headline": "other keys"}) == ("other", "○")
+    assert mark({"ok": False, "headline": "invalid"}) == ("bad", "✗")
+    path.write_text(path.read_text().replace("93229082", "1234567"))
+    assert mark(valid) == ("other", "○"), "a run that is not the benchmark"
+    assert mark("SUCCESS") == ("other", "○")
+
+
+def test_gradient_norm_learning_rate_memory_and_date_are_shown(tmp_path):
+    with Record(tmp_path, rank0=True) as record:
+        record.run(config_name="tiny", commit="abc1234")
+        for step in range(1, 9):
+            record.step(StepRow(step=step, loss=1.0 / step, lr=1e-3, grad_norm=2.0 / step, peak_gib=3.0))
+    log_of(tmp_path)
+    text = write_report(tmp_path, tmp_path / "r.html").page.read_text()
+    for words in ("Gradient norm and learning rate", "Peak memory", "2023-09-28 01:56 UTC", "abc1234"):
+        assert words in text

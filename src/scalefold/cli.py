@@ -11,19 +11,33 @@ from typing import Annotated
 
 import typer
 
-from scalefold import cli_launch
-from scalefold.cli_results import add_verbs
+from scalefold import __version__, cli_launch
+from scalefold.cli_results import JsonOption, add_verbs, print_json
 from scalefold.errors import ScaleFoldError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    help="MLPerf HPC OpenFold: prepare data, train, evaluate, check, submit.",
 )
 
 ConfigFile = Annotated[Path, typer.Argument(help="system file, for example configs/tiny.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key.sub=value, after the file")]
+
+
+def print_version(asked: bool) -> None:
+    """Of the option ``--version``, which needs no verb."""
+    if asked:
+        print(f"scalefold {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """MLPerf HPC OpenFold: prepare data, train, evaluate, check, submit."""
 
 
 def main() -> None:
@@ -189,19 +203,26 @@ def train(
 
 
 @app.command()
-def check(logs: Annotated[list[Path], typer.Argument(help="result_N.txt, one or more")]) -> None:
+def check(
+    logs: Annotated[list[Path], typer.Argument(help="result_N.txt, one or more")], as_json: JsonOption = False
+) -> None:
     """Judge MLPerf logs with the official checker and our stricter rules.
 
     Exit status, that of the worst log: 0: valid closed-division log; 3: well-formed log of a non-benchmark
-    configuration; 1: invalid.
+    configuration; 1: invalid, or the log of another benchmark; 2: a file cannot be read.
 
     Example: scalefold check runs/tiny/result_0.txt
     """
-    from scalefold.mlperf.check import check_log, worst
+    from scalefold.mlperf.check import judge_log, worst
 
-    verdicts = [check_log(log) for log in logs]
-    for verdict in verdicts:
-        print(verdict.text())
+    verdicts = []
+    for log in logs:
+        verdicts.append(verdict := judge_log(log))
+        if not as_json:
+            unreadable = verdict.kind == "unreadable"
+            print(f"error: {verdict.text()}" if unreadable else verdict.text(), file=sys.stderr if unreadable else None)
+    if as_json:
+        print_json([verdict.as_dict() for verdict in verdicts])
     raise typer.Exit(code=worst(verdicts).exit_code)
 
 
@@ -223,6 +244,7 @@ def plan(
     kind: KindOption = None,
     convergence: ConvergenceOption = "reference",
     extrapolate: Extrapolate = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Print memory, loader demand and minutes that a system will need, with the source of every number.
 
@@ -230,7 +252,11 @@ def plan(
     """
     from scalefold.scaling.from_config import plan_config
 
-    print(plan_config(config, overrides or [], step_times, eval_times, kind, convergence, extrapolate).text())
+    found = plan_config(config, overrides or [], step_times, eval_times, kind, convergence, extrapolate)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        print(found.text())
 
 
 @app.command()

@@ -1,22 +1,33 @@
 """Verbs of the command line that look at data, runs and submissions; ``cli`` adds them to the command."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from scalefold.errors import ConfigError
 
+if TYPE_CHECKING:
+    from scalefold.mlperf.package import SystemEntry
+
+JsonOption = Annotated[bool, typer.Option("--json", help="print JSON for programs instead of text")]
 Runs = Annotated[list[Path], typer.Argument(help="run folders, result files or folders of result_N.txt")]
 
 
 def add_verbs(app: typer.Typer) -> None:
     """Register every verb of this file."""
     app.command("eval")(evaluate)
-    for verb in (report, compare_runs, score, pack, verify_package, describe_system, bench_data, demo):
+    for verb in (report, export, compare_runs, score, pack, verify_package, describe_system, bench_data, demo):
         app.command()(verb)
+
+
+def print_json(found: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def evaluate(
@@ -71,7 +82,23 @@ def _judge(logs: list[Path]) -> dict[str, object]:
     found = worst(verdicts)
     named = f"{len(logs)} logs, the worst is {found.file}: " if len(logs) > 1 else ""
     text = "\n".join(verdict.text() for verdict in verdicts)
-    return {"ok": found.kind != "invalid", "headline": f"{named}{found.headline}", "details": text}
+    kinds = {"ok": found.kind == "valid", "well_formed": found.kind == "non_benchmark"}
+    return {**kinds, "headline": f"{named}{found.headline}", "details": text}
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder, folder of result_N.txt, result or metrics file")],
+    to: Annotated[str, typer.Option(help="tensorboard, wandb or mlflow; each is an optional extra")],
+    out: Annotated[Path | None, typer.Option(help="folder for what the tool writes; default: RUN/<tool>")] = None,
+) -> None:
+    """Hand what a run recorded to another tool. Reads files only, also while the run goes on.
+
+    Example: scalefold export runs/tiny --to tensorboard
+    """
+    from scalefold.report.export import export as export_runs
+
+    folder = out or (run if run.is_dir() else run.parent) / to
+    print("\n".join(export_runs(run, to, folder)))
 
 
 def compare_runs(
@@ -96,16 +123,24 @@ def compare_runs(
     raise typer.Exit(code=int(not comparison.ok))
 
 
-def score(folder: Annotated[Path, typer.Argument(help="organization, system, result or job folder")]) -> None:
-    """Print time-to-train scores (strong) or TTTa (weak), unscaled and scaled. Exit status 1 if a result is illegal.
+def score(
+    folder: Annotated[Path, typer.Argument(help="organization, system, result or job folder")],
+    as_json: JsonOption = False,
+) -> None:
+    """Print time-to-train scores (strong) or TTTa (weak), unscaled and scaled.
+
+    Exit status 1 if a result is illegal: runs are missing or failed, or they converge faster than the reference allows.
 
     Example: scalefold score submission/results
     """
     from scalefold.mlperf.score import score as score_folders
 
     scores = score_folders(folder)
-    print("\n".join(found.text() for found in scores))
-    raise typer.Exit(code=int(any(found.problems for found in scores)))
+    if as_json:
+        print_json([found.as_dict() for found in scores])
+    else:
+        print("\n".join(found.text() for found in scores))
+    raise typer.Exit(code=int(not all(found.is_legal for found in scores)))
 
 
 def describe_system(
@@ -136,50 +171,92 @@ def _pair(text: str) -> tuple[str, str]:
 def pack(
     out: Annotated[Path, typer.Argument(help="organization folder to build; must not exist")],
     org: Annotated[str, typer.Option(help="organization")],
-    system: Annotated[Path, typer.Option(help="systems/<system>.json from describe-system")],
-    config: Annotated[Path, typer.Option(help="the configuration that was run")],
-    strong: Annotated[list[Path] | None, typer.Option(help="job folder, or ten times a run folder or log")] = None,
-    weak: Annotated[
-        list[Path] | None, typer.Option(help="job folder, or ten or more times an instance's folder or log")
+    system: Annotated[list[Path], typer.Option(help="systems/<system>.json from describe-system; once per system")],
+    config: Annotated[list[str], typer.Option(help="[SYSTEM=]configuration that was run, or config.yaml of a run")],
+    strong: Annotated[
+        list[str] | None, typer.Option(help="[SYSTEM=]job folder, or ten times a run folder or log")
     ] = None,
-    pruned: Annotated[list[Path] | None, typer.Option(help="pruned instance")] = None,
+    weak: Annotated[
+        list[str] | None, typer.Option(help="[SYSTEM=]job folder, or ten or more times an instance's folder or log")
+    ] = None,
+    pruned: Annotated[list[str] | None, typer.Option(help="[SYSTEM=]pruned instance")] = None,
     dry_run: Annotated[bool, typer.Option(help="only say what the package would hold")] = False,
 ) -> None:
     """Assemble a submission as the package checker walks it, then check it.
 
-    Example: scalefold pack out --org Example --system dgx.json --config configs/dgx_h100_1x8.yaml --strong runs/a
-    """
-    import json
+    With several systems, every configuration and run is preceded by its system: the name of the JSON file.
 
-    from scalefold.mlperf.package import Submission, SystemEntry
+    Examples: scalefold pack out --org Example --system dgx.json --config configs/dgx_h100_1x8.yaml --strong runs/a;
+    scalefold pack out --org Example --system n260.json --config n260=a.yaml --strong n260=runs/a/job_7
+    --system n256.json --config n256=b.yaml --weak n256=runs/b/job_8
+    """
+    from scalefold.mlperf.package import Submission
     from scalefold.mlperf.package import pack as build
 
-    try:
-        description = json.loads(system.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{system}: no JSON ({error}); `scalefold describe-system` writes it") from None
-    entry = SystemEntry(
-        name=system.stem,
-        description=description,
-        config=config,
-        strong=tuple(strong or ()),
-        weak=tuple(weak or ()),
-        pruned=tuple(pruned or ()),
-    )
-    print(build(Submission(org=org, systems=(entry,)), out, dry_run=dry_run).text())
+    names = [file.stem for file in system]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"pack: --system {', '.join(names)}: a name is given twice, and results lie in its folder")
+    given = {"config": config, "strong": strong, "weak": weak, "pruned": pruned}
+    files = {option: _by_system(f"--{option}", found or [], names) for option, found in given.items()}
+    entries = [_system_entry(file, **{option: found[file.stem] for option, found in files.items()}) for file in system]
+    print(build(Submission(org=org, systems=tuple(entries)), out, dry_run=dry_run).text())
     if not dry_run:
         verify_package(out)
 
 
-def verify_package(folder: Annotated[Path, typer.Argument(help="organization folder")]) -> None:
+def _by_system(option: str, given: Sequence[str], names: list[str]) -> dict[str, tuple[Path, ...]]:
+    """``[SYSTEM=]PATH`` arguments by system; the name may be left out where there is only one."""
+    found: dict[str, tuple[Path, ...]] = dict.fromkeys(names, ())
+    for text in given:
+        name, _, path = text.partition("=")
+        if name not in found:
+            name, path = names[0], text
+            if len(names) > 1:
+                raise ConfigError(f"{option} {text}: must begin with {' or '.join(f'{known}=' for known in names)}")
+        found[name] += (Path(path),)
+    return found
+
+
+def _system_entry(
+    file: Path, config: tuple[Path, ...], strong: tuple[Path, ...], weak: tuple[Path, ...], pruned: tuple[Path, ...]
+) -> "SystemEntry":
+    from scalefold.mlperf.package import SystemEntry
+
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: no JSON ({error}); `scalefold describe-system` writes it") from None
+    if not isinstance(description, dict):
+        raise ConfigError(f"{file}: must hold one JSON object with the system's fields")
+    if not config:
+        raise ConfigError(f"pack: no --config for system {file.stem}; give the configuration that was run")
+    return SystemEntry(
+        name=file.stem,
+        description=description,
+        config=config[0],
+        further_configs=config[1:],
+        strong=strong,
+        weak=weak,
+        pruned=pruned,
+    )
+
+
+def verify_package(
+    folder: Annotated[Path, typer.Argument(help="organization folder")], as_json: JsonOption = False
+) -> None:
     """Run all official checkers and our own rules on a copy of a submission; one verdict table.
+
+    Exit status 1 if anything has to be repaired before submitting.
 
     Example: scalefold verify-package submission
     """
     from scalefold.mlperf.verify import verify_package as verify
 
     verdict = verify(folder)
-    print(verdict.text())
+    if as_json:
+        print_json(verdict.as_dict())
+    else:
+        print(verdict.text())
     raise typer.Exit(code=verdict.exit_code)
 
 

@@ -1,7 +1,7 @@
 """Judge one log: the official compliance checker, our own rules, and whether the run is the benchmark at all.
 
 Exit codes of a verdict: 0 valid closed-division log; 3 well-formed log of a configuration that is not the benchmark
-(the differing keys are listed); 1 invalid.
+(the differing keys are listed); 1 invalid, or the log of another MLPerf benchmark; 2 no log that could be read.
 """
 
 import contextlib
@@ -10,23 +10,31 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from scalefold.errors import LogError
 from scalefold.mlperf.events import merge_parts
-from scalefold.mlperf.keys import EXPECTED, KEYS, RULESET, TARGET_LDDT, USAGE
-from scalefold.mlperf.lint import Finding, has_type, is_number, lint
+from scalefold.mlperf.keys import BENCHMARK, EXPECTED, KEYS, RULESET, TARGET_LDDT, USAGE
+from scalefold.mlperf.lint import Finding, has_type, is_number, lint, run_begins
 from scalefold.mlperf.logfile import Log, read_log
 from scalefold.mlperf.official_tools import fast_yaml_loader
 
-Kind = Literal["valid", "non_benchmark", "invalid"]
+Kind = Literal["valid", "non_benchmark", "invalid", "other_benchmark", "unreadable"]
+#: From best to worst, with the exit status of each.
+EXIT_CODES: dict[Kind, int] = {"valid": 0, "non_benchmark": 3, "invalid": 1, "other_benchmark": 1, "unreadable": 2}
+_CRASH = "the checker stopped with"
 _CONFIG = f"{USAGE}_{RULESET}/common.yaml"
 _HEADLINES: dict[Kind, str] = {
     "valid": "valid closed-division log",
     "non_benchmark": "well-formed log of a non-benchmark configuration",
     "invalid": "invalid",
+    "other_benchmark": "another benchmark",
+    "unreadable": "unreadable",
 }
 
 
@@ -58,15 +66,16 @@ class Verdict:
 
     @property
     def exit_code(self) -> int:
-        """0 valid, 3 well-formed but not the benchmark, 1 invalid."""
-        return {"valid": 0, "non_benchmark": 3, "invalid": 1}[self.kind]
+        """0 valid, 3 well-formed but not the benchmark, 1 invalid or another benchmark's, 2 unreadable."""
+        return EXIT_CODES[self.kind]
 
     @property
     def reasons(self) -> list[str]:
         """Every reason why the log cannot be submitted: official ones, our errors, what only a submission needs."""
         official = [f"official checker: {text}" for text in self.official_otherwise]
-        ours = sorted(self.findings, key=lambda finding: finding.severity != "error")
-        return official + [_describe(finding) for finding in ours]
+        ours = [_describe(f) for f in sorted(self.findings, key=lambda finding: finding.severity != "error")]
+        died = any(text.startswith(_CRASH) for text in self.official_otherwise)
+        return ours + official if died else official + ours
 
     @property
     def headline(self) -> str:
@@ -75,15 +84,19 @@ class Verdict:
             keys = ", ".join(d.key for d in self.differences)
             noun = "key differs" if len(self.differences) == 1 else "keys differ"
             return f"{_HEADLINES[self.kind]}; {len(self.differences)} {noun}: {keys}"
-        if self.kind == "invalid":
-            reasons = self.reasons
-            more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
-            return f"{_HEADLINES[self.kind]}: {reasons[0]}{more}"
-        return _HEADLINES[self.kind]
+        if self.kind == "valid":
+            return _HEADLINES[self.kind]
+        if self.kind != "invalid":
+            return self.reasons[0]
+        reasons = self.reasons
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        return f"{_HEADLINES[self.kind]}: {reasons[0]}{more}"
 
     def text(self) -> str:
         """The verdict as lines and tables for a terminal."""
         lines = [f"{self.file}: {self.headline}"]
+        if self.kind in ("other_benchmark", "unreadable"):
+            return lines[0]
         if self.minutes is not None:
             samples = f"{self.samples_to_converge:,}" if is_number(self.samples_to_converge) else "-"
             lines.append(f"  time to train {self.minutes:.3f} min, samples to converge {samples}")
@@ -96,10 +109,10 @@ class Verdict:
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
-        """The verdict as JSON-ready data."""
+        """The verdict as JSON-ready data; a logged number that is not finite becomes its name as text."""
         fields = asdict(self)
         fields.update(exit_code=self.exit_code, headline=self.headline, reasons=self.reasons)
-        return json.loads(json.dumps(fields, default=repr))
+        return json.loads(json.dumps(fields, default=repr), parse_constant=str)
 
 
 def check_log(path: str | Path) -> Verdict:
@@ -111,10 +124,14 @@ def check_log(path: str | Path) -> Verdict:
     if not Path(path).exists() and any(Path(path).parent.glob(f"{Path(path).name}.*.part")):
         merge_parts(path)  # the run ended before it could
     log = read_log(path)
-    differing = differences(log)
-    findings = lint(log)
+    if (other := other_benchmark(log)) is not None:
+        return _unjudged(path, "other_benchmark", f"a log of {other}; only logs of {BENCHMARK} are judged here")
+    findings, differing = lint(log), differences(log)
     official = official_messages(log.file)
     otherwise = official_messages(log.file, as_benchmark=log) if differing else official
+    several = len(run_begins(log)) > 1
+    if several:
+        differing, otherwise = [], []  # the official complaints and the keys are those of several runs at once
     errors = [f for f in findings if f.severity == "error"]
     if otherwise or errors or (findings and not differing):
         kind: Kind = "invalid"
@@ -127,14 +144,40 @@ def check_log(path: str | Path) -> Verdict:
         findings=tuple(findings),
         official=tuple(official),
         official_otherwise=tuple(otherwise),
-        minutes=log.minutes if log.first("run_start") and log.first("run_stop") else None,
-        samples_to_converge=log.samples_to_converge,
+        minutes=log.minutes if not several and log.first("run_start") and log.first("run_stop") else None,
+        samples_to_converge=None if several else log.samples_to_converge,
     )
 
 
+def judge_log(path: str | Path) -> Verdict:
+    """:func:`check_log`, with a verdict on files that cannot be read as well."""
+    try:
+        return check_log(path)
+    except LogError as error:
+        return _unjudged(path, "unreadable", str(error).removeprefix(f"{path}: "))
+
+
+def _unjudged(path: str | Path, kind: Kind, reason: str) -> Verdict:
+    return Verdict(str(path), kind, (), (Finding(_HEADLINES[kind], reason),), (), (), None, None)
+
+
+def other_benchmark(log: Log) -> str | None:
+    """Name of the MLPerf HPC benchmark that the log is of, where that is not ours."""
+    name = log.value("submission_benchmark")
+    return name if isinstance(name, str) and name != BENCHMARK and name in _official_benchmarks() else None
+
+
+@cache
+def _official_benchmarks() -> frozenset[str]:
+    """Benchmarks of the official rule set: those with rules of their own."""
+    rules = resources.files("mlperf_logging.compliance_checker").joinpath(f"{USAGE}_{RULESET}")
+    names = {file.name.removesuffix(".yaml").removeprefix("closed_") for file in rules.iterdir()}
+    return frozenset(name for name in names if "_" not in name and name != "common")
+
+
 def worst(verdicts: Sequence[Verdict]) -> Verdict:
-    """The first of those furthest from a valid log: invalid before well-formed before valid."""
-    order: list[Kind] = ["valid", "non_benchmark", "invalid"]
+    """The first of those furthest from a valid log, in the order of :data:`EXIT_CODES`."""
+    order = list(EXIT_CODES)
     return max(verdicts, key=lambda verdict: order.index(verdict.kind))
 
 
@@ -171,7 +214,7 @@ def official_messages(file: Path, as_benchmark: Log | None = None) -> list[str]:
                 lines = [_as_benchmark(line, as_benchmark) for line in lines]
             checker.check_loglines(lines, _CONFIG)
         except Exception as error:  # the checker dies on logs that it does not foresee: that is a verdict too
-            return [f"the checker stopped with {type(error).__name__}: {error}"]
+            return [f"{_CRASH} {type(error).__name__}: {error}"]
         finally:
             mlp_compliance.enqueued_configs.clear()
     messages = [f"line does not parse: {reason}" for _, reason in broken]

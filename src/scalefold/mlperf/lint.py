@@ -26,6 +26,7 @@ CLOCK_TOLERANCE_MS = 1000
 #: Mean lDDT-Cα of the untouched benchmark checkpoint, as 2 submitters logged it (0.6985 and 0.6988), and our tolerance.
 CHECKPOINT_LDDT, CHECKPOINT_LDDT_TOLERANCE = 0.6985, 0.005
 
+_COUNTS = {2: "two", 3: "three", 4: "four"}
 _PLACEHOLDER = re.compile(
     r"placeholder|changeme|\b(todo|tbd|fixme|unknown|unset|none|your|example|xxx+|org|organization|platform)\b"
 )
@@ -55,8 +56,29 @@ def rule(function: Rule) -> Rule:
 
 
 def lint(log: Log) -> list[Finding]:
-    """All findings of all rules."""
+    """All findings of all rules; of a file with several runs this alone, because every other rule speaks of one run."""
+    starts = run_begins(log)
+    if len(starts) > 1:
+        message = f"they begin at lines {', '.join(map(str, starts))}; every run has its own log"
+        return [Finding(several_runs(starts), message, starts[1])]
     return [finding for check in RULES for finding in check(log)]
+
+
+def run_begins(log: Log) -> list[int]:
+    """Lines at which a run begins; more than one when most facts that a run states once are there several times."""
+    headers = [log.all(key.name) for key in KEYS.values() if key.count == "exactly_one" and key.phase == "init"]
+    stated = sorted(len(found) for found in headers if found)
+    runs = stated[len(stated) // 2] if stated else 1
+    if runs < 2:
+        return [log.events[0].line] if log.events else []
+    first = next(found for found in headers if len(found) == runs)
+    starts = log.all("init_start")
+    return [event.line for event in (starts if len(starts) == runs else first)]
+
+
+def several_runs(starts: list[int]) -> str:
+    """``two runs in one file``, for the result of :func:`run_begins`."""
+    return f"{_COUNTS.get(len(starts), str(len(starts)))} runs in one file"
 
 
 def is_number(value: Any) -> bool:
@@ -151,7 +173,7 @@ def seed_is_one_integer(log: Log) -> Iterator[Finding]:
     for event in log.all("seed"):
         try:
             int(event.value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             yield Finding("seed", f"seed is {event.value!r}, must be an integer", event.line)
         missing = [name for name in ("file", "lineno") if name not in event.metadata]
         if missing:

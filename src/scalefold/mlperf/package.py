@@ -9,7 +9,8 @@
     <org>/benchmarks/openfold/implementations/scalefold/          this source, unaltered
     <org>/benchmarks/openfold/<system>/                           README, scripts, configuration, system JSON
 
-Nothing is changed on the way: logs are copied byte for byte, in the order of their ``run_start``.
+Logs are copied byte for byte, in the order of their ``run_start``. Configurations are packed resolved, so that the
+scripts run wherever the folder lies.
 """
 
 import json
@@ -22,12 +23,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from scalefold.config import dump_config, load_config
 from scalefold.errors import LogError
 from scalefold.mlperf.keys import BENCHMARK, MIN_WEAK_INSTANCES, NUM_STRONG_RUNS
 from scalefold.mlperf.logfile import Log, read_log
+from scalefold.mlperf.package_tree import IMPLEMENTATION
 from scalefold.mlperf.score import result_files
 
-IMPLEMENTATION = "scalefold"
 _NOT_SHIPPED = ("mlperf_logs", "runs", "build", "dist", "__pycache__")
 
 
@@ -36,12 +38,14 @@ class SystemEntry:
     """Results of one system.
 
     ``strong``, ``weak`` and ``pruned`` are log files, run folders (with ``result_*.txt``) or folders of a job with its
-    runs; ``config`` is the YAML that was run; ``description`` the system JSON's fields.
+    runs; ``config`` is the YAML that was run, ``further_configs`` those of other runs of the same system (throughput
+    beside time to train); ``description`` the system JSON's fields.
     """
 
     name: str
     description: dict[str, Any]
     config: Path | None = None
+    further_configs: tuple[Path, ...] = ()
     strong: tuple[Path, ...] = ()
     weak: tuple[Path, ...] = ()
     pruned: tuple[Path, ...] = ()
@@ -229,33 +233,74 @@ def _git(folder: Path, *arguments: str) -> str | None:
 # Texts -----------------------------------------------------------------------------------------------------------
 
 
+_PREAMBLE = f"""\
+set -euo pipefail
+here=$(cd "$(dirname "${{BASH_SOURCE[0]}}")" && pwd)
+implementation=$(cd "${{here}}/../implementations/{IMPLEMENTATION}" && pwd)
+PATH="${{implementation}}/.venv/bin:${{PATH}}"
+"""
+
+
 def _plan_system_folder(plan: Plan, system: SystemEntry) -> None:
     folder = f"benchmarks/{BENCHMARK}/{system.name}"
     description = json.dumps(system.description, indent=2) + "\n"
     plan.texts[f"systems/{system.name}.json"] = description
     plan.texts[f"{folder}/{system.name}.json"] = description
-    implementation = f'"$(dirname "$0")/../implementations/{IMPLEMENTATION}"'
-    config = system.config.name if system.config else "CONFIG.yaml"
-    if system.config:
-        plan.copies[f"{folder}/{config}"] = system.config
-    plan.texts[f"{folder}/README.md"] = _system_readme(system, config)
-    plan.texts[f"{folder}/setup.sh"] = f"#!/usr/bin/env bash\nset -euo pipefail\nmake -C {implementation} setup\n"
-    activate = f'#!/usr/bin/env bash\nset -euo pipefail\nPATH={implementation}/.venv/bin:"$PATH"\n'
-    plan.texts[f"{folder}/init_datasets.sh"] = f'{activate}scalefold prepare "$@"\n'
-    run = f'scalefold launch "$(dirname "$0")/{config}" "$@"' if system.config else 'scalefold launch "$@"'
-    plan.texts[f"{folder}/run_and_time.sh"] = f"{activate}{run}\n"
+    configs = [file for file in (system.config, *system.further_configs) if file is not None]
+    for file in configs:
+        plan.texts[f"{folder}/{file.name}"] = _resolved(file)
+    plan.texts[f"{folder}/README.md"] = _system_readme(system, configs)
+    plan.texts[f"{folder}/setup.sh"] = f'#!/usr/bin/env bash\n{_PREAMBLE}make -C "${{implementation}}" setup\n'
+    plan.texts[f"{folder}/init_datasets.sh"] = f'#!/usr/bin/env bash\n{_PREAMBLE}scalefold prepare "$@"\n'
+    for name, file in zip(_run_scripts(configs), configs or [None], strict=True):
+        plan.texts[f"{folder}/{name}"] = _run_script(name, file)
 
 
-def _system_readme(system: SystemEntry, config: str) -> str:
+def _run_scripts(configs: list[Path]) -> list[str]:
+    """``run_and_time.sh`` for the first configuration, ``run_and_time_NAME.sh`` for every other."""
+    return ["run_and_time.sh", *(f"run_and_time_{file.stem}.sh" for file in configs[1:])]
+
+
+def _resolved(file: Path) -> str:
+    """The configuration with the values of all files that it builds on."""
+    return f"# {file.name}, resolved: it needs no other file.\n{dump_config(load_config(file).config)}"
+
+
+def _run_script(name: str, config: Path | None) -> str:
+    """Submits the job under Slurm, else starts one run on this node (or on each of several, see launch/torchrun.sh)."""
+    given = "" if config else " CONFIG.yaml"
+    chosen = f'config="${{here}}/{config.name}"' if config else 'config=$(realpath "$1")\nshift'
+    return f"""#!/usr/bin/env bash
+# usage: {name} [--here]{given} [key.sub=value ...]   for example data.store_dir=/where/the/store/lies
+# With Slurm: submits the job of all timed runs. Without, or with --here: one run on this node.
+{_PREAMBLE}here_only=0
+if [[ "${{1:-}}" == --here ]]; then
+  here_only=1
+  shift
+fi
+{chosen}
+if ((!here_only)) && command -v sbatch >/dev/null; then
+  exec scalefold launch "${{config}}" "$@" --project-dir "${{implementation}}"
+fi
+exec "${{implementation}}/launch/torchrun.sh" "${{config}}" "$@"
+"""
+
+
+def _system_readme(system: SystemEntry, configs: list[Path]) -> str:
     d = system.description
     accelerators = f"{d.get('accelerators_per_node')} x {d.get('accelerator_model_name') or 'no accelerator'}"
+    names = [f"with `{file.name}`" for file in configs] or ["with the configuration that is its first argument"]
+    runs = "; ".join(f"`./{script}` {name}" for script, name in zip(_run_scripts(configs), names, strict=True))
     return f"""# OpenFold on {system.name}
 
 {d.get("number_of_nodes")} nodes, {accelerators} per node, {d.get("framework")}, {d.get("operating_system")}.
 
 1. `./setup.sh` prepares the software once (../implementations/{IMPLEMENTATION}, its README names the versions).
 2. `./init_datasets.sh --help` prepares the data set once, off the clock.
-3. `./run_and_time.sh` submits the timed runs with `{config}`; each writes its own `result_<i>.txt`.
+3. The timed runs: {runs}. Under Slurm a script submits them; elsewhere, or with
+   `--here`, it starts one.
+   Arguments override the configuration: `data.store_dir=` where the data set lies, `training.init_checkpoint=`,
+   `run.run_dir=`. Each run writes its own `result_<i>.txt`.
 """
 
 

@@ -1,96 +1,22 @@
 """Our own rules for a whole submission package: what the official tools let through or die on.
 
-Each rule is a function from a :class:`Package` to problems; every problem says what to do.
+Each rule is a function from a :class:`Package` to problems; every problem says what to do. Here: what has to lie where.
+Whether runs are what they claim to be is asked in :mod:`scalefold.mlperf.package_runs`, whether the facts agree with
+each other in :mod:`scalefold.mlperf.package_facts`.
 """
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from scalefold.errors import LogError
-from scalefold.mlperf.check import Verdict, check_log
+from scalefold.mlperf import package_facts, package_runs
+from scalefold.mlperf.check import Verdict
 from scalefold.mlperf.keys import BENCHMARK
-from scalefold.mlperf.logfile import Log, read_log
-from scalefold.mlperf.score import result_files
+from scalefold.mlperf.package_tree import Package, Problem, Rule
 from scalefold.mlperf.system_desc import FIELDS, unfilled
 
-Severity = Literal["error", "note"]
 _ALLOWED_BESIDE_RESULTS = ("pruned_results", "power", "package_checker_params")
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong where (path inside the package), and what to do; notes do not fail a package."""
-
-    where: str
-    message: str
-    fix: str
-    severity: Severity = "error"
-
-
-@dataclass(frozen=True)
-class ResultFolder:
-    """One ``results/<system>/<scaling>/openfold`` folder with its logs and their verdicts."""
-
-    path: Path
-    system: str
-    scaling: str
-    logs: tuple[Log, ...]
-    verdicts: tuple[Verdict, ...]
-
-
-@dataclass
-class Package:
-    """An organization folder, read once."""
-
-    root: Path
-    unreadable: list[Problem] = field(default_factory=list)
-
-    @cached_property
-    def folders(self) -> list[ResultFolder]:
-        """All OpenFold result folders that the package checker would walk."""
-        found = []
-        for path in sorted(self.root.glob(f"results/*/*/{BENCHMARK}")):
-            if path.parent.name in ("strong", "weak"):
-                found.append(self._folder(path))
-        return found
-
-    @cached_property
-    def systems(self) -> dict[str, dict[str, Any]]:
-        """Contents of ``systems/*.json`` by name; files that are no JSON objects are reported."""
-        found = {}
-        for file in sorted(self.root.glob("systems/*.json")):
-            try:
-                contents = json.loads(file.read_text())
-                if not isinstance(contents, dict):
-                    raise ValueError("not an object")
-                found[file.stem] = contents
-            except ValueError as error:
-                self.unreadable.append(Problem(self.name(file), f"not a JSON object: {error}", "repair the file"))
-        return found
-
-    def name(self, path: Path) -> str:
-        """Path inside the package."""
-        return path.relative_to(self.root).as_posix()
-
-    def _folder(self, path: Path) -> ResultFolder:
-        logs, verdicts = [], []
-        for file in [*result_files(path), *result_files(path / "pruned_results")]:
-            try:
-                log, verdict = read_log(file), check_log(file)
-            except LogError as error:
-                self.unreadable.append(Problem(self.name(file), str(error), "replace it by the run's log"))
-                continue
-            verdicts.append(verdict)
-            if file.parent == path:
-                logs.append(log)
-        return ResultFolder(path, path.parents[1].name, path.parent.name, tuple(logs), tuple(verdicts))
-
-
-Rule = Callable[[Package], Iterator[Problem]]
 RULES: list[Rule] = []
 
 
@@ -102,7 +28,8 @@ def rule(function: Rule) -> Rule:
 
 def lint_package(package: Package) -> list[Problem]:
     """All problems of all rules."""
-    problems = [problem for check in RULES for problem in check(package)]
+    rules = [*RULES, *package_runs.RULES, *package_facts.RULES]
+    problems = [problem for check in rules for problem in check(package)]
     return package.unreadable + problems
 
 
@@ -136,13 +63,14 @@ def no_bypass_is_asked_for(package: Package) -> Iterator[Problem]:
     """A bypass hides a failed convergence or seed check."""
     for file in sorted(package.root.rglob("package_checker_params")):
         fix = "delete it and repair what it hides; a bypass is the review committee's to grant"
-        yield Problem(package.name(file), f"asks checkers to bypass: {' '.join(file.read_text().split())}", fix)
+        asked = " ".join(file.read_text(encoding="utf-8", errors="replace").split()) if file.is_file() else ""
+        yield Problem(package.name(file), f"asks checkers to bypass: {asked}", fix)
 
 
 @rule
 def systems_are_described(package: Package) -> Iterator[Problem]:
     """One JSON file per result system, all 33 fields, texts, exactly "closed", nothing essential empty."""
-    names = {folder.system for folder in package.folders}
+    names = set(package.benchmarks_of)
     for name in sorted(names - set(package.systems)):
         fix = "write it with `scalefold describe-system`; its name is that of the results folder"
         yield Problem(f"systems/{name}.json", "missing: the package checker stops with a traceback", fix)
@@ -202,63 +130,6 @@ def failed_runs_are_within_the_rules(package: Package) -> Iterator[Problem]:
 
 
 @rule
-def runs_differ_from_each_other(package: Package) -> Iterator[Problem]:
-    """The seed checker compares seed and line; equal seeds from two lines, or one run twice, pass it."""
-    for folder in package.folders:
-        for key, what in (("seed", "seed"), ("run_start", "run_start stamp")):
-            seen: dict[str, str] = {}
-            for log in folder.logs:
-                event = log.first(key)
-                value = "" if event is None else str(event.value if key == "seed" else event.time_ms)
-                is_copy = value and value in seen and (key == "seed" or folder.scaling == "strong")
-                if is_copy:
-                    message = f"same {what} {value} as {seen[value]}"
-                    yield Problem(package.name(log.file), message, "every run has its own entropy and its own log")
-                seen.setdefault(value, log.file.name)
-
-
-@rule
-def one_directory_is_one_experiment(package: Package) -> Iterator[Problem]:
-    """Batch size, scale, precision, loader, organization, platform and division are those of all runs (trap 15)."""
-    keys = ("global_batch_size", "gradient_accumulation_steps", "number_of_nodes", "accelerators_per_node")
-    keys += ("number_of_ranks", "precision", "initial_training_dataloader_type", "submission_org")
-    keys += ("submission_platform", "submission_division", "opt_base_learning_rate")
-    for folder in package.folders:
-        for key in keys:
-            values = {json.dumps(log.value(key)) for log in folder.logs}
-            if len(values) > 1:
-                message = f"{key} differs among the runs: {', '.join(sorted(values))}"
-                yield Problem(package.name(folder.path), message, "submit runs of one configuration")
-
-
-@rule
-def logs_agree_with_the_system(package: Package) -> Iterator[Problem]:
-    """Division, and node and accelerator counts, which the summary takes from the JSON file alone."""
-    for folder in package.folders:
-        contents = package.systems.get(folder.system)
-        if contents is None or not folder.logs:
-            continue
-        where, log = package.name(folder.path), folder.logs[0]
-        if log.value("submission_division") != contents.get("division"):
-            message = f"division {log.value('submission_division')} in logs, {contents.get('division')} in the JSON"
-            yield Problem(where, message, "make them equal")
-        yield from _scale_problems(where, folder, log, contents)
-
-
-def _scale_problems(where: str, folder: ResultFolder, log: Log, contents: dict[str, Any]) -> Iterator[Problem]:
-    nodes, gpus = log.value("number_of_nodes"), log.value("accelerators_per_node")
-    total = str(contents.get("number_of_nodes"))
-    if str(contents.get("accelerators_per_node")) != str(gpus):
-        message = f"accelerators_per_node {gpus} in logs, {contents.get('accelerators_per_node')} in the JSON"
-        yield Problem(where, message, "make them equal")
-    if folder.scaling == "strong" and total != str(nodes):
-        message = f"number_of_nodes {nodes} in logs, {total} in the JSON: the system would be listed at a wrong size"
-        yield Problem(where, message, "give each scale its own system name and JSON")
-    if folder.scaling == "weak" and total.isdigit() and isinstance(nodes, int) and int(total) < nodes:
-        yield Problem(where, f"an instance has {nodes} nodes, the system {total}", "correct the JSON")
-
-
-@rule
 def throughput_stands_beside_time_to_train(package: Package) -> Iterator[Problem]:
     """A throughput result needs a time-to-train result of the same benchmark."""
     weak = [folder for folder in package.folders if folder.scaling == "weak"]
@@ -268,32 +139,93 @@ def throughput_stands_beside_time_to_train(package: Package) -> Iterator[Problem
 
 
 @rule
+def links_stay_inside(package: Package) -> Iterator[Problem]:
+    """A package is what lies in its folder: a link to elsewhere breaks where reviewers unpack it."""
+    root = package.root.resolve()
+    for folder, folders, files in os.walk(package.root):
+        for path in (Path(folder) / name for name in (*folders, *files)):
+            if not path.is_symlink():
+                continue
+            target = path.resolve()
+            if not target.is_relative_to(root) or not target.exists() or os.path.isabs(os.readlink(path)):
+                message = f"is a link to {os.readlink(path)}, which is not in the package"
+                yield Problem(package.name(path), message, "put the file itself into the package")
+            elif "results" in path.relative_to(package.root).parts:
+                message = f"is a link to {os.readlink(path)}: one result in two places"
+                yield Problem(package.name(path), message, "every result is a file of its own")
+
+
+@rule
 def source_is_shipped(package: Package) -> Iterator[Problem]:
-    """Reviewers must see the source, how to run it, and the lines that the logs name."""
-    base = package.root / "benchmarks" / BENCHMARK
-    implementations = [p for p in sorted(base.glob("implementations/*")) if p.is_dir()]
-    if not implementations:
+    """Reviewers must see the source, how to run it, under which licence, and the lines that the logs name."""
+    if not package.implementations:
         yield Problem(f"benchmarks/{BENCHMARK}/implementations", "no source", "ship the source that ran")
         return
-    for folder in implementations:
+    for folder in package.implementations:
         if not any(folder.glob("README*")):
             yield Problem(package.name(folder), "no README", "say how to prepare data and run")
-    yield from _line_problems(package, base)
+    for name, what in (("README", "what is submitted"), ("LICENSE", "under which licence the source is")):
+        if not any(package.root.glob(f"{name}*")):
+            message = f"no {name} in the organization's folder"
+            yield Problem(".", message, f"say {what}", "error" if package.is_ours else "note")
+    yield from _line_problems(package)
 
 
-def _line_problems(package: Package, base: Path) -> Iterator[Problem]:
-    """Call sites in the logs that no shipped file has."""
-    lengths: dict[str, list[tuple[str, int]]] = {}
-    for file in base.rglob("*.py"):
-        with file.open("rb") as handle:
-            lengths.setdefault(file.name, []).append((file.as_posix(), sum(1 for _ in handle)))
-    sites = {_site(event) for folder in package.folders for log in folder.logs for event in log.events}
-    for name, number in sorted(site for site in sites if site):
-        tail = "/".join(Path(name).parts[-2:])
-        matches = [length for path, length in lengths.get(Path(name).name, []) if path.endswith(tail)]
-        if not any(length >= number for length in matches):
-            message = f"logs name {name}:{number}, which the shipped source does not have"
-            yield Problem(f"benchmarks/{BENCHMARK}", message, "ship the source that wrote the logs", "note")
+@rule
+def every_system_can_be_run(package: Package) -> Iterator[Problem]:
+    """A script that runs and times, for each system; of our own packages, all that ``scalefold pack`` writes."""
+    for system in sorted({folder.system for folder in package.folders}):
+        folder = package.system_folder(system)
+        where = package.name(folder) if folder else f"benchmarks/{BENCHMARK}/{system}"
+        if not package.is_ours:
+            places = [folder] if folder else package.implementations
+            if not any(_is_run_script(file) for place in places for file in place.rglob("*")):
+                yield Problem(where, "no script that runs and times this system", "ship run_and_time.sh")
+            continue
+        names = ("README*", "setup*", "init_datasets*", "run_and_time*", f"{system}.json")
+        missing = [name.rstrip("*") for name in names if folder is None or not any(folder.glob(name))]
+        if missing:
+            fix = "pack again, or put back what `scalefold pack` wrote for this system"
+            yield Problem(where, f"missing: {', '.join(missing)}", fix)
+
+
+def _is_run_script(file: Path) -> bool:
+    return file.suffix in (".sh", ".bash", ".sub", ".sbatch", ".slurm", ".pbs") or file.name.startswith("run")
+
+
+def _line_problems(package: Package) -> Iterator[Problem]:
+    """Call sites in the logs that no shipped file of that name has.
+
+    Logs name files as the machine knew them, in folders that need not be those of the package.
+    """
+    lengths = _source_lengths(package.root / "benchmarks")
+    for folder in package.folders:
+        sites = {_site(event) for log in folder.logs for event in log.events} - {None}
+        longest: dict[str, int] = {}
+        for file, number in filter(None, sites):
+            longest[file] = max(number, longest.get(file, 0))
+        for file, number in sorted(longest.items()):
+            shipped = lengths.get(Path(file).name)
+            if shipped is None or shipped < number:
+                has = "no file of that name" if shipped is None else f"{shipped} lines of it at most"
+                message = f"logs name {file}:{number}, and the shipped source has {has}"
+                yield Problem(package.name(folder.path), message, "ship the source that wrote the logs", "note")
+
+
+def _source_lengths(folder: Path) -> dict[str, int]:
+    """Lines of the longest Python file of each name, in linked folders too."""
+    lengths: dict[str, int] = {}
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in files:
+            if name.endswith(".py") and (file := Path(place) / name).is_file():
+                lengths[name] = max(lengths.get(name, 0), len(file.read_bytes().splitlines()))
+    return lengths
 
 
 def _site(event: Any) -> tuple[str, int] | None:

@@ -72,5 +72,5 @@ def judge_convergence(global_batch_size: int, samples: list[float]) -> Convergen
     reference = reference_convergence(global_batch_size)
     if reference is None:
         return Convergence("missing", submission, None, 1.0)
-    factor = max(1.0, reference.mean_samples / submission)
+    factor = max(1.0, reference.mean_samples / submission) if submission > 0 else 1.0
     return Convergence("pass" if submission >= reference.floor_samples else "fail", submission, reference, factor)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from scalefold.errors import LogError
 from scalefold.mlperf.keys import BENCHMARK, MIN_WEAK_INSTANCES, NUM_STRONG_RUNS
-from scalefold.mlperf.lint import is_number
+from scalefold.mlperf.lint import is_number, run_begins, several_runs
 from scalefold.mlperf.logfile import Log, read_log
 from scalefold.mlperf.rcp import Convergence, judge_convergence
 
@@ -52,6 +52,11 @@ class Score:
     problems: tuple[str, ...]
 
     @property
+    def is_legal(self) -> bool:
+        """Whether the rules accept it: no problem, and convergence no faster than the reference allows."""
+        return not self.problems and self.convergence is not None and self.convergence.status == "pass"
+
+    @property
     def num_models(self) -> int:
         """M': converged instances of a throughput result."""
         return sum(math.isfinite(run.minutes) for run in self.runs)
@@ -79,6 +84,7 @@ class Score:
     def as_dict(self) -> dict[str, Any]:
         """The score as JSON-ready data; infinities become null."""
         fields = asdict(self) | {"num_models": self.num_models, "models_per_minute": self.models_per_minute}
+        fields["is_legal"] = self.is_legal
         return _finite(fields)
 
 
@@ -95,7 +101,9 @@ def score(folder: str | Path) -> list[Score]:
     folder = Path(folder)
     scores = [score_folder(found) for found in result_folders(folder)]
     if not scores:
-        raise LogError(f"{folder}: no OpenFold result_*.txt at or below this folder")
+        others = sorted({str(name) for file in folder.rglob("result_*.txt") if (name := _benchmark_of(file))})
+        found = f", only logs of {', '.join(others)}" if others else ""
+        raise LogError(f"{folder}: no OpenFold result_*.txt at or below this folder{found}")
     return scores
 
 
@@ -127,10 +135,15 @@ def scaling_of(folder: Path) -> Scaling:
 
 
 def _is_openfold(file: Path) -> bool:
+    return _benchmark_of(file) == BENCHMARK
+
+
+def _benchmark_of(file: Path) -> Any:
+    """What the log states; of a file that is no log, the name of its folder if that is ours."""
     try:
-        return read_log(file).value("submission_benchmark") == BENCHMARK
+        return read_log(file).value("submission_benchmark")
     except LogError:
-        return file.parent.name == BENCHMARK
+        return BENCHMARK if file.parent.name == BENCHMARK else None
 
 
 def score_folder(folder: Path, scaling: Scaling | None = None) -> Score:
@@ -156,7 +169,7 @@ def _strong(folder: Path, logs: list[Log]) -> Score:
     order = sorted(range(len(logs)), key=lambda i: minutes[i])
     counted = set(order[1:-1])
     failed = [log.file.name for log, m in zip(logs, minutes, strict=True) if not math.isfinite(m)]
-    problems = _batch_problems(logs)
+    problems = _log_problems(logs)
     if len(logs) != NUM_STRONG_RUNS:
         problems.append(f"{len(logs)} runs, a time-to-train result has exactly {NUM_STRONG_RUNS}")
     if len(failed) > 1:
@@ -171,7 +184,7 @@ def _strong(folder: Path, logs: list[Log]) -> Score:
         scaled_minutes=value * convergence.factor if value and convergence else None,
         convergence=convergence,
         total_scale=_total_scale(folder),
-        instance_scale=_instance_scale(logs[0]),
+        instance_scale=instance_scale(logs[0]),
         problems=tuple(problems),
     )
 
@@ -179,12 +192,12 @@ def _strong(folder: Path, logs: list[Log]) -> Score:
 def _weak(folder: Path, logs: list[Log]) -> Score:
     minutes = [_minutes(log) for log in logs]
     kept = [log for log, m in zip(logs, minutes, strict=True) if math.isfinite(m)]
-    problems = _batch_problems(logs)
+    problems = _log_problems(logs)
     if len(kept) < MIN_WEAK_INSTANCES:
         problems.append(f"{len(kept)} converged instances, a throughput result has at least {MIN_WEAK_INSTANCES}")
     if len(kept) < len(logs):
         problems.append(f"{len(logs) - len(kept)} instances did not converge: move them to pruned_results")
-    if len({_instance_scale(log) for log in logs}) > 1:
+    if len({instance_scale(log) for log in logs}) > 1:
         problems.append("instances use different numbers of accelerators")
     start_ms = min((log.need("run_start").time_ms for log in kept), default=0)
     stop_ms = max((log.need("run_stop").time_ms for log in kept), default=0)
@@ -196,7 +209,7 @@ def _weak(folder: Path, logs: list[Log]) -> Score:
         scaled_minutes=None,
         convergence=_convergence(logs),
         total_scale=_total_scale(folder),
-        instance_scale=_instance_scale(logs[0]),
+        instance_scale=instance_scale(logs[0]),
         problems=tuple(problems),
     )
 
@@ -220,25 +233,44 @@ def _samples(log: Log) -> float:
 
 
 def _convergence(logs: list[Log]) -> Convergence | None:
-    batches = {log.value("global_batch_size") for log in logs}
-    batch = next(iter(batches))
+    batch = logs[0].value("global_batch_size")
     samples = [_samples(log) for log in logs]
-    if len(batches) > 1 or not is_number(batch) or len(samples) < 3 or sum(map(math.isinf, samples)) > 1:
+    differ = any(log.value("global_batch_size") != batch for log in logs)
+    if differ or not is_number(batch) or len(samples) < 3 or sum(map(math.isinf, samples)) > 1:
         return None
     return judge_convergence(int(batch), samples)
 
 
-def _batch_problems(logs: list[Log]) -> list[str]:
+def _log_problems(logs: list[Log]) -> list[str]:
+    """Files with several runs, accuracies that are no numbers, and batch sizes that differ."""
+    begins = {log.file.name: run_begins(log) for log in logs}
+    problems = [f"{name}: {several_runs(starts)}" for name, starts in begins.items() if len(starts) > 1]
+    problems += [
+        f"{log.file.name}:{event.line}: {event.key} is {event.value!r}, must be a number"
+        for log in logs
+        for event in [event for event in log.all("eval_accuracy") if not is_number(event.value)][:1]
+    ]
     batches = sorted({str(log.value("global_batch_size")) for log in logs})
-    return [f"global batch sizes differ: {', '.join(batches)}"] if len(batches) > 1 else []
+    return problems + ([f"global batch sizes differ: {', '.join(batches)}"] if len(batches) > 1 else [])
 
 
-def _instance_scale(log: Log) -> int:
-    """Accelerators of this run: the ranks where the log has nodes of a larger job (as one published result does)."""
-    nodes, accelerators = log.need("number_of_nodes").value, log.need("accelerators_per_node").value
-    scale = int(nodes) * max(int(accelerators), 1)
+def instance_scale(log: Log) -> int:
+    """Accelerators of this run: the ranks where the log has nodes of a larger job (as one published result does).
+
+    Raises:
+        LogError: a number of nodes, accelerators or ranks is none; names file, line and key.
+    """
+    nodes, accelerators = _whole(log, "number_of_nodes"), _whole(log, "accelerators_per_node")
+    scale = nodes * max(accelerators, 1)
     ranks = log.value("number_of_ranks")
     return min(scale, ranks) if isinstance(ranks, int) and accelerators else scale
+
+
+def _whole(log: Log, key: str) -> int:
+    event = log.need(key)
+    if not is_number(event.value) or event.value != int(event.value):
+        raise LogError(f"{log.file}:{event.line}: {key} is {event.value!r}, must be a whole number")
+    return int(event.value)
 
 
 def _total_scale(folder: Path) -> int | None:

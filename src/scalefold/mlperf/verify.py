@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -27,13 +27,15 @@ _SCORE_TOLERANCE_MIN = 1e-6
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the verdict table."""
+    """One line of the verdict table. A row on the whole package names all its benchmarks and systems."""
 
     check: str
     where: str
     result: Result
     detail: str
     fix: str = ""
+    benchmark: str = ""
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,15 @@ class PackageVerdict:
 
     def text(self) -> str:
         """Table, scores and repairs for a terminal."""
-        header = ("check", "result", "where", "detail")
-        cells = [(r.check, r.result, r.where, r.detail) for r in self.rows]
-        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(3)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[3]]) for r in [header, *cells]]
+        header = ("check", "result", "benchmark", "system", "where", "detail")
+        cells = [(r.check, r.result, r.benchmark, r.system, r.where, r.detail) for r in self.rows]
+        widths = [max(len(row[i]) for row in [header, *cells]) for i in range(5)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[5]]) for r in [header, *cells]]
         lines += ["", *(score.text() for score in self.scores)]
-        fixes = [f"{i}. {row.where}: {row.detail}\n   {row.fix}" for i, row in enumerate(self.failures, start=1)]
+        fixes = [
+            f"{i}. {row.benchmark} on {row.system}: {row.where}: {row.detail}\n   {row.fix}"
+            for i, row in enumerate(self.failures, start=1)
+        ]
         ready = "ready to submit" if not fixes else f"{len(fixes)} to fix:"
         return "\n".join([*lines, "", f"{self.folder}: {ready}", *fixes])
 
@@ -103,7 +108,25 @@ def _judge(org_dir: Path, copy: Path, results: list[ToolResult]) -> PackageVerdi
     rows += _compare_scores(_summary_file(copy), scores)
     rows += [_own_row(problem) for problem in own] or [Row("own rules", ".", "pass", "nothing found")]
     rows += [row for score in scores for row in _score_rows(score, org_dir)]
-    return PackageVerdict(str(org_dir), tuple(rows), tuple(scores))
+    return PackageVerdict(str(org_dir), tuple(_named(row, package.benchmarks_of) for row in rows), tuple(scores))
+
+
+def _named(row: Row, benchmarks_of: dict[str, list[str]]) -> Row:
+    """The row with its benchmark and system, as far as its place tells them, else all that it may concern."""
+    kind, *parts = row.where.split("/")
+    every = sorted({name for names in benchmarks_of.values() for name in names})
+    benchmarks, systems = every, sorted(benchmarks_of)
+    if kind == "results" and parts:
+        systems = [parts[0]]
+        benchmarks = parts[2:3] or benchmarks_of.get(parts[0], every)
+    elif kind == "systems" and parts:
+        systems = [parts[0].removesuffix(".json")]
+        benchmarks = benchmarks_of.get(systems[0], every)
+    elif kind == "benchmarks" and parts:
+        benchmarks = [parts[0]]
+        known = [name for name in benchmarks_of if parts[0] in benchmarks_of[name]]
+        systems = [name for name in known if name in parts[1:3]] or sorted(known)
+    return replace(row, benchmark=", ".join(benchmarks) or BENCHMARK, system=", ".join(systems) or "no system")
 
 
 def _copy(org_dir: Path, scratch: Path) -> Path:
@@ -207,9 +230,23 @@ def _judge_rcp(result: ToolResult, where: str) -> Row:
 def _judge_package(result: ToolResult, where: str) -> Row:
     if "PACKAGE CHECKER FOUND NO ERRORS, SUCCESS" in result.output:
         return Row("package checker", where, "pass", "no errors")
-    reason = " ".join(line.removeprefix("ERROR - ").strip() for line in result.errors) or "errors"
-    reason = _relative(reason, result.arguments[0])
-    return Row("package checker", where, "fail", reason[:300], "repair the files and folders it names")
+    reason = _relative("; ".join(_errors_by_folder(result.output)) or "errors", result.arguments[0])
+    return Row("package checker", where, "fail", reason[:600], "repair the files and folders it names")
+
+
+def _errors_by_folder(output: str) -> list[str]:
+    """Errors of the package checker, each preceded by the benchmark and the system that it was at."""
+    found: dict[str, list[str]] = {}
+    system = benchmark = ""
+    for line in output.splitlines():
+        if match := re.search(r"^INFO -\s+(System|Benchmark) (\S+)$", line):
+            system, benchmark = (match[2], "") if match[1] == "System" else (system, match[2])
+        elif "Running compliance checks in dir" in line:
+            system = benchmark = ""
+        elif line.startswith("ERROR - "):
+            place = f"{benchmark} on {system}: " if system else ""
+            found.setdefault(place, []).append(line.removeprefix("ERROR - ").strip())
+    return [f"{place}{' '.join(errors)}" for place, errors in found.items()]
 
 
 def _judge_summary(result: ToolResult, where: str) -> Row:

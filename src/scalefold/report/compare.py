@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from scalefold.errors import LogError
 from scalefold.report import plots
-from scalefold.report.record import Metrics, read_metrics
+from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 
 #: Width of a noise band in standard errors: with a few hundred windows a false alarm stays below one in a hundred.
 NOISE_SIGMAS = 4.5
@@ -102,6 +102,9 @@ def compare_runs(
     if window < 1:
         raise LogError(f"window {window}: must be at least one step")
     paths = [Path(a), Path(b), *map(Path, more)]
+    for path in paths:
+        if path.suffix == ".txt":
+            raise LogError(f"{path}: an MLPerf log has no losses; give the run folder or its {METRICS_FILE}")
     metrics = [read_metrics(path) for path in paths]
     names = _names(paths)
     rows: list[Row] = []

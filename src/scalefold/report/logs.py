@@ -4,6 +4,7 @@ Times are seconds since ``run_start``; ``samples`` is the log's ``epoch_num``: t
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from scalefold.errors import LogError
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 
 TOKEN = ":::MLLOG "
+_TRACKED = ("throughput", "avg_perf_next_batch")
 #: Logged values that make a run the MLPerf HPC v3.0 OpenFold benchmark and its results comparable.
 BENCHMARK_FACTS = {
     "submission_benchmark": "openfold",
@@ -67,6 +69,7 @@ class ResultLog:
     evaluations: list[Evaluation]
     throughput: list[tuple[int, float]]
     batch_wait_s: list[tuple[int, float]]
+    run_start_ms: float = 0.0
 
     @property
     def passing(self) -> Evaluation | None:
@@ -154,6 +157,7 @@ def read_result(path: Path | str) -> ResultLog:
         evaluations=_evaluations(entries, clock),
         throughput=_tracked(stats, "throughput"),
         batch_wait_s=_tracked(stats, "avg_perf_next_batch"),
+        run_start_ms=clock,
     )
 
 
@@ -175,7 +179,8 @@ def _runs_of(path: Path) -> list[Run]:
     if path.is_file():
         return [_metrics_run(path)] if path.suffix == ".jsonl" else [_run(read_result(path))]
     logs = _latest_logs(path)
-    metrics = read_metrics(path) if (path / METRICS_FILE).exists() else None
+    has_metrics = (path / METRICS_FILE).exists()
+    metrics = None if not has_metrics else read_metrics(path) if logs else _recorded(path)
     config_text = _config_text(path)
     if len(logs) <= 1 and (logs or metrics):
         return [_run(read_result(logs[0]) if logs else None, metrics, config_text, name=path.resolve().name)]
@@ -200,7 +205,15 @@ def _holds_run(path: Path) -> bool:
 
 
 def _metrics_run(path: Path) -> Run:
-    return _run(None, read_metrics(path), _config_text(path.parent), name=path.parent.name)
+    return _run(None, _recorded(path), _config_text(path.parent), name=path.parent.name)
+
+
+def _recorded(path: Path) -> Metrics:
+    """A metrics file that is all there is to report on, so it must say something."""
+    metrics = read_metrics(path)
+    if not (metrics.run or metrics.events or len(metrics.step) or len(metrics.eval_step)):
+        raise LogError(f"{metrics.path}: holds no record; give the {METRICS_FILE} of a run that has begun")
+    return metrics
 
 
 def _run(log: ResultLog | None, metrics: Metrics | None = None, config_text: str = "", name: str = "") -> Run:
@@ -237,7 +250,27 @@ def _log_entries(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise LogError(f"{path}:{number}: an MLPerf line without time_ms, key, value and metadata") from None
+        _check_types(path, number, entries[-1])
     return entries
+
+
+def _check_types(path: Path, number: int, entry: dict[str, Any]) -> None:
+    """Refuse an entry whose time, metadata or measured numbers are something else; names file, line and key."""
+    key, value = entry["key"], entry["value"]
+    if not _is_number(entry["time_ms"]) or not math.isfinite(entry["time_ms"]):
+        raise LogError(f"{path}:{number}: {key}: time_ms is {entry['time_ms']!r}, must be a number")
+    if not isinstance(key, str) or not isinstance(entry["metadata"], dict):
+        raise LogError(f"{path}:{number}: {key}: key must be text and metadata an object")
+    if key in ("eval_accuracy", "target_avg_lddt_ca_value") and not _is_number(value):
+        raise LogError(f"{path}:{number}: {key} is {value!r}, must be a number")
+    if key == "tracked_stats" and isinstance(value, dict):
+        wrong = [n for n in _TRACKED if n in value and not _is_number(value[n])]
+        if wrong or not _is_number(entry["metadata"].get("step", 0)):
+            raise LogError(f"{path}:{number}: {key}: {', '.join(wrong) or 'step'} must be a number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _facts(entries: list[dict[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ Everything is read from files, so the page can be made from any submitter's ``re
 import csv
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -19,7 +20,8 @@ from scalefold.report import plots
 from scalefold.report.anatomy import anatomy
 from scalefold.report.console import format_duration
 from scalefold.report.logs import Run, read_runs, reference_band
-from scalefold.report.published import Published, olympic_mean, read_published
+from scalefold.report.published import Published, read_published
+from scalefold.report.systems import System, by_system
 
 _DARK = {
     "ink": "#e6edf3",
@@ -41,11 +43,16 @@ _NUM_SLOWEST = 5
 
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of a log check: one headline and the text behind it."""
+    """Outcome of a log check: one headline and the text behind it.
+
+    ``ok``: a valid closed-division log, the only one that gets a green tick; ``well_formed``: not the benchmark, but
+    nothing wrong with it.
+    """
 
     ok: bool
     headline: str
     details: str = ""
+    well_formed: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,15 +83,15 @@ def write_report(
     Raises:
         LogError: nothing to report on, or a file that is no log; names file and line.
     """
-    runs = read_runs(inputs)
+    systems = by_system(read_runs(inputs))
     out = Path(out_html)
     published = read_published()
     scaling = _read_table(scaling_csv)
-    figures = _figures(runs, scaling, published)
+    figures = _figures(systems, scaling, published)
     text = _page(
-        runs,
+        systems,
         figures,
-        parse_check(check),
+        _closed_only(parse_check(check), systems),
         published,
         {"Scaling": scaling, "Step times": _read_table(step_time_csv)},
         title,
@@ -106,46 +113,45 @@ def parse_check(check: Verdict | Mapping[str, Any] | str | None) -> Verdict | No
     if isinstance(check, Mapping):
         details = check.get("details", "")
         lines = details if isinstance(details, str) else "\n".join(map(str, details))
-        return Verdict(bool(check["ok"]), str(check.get("headline", "passed" if check["ok"] else "failed")), lines)
+        headline = str(check.get("headline", "passed" if check["ok"] else "failed"))
+        return Verdict(bool(check["ok"]), headline, lines, bool(check.get("well_formed", False)))
     words = [word for line in check.splitlines() for word in ("SUCCESS", "FAILED") if word in line]
     ok = bool(words) and words[-1] == "SUCCESS"
     headline = "The compliance checker accepts the log" if ok else "The compliance checker does not accept the log"
     return Verdict(ok, headline, check)
 
 
-def score_minutes(runs: Sequence[Run]) -> float | None:
-    """Minutes of one run; of several, the mean without fastest and slowest, if every run has finished."""
-    minutes = [run.minutes for run in runs]
-    known = [value for value in minutes if value is not None]
-    return olympic_mean(known) if known and len(known) == len(minutes) else None
+def _closed_only(verdict: Verdict | None, systems: Sequence[System]) -> Verdict | None:
+    """A check that passes what is not the closed division's benchmark found it well-formed, no more."""
+    closed = [s.first.is_benchmark and s.first.facts.get("submission_division", "closed") == "closed" for s in systems]
+    if verdict is None or not verdict.ok or all(closed):
+        return verdict
+    return replace(verdict, ok=False, well_formed=True)
 
 
-def _figures(runs: list[Run], scaling: list[dict[str, str]], published: list[Published]) -> list[plots.Plot]:
-    single = runs[0] if len(runs) == 1 else None
+def _figures(systems: list[System], scaling: list[dict[str, str]], published: list[Published]) -> list[plots.Plot]:
+    single = systems[0].first if len(systems) == len(systems[0].runs) == 1 else None
     found = [
-        plots.lddt_over_samples(runs),
-        plots.lddt_over_time(runs),
-        plots.minutes_anatomy(runs),
+        plots.lddt_over_samples(systems),
+        plots.lddt_over_time(systems),
+        plots.minutes_anatomy(systems),
         plots.loss_over_samples(single) if single else None,
+        plots.optimizer_state(single) if single else None,
         plots.step_breakdown(single) if single else None,
         plots.step_times(single) if single else None,
-        plots.run_spread(runs),
-        plots.throughput(runs),
-        plots.loader_wait(runs),
-        plots.evaluation_delay(runs),
-        plots.against_published(runs, score_minutes(runs), published, _own_label(runs[0])),
+        plots.memory(single) if single else None,
+        plots.run_spread(systems),
+        plots.throughput(systems),
+        plots.loader_wait(systems),
+        plots.evaluation_delay(systems),
+        plots.against_published(systems, published),
         plots.scaling_curve(scaling, published),
     ]
     return [plot for plot in found if plot is not None]
 
 
-def _own_label(run: Run) -> str:
-    ranks = run.facts.get("number_of_ranks", run.facts.get("world_size"))
-    return f"this result, {ranks} ranks" if ranks else "this result"
-
-
 def _page(
-    runs: list[Run],
+    systems: list[System],
     figures: list[plots.Plot],
     verdict: Verdict | None,
     published: list[Published],
@@ -154,54 +160,75 @@ def _page(
 ) -> str:
     template = Template(resources.files("scalefold.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=html.escape(title or _title(runs)),
-        subtitle=html.escape(_subtitle(runs)),
+        title=html.escape(title or _title(systems)),
+        subtitle=html.escape(_subtitle(systems)),
         light=_variables(plots.PALETTE),
         dark=_variables(_DARK),
         verdict=_verdict(verdict),
-        tiles="".join(_tile(value, label) for label, value in _key_figures(runs).items()),
+        tiles="\n".join(_system_tiles(i, system, len(systems)) for i, system in enumerate(systems)),
         figures="\n".join(map(_figure, figures)),
-        sections="\n".join(_sections(runs, verdict, published, tables)),
+        sections="\n".join(_sections(systems, verdict, published, tables)),
     )
+
+
+def _system_tiles(index: int, system: System, count: int) -> str:
+    tiles = "".join(_tile(value, label) for label, value in _key_figures(system).items())
+    colour = plots.SERIES[index % len(plots.SERIES)]
+    name = f'<span class="swatch" style="background: var(--{colour})"></span>{html.escape(system.label)}'
+    head = f"<h2>{name}</h2>" if count > 1 else ""
+    return f'{head}<div class="tiles">{tiles}</div>'
 
 
 def _variables(colours: Mapping[str, str]) -> str:
     return " ".join(f"--{name}: {value};" for name, value in colours.items())
 
 
-def _title(runs: list[Run]) -> str:
+def _title(systems: list[System]) -> str:
+    runs = [run for system in systems for run in system.runs]
     facts = runs[0].facts
-    system = facts.get("submission_platform") or facts.get("config") or runs[0].name
-    return f"OpenFold training: {system}" + (f", {len(runs)} runs" if len(runs) > 1 else "")
+    name = facts.get("submission_platform") or facts.get("config_name") or facts.get("config") or runs[0].name
+    what = f"{len(systems)} systems" if len(systems) > 1 else str(name)
+    return f"OpenFold training: {what}" + (f", {len(runs)} runs" if len(runs) > 1 else "")
 
 
-def _subtitle(runs: list[Run]) -> str:
-    run = runs[0]
-    benchmark = run.is_benchmark
-    parts = ["MLPerf HPC v3.0 OpenFold" if benchmark else "not the benchmark configuration: no reference band applies"]
-    if org := run.facts.get("submission_org"):
-        parts.insert(0, str(org))
-    return " · ".join(parts)
+def _subtitle(systems: list[System]) -> str:
+    other = [system.label for system in systems if not system.first.is_benchmark]
+    if len(other) == len(systems):
+        text = "not the benchmark configuration: no reference band applies"
+    else:
+        text = "MLPerf HPC v3.0 OpenFold"
+        text += f" (not the benchmark configuration: {', '.join(other)})" if other else ""
+    org = systems[0].first.facts.get("submission_org") if len(systems) == 1 else None
+    return f"{org} · {text}" if org else text
 
 
-def _key_figures(runs: list[Run]) -> dict[str, str]:
-    """Label to text of the tiles at the top; what is not known has no tile."""
-    run, score = runs[0], score_minutes(runs)
+def _key_figures(system: System) -> dict[str, str]:
+    """Label to text of the tiles of a system; what is not known has no tile."""
+    runs, run = system.scored or list(system.runs), system.first
     tiles: dict[str, str] = {}
-    if score is not None:
-        tiles["minutes, mean without extremes" if len(runs) > 2 else "time to train"] = format_minutes(score)
-    best = [lddt[-1] for r in runs if len(lddt := r.lddt_curve()[2])]
-    if best:
-        tiles["last lDDT-Cα" if len(runs) == 1 else "last lDDT-Cα, mean"] = f"{np.mean(best):.4f}"
-    samples = [r.log.passing.samples for r in runs if r.log and r.log.passing]
-    if samples:
-        tiles["samples to converge"] = f"{np.mean(samples):,.0f}"
+    count = f"{len(system.scored)} of {len(system.runs)} runs"
+    if system.minutes is not None:
+        several = (
+            f"minutes per instance, mean of {count}" if system.is_throughput else f"time to train, mean of {count}"
+        )
+        tiles[several if len(system.runs) > 1 else "time to train"] = format_minutes(system.minutes)
+    elif len(system.runs) > 1 or (run.log and run.log.status not in (None, "success")):
+        tiles["time to train: a run goes on or missed the target"] = "no score"
+    last = [lddt[-1] for r in runs if len(lddt := r.lddt_curve()[2])]
+    if last:
+        tiles["last lDDT-Cα" if len(runs) == 1 else "last lDDT-Cα, mean"] = f"{np.mean(last):.4f}"
+    if system.samples is not None:
+        tiles[f"samples to converge, {count}" if len(system.runs) > 1 else "samples to converge"] = (
+            f"{system.samples:,.0f}"
+        )
     if (band := reference_band(run)) is not None:
         tiles["reference: samples"] = f"{band[0]:,.0f} ± {band[1]:,.0f}"
+    if system.floor_samples is not None:
+        tiles["floor for ten runs: samples"] = f"{system.floor_samples:,.0f}"
     for label, key in (("ranks", "number_of_ranks"), ("global batch", "global_batch_size"), ("precision", "precision")):
         if key in run.facts:
             tiles[label] = str(run.facts[key])
-    return tiles | _metric_tiles(run if len(runs) == 1 else None)
+    return tiles | _metric_tiles(run if len(system.runs) == 1 else None)
 
 
 def _metric_tiles(run: Run | None) -> dict[str, str]:
@@ -225,49 +252,71 @@ def format_minutes(minutes: float) -> str:
 
 
 def _sections(
-    runs: list[Run], verdict: Verdict | None, published: list[Published], tables: dict[str, list[dict[str, str]]]
+    systems: list[System],
+    verdict: Verdict | None,
+    published: list[Published],
+    tables: dict[str, list[dict[str, str]]],
 ) -> list[str]:
-    parts = [_section("Runs", _runs_table(runs)), _section("Anatomy of the minutes", _anatomy_table(runs))]
-    if runs[0].is_benchmark:
+    parts = [_section("Runs", _runs_table(systems)), _section("Anatomy of the minutes", _anatomy_table(systems))]
+    if any(system.first.is_benchmark for system in systems):
         parts.append(_section("Published results, MLPerf HPC v3.0", _published_table(published)))
     for name, rows in tables.items():
         parts.append(_section(name, _table(list(rows[0]), [list(r.values()) for r in rows]) if rows else ""))
-    parts.append(_section("Slowest samples", _slowest_table(runs[0]) if len(runs) == 1 else ""))
-    environment = runs[0].facts.get("environment")
+    first = systems[0].first
+    parts.append(
+        _section("Slowest samples", _slowest_table(first) if len(systems) == len(systems[0].runs) == 1 else "")
+    )
+    environment = first.facts.get("environment")
     if isinstance(environment, Mapping):
         parts.append(_section("Environment", _facts_table(environment)))
-    facts = {k: v for k, v in runs[0].facts.items() if not isinstance(v, Mapping)}
-    parts.append(_details("What the run states about itself", _facts_table(facts)))
-    if runs[0].config_text:
-        parts.append(_details("Configuration", f"<pre>{html.escape(runs[0].config_text)}</pre>"))
+    for system in systems:
+        facts = {k: v for k, v in system.first.facts.items() if not isinstance(v, Mapping)}
+        of = f": {system.label}" if len(systems) > 1 else ""
+        parts.append(_details(f"What the {'runs state' if of else 'run states'} about itself{of}", _facts_table(facts)))
+    if first.config_text:
+        parts.append(_details("Configuration", f"<pre>{html.escape(first.config_text)}</pre>"))
     if verdict is not None and verdict.details:
         parts.append(_details("Text of the check", f"<pre>{html.escape(verdict.details)}</pre>"))
     return [part for part in parts if part]
 
 
-def _runs_table(runs: list[Run]) -> str:
-    rows = []
-    for run in runs:
-        samples, _, lddt = run.lddt_curve()
-        log = run.log
-        rows.append(
-            [
-                run.name,
-                log.status or "running" if log else "",
-                format_minutes(run.minutes) if run.minutes is not None else "",
-                f"{log.init_s:.0f} s" if log and log.init_s is not None else "",
-                f"{len(lddt)}",
-                f"{samples[-1]:,.0f}" if len(samples) else "",
-                f"{lddt[-1]:.4f}" if len(lddt) else "",
-                str(run.facts.get("seed", "")),
-            ]
-        )
-    head = ["run", "status", "time to train", "before the clock", "evaluations", "samples", "last lDDT-Cα", "seed"]
-    return _table(head, rows)
+def _runs_table(systems: list[System]) -> str:
+    head = ["run", "status", "time to train", "started", "before the clock", "evaluations", "samples", "last lDDT-Cα"]
+    rows = [[system.label, *_run_row(run)] for system in systems for run in system.runs]
+    if len(systems) == 1:
+        return _table([*head, "seed"], [row[1:] for row in rows])
+    return _table(["system", *head, "seed"], rows)
 
 
-def _anatomy_table(runs: list[Run]) -> str:
-    found = [parts for run in runs if run.log is not None and (parts := anatomy(run.log)) is not None]
+def _run_row(run: Run) -> list[str]:
+    samples, _, lddt = run.lddt_curve()
+    log = run.log
+    return [
+        run.name,
+        (log.status or "running") if log else "",
+        format_minutes(run.minutes) if run.minutes is not None else "",
+        _started(log.run_start_ms) if log else "",
+        f"{log.init_s:.0f} s" if log and log.init_s is not None else "",
+        f"{len(lddt)}",
+        f"{samples[-1]:,.0f}" if len(samples) else "",
+        f"{lddt[-1]:.4f}" if len(lddt) else "",
+        str(run.facts.get("seed", "")),
+    ]
+
+
+def _started(time_ms: float) -> str:
+    try:
+        return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except (ValueError, OverflowError, OSError):
+        return ""
+
+
+def _anatomy_table(systems: list[System]) -> str:
+    return "".join(_system_anatomy(system, len(systems) > 1) for system in systems)
+
+
+def _system_anatomy(system: System, named: bool) -> str:
+    found = [parts for run in system.runs if run.log is not None and (parts := anatomy(run.log)) is not None]
     if not found:
         return ""
     total = float(np.mean([parts.total_s for parts in found]))
@@ -278,7 +327,8 @@ def _anatomy_table(runs: list[Run]) -> str:
     rows.append(["sum", f"{total:.1f}", "100.0 %"])
     steady = np.mean([parts.steady_cycle_s for parts in found])
     note = f'<p class="quiet">Mean of {len(found)} run{"s" * (len(found) > 1)}. Steady cycle: {steady:.2f} s.</p>'
-    return _table(["part", "seconds", "share"], rows) + note
+    head = f"<h3>{html.escape(system.label)}</h3>" if named else ""
+    return head + _table(["part", "seconds", "share"], rows) + note
 
 
 def _slowest_table(run: Run) -> str:
@@ -314,7 +364,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "<tr>" + "".join(f'<td class="{c}">{html.escape(t)}</td>' for c, t in zip(classes, row, strict=True)) + "</tr>"
         for row in rows
     )
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<p class="more" hidden>The table goes on to the right.</p><div class="scroll" tabindex="0">{table}</div>'
 
 
 def _is_number(text: str) -> bool:
@@ -336,8 +387,8 @@ def _tile(value: str, label: str) -> str:
 def _verdict(verdict: Verdict | None) -> str:
     if verdict is None:
         return ""
-    mark = "✓" if verdict.ok else "✗"
-    return f'<p class="verdict{" ok" if verdict.ok else ""}">{mark} {html.escape(verdict.headline)}</p>'
+    mark, name = ("✓", "ok") if verdict.ok else ("○", "other") if verdict.well_formed else ("✗", "bad")
+    return f'<p class="verdict {name}">{mark} {html.escape(verdict.headline)}</p>'
 
 
 def _figure(plot: plots.Plot) -> str:

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from scalefold.report.anatomy import anatomy, evaluates_synchronously, hand_over_delays
 from scalefold.report.logs import Run, reference_band
 from scalefold.report.published import Published
+from scalefold.report.systems import Line, System, lines
 
 #: Light colours by role; ``page`` holds the dark twins.
 PALETTE = {
@@ -129,43 +130,65 @@ def _count_axis(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
 
 
-def lddt_over_samples(runs: Sequence[Run]) -> Plot | None:
-    """lDDT-Cα against training samples, with target and the reference's convergence band."""
-    curves = [(run, *run.lddt_curve()) for run in runs]
+def lddt_over_samples(systems: Sequence[System]) -> Plot | None:
+    """lDDT-Cα against training samples, with target, and the reference's convergence band and floor."""
+    curves = [(line, *line.run.lddt_curve()) for line in lines(systems)]
     if not any(len(lddt) for _, _, _, lddt in curves):
         return None
+    has_band = any(reference_band(system.first) for system in systems)
 
     def paint(axes: Axes) -> None:
-        band = reference_band(runs[0])
-        if band is not None:
-            axes.axvspan(
-                band[0] - band[1], band[0] + band[1], color=PALETTE["c2"], alpha=0.16, lw=0, label="reference ± sd"
-            )
-        for index, (run, samples, _, lddt) in enumerate(curves):
-            _curve(axes, samples, lddt, run, index, len(runs))
-        _target(axes, runs)
+        _bands(axes, systems)
+        for line, samples, _, lddt in curves:
+            _curve(axes, samples, lddt, line)
+        _target(axes, systems)
         axes.set(xlabel="training samples", ylabel="lDDT-Cα")
         _count_axis(axes)
 
     caption = "Mean lDDT-Cα of the evaluation chains against samples seen. "
-    if reference_band(runs[0]) is not None:
+    if has_band:
         caption += "Shaded: where the reference converged (20 runs per batch size; interpolated between 128 and 256)."
-    return draw(paint, "lddt_over_samples", "Accuracy over samples", caption)
+        caption += " Dotted: the floor, below which the mean of ten runs must not converge."
+    return draw(paint, "lddt_over_samples", "Accuracy over samples", caption, _height(systems))
 
 
-def lddt_over_time(runs: Sequence[Run]) -> Plot | None:
+def _bands(axes: Axes, systems: Sequence[System]) -> None:
+    """Reference and floor of each batch size that the systems train with; systems of one batch share them."""
+    alone = len(systems) == 1
+    for index, system in {
+        system.first.facts.get("global_batch_size"): (i, system) for i, system in enumerate(systems)
+    }.values():
+        band, floor = reference_band(system.first), system.floor_samples
+        colour = PALETTE["c2"] if alone else _colour(index)
+        if band is not None:
+            label = "reference ± sd" if alone else None
+            axes.axvspan(band[0] - band[1], band[0] + band[1], color=colour, alpha=0.16, lw=0, label=label)
+        if floor is not None:
+            axes.axvline(floor, color=colour, lw=1.2, ls=":", label="floor" if alone else None)
+
+
+def lddt_over_time(systems: Sequence[System]) -> Plot | None:
     """lDDT-Cα against minutes since ``run_start``."""
-    curves = [(run, *run.lddt_curve()) for run in runs]
+    curves = [(line, *line.run.lddt_curve()) for line in lines(systems)]
     if not any(np.isfinite(seconds).any() for _, _, seconds, _ in curves):
         return None
 
     def paint(axes: Axes) -> None:
-        for index, (run, _, seconds, lddt) in enumerate(curves):
-            _curve(axes, seconds / 60, lddt, run, index, len(runs))
-        _target(axes, runs)
+        for line, _, seconds, lddt in curves:
+            _curve(axes, seconds / 60, lddt, line)
+        _target(axes, systems)
         axes.set(xlabel="minutes since run_start", ylabel="lDDT-Cα")
+        if len(systems) > 1:
+            axes.set_xscale("log")
+            _plain_log(axes.xaxis)
 
-    return draw(paint, "lddt_over_time", "Accuracy over time", "Each point stands at the time its result was known.")
+    caption = "Each point stands at the time its result was known."
+    return draw(paint, "lddt_over_time", "Accuracy over time", caption, _height(systems))
+
+
+def _height(systems: Sequence[System]) -> float:
+    """Inches of a figure with one legend entry per system above it."""
+    return 2.9 + (0.2 * len(systems) if len(systems) > 1 else 0.0)
 
 
 def _plain_log(axis: Axis) -> None:
@@ -178,26 +201,37 @@ def _from_zero(axes: Axes) -> None:
     axes.set_ylim(0, axes.dataLim.ymax * 1.15 or 1.0)
 
 
-def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, run: Run, index: int, count: int) -> None:
-    few = count <= 6
+def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, line: Line) -> None:
+    many = line.is_one_of_many
     axes.plot(
         x,
         y,
-        marker="o" if count <= 3 else None,
+        marker=None if many else "o",
         ms=3,
-        color=_colour(index) if few else PALETTE["c0"],
-        alpha=1.0 if few else 0.45,
-        lw=1.6 if few else 1.0,
-        label=run.name if 1 < count <= 6 else None,
+        color=_colour(line.colour),
+        alpha=0.45 if many else 1.0,
+        lw=1.0 if many else 1.6,
+        ls=("-", "--", ":")[line.colour // len(SERIES) % 3],
+        label=line.label,
     )
 
 
-def _target(axes: Axes, runs: Sequence[Run]) -> None:
-    target = next((run.target for run in runs if run.target is not None), None)
-    if target is not None:
-        axes.axhline(target, color=PALETTE["c4"], lw=1.2, ls="--", label=f"target {target:g}")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="lower right")
+def _legend(axes: Axes, systems: Sequence[System]) -> None:
+    """Names of systems above the figure, where they are long; names of runs inside."""
+    if not axes.get_legend_handles_labels()[0]:
+        return
+    if len(systems) > 1:
+        legend = axes.figure.legend(loc="outside upper left", ncols=1, fontsize=8, borderaxespad=0.2)
+    else:
+        legend = axes.legend(loc="best")
+    for handle in legend.get_lines():
+        handle.set_alpha(1.0)
+
+
+def _target(axes: Axes, systems: Sequence[System]) -> None:
+    for target in sorted({run.target for system in systems for run in system.runs if run.target is not None}):
+        axes.axhline(target, color=PALETTE["ink"], lw=1.0, ls="--", label=f"target {target:g}")
+    _legend(axes, systems)
 
 
 def loss_over_samples(run: Run) -> Plot | None:
@@ -296,129 +330,187 @@ def step_times(run: Run) -> Plot | None:
     )
 
 
-def loader_wait(runs: Sequence[Run]) -> Plot | None:
+def loader_wait(systems: Sequence[System]) -> Plot | None:
     """Mean wait for the next batch per training cycle, as logged by ``tracked_stats``."""
-    chosen = [run for run in runs if run.log is not None and run.log.batch_wait_s]
-    if not chosen:
-        return None
-
-    def paint(axes: Axes) -> None:
-        for index, run in enumerate(chosen):
-            assert run.log is not None
-            cycles, waits = np.array(run.log.batch_wait_s).T
-            _curve(axes, cycles, waits * 1000, run, index, len(chosen))
-        axes.set(xlabel="training cycle", ylabel="ms per step")
-        _from_zero(axes)
-        if 1 < len(chosen) <= 6:
-            axes.legend()
-
-    return draw(
-        paint, "loader_wait", "Wait for the loader", "Mean time per step in which the GPU had no batch, by cycle."
-    )
+    caption = "Mean time per step in which the GPU had no batch, by cycle."
+    values = {"name": "loader_wait", "title": "Wait for the loader", "caption": caption, "unit": "ms per step"}
+    return _tracked(systems, lambda run: run.log and run.log.batch_wait_s, 1000.0, **values)
 
 
-def throughput(runs: Sequence[Run]) -> Plot | None:
+def throughput(systems: Sequence[System]) -> Plot | None:
     """Samples per second of each training cycle."""
-    chosen = [run for run in runs if run.log is not None and run.log.throughput]
+    caption = "Samples per second by training cycle, as the log states it."
+    values = {"name": "throughput", "title": "Throughput", "caption": caption, "unit": "samples per second"}
+    return _tracked(systems, lambda run: run.log and run.log.throughput, 1.0, **values)
+
+
+def _tracked(
+    systems: Sequence[System],
+    rows: Callable[[Run], Any],
+    scale: float,
+    *,
+    name: str,
+    title: str,
+    caption: str,
+    unit: str,
+) -> Plot | None:
+    """Values [M, 2] of cycle and number, of every run that has them."""
+    chosen = list(lines(systems, rows))
     if not chosen:
         return None
 
     def paint(axes: Axes) -> None:
-        for index, run in enumerate(chosen):
-            assert run.log is not None
-            cycles, rates = np.array(run.log.throughput).T
-            _curve(axes, cycles, rates, run, index, len(chosen))
-        axes.set(xlabel="training cycle", ylabel="samples per second")
+        for line in chosen:
+            cycles, values = np.array(rows(line.run)).T
+            _curve(axes, cycles, values * scale, line)
+        axes.set(xlabel="training cycle", ylabel=unit)
         _from_zero(axes)
-        if 1 < len(chosen) <= 6:
-            axes.legend()
+        _legend(axes, systems)
 
-    return draw(paint, "throughput", "Throughput", "Samples per second by training cycle, as the log states it.")
+    return draw(paint, name, title, caption, _height(systems))
 
 
-def evaluation_delay(runs: Sequence[Run]) -> Plot | None:
+def evaluation_delay(systems: Sequence[System]) -> Plot | None:
     """How long after the end of a cycle its evaluation result was known."""
-    chosen = [(run, hand_over_delays(run.log)) for run in runs if run.log is not None]
-    chosen = [(run, delays) for run, delays in chosen if delays]
+    chosen = list(lines(systems, lambda run: run.log is not None and hand_over_delays(run.log)))
     if not chosen:
         return None
 
     def paint(axes: Axes) -> None:
-        for index, (run, delays) in enumerate(chosen):
-            samples, delay, _ = np.array(delays).T
-            _curve(axes, samples, delay, run, index, len(chosen))
+        for line in chosen:
+            assert line.run.log is not None
+            samples, delay, _ = np.array(hand_over_delays(line.run.log)).T
+            _curve(axes, samples, delay, line)
         axes.set(xlabel="training samples", ylabel="seconds")
         _from_zero(axes)
         _count_axis(axes)
-        if 1 < len(chosen) <= 6:
-            axes.legend()
+        _legend(axes, systems)
 
-    waits = all(run.log is not None and evaluates_synchronously(run.log) for run, _ in chosen)
-    caption = "Seconds from the end of a cycle to its result; " + (
-        "training waits meanwhile." if waits else "training goes on meanwhile."
-    )
-    return draw(paint, "evaluation_delay", "Evaluation delay", caption)
+    waits = {line.run.log is not None and evaluates_synchronously(line.run.log) for line in chosen}
+    meanwhile = {True: "training waits meanwhile.", False: "training goes on meanwhile."}
+    how = meanwhile[waits.pop()] if len(waits) == 1 else "training waits for some systems, for others it goes on."
+    caption = f"Seconds from the end of a cycle to its result; {how}"
+    return draw(paint, "evaluation_delay", "Evaluation delay", caption, _height(systems))
 
 
-def minutes_anatomy(runs: Sequence[Run]) -> Plot | None:
-    """Parts of the time to train, one bar per run."""
-    found = [(run.name, anatomy(run.log)) for run in runs if run.log is not None]
-    bars = [(name, parts) for name, parts in found if parts is not None]
+def minutes_anatomy(systems: Sequence[System]) -> Plot | None:
+    """Parts of the time to train: one bar per run, or per system the means of its runs."""
+    found = {system.label: [(run.name, parts) for run in system.runs if run.log and (parts := anatomy(run.log))]
+             for system in systems}  # fmt: skip
+    bars = [(name, np.array(list(parts.parts.values()))) for runs in found.values() for name, parts in runs]
+    if len(systems) > 1:
+        tables = {label: np.array([list(parts.parts.values()) for _, parts in runs]) for label, runs in found.items()}
+        bars = [(label, table.mean(axis=0)) for label, table in tables.items() if len(table)]
     if not bars:
         return None
+    synchronous = {parts.synchronous for runs in found.values() for _, parts in runs}
+    wait = "wait" if len(synchronous) > 1 else "evaluation" if synchronous.pop() else "hand-over"
+    names = ["start", "first cycle", f"first {wait}", "steady cycles", f"later {wait}s", "tail"]
 
     def paint(axes: Axes) -> None:
+        table = np.array([seconds for _, seconds in bars]) / 60
+        shown = table / table.sum(axis=1, keepdims=True) * 100 if len(systems) > 1 else table
         left = np.zeros(len(bars))
-        for index, position in enumerate(range(6)):
-            seconds = np.array([list(parts.parts.values())[position] for _, parts in bars])
-            label = list(bars[0][1].parts)[position]
-            axes.barh(range(len(bars)), seconds / 60, left=left, height=0.7, color=_colour(index), label=label)
-            left += seconds / 60
-        axes.set_yticks(range(len(bars)), [name for name, _ in bars])
+        for index, name in enumerate(names):
+            axes.barh(range(len(bars)), shown[:, index], left=left, height=0.7, color=_colour(index), label=name)
+            left += shown[:, index]
+        axes.set_yticks(range(len(bars)), [_wrapped(name) for name, _ in bars])
         axes.invert_yaxis()
-        axes.set(xlabel="minutes since run_start")
+        axes.set(xlabel="share of the time to train, %" if len(systems) > 1 else "minutes since run_start")
         axes.grid(axis="y", visible=False)
         axes.figure.legend(loc="outside upper left", ncols=3, fontsize=8)
 
-    height = min(1.7 + 0.24 * len(bars), 7.0)
-    return draw(paint, "anatomy", "Anatomy of the minutes", "From run_start to run_stop; the parts add up.", height)
+    height = min(1.7 + (0.5 if len(systems) > 1 else 0.24) * len(bars), 7.0)
+    caption = "From run_start to run_stop; the parts add up." + (" Means of each system's runs." * (len(systems) > 1))
+    return draw(paint, "anatomy", "Anatomy of the minutes", caption, height)
 
 
-def run_spread(runs: Sequence[Run]) -> Plot | None:
+def _wrapped(label: str) -> str:
+    """A system's label in two lines, for the side of a narrow figure."""
+    return label.replace(" · ", "\n", 1)
+
+
+def run_spread(systems: Sequence[System]) -> Plot | None:
     """Minutes against samples to converge, one dot per run."""
-    dots = [(run.log.passing.samples, run.minutes) for run in runs if run.log and run.log.passing and run.minutes]
-    if len(dots) < 2:
+    dots = {
+        index: [
+            (run.log.passing.samples, run.minutes) for run in system.runs if run.log and run.log.passing and run.minutes
+        ]
+        for index, system in enumerate(systems)
+    }
+    if sum(map(len, dots.values())) < 2:
         return None
 
     def paint(axes: Axes) -> None:
-        samples, minutes = np.array(dots).T
-        band = reference_band(runs[0])
-        if band is not None:
-            axes.axvspan(
-                band[0] - band[1], band[0] + band[1], color=PALETTE["c2"], alpha=0.16, lw=0, label="reference ± sd"
-            )
-            axes.legend(loc="upper left")
-        axes.plot(samples, minutes, "o", color=PALETTE["c0"], alpha=0.75)
+        _bands(axes, systems)
+        for index, found in dots.items():
+            samples, minutes = np.array(found).reshape(-1, 2).T
+            label = systems[index].label if len(systems) > 1 else None
+            axes.plot(samples, minutes, "o", color=_colour(index), alpha=0.75, label=label)
         axes.set(xlabel="samples to converge", ylabel="minutes")
+        if len(systems) > 1:
+            axes.set_yscale("log")
+            _plain_log(axes.yaxis)
         _count_axis(axes)
+        _legend(axes, systems)
 
-    return draw(paint, "run_spread", "Spread of the runs", "One dot per run: how long, and after how many samples.")
+    caption = "One dot per run: how long, and after how many samples."
+    return draw(paint, "run_spread", "Spread of the runs", caption, _height(systems))
 
 
-def against_published(
-    runs: Sequence[Run], minutes: float | None, published: Sequence[Published], label: str
-) -> Plot | None:
-    """This result's minutes beside the published ones, on a logarithmic axis."""
-    if minutes is None or not runs[0].is_benchmark:
+def _dot(run: Run) -> tuple[int, float] | None:
+    """Samples to converge and minutes."""
+    return (run.log.passing.samples, run.minutes) if run.log and run.log.passing and run.minutes else None
+
+
+def optimizer_state(run: Run) -> Plot | None:
+    """Gradient norm before clipping and learning rate of each step."""
+    metrics = run.metrics
+    if metrics is None or not np.isfinite(metrics.grad_norm).any():
         return None
-    rows = sorted([(label, minutes, True), *((p.label, p.minutes, False) for p in published)], key=lambda row: row[1])
+    steps = metrics.step.astype(float)
 
     def paint(axes: Axes) -> None:
-        colours = [PALETTE["c0"] if own else PALETTE["c7"] for _, _, own in rows]
-        axes.barh(range(len(rows)), [row[1] for row in rows], color=colours, height=0.62)
+        axes.plot(*thin(steps, metrics.grad_norm, LOSS_POINTS), color=_colour(0), lw=1.2, label="gradient norm")
+        if np.isfinite(metrics.lr).any():
+            axes.plot(*thin(steps, metrics.lr, LOSS_POINTS), color=_colour(1), lw=1.6, label="learning rate")
+        axes.set_yscale("log")
+        axes.set(xlabel="step")
+        axes.figure.legend(loc="outside upper left", ncols=2, fontsize=8)
+
+    caption = "Global norm of the averaged gradient before clipping, and the rate; block means."
+    return draw(paint, "optimizer", "Gradient norm and learning rate", caption)
+
+
+def memory(run: Run) -> Plot | None:
+    """Peak memory of each step on rank 0's device."""
+    metrics = run.metrics
+    if metrics is None or not np.isfinite(metrics.peak_gib).any():
+        return None
+
+    def paint(axes: Axes) -> None:
+        axes.plot(*thin(metrics.step.astype(float), metrics.peak_gib, LOSS_POINTS), color=_colour(0))
+        axes.set(xlabel="step", ylabel="GiB")
+        _from_zero(axes)
+
+    return draw(paint, "memory", "Peak memory", "Largest allocation of each step on the first rank's device.")
+
+
+def against_published(systems: Sequence[System], published: Sequence[Published]) -> Plot | None:
+    """The systems' minutes beside the published ones, on a logarithmic axis."""
+    own = [(system, system.minutes) for system in systems if system.first.is_benchmark]
+    rows = [
+        (_own_label(system, len(systems)), minutes, _colour(i)) for i, (system, minutes) in enumerate(own) if minutes
+    ]
+    if not rows:
+        return None
+    rows = sorted([*rows, *((p.label, p.minutes, PALETTE["c7"]) for p in published)], key=lambda row: row[1])
+
+    def paint(axes: Axes) -> None:
+        axes.barh(range(len(rows)), [row[1] for row in rows], color=[row[2] for row in rows], height=0.62)
         for index, row in enumerate(rows):
             axes.text(row[1], index, f" {row[1]:.3g}", va="center", fontsize=9)
-        axes.set_yticks(range(len(rows)), [row[0] for row in rows])
+        axes.set_yticks(range(len(rows)), [_wrapped(row[0]) for row in rows])
         axes.set_xscale("log")
         _plain_log(axes.xaxis)
         axes.set_xlim(rows[0][1] / 3, rows[-1][1] * 2.5)
@@ -426,8 +518,13 @@ def against_published(
         axes.set(xlabel="minutes to train (log)")
         axes.grid(axis="y", visible=False)
 
-    caption = "Published: MLPerf HPC v3.0 result logs; scored means of 10 runs, weak: mean per instance."
-    return draw(paint, "published", "Beside the published results", caption)
+    caption = "Grey: published, MLPerf HPC v3.0 result logs; scored means of 10 runs, weak: mean per instance."
+    return draw(paint, "published", "Beside the published results", caption, 1.2 + 0.32 * len(rows))
+
+
+def _own_label(system: System, count: int) -> str:
+    ranks = system.first.facts.get("number_of_ranks", system.first.facts.get("world_size"))
+    return system.label if count > 1 else f"this result, {ranks} ranks" if ranks else "this result"
 
 
 def scaling_curve(points: Sequence[dict[str, str]], published: Sequence[Published]) -> Plot | None:

@@ -6,8 +6,9 @@ A number that nobody measured, published or modelled for this system is left ope
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from scalefold.errors import ConfigError
 from scalefold.scaling.convergence import Basis, samples_to_converge
@@ -148,6 +149,13 @@ class Plan:
         """Whether the expected peak fits the GPU; None if either is unknown."""
         needed, available = self.value("memory per GPU"), self.value("GPU memory")
         return None if needed is None or available is None else needed <= available
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data; an open quantity has the value null and its reason as source."""
+        quantities = {q.name: {"value": q.value, "unit": q.unit, "source": q.source} for q in self.quantities.values()}
+        shape = {name: getattr(self.spec, name) for name in ("world_size", "dp_size", "local_batch_size")}
+        found = {"quantities": quantities, "warnings": self.warnings, "minutes": self.minutes, "fits": self.fits}
+        return {**asdict(self.spec), **shape, **found}
 
     def text(self) -> str:
         """The plan as a table with sources, and its warnings."""
