@@ -17,7 +17,7 @@ REJECTED_FILE = "rejected.csv"
 
 @dataclass(frozen=True)
 class Rejection:
-    """One thing that was left out (``kind`` entry, chain or alignment) or is unusual (``note``), and why."""
+    """One thing that was left out (``kind`` entry, chain, alignment or target) or is unusual (``note``), and why."""
 
     kind: str
     name: str
@@ -36,6 +36,7 @@ class Manifest:
     files: dict[str, dict]  # relative path -> {"bytes", "sha256"}
     rejections: dict[str, int] = field(default_factory=dict)  # kind -> number
     format_version: int = FORMAT_VERSION
+    work_fingerprint: str = ""  # of all inputs but those of the last stage; stores of older versions have none
 
     @property
     def store_bytes(self) -> int:

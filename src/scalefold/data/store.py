@@ -191,9 +191,14 @@ def write_table(index_dir: Path, kind: str, table: ChainTable | AlignmentTable) 
     """Write every column as ``<kind>.<column>.npy`` (no pickles)."""
     index_dir.mkdir(parents=True, exist_ok=True)
     for column in fields(table):
-        temporary = index_dir / f".{kind}.{column.name}.tmp.npy"
-        np.save(temporary, getattr(table, column.name), allow_pickle=False)
-        temporary.rename(index_dir / f"{kind}.{column.name}.npy")
+        write_column(index_dir, kind, column.name, getattr(table, column.name))
+
+
+def write_column(index_dir: Path, kind: str, name: str, values: np.ndarray) -> None:
+    """Write one column under a temporary name and rename it."""
+    temporary = index_dir / f".{kind}.{name}.tmp.npy"
+    np.save(temporary, values, allow_pickle=False)
+    temporary.rename(index_dir / f"{kind}.{name}.npy")
 
 
 def _open_table(index_dir: Path, kind: str, table_type: type) -> Any:
