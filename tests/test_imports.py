@@ -11,10 +11,10 @@ DATA_FILES = {"numpy", "h5py", "gemmi", "kalign", "mpi4py"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"pydantic", "yaml"}, {"errors", "textfile"}),
     "errors": (set(), set()),
-    "mlperf": (TORCH_FREE, {"errors", "mlperf"}),
+    "mlperf": (TORCH_FREE, {"errors", "mlperf", "textfile"}),
     "scaling": (TORCH_FREE, {"errors", "scaling", "mlperf", "config", "report"}),
-    "report": ({"numpy", "rich", "matplotlib"}, {"errors", "report", "mlperf"}),
-    "kernels": ({"torch", "triton"}, {"kernels", "errors"}),
+    "report": ({"numpy", "rich", "matplotlib"}, {"errors", "report", "mlperf", "textfile"}),
+    "kernels": ({"torch", "triton"}, {"kernels", "errors", "textfile"}),
     "model": ({"torch"}, {"kernels", "config", "model", "data.residues", "errors"}),
     "loss": ({"torch"}, {"kernels", "config", "model.rigid", "data.residues", "violations", "metrics", "loss"}),
     "violations": ({"torch"}, {"data.residues"}),

@@ -1,6 +1,8 @@
-"""Text files that people write: UTF-8, or one line that says where it is not and how to save it."""
+"""Text files that people write: UTF-8, or one line that says where it is not and how to save it; and JSON from them."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 from scalefold.errors import ScaleFoldError
 
@@ -26,3 +28,16 @@ def decode(data: bytes, name: object, error: type[ScaleFoldError]) -> str:
             f"{name}:{line}: byte {at} (0x{data[at]:02x}) is not UTF-8 text; save the file as "
             f"UTF-8 (if it is Latin-1: iconv -f latin1 -t utf-8 {name} > new_file)"
         ) from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in JSON text. Whole numbers of more than 40 digits become floats. Raises ValueError only."""
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 40 else float(digits))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number, NaN and infinity included; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)

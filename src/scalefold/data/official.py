@@ -10,7 +10,6 @@ checked.
 """
 
 import csv
-import json
 import math
 import re
 import sys
@@ -27,7 +26,7 @@ from scalefold.data import plain_pickle
 from scalefold.data.mmcif import Entry, ProteinChain, check_coordinates, parse_date
 from scalefold.data.rawfile import read_bytes
 from scalefold.errors import DataError
-from scalefold.textfile import decode, read_text
+from scalefold.textfile import decode, parse_json, read_text
 
 CHAIN_TABLE = "chains.csv"
 INDEX_FILE = "super.index"
@@ -166,10 +165,11 @@ def _unpack(
     data, stated = packed
     num_bytes = math.prod(shape) * dtype.itemsize
     budget.take(num_bytes)
-    raw = zlib.decompressobj().decompress(data, num_bytes + 1)
+    unpacker = zlib.decompressobj()
+    raw = unpacker.decompress(data, num_bytes + 1)
     if tuple(stated) != shape:
         raise ValueError(f"{shape[0]} residues, but {what} {tuple(stated)}")
-    if len(raw) != num_bytes:
+    if len(raw) != num_bytes or not unpacker.eof:
         raise ValueError(f"{what} of shape {shape} have another number of bytes than {num_bytes}")
     return np.frombuffer(raw, dtype=dtype).reshape(shape).copy()
 
@@ -290,9 +290,9 @@ def open_folder(path: str) -> Path | ShardFolder:
 def _read_index(root: Path) -> dict[str, ShardFolder]:
     path = root / INDEX_FILE
     try:
-        index = json.loads(read_text(path, DataError))
+        index = parse_json(read_text(path, DataError))
         folders = {chain: _shard_folder(root, chain, record) for chain, record in index.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: no readable index of alignment shards ({type(error).__name__}: {error})") from None
     missing = sorted({str(file.shard) for folder in folders.values() for file in folder.files if not _there(file)})
     if missing:

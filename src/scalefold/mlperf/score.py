@@ -220,10 +220,9 @@ def _samples(log: Log) -> float:
 
 
 def _convergence(logs: list[Log]) -> Convergence | None:
-    batches = {log.value("global_batch_size") for log in logs}
-    batch = next(iter(batches))
+    batch = logs[0].value("global_batch_size")
     samples = [_samples(log) for log in logs]
-    if len(batches) > 1 or not is_number(batch) or len(samples) < 3 or sum(map(math.isinf, samples)) > 1:
+    if _batch_problems(logs) or not is_number(batch) or len(samples) < 3 or sum(map(math.isinf, samples)) > 1:
         return None
     return judge_convergence(int(batch), samples)
 
@@ -235,7 +234,7 @@ def _batch_problems(logs: list[Log]) -> list[str]:
 
 def _instance_scale(log: Log) -> int:
     """Accelerators of this run: the ranks where the log has nodes of a larger job (as one published result does)."""
-    nodes, accelerators = log.need("number_of_nodes").value, log.need("accelerators_per_node").value
+    nodes, accelerators = log.number("number_of_nodes"), log.number("accelerators_per_node")
     scale = int(nodes) * max(int(accelerators), 1)
     ranks = log.value("number_of_ranks")
     return min(scale, ranks) if isinstance(ranks, int) and accelerators else scale

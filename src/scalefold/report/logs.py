@@ -3,7 +3,7 @@
 Times are seconds since ``run_start``; ``samples`` is the log's ``epoch_num``: training samples so far.
 """
 
-import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ import numpy as np
 
 from scalefold.errors import LogError
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
+from scalefold.textfile import is_number, parse_json
 
 TOKEN = ":::MLLOG "
 #: Logged values that make a run the MLPerf HPC v3.0 OpenFold benchmark and its results comparable.
@@ -25,6 +26,8 @@ BENCHMARK_FACTS = {
     "val_every_iters": 40,
     "target_avg_lddt_ca_value": 0.8,
 }
+_NUMBERS = ("eval_accuracy", "target_avg_lddt_ca_value")
+_TRACKED = ("throughput", "avg_perf_next_batch")
 #: Reference convergence, 20 runs per point: batch size -> samples to converge, mean and standard deviation.
 REFERENCE_BANDS = {128: (88832.0, 8760.0), 256: (133120.0, 13738.0)}
 
@@ -152,8 +155,8 @@ def read_result(path: Path | str) -> ResultLog:
         status=None if stop is None else stop["metadata"].get("status"),
         cycles=_cycles(entries, clock),
         evaluations=_evaluations(entries, clock),
-        throughput=_tracked(stats, "throughput"),
-        batch_wait_s=_tracked(stats, "avg_perf_next_batch"),
+        throughput=_tracked(stats, _TRACKED[0]),
+        batch_wait_s=_tracked(stats, _TRACKED[1]),
     )
 
 
@@ -231,13 +234,29 @@ def _log_entries(path: Path) -> list[dict[str, Any]]:
         if TOKEN not in line:
             continue
         try:
-            entry = json.loads(line[line.index(TOKEN) + len(TOKEN) :])
-            entries.append({name: entry[name] for name in ("time_ms", "key", "value", "metadata")})
-        except (json.JSONDecodeError, KeyError, TypeError):
+            entry = parse_json(line[line.index(TOKEN) + len(TOKEN) :])
+            entry = {name: entry[name] for name in ("time_ms", "key", "value", "metadata")}
+        except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise LogError(f"{path}:{number}: an MLPerf line without time_ms, key, value and metadata") from None
+        _check_entry(entry, f"{path}:{number}")
+        entries.append(entry)
     return entries
+
+
+def _check_entry(entry: dict[str, Any], place: str) -> None:
+    """Refuse other types than numbers where the report counts with them. Raises LogError naming line and key."""
+    key, value, metadata = entry["key"], entry["value"], entry["metadata"]
+    if not isinstance(key, str) or not isinstance(metadata, dict):
+        raise LogError(f"{place}: key must be text and metadata a JSON object")
+    numbers = {"time_ms": entry["time_ms"], "value": value if key in _NUMBERS else 0}
+    numbers |= {name: metadata[name] for name in ("epoch_num", "step") if metadata.get(name) is not None}
+    if key == "tracked_stats" and isinstance(value, dict):
+        numbers |= {name: value[name] for name in _TRACKED if name in value}
+    for name, number in numbers.items():
+        if not is_number(number) or not math.isfinite(number):
+            raise LogError(f"{place}: {key}: {name} is {str(number)[:40]!r}, must be a number")
 
 
 def _facts(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -283,4 +302,4 @@ def _evaluations(entries: list[dict[str, Any]], clock: int) -> list[Evaluation]:
 
 
 def _tracked(stats: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(int(e["metadata"].get("step", 0)), float(e["value"][name])) for e in stats if name in e["value"]]
+    return [(int(e["metadata"].get("step") or 0), float(e["value"][name])) for e in stats if name in e["value"]]
