@@ -161,7 +161,7 @@ def read_state(folder: Path) -> RunState:
     """Iteration and seed of a checkpoint folder."""
     try:
         return RunState(**json.loads((folder / STATE_FILE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder / STATE_FILE}: cannot read: {error}") from None
 
 

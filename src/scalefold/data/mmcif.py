@@ -194,9 +194,12 @@ def _polymers(block: cif.Block) -> tuple[list[Polymer], list[tuple[str, str]]]:
 
 def _integer(text: str, tag: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise DataError(f"{tag} {text!r} is not a whole number") from None
+        number = None
+    if number is None or not -(1 << 31) < number < 1 << 31:
+        raise DataError(f"{tag} {text[:40]!r} is not a whole number of 32 bits")
+    return number
 
 
 # --- coordinates ------------------------------------------------------------------------------------------------------

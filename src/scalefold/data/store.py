@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import h5py
@@ -222,7 +223,7 @@ def _open_column(path: Path, name: str) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False) if size else np.zeros(shape, dtype)
     except FileNotFoundError:
         raise DataError(f"{path}: index column is missing; the store is incomplete, run prepare again") from None
-    except (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError, SyntaxError) as error:
+    except (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError, SyntaxError, TokenError) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: index column cannot be read ({reason}); run verify-data on the store") from error
 
