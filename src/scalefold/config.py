@@ -488,7 +488,7 @@ def _read_with_parents(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
-    values, node = _parse_yaml(read_text(file, ConfigError), str(file))
+    values, node = _parse_yaml(read_text(file, ConfigError, "configuration"), str(file))
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold `key: value` lines, found {type(values).__name__}")
     origins: dict[str, Origin] = {}

@@ -7,14 +7,14 @@ from typing import Any
 from scalefold.errors import ScaleFoldError
 
 
-def read_text(path: Path, error: type[ScaleFoldError]) -> str:
+def read_text(path: Path, error: type[ScaleFoldError], what: str = "file") -> str:
     """Content of a UTF-8 file, with or without byte order mark. Raises ``error`` naming file and line."""
     try:
         return decode(path.read_bytes(), path, error)
     except FileNotFoundError:
-        raise error(f"{path}: cannot read: the file is missing") from None
+        raise error(f"{path}: cannot read the {what}: file is missing") from None
     except OSError as problem:
-        raise error(f"{path}: cannot read: {problem.strerror or problem}") from None
+        raise error(f"{path}: cannot read the {what}: {problem.strerror or problem}") from None
 
 
 def decode(data: bytes, name: object, error: type[ScaleFoldError]) -> str:
