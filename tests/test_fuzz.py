@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from scalefold.errors import ScaleFoldError
 
-INPUTS = 60
+INPUTS = 40
 SLOWEST_S = 5
 
 
@@ -87,7 +87,7 @@ def test_random_input_gives_documented_errors(readers: tuple[dict, Path]) -> Non
 
     @seed(0)
     @settings(
-        max_examples=20,
+        max_examples=15,
         deadline=None,
         database=None,
         phases=[Phase.generate],

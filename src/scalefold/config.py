@@ -6,6 +6,7 @@ Keys take the word of the MLPerf log wherever one exists, so that log and YAML r
 """
 
 import difflib
+import itertools
 import re
 import types
 from dataclasses import dataclass
@@ -515,6 +516,9 @@ def _parse_yaml(text: str, place: str) -> tuple[Any, Any]:
     What a few lines can do to a reader is refused first: depth, aliases (they stand for gigabytes), text that no file
     name or log can hold.
     """
+    brackets = (1 if letter in "[{" else -1 for letter in text if letter in "[]{}")
+    if max(itertools.accumulate(brackets), default=0) > 10 * _MAX_YAML_DEPTH:  # the scanner alone would take seconds
+        raise ConfigError(f"{place}: not valid YAML: nested more than {_MAX_YAML_DEPTH} levels deep")
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -568,17 +572,18 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 
 def _apply_override(values: dict[str, Any], origins: dict[str, Origin], override: str) -> None:
     key, equals, text = override.partition("=")
+    shown = f"override `{override[:80]}{'...' * (len(override) > 80)}`"
     if not equals:
-        raise ConfigError(f"override `{override}` must look like key.sub=value")
+        raise ConfigError(f"{shown} must look like key.sub=value")
     *parents, last = key.strip().split(".")
     target = values
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"override `{override}`: `{parent}` is a value, not a section")
-    target[last], node = _parse_yaml(text, f"override `{override}`")
+            raise ConfigError(f"{shown}: `{parent}` is a value, not a section")
+    target[last], node = _parse_yaml(text, shown)
     if isinstance(node, yaml.MappingNode):
-        _collect_lines(node, f"{key.strip()}.", f"override `{override}`", {})
+        _collect_lines(node, f"{key.strip()}.", shown, {})
     origins[key.strip()] = Origin("command line", 0)
 
 

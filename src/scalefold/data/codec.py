@@ -11,6 +11,7 @@ both the smallest and the fastest, because neighbouring rows are homologous and 
 import contextlib
 import json
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from scalefold.textfile import parse_json
 _HEADER_LENGTH = struct.Struct("<I")
 _DEFLATE_LEVEL = 6
 _CODINGS = ("deflate", "shuffle", "delta")
+_DTYPE = re.compile(r"[<>|=][biuf][1248]")  # NumPy would parse anything else as an expression
 
 
 def _shuffle(array: np.ndarray) -> bytes:
@@ -128,7 +130,7 @@ def _check_section(name: str, dtype: str, shape: list[int], num_bytes: int, codi
         raise ValueError("a section without name, type or coding")
     if any(type(n) is not int or n < 0 for n in (*shape, num_bytes)):
         raise ValueError("a negative size, or none")
-    if np.dtype(dtype).kind not in "biuf" or math.prod(shape) * np.dtype(dtype).itemsize > 1100 * num_bytes:
+    if not _DTYPE.fullmatch(dtype) or math.prod(shape) * np.dtype(dtype).itemsize > 1100 * num_bytes:
         raise ValueError(f"shape {shape} of {dtype} cannot come from {num_bytes} bytes")
 
 
@@ -230,7 +232,7 @@ def _msa_shape(record: Record) -> tuple[int, int, int, np.dtype]:
     blocks = [record.shape(f"letters{block}") for block in range(-(-num_rows // per_block))]
     if sum(rows for rows, _ in blocks) != num_rows or any(columns != length for _, columns in blocks):
         raise ValueError(f"{num_rows} rows of {length} columns do not lie in its blocks")
-    dtype = np.dtype(record.facts["deletion_dtype"])
-    if dtype not in (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.int32)):
-        raise ValueError(f"deletion counts of type {dtype}")
-    return num_rows, length, per_block, dtype
+    dtype = record.facts["deletion_dtype"]
+    if dtype not in ("|u1", "<u2", "<i4", ">u2", ">i4"):
+        raise ValueError(f"deletion counts of type {dtype!s:.20}")
+    return num_rows, length, per_block, np.dtype(dtype)
