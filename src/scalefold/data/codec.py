@@ -230,7 +230,8 @@ def _msa_shape(record: Record) -> tuple[int, int, int, np.dtype]:
     if any(type(n) is not int or n < 0 for n in (num_rows, length, per_block)) or per_block < 1:
         raise ValueError("a number of rows or columns is none")
     blocks = [record.shape(f"letters{block}") for block in range(-(-num_rows // per_block))]
-    if sum(rows for rows, _ in blocks) != num_rows or any(columns != length for _, columns in blocks):
+    more = f"letters{len(blocks)}" in record
+    if more or sum(rows for rows, _ in blocks) != num_rows or any(columns != length for _, columns in blocks):
         raise ValueError(f"{num_rows} rows of {length} columns do not lie in its blocks")
     dtype = record.facts["deletion_dtype"]
     if dtype not in ("|u1", "<u2", "<i4", ">u2", ">i4"):

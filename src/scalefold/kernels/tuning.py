@@ -49,7 +49,7 @@ FARTHEST = 3.0  # factors of two between neighbours, summed over SIZES: a share 
 FALLBACK_CAPABILITY = 90  # what interpreter runs and compile checks assume where there is no GPU
 
 
-_DIGITS = re.compile(r"[1-9][0-9]{0,17}")
+_DIGITS = re.compile(r"[0-9]{1,18}")
 _REPAIR = "remove it or tune again (benchmarks/tune.py)"
 
 
