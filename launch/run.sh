@@ -13,11 +13,12 @@ if [[ -n "${SCALEFOLD_VENV:-}" ]]; then
 fi
 
 cache_dir="${SCALEFOLD_CACHE_DIR:-${TMPDIR:-/tmp}/scalefold-${USER:-cache}}"
-(umask 077 && mkdir -p "${cache_dir}")
-if [[ ! -O "${cache_dir}" || -L "${cache_dir}" ]]; then
-  echo "error: ${cache_dir} belongs to somebody else, and code is loaded from it; name another in launch.cache_dir" >&2
+# compiled code found there runs as this user: the folder must be this user's own
+if ! (umask 077 && mkdir -p "${cache_dir}") || [[ -L "${cache_dir}" || ! -O "${cache_dir}" ]]; then
+  echo "error: ${cache_dir}: belongs to somebody else or is a link; set launch.cache_dir (here SCALEFOLD_CACHE_DIR) to a folder of your own" >&2
   exit 2
 fi
+chmod go-w "${cache_dir}"
 export TRITON_CACHE_DIR="${cache_dir}/triton" # one per node: ranks share what is compiled, files are renamed into place
 export TORCHINDUCTOR_CACHE_DIR="${cache_dir}/inductor"
 export CUDA_CACHE_PATH="${cache_dir}/cuda"

@@ -70,6 +70,61 @@ def test_a_bad_file_gives_one_line_that_says_where(tmp_path: Path, text: str, me
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (b"system: x\ndescription: M\xfcnchen\n", r"x\.yaml:2: byte 24 \(0xfc\) is not UTF-8 text; save the file as"),
+        (b"system: x\n1: y\n", r"x\.yaml:2: key `1` must be text"),
+        (b"system: x\ntraining: {yes: 1}\n", r"x\.yaml:2: key `yes` must be text"),
+        (b"system: x\n? [a]\n: 1\n", r"x\.yaml:2: not valid YAML: found unhashable key"),
+        (b"system: " + b"[" * 40, r"x\.yaml:1: not valid YAML: nested more than 32 levels deep"),
+        (b"system: " + b"[" * 100_000, r"x\.yaml: not valid YAML: nested more than 32 levels deep"),
+        (b"a: &a [x]\nb: *a\n", r"x\.yaml:2: not valid YAML: aliases"),
+        (b"system: x\ndescription: 2021-06-31\n", r"x\.yaml: not valid YAML: day is out of range"),
+        (
+            b"system: x\ntraining: {seed: 0x" + b"f" * 5000 + b"}\n",
+            r"x\.yaml:2: not valid YAML: a number of more than 40",
+        ),
+        (b"system: x\nloss: {fape_loss_weight: .nan}\n", r"x\.yaml:2: loss.fape_loss_weight: .*finite"),
+        (b'system: x\nbase: "a\\0b"\n', r"x\.yaml:2: not valid YAML: a value holds NUL"),
+        (b"system: \x01\n", r"x\.yaml: not valid YAML: unacceptable character"),
+        (b"", r"x\.yaml: must hold `key: value` lines"),
+    ],
+)
+def test_a_file_that_no_reader_expects_gives_one_line(tmp_path: Path, text: bytes, message: str) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_bytes(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(file)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
+    file = tmp_path / "x.yaml"
+    file.write_bytes("\ufeffsystem: x\n".encode())
+    assert load_config(file).config.system == "x"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("training.seed=[", "override `training.seed=\\[`:1: not valid YAML"),
+        ("training.seed=" + "[" * 2000, "nested more than 32 levels deep"),
+        ("launch.environment={1: 2}", "key `1` must be text"),
+        ("training.seed=2021-06-31", "day is out of range"),
+        ("training.seed.x=1", "training.seed"),
+        ("system.x=1", "`system` is a value, not a section"),
+        ("=1", "unknown key"),
+        ("base=x.yaml", "unknown key `base`"),
+    ],
+)
+def test_an_override_that_cannot_be_read_is_named(base: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(base, [override])
+    assert "\n" not in str(caught.value)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot read"):
         load_config(tmp_path / "absent.yaml")

@@ -191,7 +191,10 @@ def test_a_bucket_is_listed_page_by_page(server: Server) -> None:
         ("name\na\n", "needs a column `path`"),
         ("path\n../a\n", "m:2: path `../a` must lie below"),
         ("path,bytes\na,many\n", "m:2: bytes `many` is no whole number"),
+        ("path,bytes\na,²\n", "m:2: bytes `²` is no whole number"),
         ("path,sha256\na,\nb,12\n", "m:3: sha256 `12` must be 64"),
+        ("bytes,path\n1\n", "m:2: path `` must lie below"),
+        ("path\na\0b\n", "m:2: path `a.b` must lie below"),
     ],
 )
 def test_a_broken_manifest_names_its_line(text: str, message: str) -> None:
@@ -228,6 +231,7 @@ def test_the_checkpoint_lands_where_the_system_files_look_for_it(repository: Pat
         (["--only", "pdb"], "--only pdb: must be one of mmcif, obsolete"),
         (["--only", "checkpoint"], "checkpoint: give its address with --source; NERSC portal"),
         (["--source", "http://x"], "--source and --list describe one part"),
+        (["--workers", "0"], "--workers 0: at least one transfer"),
     ],
 )
 def test_what_cannot_be_fetched_says_why(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -9,12 +9,12 @@ import pytest
 TORCH_FREE = {"numpy", "pydantic", "yaml", "mlperf_logging", "pandas"}
 DATA_FILES = {"numpy", "h5py", "gemmi", "kalign", "mpi4py"}
 RULES: dict[str, tuple[set[str], set[str]]] = {
-    "config": ({"pydantic", "yaml"}, {"errors"}),
+    "config": ({"pydantic", "yaml"}, {"errors", "textfile"}),
     "errors": (set(), set()),
-    "mlperf": (TORCH_FREE, {"errors", "mlperf", "config", "scaling.step_time"}),
+    "mlperf": (TORCH_FREE, {"errors", "mlperf", "config", "scaling.step_time", "textfile"}),
     "scaling": (TORCH_FREE, {"errors", "scaling", "mlperf", "config", "report"}),
-    "report": ({"numpy", "rich", "matplotlib"}, {"errors", "report", "mlperf"}),
-    "kernels": ({"torch", "triton"}, {"kernels", "errors"}),
+    "report": ({"numpy", "rich", "matplotlib"}, {"errors", "report", "mlperf", "textfile"}),
+    "kernels": ({"torch", "triton"}, {"kernels", "errors", "textfile"}),
     "model": ({"torch"}, {"kernels", "config", "model", "data.residues", "errors"}),
     "loss": ({"torch"}, {"kernels", "config", "model.rigid", "data.residues", "violations", "metrics", "loss"}),
     "violations": ({"torch"}, {"data.residues"}),
@@ -23,7 +23,8 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "optim": ({"torch", "numpy"}, {"config", "kernels", "errors"}),
     "compile": ({"torch"}, {"optim", "parallel", "config", "kernels", "errors", "data"}),
     "launch": ({"torch", "yaml"}, {"config", "errors", "launch", "parallel.ranks"}),
-    "data": (DATA_FILES | {"torch"}, {"errors", "data", "stop_signals"}),
+    "data": (DATA_FILES | {"torch"}, {"errors", "data", "stop_signals", "textfile"}),
+    "textfile": (set(), {"errors"}),
 }
 TORCH_IN_DATA = {"loader", "shared_loader", "transforms", "synthetic", "features", "sampler", "bench"}
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names

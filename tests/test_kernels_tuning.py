@@ -2,6 +2,7 @@
 
 import pytest
 
+from scalefold.errors import ConfigError
 from scalefold.kernels import tuning
 
 FIELDS = {"n": 256, "dtype": "bfloat16"}
@@ -73,3 +74,29 @@ def test_unknown_and_doubly_registered_kernels_are_refused(kernel):
         pass
     with pytest.raises(ValueError, match="twice"):
         tuning.register(kernel, lambda fields, target: {}, lambda fields: [])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "no table of launch parameters"),
+        ("[]", "found list, a JSON object was expected"),
+        ('{"example": 3}', "example: found int"),
+        ('{"example": {"n=4": 3}}', "example: n=4: found int"),
+        ('{"example": {"n=4": {"BLOCK": "32"}}}', "`n=4` is no problem with launch parameters"),
+        ('{"example": {"n=x": {"BLOCK": 32}}}', "`n=x` is no problem"),
+        ('{"example": {"n": {"BLOCK": 32}}}', "`n` is no problem"),
+        ("[" * 100_000, "nested too deeply"),
+        (b"\xff", r":1: byte 0 \(0xff\) is not UTF-8"),
+    ],
+)
+def test_a_table_that_is_none_is_named(kernel, tmp_path, text, message):
+    file = tmp_path / "sm_90.json"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with tuning.assume_capability(90), pytest.raises(ConfigError, match=rf"sm_90\.json.*{message}"):
+        tuning.lookup(kernel, **FIELDS)
+
+
+def test_the_shipped_tables_are_read(repository):
+    for file in (repository / "src/scalefold/kernels/tuned").glob("*.json"):
+        assert tuning.read_table(file)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlperf_editing import drop, edit, line_of, set_value
+from mlperf_editing import drop, edit, line_of, rehearsal, set_value
 from scalefold.errors import LogError
 from scalefold.mlperf.package import collect_logs
 from scalefold.mlperf.published import published_runs
@@ -204,3 +204,14 @@ def test_the_benchmark_that_was_found_instead_is_named(tmp_path, nvidia):
         edit(file, set_value("submission_benchmark", "deepcam"))
     with pytest.raises(LogError, match="only logs of deepcam"):
         score(tmp_path)
+
+
+@pytest.mark.parametrize("value", [None, "4", {"a": 1}, [4], True])
+def test_a_count_that_is_no_number_is_named_with_its_line(tmp_path, value):
+    """And a batch of another type is never hashed."""
+    log = edit(rehearsal(tmp_path / "result_0.txt"), set_value("number_of_nodes", value))
+    with pytest.raises(LogError, match=r"result_0\.txt:\d+: number_of_nodes is .*, must be a number"):
+        score_folder(tmp_path)
+    edit(log, set_value("number_of_nodes", 4))
+    edit(log, set_value("global_batch_size", value))
+    assert score_folder(tmp_path).convergence is None

@@ -196,3 +196,77 @@ def test_a_chain_table_without_clusters_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chains.csv").write_text("pdb_chain_id,mmcif_chain_ids,pdb_cluster_id\n1abc_A,A,x\n")
     with pytest.raises(DataError, match=r"chains\.csv:2: pdb_cluster_id `x` is no number"):
         official.read_chain_table(tmp_path)
+
+
+@pytest.mark.parametrize("db", ["/etc/passwd", "../0.db", "a/../../0.db"])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path, db: str) -> None:
+    """Whatever lies there would be taken for alignments."""
+    (tmp_path / "super.index").write_text(json.dumps({"1abc_A": {"db": db, "files": [["uniref90_hits.a3m", 0, 1]]}}))
+    with pytest.raises(DataError, match=rf"super\.index: chain 1abc_A: db '{db}' must lie in this folder"):
+        official.alignment_folders(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"../x": {"db": "0.db", "files": []}}', '{"1abc_A": {"db": "0.db", "files": [[1, 2, 3]]}}']
+)
+def test_an_index_of_another_form_is_refused(tmp_path: Path, index: str) -> None:
+    (tmp_path / "super.index").write_text(index)
+    with pytest.raises(DataError, match=r"super\.index: no readable index"):
+        official.alignment_folders(tmp_path)
+
+
+def test_a_chain_table_in_another_encoding_or_with_short_lines_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chains.csv"
+    path.write_bytes(b"pdb_chain_id,mmcif_chain_ids,pdb_cluster_id\n1abc_\xfc,A,0\n")
+    with pytest.raises(DataError, match=r"chains\.csv:2: byte 49 \(0xfc\) is not UTF-8 text; save"):
+        official.read_chain_table(tmp_path)
+    for line, message in {
+        "1abc_A,A": "too few columns",
+        "1abc_A,A,1e999": "no number",
+        "1abc_A,A,1e12": "2^31",
+    }.items():
+        path.write_text(f"pdb_chain_id,mmcif_chain_ids,pdb_cluster_id\n{line}\n")
+        with pytest.raises(DataError, match=r"chains\.csv:2: ") as caught:
+            official.read_chain_table(tmp_path)
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"release_date": "tomorrow"}, "revision date 'tomorrow' is not of the form"),
+        ({"sequences": {"A": "A" * 69 + "é"}}, "chain A: sequence .* is none"),
+        ({"sequences": {"A": [1]}}, "sequence is no text"),
+        ({"exptl_method": [[]]}, "a list stands where"),
+        ({"resolution": {}}, "cannot be read"),
+    ],
+)
+def test_an_entry_with_a_wrong_type_or_text_is_named(tmp_path: Path, change: dict, message: str) -> None:
+    fields = packed(mmcif.read_entry(REAL / "1a8o.cif.gz")) | change
+    file = tmp_path / "a8.pkl"
+    file.write_bytes(pickle.dumps({"1a8o": fields}))
+    with pytest.raises(DataError, match=rf"a8\.pkl: entry 1a8o .*{message}"):
+        official.read_entries(file)
+
+
+def test_coordinates_that_are_no_place_reject_the_pickle(tmp_path: Path) -> None:
+    entry = mmcif.read_entry(REAL / "1a8o.cif.gz")
+    entry.chains[0].positions[3, 1, 2] = np.nan
+    file = tmp_path / "a8.pkl"
+    file.write_bytes(pickle.dumps({"1a8o": packed(entry)}))
+    with pytest.raises(DataError, match=r"entry 1a8o cannot be read: chain A: atoms: coordinate nan is not within"):
+        official.read_entries(file)
+
+
+def test_a_few_bytes_that_unpack_to_gigabytes_are_refused(tmp_path: Path) -> None:
+    atoms = {
+        "all_atom_positions": (zlib.compress(bytes(4000 * 444), 9), (4000, 37, 3)),
+        "all_atom_mask": (zlib.compress(bytes(4000 * 37), 9), (4000, 37)),
+    }
+    fields = packed(mmcif.read_entry(REAL / "1a8o.cif.gz"))
+    names = [f"c{n}" for n in range(3000)]
+    fields |= {"sequences": dict.fromkeys(names, "A" * 4000), "atoms": dict.fromkeys(names, atoms)}
+    file = tmp_path / "a8.pkl"
+    file.write_bytes(pickle.dumps({"1a8o": fields}))
+    with pytest.raises(DataError, match=r"repeats its parts so often|packed far more tightly"):
+        official.read_entries(file)

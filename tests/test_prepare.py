@@ -1,7 +1,9 @@
 """Raw folders to a store: bad files are listed and the rest goes on; a killed run continues; nothing is done twice."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import signal
 import subprocess
@@ -90,6 +92,9 @@ def test_a_store_of_other_raw_files_is_not_touched(tmp_path):
     write(tmp_path / "other" / "work" / "plan.json", json.dumps({"fingerprint": "x", "settings": {}}))
     with pytest.raises(DataError, match="unfinished store of other raw files"):
         prepare.prepare(layout, tmp_path / "other", report=quiet)
+    write(tmp_path / "other" / "work" / "plan.json", "{")
+    with pytest.raises(DataError, match=r"plan\.json: cannot be read"):
+        prepare.prepare(layout, tmp_path / "other", report=quiet)
     cif(tmp_path / "mmcif", "1ccc")
     with pytest.raises(DataError, match="holds a store of other raw files"):
         prepare.prepare(layout, tmp_path / "store", report=quiet)
@@ -109,7 +114,7 @@ def test_content_does_not_depend_on_workers_or_ranks(tmp_path, monkeypatch):
 def _prepare_as_two_ranks(layout, out_dir):
     """Rank 1 runs its share whenever rank 0 waits, as a barrier would have it."""
     plan = rawlayout.scan(layout)
-    job = prepare._Job(out_dir, layout, plan, True)
+    job = prepare._Job(out_dir, layout, plan, prepare._read_inputs(layout, plan, quiet), True)
 
     def share(phase, work, units):
         return lambda: prepare._run_units(phase, work, job, units, 1, prepare.Team(1, 2), quiet)
@@ -196,7 +201,13 @@ BAD_ALIGNMENTS = {
     "no rows": ("uniref90_hits.a3m", "\n", "holds no sequence"),
     "other length": ("uniref90_hits.a3m", a3m("AGSMKWDEFILVA"), "chain has 12 residues, its alignment 13 columns"),
     "cut gzip": ("uniref90_hits.a3m.gz", gzip.compress(a3m(SEQUENCE).encode())[:-8], "cannot be read"),
-    "cut hhr": ("pdb70_hits.hhr", "No 1\n>1BBB_A\n", "hit 'No 1' is cut off"),
+    "unknown name": ("bfd_uniref_hits.a3m", a3m(SEQUENCE), "no alignment of a known name: found bfd_uniref_hits.a3m"),
+    "unknown packing": (
+        "uniref90_hits.a3m.zst",
+        b"x",
+        "found uniref90_hits.a3m.zst; names that are read: uniref90_hits",
+    ),
+    "wrong tool": ("hmm_output.sto", "x", "found hmm_output.sto"),
 }
 
 
@@ -211,6 +222,56 @@ def test_a_bad_alignment_costs_only_itself(tmp_path, name):
     prepare.prepare(layout, tmp_path / "store", report=quiet)
     assert reason in reasons(tmp_path / "store")["1bbb_A"]
     assert Store(tmp_path / "store").table.has_alignment.tolist() == [True, False]
+
+
+HITS = hhr([("1BBB_A", SEQUENCE[:-1], SEQUENCE[:-1], 9.0)])
+HIT_FILES = {
+    "zero bytes": ("", [], None),
+    "no hit": ("Query         1aaa_A\n\n No Hit\n\nDone!\n", [], None),
+    "cut": (HITS + "No 2\n>1BBB_A\n", ["1bbb_A"], "1 malformed hits left out: hit 'No 2' is cut off"),
+    "degenerate": (
+        HITS + "No 2\n>2xyz_B x\nProbab=9 E-value=1 Score=2 Aligned_cols=1 Identities=0% Similarity=0 Sum_probs=0 "
+        "Template_Neff=7\n\n",
+        ["1bbb_A"],
+        "blocks of different length, or none",
+    ),
+    "foreign name": (HITS + HITS.replace(">1BBB_A", ">UNIPROT|P1"), ["1bbb_A"], "has no chain name"),
+    "huge number": (HITS + HITS.replace("   1 AGS", "   99999999999999999999 AGS"), ["1bbb_A"], "unreadable block"),
+    "no number": (HITS + HITS.replace("Sum_probs=9.0", "Sum_probs=nan"), ["1bbb_A"], "unreadable number"),
+    "not gzip": (b"\x1f\x8b no", [], "without templates"),
+}
+
+
+@pytest.mark.parametrize("name", HIT_FILES)
+def test_a_hit_file_costs_no_alignment(tmp_path, name):
+    """No hits are an ordinary answer; a bad hit is left out with a note and the others stay."""
+    layout = raw_folder(tmp_path)
+    text, found, note = HIT_FILES[name]
+    file = tmp_path / "aligned" / "pdb" / "1aaa_A" / "hhr" / "pdb70_hits.hhr"
+    write(file if isinstance(text, str) else file.with_name(file.name + ".gz"), text)
+    if not isinstance(text, str):
+        file.unlink()
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    record = Store(tmp_path / "store").read("1aaa_A")
+    assert record.msa.shape == (2, 12)
+    assert [t.name for t in record.templates] == found
+    notes = {(r.kind, r.name): r.reason for r in read_rejections(tmp_path / "store")}
+    assert notes.keys() == ({("note", "1aaa_A")} if note else set())
+    assert (note or "") in notes.get(("note", "1aaa_A"), "")
+
+
+def test_files_beside_the_known_ones_are_noted_and_counted(tmp_path):
+    """Per folder in rejected.csv, with their number at the end; compressed files of known names are read."""
+    layout = raw_folder(tmp_path)
+    folder = tmp_path / "aligned" / "pdb" / "1aaa_A"
+    write(folder / "a3m" / "mgnify_hits.a3m.xz", lzma.compress(a3m("AGSMKWDEF---").encode()))
+    write(folder / "a3m" / "bfd_uniclust_hits.a3m.bz2", bz2.compress(a3m("AGSMKWDEFIL-", "AGSMKWD-----").encode()))
+    write(folder / "sto" / "uniprot_hits.sto", "x")
+    lines: list[str] = []
+    prepare.prepare(layout, tmp_path / "store", report=lines.append)
+    assert Store(tmp_path / "store").read("1aaa_A").msa.shape == (4, 12)
+    assert reasons(tmp_path / "store")["1aaa_A"].startswith("not read: uniprot_hits.sto; read are uniref90_hits")
+    assert any("not read: 1 x uniprot_hits.sto; read are" in line for line in lines)
 
 
 def test_an_empty_alignment_folder_means_the_query_alone(tmp_path):
@@ -276,6 +337,150 @@ def test_missing_folders_and_files_stop_before_any_work(tmp_path):
         with pytest.raises(DataError, match=reason):
             prepare.prepare(broken, tmp_path / "store", report=quiet)
     assert not (tmp_path / "store").exists()
+
+
+BAD_LISTS = {
+    "evaluation_file": ("1aaa_A\n1bbb-A\n", r"evaluation_file:2: '1bbb-A' is not a chain id"),
+    "evaluation_file csv": (
+        "submission_date,pdb_id,chain_id\n2021/09/18,1aaa,A\n",
+        r"evaluation_file csv:2: submission_date '2021/09/18' is not",
+    ),
+    "evaluation_file absent": (
+        "7abc_A\n",
+        "no structure file for 1 of its entries: 7abc; the store would",
+    ),
+    "evaluation_file empty": ("\n", "evaluation list is empty"),
+    "clusters_file": ("<html>not found</html>\n", "names no PDBID_entity"),
+    "obsolete_file": ("<html>not found</html>\n", "no OBSLTE line"),
+    "clusters_file latin1": (
+        b"1AAA_1\n1B\xfcB_1\n",
+        r"clusters_file latin1:2: byte 9 \(0xfc\) is not UTF-8 text; save",
+    ),
+    "obsolete_file latin1": (b"OBSLTE \xfc\n", r":1: byte 7 \(0xfc\) is not UTF-8"),
+    "evaluation_file latin1": (b"1aaa_\xfc\n", r":1: byte 5 \(0xfc\) is not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LISTS)
+def test_every_list_is_checked_before_any_work(tmp_path, name):
+    """A typo in a list costs seconds: nothing has been written yet."""
+    text, message = BAD_LISTS[name]
+    layout = replace(raw_folder(tmp_path), **{name.split()[0]: write(tmp_path / name, text)})
+    with pytest.raises(DataError, match=message):
+        prepare.prepare(layout, tmp_path / "store", report=quiet)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_duplicates_list_in_another_encoding_names_the_byte(tmp_path):
+    """Before any work, like the other lists."""
+    layout = raw_folder(tmp_path)
+    write(tmp_path / "aligned" / "duplicate_pdb_chains.txt", b"1aaa_A 9z\xe9z_A\n")
+    with pytest.raises(DataError, match=r"duplicate_pdb_chains.txt:1: byte 9 \(0xe9\) is not UTF-8"):
+        prepare.prepare(layout, tmp_path / "store", report=quiet)
+
+
+def test_other_clusters_or_another_evaluation_list_keep_the_work(tmp_path, monkeypatch):
+    """In a finished store and in one that was stopped; the result is that of a preparation with the right lists."""
+    monkeypatch.setattr(rawlayout, "_MIN_UNIT_BYTES", 1)
+    right = replace(raw_folder(tmp_path), evaluation_file=write(tmp_path / "right.txt", "1BBB_A\n"))
+    wrong = replace(right, evaluation_file=write(tmp_path / "wrong.csv", _TARGETS), clusters_file=None)
+    prepare.prepare(right, tmp_path / "right", report=quiet)
+    lines: list[str] = []
+    prepare.prepare(wrong, tmp_path / "finished", report=lines.append)
+    assert any("training, which takes only chains that have one, will find none" in line for line in lines)
+    assert "1 not in the store (1zzz_A)" in lines[-1]
+    shards = {p: p.stat().st_mtime_ns for p in (tmp_path / "finished").rglob("*.h5")}
+    summary = prepare.prepare(right, tmp_path / "finished", report=quiet)
+    assert (summary.units_done, summary.already_done) == (0, False)
+    assert shards == {p: p.stat().st_mtime_ns for p in (tmp_path / "finished").rglob("*.h5")}
+    assert contents(tmp_path / "finished") == contents(tmp_path / "right")
+    assert verify_data(tmp_path / "finished").problems == []
+    _stop_before_the_last_stage(wrong, tmp_path / "stopped", monkeypatch)
+    summary = prepare.prepare(right, tmp_path / "stopped", report=quiet)
+    assert (summary.units_done, summary.units_found) == (0, 3)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "right")
+
+
+_TARGETS = "submission_date,pdb_id,chain_id\n2021-10-02,1AAA,A\n2021-10-02,1zzz,A\n"
+
+
+def _stop_before_the_last_stage(layout, out_dir, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "_finish", lambda *args: sys.exit(3))
+        with pytest.raises(SystemExit):
+            prepare.prepare(layout, out_dir, report=quiet)
+
+
+def test_what_trains_and_evaluates_is_counted_per_filter(tmp_path):
+    """And every evaluation target that is dropped has its line, whatever the form of the list."""
+    listed = write(tmp_path / "eval.txt", "1AAA_A\n1aaa_A\n1bbb_Q\n9xxx_A\n")
+    lines: list[str] = []
+    prepare.prepare(replace(raw_folder(tmp_path), evaluation_file=listed), tmp_path / "store", report=lines.append)
+    assert "no structure file for 1 of its entries: 9xxx" in lines[0]
+    assert lines[-2].startswith("training: 2 of 2 chains pass the filters (refused: 0 by date, 0 by resolution")
+    assert "1 chains of 4 in" in lines[-1]
+    assert "1 given twice; 2 not in the store (1aaa_A, 1bbb_Q, 9xxx_A)" in lines[-1]
+    found = {r.name: r.reason for r in read_rejections(tmp_path / "store") if r.kind == "target"}
+    assert found["9xxx_A"] == "evaluation target left out: not in the store"
+    assert len(found) == 3
+
+
+def test_a_store_of_an_older_version_is_confirmed(tmp_path):
+    """Its manifest has no fingerprint of the stages and it keeps no entities."""
+    layout = raw_folder(tmp_path)
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    path = tmp_path / "store" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["work_fingerprint"], manifest["files"]["index/entities.json"]
+    path.write_text(json.dumps(manifest))
+    (tmp_path / "store" / "index" / "entities.json").unlink()
+    assert prepare.prepare(layout, tmp_path / "store", report=quiet).already_done
+    assert verify_data(tmp_path / "store").problems == []
+    with pytest.raises(DataError, match="holds a store of other raw files or settings"):
+        prepare.prepare(replace(layout, clusters_file=None), tmp_path / "store", report=quiet)
+
+
+@pytest.mark.parametrize("workers", [0, -3])
+def test_a_number_of_workers_that_cannot_work_is_refused(tmp_path, workers):
+    """Before anything is read."""
+    with pytest.raises(DataError, match=f"--workers {workers}: at least one process"):
+        prepare.prepare(raw_folder(tmp_path), tmp_path / "store", workers, report=quiet)
+
+
+def test_links_that_lead_nowhere_have_their_line(tmp_path):
+    """Entries, alignment folders and alignment files; an alignment without one of its files would be another one."""
+    layout = raw_folder(tmp_path)
+    (tmp_path / "mmcif" / "xy").mkdir()
+    (tmp_path / "mmcif" / "xy" / "3xyz.cif.gz").symlink_to("gone")
+    (tmp_path / "mmcif" / "4abc").symlink_to("gone")
+    write(tmp_path / "mmcif" / "5abc.cif.zst", "x")
+    folder = tmp_path / "aligned" / "pdb"
+    (folder / "6abc_A").symlink_to("gone")
+    (folder / "1bbb_A" / "a3m").mkdir(parents=True)
+    (folder / "1bbb_A" / "a3m" / "uniref90_hits.a3m").symlink_to("gone")
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    found = {(r.kind, r.name): r.reason for r in read_rejections(tmp_path / "store") if r.kind != "note"}
+    link = "dangling link: gone is not there"
+    assert found == {
+        ("entry", "3xyz"): link,
+        ("entry", "4abc"): link,
+        ("entry", "5abc"): "structures are read as .cif or .cif.gz only",
+        ("alignment", "6abc_A"): link,
+        ("alignment", "1bbb_A"): link,
+    }
+    assert Store(tmp_path / "store").table.has_alignment.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e30", "100001"])
+def test_coordinates_that_are_no_place_reject_the_entry(tmp_path, value):
+    """They would be stored and turn up as a loss that is not finite."""
+    layout = raw_folder(tmp_path)
+    entry = peptide(MONOMERS, pdb_id="1CCC")
+    entry = replace(entry, atoms=[replace(entry.atoms[0], y=value), *entry.atoms[1:]])
+    write(tmp_path / "mmcif" / "1ccc.cif", entry.text())
+    prepare.prepare(layout, tmp_path / "store", report=quiet)
+    assert "Cartn" in reasons(tmp_path / "store")["1ccc"]
+    assert "1ccc_A" not in Store(tmp_path / "store").chain_ids
 
 
 def test_hours_are_estimated_before_the_work_starts(tmp_path):
@@ -371,6 +576,8 @@ def test_training_chains_need_alignments(tmp_path):
     table = Store(tmp_path / "store").table
     with pytest.raises(DataError, match="1 of 2 training chains have no alignment, first 1bbb_A"):
         selection.training_set(table)
+    with pytest.raises(DataError, match=r"0 of 2 chains pass the filters .*, 2 by cluster"):
+        selection.training_set(replace(table, cluster_id=np.array([-1, -1])))
     chosen = selection.training_set(table, filter_by_alignments=True)
     assert chosen.rows.tolist() == [0]
     assert chosen.cluster_size.tolist() == [1]
@@ -410,7 +617,7 @@ def test_evaluation_lists_are_read_or_refused(tmp_path):
     assert len(selection.read_targets()) == 183
     csv = write(tmp_path / "t.csv", "submission_date,pdb_id,chain_id\n2021-09-18,7BGG,A\n")
     assert selection.read_evaluation_file(csv) == [selection.Target("2021-09-18", "7bgg", "A")]
-    assert selection.read_evaluation_file(write(tmp_path / "l.txt", "7bgg_A\n\n1abc_B\n")) == ["7bgg_A", "1abc_B"]
+    assert selection.read_evaluation_file(write(tmp_path / "l.txt", "7BGG_A\n\n1abc_B\n")) == ["7bgg_A", "1abc_B"]
     with pytest.raises(DataError, match="is not a chain id"):
         selection.read_evaluation_file(write(tmp_path / "x.txt", "hello\n"))
     with pytest.raises(DataError, match="needs columns"):

@@ -99,6 +99,12 @@ def test_a_run_that_is_still_going_has_no_minutes_but_a_curve(tmp_path):
     assert len(run.lddt_curve()[0]) == 14
 
 
+def _line(**changes):
+    return (
+        ":::MLLOG " + json.dumps({"time_ms": 1, "key": "run_start", "value": None, "metadata": {}} | changes) + "\nx\n"
+    )
+
+
 def test_other_lines_and_prefixes_in_a_log_do_not_matter(tmp_path):
     path = log_of(tmp_path)
     clean = read_result(path)
@@ -113,6 +119,15 @@ def test_other_lines_and_prefixes_in_a_log_do_not_matter(tmp_path):
         (":::MLLOG {broken\nx\n", "result_0.txt:1: an MLPerf line"),
         (':::MLLOG {"time_ms": 1, "key": "run_start", "value": null}\nx\n', "result_0.txt:1: an MLPerf line"),
         ("no log at all\n", "no run_start line"),
+        (_line(time_ms="1"), "result_0.txt:1: run_start: time_ms is '1', must be a number"),
+        (_line(time_ms=True), "time_ms is 'True', must be a number"),
+        (_line(metadata=[]), "key must be text and metadata a JSON object"),
+        (_line(key="eval_accuracy", value=None), "eval_accuracy: value is 'None', must be a number"),
+        (_line(key="eval_accuracy", value=0.5, metadata={"epoch_num": "4"}), "epoch_num is '4', must be a number"),
+        (_line(key="target_avg_lddt_ca_value", value={"a": 1}), "target_avg_lddt_ca_value: value is"),
+        (_line(key="tracked_stats", value={"throughput": "fast"}), "tracked_stats: throughput is 'fast'"),
+        (_line(key=None), "key must be text"),
+        (":::MLLOG " + "[" * 100_000 + "\nx\n", "result_0.txt:1: an MLPerf line"),
     ],
 )
 def test_a_broken_log_is_named_with_its_line(tmp_path, text, message):

@@ -176,3 +176,37 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line, message):
 def test_a_missing_file_is_one_clear_error(tmp_path):
     with pytest.raises(LogError, match="cannot read metrics"):
         read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"kind": "step", "step": "3", "loss": 1}', "step: step is '3', must be a whole number"),
+        ('{"kind": "step", "step": 1e3, "loss": 1}', "must be a whole number"),
+        ('{"kind": "step", "step": 1' + "0" * 5000 + ', "loss": 1}', "must be a whole number"),
+        ('{"kind": "step", "step": 1, "loss": "low"}', "step: loss is 'low', must be a number"),
+        ('{"kind": "step", "step": 1, "loss": 1, "terms": [1]}', "terms is '[1]', must be a JSON object of numbers"),
+        ('{"kind": "step", "step": 1, "loss": 1, "terms": {"fape": {}}}', "terms.fape is '{}', must be a number"),
+        ('{"kind": "step", "step": 1, "loss": 1, "time_s": true}', "time_s is 'True', must be a number"),
+        ('{"kind": "eval", "step": 1, "samples": 4, "lddt_ca": [0.5]}', "lddt_ca is '[0.5]', must be a number"),
+        ('{"kind": "event", "step": 1}', "event record without 'name'"),
+        ('{"kind": "event", "name": "loader", "slowest": [1], "workers": 1, "prefetch": 1}', "must list chains"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named_with_its_line(tmp_path, line, message):
+    """One line with file, line and key, where the report would have ended with a traceback."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"kind": "run"}\n' + line + "\n")
+    with pytest.raises(LogError, match=r"metrics\.jsonl:2: ") as caught:
+        read_metrics(file)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_file_that_is_no_metrics_file_is_refused(tmp_path):
+    """A binary file without a line end was an empty page."""
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b"\0\1")
+    with pytest.raises(LogError, match=r"metrics\.jsonl: holds no record"):
+        read_metrics(file)

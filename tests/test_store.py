@@ -1,6 +1,8 @@
 """Records and shards come back bit for bit; damage is named; nothing is opened before it is read."""
 
+import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scalefold.data import codec, residues, store
-from scalefold.data.manifest import Manifest, write_manifest
+from scalefold.data.manifest import Manifest, read_manifest, write_manifest
 from scalefold.errors import DataError
 
 
@@ -297,3 +299,104 @@ def test_a_disk_that_is_full_is_named_and_nothing_of_the_shard_is_left(tmp_path,
     with pytest.raises(DataError, match=r"00000\.h5: cannot write the shard: File too large; run prepare again"):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def _store_of_one(folder, tiny_store):
+    shutil.copytree(tiny_store, folder)
+    return folder / "index"
+
+
+@pytest.mark.parametrize("column", ["chain.structure_offset", "chain.chain_id", "alignment.num_rows"])
+def test_a_column_that_states_more_than_it_holds_allocates_nothing(tmp_path, tiny_store, column):
+    """A header of a few bytes may ask for any number of gigabytes."""
+    path = _store_of_one(tmp_path / "store", tiny_store) / f"{column}.npy"
+    data = path.read_bytes()
+    shape = f"({len(np.load(path))},)".encode()
+    path.write_bytes(data.replace(shape + b", }" + b" " * 12, b"(1073741824,), }" + b" " * (len(shape) - 1), 1))
+    assert path.read_bytes() != data
+    with pytest.raises(DataError, match=rf"{column}\.npy: index column cannot be read \(states \(1073741824,\)"):
+        store.Store(tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("chain.order", 10**6, "damaged"),
+        ("chain.alignment", 10**6, "damaged"),
+        ("chain.structure_offset", -5, "lies beyond the end"),
+        ("chain.structure_bytes", 2**31 - 1, "lies beyond the end"),
+        ("alignment.num_bytes", 7, "damaged"),
+    ],
+)
+def test_an_index_that_points_nowhere_is_named(tmp_path, tiny_store, column, value, message):
+    """Whatever NumPy would make of it."""
+    path = _store_of_one(tmp_path / "store", tiny_store) / f"{column}.npy"
+    np.save(path, np.full_like(np.load(path), value))
+    opened = store.Store(tmp_path / "store")
+    with pytest.raises(DataError, match=message):
+        opened.read(opened.index_of(opened.name(0)))
+    opened.close()
+
+
+def test_columns_of_different_length_are_named(tmp_path, tiny_store):
+    path = _store_of_one(tmp_path / "store", tiny_store) / "chain.length.npy"
+    np.save(path, np.load(path)[:-1])
+    with pytest.raises(DataError, match="columns of the chain index differ in length"):
+        store.Store(tmp_path / "store")
+
+
+BAD_SECTIONS = {
+    "huge shape": ["a", "<i4", [1 << 40], 8, "deflate"],
+    "object": ["a", "|O", [1], 8, "deflate"],
+    "expression": ["a", "<i4,(1", [1], 8, "deflate"],
+    "negative": ["a", "<i4", [-1], 8, "deflate"],
+    "coding": ["a", "<i4", [1], 8, "zip"],
+    "no number": ["a", "<i4", ["1"], 8, "deflate"],
+    "short": ["a", "<i4"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_SECTIONS)
+def test_a_section_that_cannot_be_is_refused_before_it_is_unpacked(name):
+    header = json.dumps({"facts": {}, "sections": [BAD_SECTIONS[name]]}).encode()
+    with pytest.raises(DataError, match="part of a test: stored record is damaged"):
+        codec.Record(len(header).to_bytes(4, "little") + header + bytes(8), "part of a test")
+
+
+@pytest.mark.parametrize("fact", ["num_rows", "length", "rows_per_block", "deletion_dtype"])
+@pytest.mark.parametrize("value", [None, -1, 0, 10**12, "|O"])
+def test_facts_that_contradict_the_blocks_are_refused(fact, value):
+    msa = np.zeros((3, 4), dtype=np.uint8)
+    packed = codec.pack_msa({}, msa, msa, np.zeros((4, 22), dtype=np.uint32))
+    record = codec.Record(packed, "test")
+    record.facts[fact] = value
+    if (fact, value) == ("rows_per_block", 10**12):
+        assert codec.unpack_msa(record)[0].shape == (3, 4)
+        return
+    with pytest.raises(DataError, match="test: stored record is damaged"):
+        codec.unpack_msa(record)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../x": {"bytes": 1, "sha256": ""}}},
+        {"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}},
+        {"files": {"a": 3}},
+        {"files": []},
+        {"counts": {"chains": "3", "alignments": 1}},
+        {"counts": {"chains": 3}},
+        {"fingerprint": 3},
+        {"settings": None},
+        {"raw_bytes": None},
+        {"rejections": 4},
+        {"surprise": 1},
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(tmp_path, change):
+    fields = {"fingerprint": "", "settings": {}, "counts": {"chains": 1, "alignments": 0}, "raw_bytes": 1, "files": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    assert read_manifest(tmp_path).counts["chains"] == 1
+    (tmp_path / "manifest.json").write_text(json.dumps(fields | change))
+    with pytest.raises(DataError, match=r"manifest\.json: not a manifest"):
+        read_manifest(tmp_path)

@@ -115,7 +115,9 @@ def prepare(
     alignments: Annotated[
         list[Path] | None, typer.Option(help="OpenProteinSet-style folder, or one with super.index; repeatable")
     ] = None,
-    clusters: Annotated[Path | None, typer.Option(help="clusters-by-entity-40.txt")] = None,
+    clusters: Annotated[
+        Path | None, typer.Option(help="clusters-by-entity-40.txt; without it no chain of mmCIF files can train")
+    ] = None,
     obsolete: Annotated[Path | None, typer.Option(help="obsolete.dat")] = None,
     evaluation_list: Annotated[Path | None, typer.Option(help="CAMEO-style csv, or chain ids")] = None,
     workers: Annotated[int, typer.Option(help="processes on this node")] = 1,
@@ -123,7 +125,8 @@ def prepare(
 ) -> None:
     """Read raw structures and alignments into a store. Restartable: run it again to continue.
 
-    Example: scalefold prepare --mmcif-dir pdb/raw --alignments open_protein_set --out data/store --workers 32
+    Example: scalefold prepare --mmcif-dir pdb/raw --alignments open_protein_set --clusters clusters-by-entity-40.txt
+    --obsolete obsolete.dat --out data/store --workers 32
     """
     from scalefold.data.prepare import mpi_team
     from scalefold.data.prepare import prepare as prepare_store
@@ -139,7 +142,7 @@ def prepare(
 def download(
     out: Annotated[Path, typer.Option(help="folder to fill")],
     only: Annotated[
-        list[str] | None, typer.Option(help="mmcif, obsolete, openproteinset, preprocessed or checkpoint")
+        list[str] | None, typer.Option(help="mmcif, obsolete, clusters, openproteinset, preprocessed or checkpoint")
     ] = None,
     source: Annotated[str | None, typer.Option(help="address of the one part named with --only")] = None,
     listing: Annotated[Path | None, typer.Option("--list", help="PDB ids, or a CSV of path, bytes, sha256")] = None,

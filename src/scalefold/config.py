@@ -6,6 +6,7 @@ Keys take the word of the MLPerf log wherever one exists, so that log and YAML r
 """
 
 import difflib
+import itertools
 import re
 import types
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from scalefold.errors import ConfigError
+from scalefold.textfile import read_text
+
+_MAX_YAML_DEPTH = 32
+_UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Section(BaseModel):
     """A strict, immutable part of the configuration."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True, allow_inf_nan=False)
 
 
 class TemplateConfig(Section):
@@ -491,17 +496,7 @@ def _read_with_parents(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
-    try:
-        text = file.read_text()
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot read the configuration: {error.strerror}") from None
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    values, node = _parse_yaml(read_text(file, ConfigError, "configuration"), str(file))
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold `key: value` lines, found {type(values).__name__}")
     origins: dict[str, Origin] = {}
@@ -509,11 +504,66 @@ def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
     return values, origins
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain values only, and no whole number that is too long to be printed."""
+
+
+def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    if len(node.value) > 40:
+        raise yaml.MarkedYAMLError(problem="a number of more than 40 digits", problem_mark=node.start_mark)
+    return loader.construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def _parse_yaml(text: str, place: str) -> tuple[Any, Any]:
+    """Value and node tree of YAML text. Raises ConfigError naming ``place`` and the line.
+
+    What a few lines can do to a reader is refused first: depth, aliases (they stand for gigabytes), text that no file
+    name or log can hold.
+    """
+    brackets = (1 if letter in "[{" else -1 for letter in text if letter in "[]{}")
+    if max(itertools.accumulate(brackets), default=0) > 10 * _MAX_YAML_DEPTH:  # the scanner alone would take seconds
+        raise ConfigError(f"{place}: not valid YAML: nested more than {_MAX_YAML_DEPTH} levels deep")
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            _check_event(event, depth)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{place}{line}: not valid YAML: {reason}") from None
+    except (ValueError, TypeError, OverflowError, AttributeError) as error:  # the 31st of June
+        raise ConfigError(f"{place}: not valid YAML: {error}") from None
+
+
+def _check_event(event: yaml.Event, depth: int) -> None:
+    problem = None
+    if isinstance(event, yaml.AliasEvent):
+        problem = "aliases (*name) are not read"
+    elif depth > _MAX_YAML_DEPTH:
+        problem = f"nested more than {_MAX_YAML_DEPTH} levels deep"
+    elif isinstance(event, yaml.ScalarEvent) and _UNUSABLE.search(event.value):
+        problem = "a value holds NUL or half of a surrogate pair"
+    if problem:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+
+
 def _collect_lines(node: Any, prefix: str, file: str, origins: dict[str, Origin]) -> None:
     for key_node, value_node in node.value:
+        place = f"{file}:{key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+            text = key_node.value if isinstance(key_node, yaml.ScalarNode) else key_node.id
+            raise ConfigError(f"{place}: key `{str(text)[:40]}` must be text; put it in quotes if it is meant as text")
         path = f"{prefix}{key_node.value}"
         if path in origins:
-            raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: key `{path}` is given twice")
+            raise ConfigError(f"{place}: key `{path}` is given twice")
         origins[path] = Origin(file, key_node.start_mark.line + 1)
         if isinstance(value_node, yaml.MappingNode):
             _collect_lines(value_node, f"{path}.", file, origins)
@@ -529,15 +579,18 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 
 def _apply_override(values: dict[str, Any], origins: dict[str, Origin], override: str) -> None:
     key, equals, text = override.partition("=")
+    shown = f"override `{override[:80]}{'...' * (len(override) > 80)}`"
     if not equals:
-        raise ConfigError(f"override `{override}` must look like key.sub=value")
+        raise ConfigError(f"{shown} must look like key.sub=value")
     *parents, last = key.strip().split(".")
     target = values
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
-            raise ConfigError(f"override `{override}`: `{parent}` is a value, not a section")
-    target[last] = yaml.safe_load(text)
+            raise ConfigError(f"{shown}: `{parent}` is a value, not a section")
+    target[last], node = _parse_yaml(text, shown)
+    if isinstance(node, yaml.MappingNode):
+        _collect_lines(node, f"{key.strip()}.", shown, {})
     origins[key.strip()] = Origin("command line", 0)
 
 
@@ -575,8 +628,13 @@ def _known_keys(section: type[BaseModel], prefix: str = "") -> dict[str, bool]:
 def _first_problem(error: ValidationError, origins: dict[str, Origin], file: Path | str) -> str:
     problem = error.errors()[0]
     key = ".".join(str(part) for part in problem["loc"])
-    message = str(problem["msg"]).removeprefix("Value error, ")
+    message = " ".join(str(problem["msg"]).removeprefix("Value error, ").split())
     if not key:
         return f"{file}: {message}"
     origin = origins.get(key) or _parent_origin(key, origins)
-    return f"{origin if origin != 'default' else file}: {key}: {message} (found {problem.get('input')!r})"
+    return f"{origin if origin != 'default' else file}: {key}: {message} (found {_shown(problem.get('input'))})"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -4,11 +4,18 @@ The command line prints them as ``error: ...`` and exits with their ``exit_statu
 defect of this package and keeps its traceback.
 """
 
+_MAX_LETTERS = 2000
+
 
 class ScaleFoldError(Exception):
     """Base of all errors caused by input, configuration or environment."""
 
     exit_status = 2
+
+    def __str__(self) -> str:
+        """The message as one printable line, whatever the file that it quotes holds."""
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return text if len(text) <= _MAX_LETTERS else f"{text[:_MAX_LETTERS]}..."
 
 
 class ConfigError(ScaleFoldError):

@@ -8,18 +8,23 @@ and 3.5, column-major deflate 0.25 and 5.7, column-major LZMA 0.21 and 19.5, pac
 both the smallest and the fastest, because neighbouring rows are homologous and share long runs.
 """
 
+import contextlib
 import json
+import math
+import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from scalefold.errors import DataError
+from scalefold.textfile import parse_json
 
 _HEADER_LENGTH = struct.Struct("<I")
 _DEFLATE_LEVEL = 6
 _CODINGS = ("deflate", "shuffle", "delta")
+_DTYPE = re.compile(r"[<>|=][biuf][1248]")  # NumPy would parse anything else as an expression
 
 
 def _shuffle(array: np.ndarray) -> bytes:
@@ -41,7 +46,12 @@ def _encode(array: np.ndarray, coding: str) -> bytes:
 
 
 def _decode(data: bytes | memoryview, dtype: np.dtype, shape: list[int], coding: str) -> np.ndarray:
-    raw = zlib.decompress(data)
+    """One section. No more is unpacked than its shape needs; ValueError or zlib.error if the bytes do not fit it."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    unpacker = zlib.decompressobj()
+    raw = unpacker.decompress(data, num_bytes + 1)
+    if len(raw) != num_bytes or not unpacker.eof:
+        raise ValueError(f"shape {shape} of {dtype} needs {num_bytes} bytes")
     if coding == "deflate":
         return np.frombuffer(raw, dtype=dtype).reshape(shape)
     array = _unshuffle(raw, dtype).reshape(shape)
@@ -73,30 +83,55 @@ class Record:
 
     def __init__(self, data: bytes | memoryview, label: str) -> None:
         self._data, self._label = memoryview(data), label
-        try:
+        with self.checking("header"):
             (length,) = _HEADER_LENGTH.unpack_from(self._data)
-            header = json.loads(bytes(self._data[4 : 4 + length]))
+            header = parse_json(bytes(self._data[4 : 4 + length]))
             self.facts: dict = header["facts"]
             self._sections: dict[str, tuple[int, list]] = {}
             offset = 4 + length
             for entry in header["sections"]:
+                _check_section(*entry)
                 self._sections[entry[0]] = (offset, entry)
                 offset += entry[3]
-        except (struct.error, ValueError, KeyError, IndexError, TypeError) as error:
-            raise self._damaged("header", error) from error
+            if type(self.facts) is not dict:
+                raise ValueError("facts are no object")
 
-    def _damaged(self, part: str, error: Exception) -> DataError:
-        return DataError(f"{self._label}: stored record is damaged ({part}: {error}); run verify-data on the store")
+    def __str__(self) -> str:
+        return self._label
+
+    @contextlib.contextmanager
+    def checking(self, part: str) -> Iterator[None]:
+        """Raise DataError naming ``part`` for what damaged bytes lead to."""
+        try:
+            yield
+        except (zlib.error, struct.error, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(
+                f"{self._label}: stored record is damaged ({part}: {reason}); run verify-data on the store"
+            ) from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._sections
 
     def __getitem__(self, name: str) -> np.ndarray:
-        offset, (_, dtype, shape, num_bytes, coding) = self._sections[name]
-        try:
+        with self.checking(name):
+            offset, (_, dtype, shape, num_bytes, coding) = self._sections[name]
             return _decode(self._data[offset : offset + num_bytes], np.dtype(dtype), shape, coding)
-        except (zlib.error, ValueError) as error:
-            raise self._damaged(name, error) from error
+
+    def shape(self, name: str) -> list[int]:
+        """Shape of a section, without decoding it."""
+        with self.checking(name):
+            return self._sections[name][1][2]
+
+
+def _check_section(name: str, dtype: str, shape: list[int], num_bytes: int, coding: str) -> None:
+    """Raises ValueError or TypeError if a section cannot be what its entry says: deflate packs 1032 to 1 at best."""
+    if type(name) is not str or type(dtype) is not str or coding not in _CODINGS:
+        raise ValueError("a section without name, type or coding")
+    if any(type(n) is not int or n < 0 for n in (*shape, num_bytes)):
+        raise ValueError("a negative size, or none")
+    if not _DTYPE.fullmatch(dtype) or math.prod(shape) * np.dtype(dtype).itemsize > 1100 * num_bytes:
+        raise ValueError(f"shape {shape} of {dtype} cannot come from {num_bytes} bytes")
 
 
 def smallest_uint(maximum: int) -> np.dtype:
@@ -127,13 +162,15 @@ def pack_structure(facts: Mapping[str, object], positions: np.ndarray, mask: np.
 
 def unpack_structure(record: Record) -> tuple[np.ndarray, np.ndarray]:
     """float32 [L, 37, 3] positions (0 where absent) and bool [L, 37] mask, bit for bit as packed."""
-    length = record.facts["length"]
-    mask = np.unpackbits(record["mask"], count=length * 37).reshape(length, 37).astype(bool)
-    coordinates = record["coordinates"]
-    if coordinates.dtype == np.int32:
-        coordinates = (coordinates / 1000.0).astype(np.float32)
-    positions = np.zeros((length, 37, 3), dtype=np.float32)
-    positions[mask] = coordinates
+    with record.checking("structure"):
+        length, bits, coordinates = record.facts["length"], record["mask"], record["coordinates"]
+        if type(length) is not int or bits.size != -(-length * 37 // 8):
+            raise ValueError(f"{length} residues, but a mask of {bits.size} bytes")
+        mask = np.unpackbits(bits, count=length * 37).reshape(length, 37).astype(bool)
+        if coordinates.dtype == np.int32:
+            coordinates = (coordinates / 1000.0).astype(np.float32)
+        positions = np.zeros((length, 37, 3), dtype=np.float32)
+        positions[mask] = coordinates
     return positions, mask
 
 
@@ -167,20 +204,36 @@ def unpack_msa(record: Record, rows: np.ndarray | None = None) -> tuple[np.ndarr
 
     Blocks without a wanted row are not decoded.
     """
-    facts = record.facts
-    wanted = np.arange(facts["num_rows"]) if rows is None else np.asarray(rows, dtype=np.int64)
-    if wanted.size and (wanted[0] < 0 or wanted[-1] >= facts["num_rows"] or np.any(np.diff(wanted) <= 0)):
-        raise ValueError(f"rows must ascend within 0..{facts['num_rows'] - 1}")
-    length, per_block = facts["length"], facts["rows_per_block"]
+    with record.checking("alignment"):
+        num_rows, length, per_block, dtype = _msa_shape(record)
+    wanted = np.arange(num_rows) if rows is None else np.asarray(rows, dtype=np.int64)
+    if wanted.size and (wanted[0] < 0 or wanted[-1] >= num_rows or np.any(np.diff(wanted) <= 0)):
+        raise ValueError(f"rows must ascend within 0..{num_rows - 1}")
     msa = np.empty((wanted.size, length), dtype=np.uint8)
-    deletions = np.zeros((wanted.size, length), dtype=np.dtype(facts["deletion_dtype"]))
-    for block in np.unique(wanted // per_block):
-        first, last = np.searchsorted(wanted, [block * per_block, (block + 1) * per_block])
-        inside = wanted[first:last] - block * per_block
-        letters = record[f"letters{block}"]
-        dense = np.zeros(letters.shape, dtype=deletions.dtype)
-        dense.reshape(-1)[record[f"deletion_index{block}"]] = record[f"deletion_count{block}"]
-        whole = inside.size == len(letters)
-        msa[first:last] = letters if whole else letters[inside]
-        deletions[first:last] = dense if whole else dense[inside]
+    deletions = np.zeros((wanted.size, length), dtype=dtype)
+    with record.checking("alignment"):
+        for block in np.unique(wanted // per_block):
+            first, last = np.searchsorted(wanted, [block * per_block, (block + 1) * per_block])
+            inside = wanted[first:last] - block * per_block
+            letters = record[f"letters{block}"]
+            dense = np.zeros(letters.shape, dtype=dtype)
+            dense.reshape(-1)[record[f"deletion_index{block}"]] = record[f"deletion_count{block}"]
+            whole = inside.size == len(letters)
+            msa[first:last] = letters if whole else letters[inside]
+            deletions[first:last] = dense if whole else dense[inside]
     return msa, deletions
+
+
+def _msa_shape(record: Record) -> tuple[int, int, int, np.dtype]:
+    """Rows, columns, rows per block and type of the deletion counts. ValueError if the blocks contradict them."""
+    num_rows, length, per_block = (record.facts[name] for name in ("num_rows", "length", "rows_per_block"))
+    if any(type(n) is not int or n < 0 for n in (num_rows, length, per_block)) or per_block < 1:
+        raise ValueError("a number of rows or columns is none")
+    blocks = [record.shape(f"letters{block}") for block in range(-(-num_rows // per_block))]
+    more = f"letters{len(blocks)}" in record
+    if more or sum(rows for rows, _ in blocks) != num_rows or any(columns != length for _, columns in blocks):
+        raise ValueError(f"{num_rows} rows of {length} columns do not lie in its blocks")
+    dtype = record.facts["deletion_dtype"]
+    if dtype not in ("|u1", "<u2", "<i4", ">u2", ">i4"):
+        raise ValueError(f"deletion counts of type {dtype!s:.20}")
+    return num_rows, length, per_block, np.dtype(dtype)

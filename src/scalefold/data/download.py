@@ -14,12 +14,13 @@ import re
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from scalefold.errors import DataError
+from scalefold.textfile import read_text
 
 CHUNK_BYTES = 1 << 20
 PARTIAL = ".partial"
@@ -68,6 +69,15 @@ PARTS = {
             "pdb_mmcif",
             0.001,
             "",
+        ),
+        Part(
+            "clusters",
+            "40 % sequence clusters of PDB entities, which `prepare --clusters` needs",
+            "https://cdn.rcsb.org/resources/sequence/clusters/clusters-by-entity-40.txt",
+            "file",
+            "pdb_mmcif",
+            None,
+            "RCSB's present clustering",
         ),
         Part(
             "openproteinset",
@@ -141,11 +151,11 @@ def files_of(part: Part, source: str | None = None, listing: Path | None = None)
         name = CHECKPOINT_NAME if part.name == "checkpoint" else base.rsplit("/", 1)[-1]
         return [RemoteFile(base, str(Path(part.folder) / name), sha256=digest)]
     if part.layout == "tree":
-        text = listing.read_text() if listing else fetch_text(index_url(base))
+        text = read_text(listing, DataError) if listing else fetch_text(index_url(base))
         return [_entry(base, part.folder, pdb_id) for pdb_id in read_ids(text, listing or index_url(base))]
     if part.layout == "s3" and listing is None:
         return list_bucket(base, part.folder)
-    text = listing.read_text() if listing else fetch_text(f"{base}/manifest.csv")
+    text = read_text(listing, DataError) if listing else fetch_text(f"{base}/manifest.csv")
     return read_manifest(text, base, part.folder, str(listing or f"{base}/manifest.csv"))
 
 
@@ -171,14 +181,20 @@ def list_bucket(base: str, folder: str) -> list[RemoteFile]:
             page = ElementTree.fromstring(fetch_text(url))
         except ElementTree.ParseError as error:
             raise DataError(f"{url}: is no listing of a bucket: {error}") from None
-        for item in page.findall("{*}Contents"):
-            key, size = item.findtext("{*}Key", ""), item.findtext("{*}Size", "")
-            path = key.removeprefix(prefix)
-            if path and not path.endswith("/") and ".." not in Path(path).parts:
-                found.append(RemoteFile(f"{root}/{urllib.parse.quote(key)}", f"{folder}/{path}", int(size)))
+        found += _bucket_files(page, root, prefix, folder, url)
         token = page.findtext("{*}NextContinuationToken")
         if not token:
             return found
+
+
+def _bucket_files(page: ElementTree.Element, root: str, prefix: str, folder: str, url: str) -> Iterator[RemoteFile]:
+    for item in page.findall("{*}Contents"):
+        key, size = item.findtext("{*}Key", ""), item.findtext("{*}Size", "")
+        path = key.removeprefix(prefix)
+        if not re.fullmatch(r"[0-9]{1,18}", size):
+            raise DataError(f"{url}: the size {size[:20]!r} of {key[:80]!r} is no whole number")
+        if path and not path.endswith("/") and ".." not in Path(path).parts:
+            yield RemoteFile(f"{root}/{urllib.parse.quote(key)}", f"{folder}/{path}", int(size))
 
 
 def read_ids(text: str, name: Path | str) -> list[str]:
@@ -201,20 +217,24 @@ def read_manifest(text: str, base: str, folder: str, name: str) -> list[RemoteFi
         DataError: a column or value is wrong, or a path leads out of the folder; names the line.
     """
     rows = csv.DictReader(text.splitlines())
-    if "path" not in (rows.fieldnames or ()):
-        raise DataError(f"{name}: needs a column `path`, and may have `bytes` and `sha256`")
-    found = []
-    for line, row in enumerate(rows, 2):
-        path, size, digest = row["path"].strip(), (row.get("bytes") or "").strip(), (row.get("sha256") or "").strip()
-        if not path or path.startswith("/") or ".." in Path(path).parts:
-            raise DataError(f"{name}:{line}: path `{path}` must lie below the folder")
-        if size and not size.isdigit():
-            raise DataError(f"{name}:{line}: bytes `{size}` is no whole number")
-        if digest and not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise DataError(f"{name}:{line}: sha256 `{digest}` must be 64 hexadecimal digits")
-        url = f"{base}/{urllib.parse.quote(path)}"
-        found.append(RemoteFile(url, f"{folder}/{path}", int(size) if size else None, digest or None))
-    return found
+    try:
+        if "path" not in (rows.fieldnames or ()):
+            raise DataError(f"{name}: needs a column `path`, and may have `bytes` and `sha256`")
+        return [_listed_file(row, base, folder, f"{name}:{line}") for line, row in enumerate(rows, 2)]
+    except csv.Error as error:
+        raise DataError(f"{name}:{rows.line_num}: cannot be read: {error}") from None
+
+
+def _listed_file(row: dict[str, str | None], base: str, folder: str, place: str) -> RemoteFile:
+    path, size, digest = ((row.get(column) or "").strip() for column in ("path", "bytes", "sha256"))
+    if not path.isprintable() or not path or path.startswith("/") or ".." in Path(path).parts:
+        raise DataError(f"{place}: path `{path[:80]}` must lie below the folder")
+    if not re.fullmatch(r"[0-9]{0,18}", size):
+        raise DataError(f"{place}: bytes `{size[:20]}` is no whole number")
+    if digest and not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise DataError(f"{place}: sha256 `{digest[:80]}` must be 64 hexadecimal digits")
+    url = f"{base}/{urllib.parse.quote(path)}"
+    return RemoteFile(url, f"{folder}/{path}", int(size) if size else None, digest or None)
 
 
 def describe(files: Sequence[RemoteFile], out: Path, part: Part) -> str:
@@ -360,6 +380,8 @@ def run_downloads(
     parts = choose_parts(only)
     if (source or listing) and len(parts) != 1:
         raise DataError("--source and --list describe one part: name it with --only")
+    if workers < 1:
+        raise DataError(f"--workers {workers}: at least one transfer at once")
     complete = True
     for part in parts:
         if part.source is None and source is None and (not only or dry_run):

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from scalefold.data.store import FORMAT_VERSION, Store
 from scalefold.errors import DataError
+from scalefold.textfile import parse_json, read_text
 
 MANIFEST_FILE = "manifest.json"
 REJECTED_FILE = "rejected.csv"
@@ -17,7 +19,7 @@ REJECTED_FILE = "rejected.csv"
 
 @dataclass(frozen=True)
 class Rejection:
-    """One thing that was left out (``kind`` entry, chain or alignment) or is unusual (``note``), and why."""
+    """One thing that was left out (``kind`` entry, chain, alignment or target) or is unusual (``note``), and why."""
 
     kind: str
     name: str
@@ -36,6 +38,7 @@ class Manifest:
     files: dict[str, dict]  # relative path -> {"bytes", "sha256"}
     rejections: dict[str, int] = field(default_factory=dict)  # kind -> number
     format_version: int = FORMAT_VERSION
+    work_fingerprint: str = ""  # of all inputs but those of the last stage; stores of older versions have none
 
     @property
     def store_bytes(self) -> int:
@@ -67,17 +70,32 @@ def write_manifest(store_dir: Path, manifest: Manifest) -> None:
 def read_manifest(store_dir: Path) -> Manifest:
     """The manifest of a store. Raises DataError if it is missing, unreadable or of another format version."""
     path = store_dir / MANIFEST_FILE
+    if not path.is_file():
+        raise DataError(f"{store_dir}: no {MANIFEST_FILE}; not a prepared store, or prepare did not finish")
     try:
-        manifest = Manifest(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise DataError(f"{store_dir}: no {MANIFEST_FILE}; not a prepared store, or prepare did not finish") from None
-    except (ValueError, TypeError) as error:
+        manifest = Manifest(**parse_json(read_text(path, DataError)))
+        _check_manifest(manifest)
+    except (ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: not a manifest ({error}); prepare the store again") from error
     if manifest.format_version != FORMAT_VERSION:
         raise DataError(
             f"{path}: store format {manifest.format_version}, this version reads {FORMAT_VERSION}; prepare it again"
         )
     return manifest
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raises ValueError, TypeError or AttributeError if a field is not what its type says."""
+    if {type(manifest.fingerprint), type(manifest.work_fingerprint)} != {str} or type(manifest.settings) is not dict:
+        raise ValueError("a fingerprint is no text, or settings are no object")
+    numbers = [manifest.raw_bytes, *manifest.counts.values(), *manifest.rejections.values()]
+    if any(type(number) is not int for number in numbers) or not {"chains", "alignments"} <= manifest.counts.keys():
+        raise ValueError("counts must be whole numbers, those of chains and alignments among them")
+    for name, entry in manifest.files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"file {name[:80]!r} does not lie in the store")
+        if type(entry) is not dict or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
+            raise ValueError(f"file {name[:80]!r} has no bytes and sha256")
 
 
 def write_rejections(store_dir: Path, rejections: list[Rejection]) -> None:
@@ -92,8 +110,12 @@ def write_rejections(store_dir: Path, rejections: list[Rejection]) -> None:
 
 def read_rejections(store_dir: Path) -> list[Rejection]:
     """Everything that was left out or is unusual in a store."""
-    with (store_dir / REJECTED_FILE).open(newline="") as stream:
-        return [Rejection(**row) for row in csv.DictReader(stream)]
+    path = store_dir / REJECTED_FILE
+    rows = csv.DictReader(io.StringIO(read_text(path, DataError), newline=""))
+    try:
+        return [Rejection(**row) for row in rows]
+    except (TypeError, csv.Error) as error:
+        raise DataError(f"{path}:{rows.line_num}: no line of rejections ({error}); prepare the store again") from None
 
 
 @dataclass(frozen=True)

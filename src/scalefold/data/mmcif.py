@@ -20,6 +20,7 @@ from scalefold.errors import DataError
 _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}")
 _RESOLUTION_ITEMS = ("_refine.ls_d_res_high", "_em_3d_reconstruction.resolution", "_reflns.d_resolution_high")
 _SELENIUM = "SE"
+MAX_COORDINATE_ANGSTROM = 1e5
 
 
 @dataclass(frozen=True)
@@ -113,16 +114,18 @@ def _columns(block: cif.Block, *tags: str) -> list[list[str]]:
 
 def _release_date(block: cif.Block) -> str:
     """Earliest revision date. A date of any other form than YYYY-MM-DD rejects the entry."""
-    dates = []
-    for value in _values(block, "_pdbx_audit_revision_history.revision_date"):
-        if not _DATE.fullmatch(value):
-            raise DataError(f"revision date {value!r} is not of the form YYYY-MM-DD")
-        try:
-            year, month, day = (int(part) for part in value.split("-"))
-            dates.append(np.datetime64(f"{year:04d}-{month:02d}-{day:02d}"))
-        except ValueError:
-            raise DataError(f"revision date {value!r} is not a date") from None
-    return str(min(dates))
+    return min(map(parse_date, _values(block, "_pdbx_audit_revision_history.revision_date")))
+
+
+def parse_date(value: str) -> str:
+    """A date with two-digit month and day. Raises DataError."""
+    if not _DATE.fullmatch(value):
+        raise DataError(f"revision date {value!r} is not of the form YYYY-MM-DD")
+    try:
+        year, month, day = (int(part) for part in value.split("-"))
+        return str(np.datetime64(f"{year:04d}-{month:02d}-{day:02d}"))
+    except ValueError:
+        raise DataError(f"revision date {value!r} is not a date") from None
 
 
 def _resolution(block: cif.Block) -> float:
@@ -191,9 +194,12 @@ def _polymers(block: cif.Block) -> tuple[list[Polymer], list[tuple[str, str]]]:
 
 def _integer(text: str, tag: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise DataError(f"{tag} {text!r} is not a whole number") from None
+        number = None
+    if number is None or not -(1 << 31) < number < 1 << 31:
+        raise DataError(f"{tag} {text[:40]!r} is not a whole number of 32 bits")
+    return number
 
 
 # --- coordinates ------------------------------------------------------------------------------------------------------
@@ -222,9 +228,20 @@ def _floats(block: cif.Block, tag: str, count: int) -> np.ndarray:
     if len(column) != count:
         raise DataError(f"item {tag} is missing")
     try:
-        return np.fromiter(map(float, column), dtype=np.float64, count=count)
+        numbers = np.fromiter(map(float, column), dtype=np.float64, count=count)
     except ValueError as error:
         raise DataError(f"{tag}: {error}") from None
+    if not np.all(np.isfinite(numbers)):
+        raise DataError(f"{tag}: {column[int(np.argmin(np.isfinite(numbers)))]} is no finite number")
+    return numbers
+
+
+def check_coordinates(positions: np.ndarray, what: str) -> None:
+    """Raises DataError if a coordinate is not finite or beyond what float32 resolves to a hundredth of an angstrom."""
+    bad = ~(np.abs(positions) <= MAX_COORDINATE_ANGSTROM)
+    if bad.any():
+        value = positions[np.unravel_index(int(np.argmax(bad)), positions.shape)]
+        raise DataError(f"{what}: coordinate {value:g} is not within {MAX_COORDINATE_ANGSTROM:g} angstrom")
 
 
 @dataclass
@@ -298,6 +315,7 @@ class AtomRows:
             occupancy=_floats(block, "_atom_site.occupancy", count),
             positions=np.stack([_floats(block, f"_atom_site.Cartn_{axis}", count) for axis in "xyz"], axis=1),
         )
+        check_coordinates(rows.positions, "_atom_site.Cartn")
         rows._check_duplicates()
         return rows
 

@@ -10,11 +10,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from scalefold.data import residues
-from scalefold.data.rawfile import RawFolder, RawText, read_bytes
+from scalefold.data.rawfile import COMPRESSIONS, RawFolder, RawText, read_bytes
 from scalefold.errors import DataError
 
 #: Alignment files of one chain in reading order; of equal rows the first one read stays.
 ALIGNMENT_NAMES = ("uniref90_hits", "bfd_uniclust_hits", "mgnify_hits")
+#: Template hits of one chain.
+HITS_NAME = "pdb70_hits.hhr"
+#: What is read of an alignment folder, in words.
+NAMES_READ = (
+    f"{', '.join(ALIGNMENT_NAMES)}, each .a3m or .sto, and {HITS_NAME}, all of them plain or {', '.join(COMPRESSIONS)}"
+)
+_TEXT_SUFFIXES = (".a3m", ".sto", ".hhr")
 
 HHBLITS_OF_BYTE = np.full(256, 255, dtype=np.uint8)
 for _letter, _id in residues.MSA_LETTER_TO_HHBLITS.items():
@@ -145,24 +152,43 @@ def _first_occurrences(letters: np.ndarray) -> np.ndarray:
 
 
 def find_file(folder: RawFolder, name: str) -> RawText | None:
-    """The file ``name`` or ``name.gz`` in an alignment folder or one level below; None if absent."""
-    for pattern in (name, f"{name}.gz", f"*/{name}", f"*/{name}.gz"):
-        found = sorted(folder.glob(pattern), key=str)
-        if found:
-            return found[0]
+    """The file ``name``, plain or compressed, in an alignment folder or one level below; None if absent."""
+    for place in ("", "*/"):
+        for ending in ("", *COMPRESSIONS):
+            found = sorted(folder.glob(f"{place}{name}{ending}"), key=str)
+            if found:
+                return found[0]
     return None
+
+
+def unread_files(folder: RawFolder) -> list[str]:
+    """Names of alignment and hit files in a folder, or one level below, that nothing reads: other names or packing."""
+    names = {path.name for pattern in ("*", "*/*") for path in folder.glob(pattern)}
+    return sorted(name for name in names if _is_alignment_text(name) and not _is_read(name))
+
+
+def _is_alignment_text(name: str) -> bool:
+    return any(name.endswith(suffix) or f"{suffix}." in name for suffix in _TEXT_SUFFIXES)
+
+
+def _is_read(name: str) -> bool:
+    plain = next((name.removesuffix(ending) for ending in COMPRESSIONS if name.endswith(ending)), name)
+    return plain == HITS_NAME or plain in {stem + suffix for stem in ALIGNMENT_NAMES for suffix in (".a3m", ".sto")}
 
 
 def read_alignment(folder: RawFolder) -> Alignment | None:
     """The alignment of one OpenProteinSet-style folder, or None if it holds no alignment text.
 
     Reads the a3m files in the order of :data:`ALIGNMENT_NAMES`; an empty file counts as absent. Stockholm files of the
-    same names are read only where the folder has no a3m at all. Raises DataError naming file and reason.
+    same names are read only where the folder has no a3m at all. Raises DataError naming file and reason; a folder
+    whose alignments all have names that are not read is one of the reasons.
     """
+    any_found = False
     for suffix, parse in ((".a3m", parse_a3m), (".sto", parse_stockholm)):
         files = {}
         for name in ALIGNMENT_NAMES:
             path = find_file(folder, name + suffix)
+            any_found = any_found or path is not None
             text = read_bytes(path) if path else b""
             if path and text:
                 files[path.name] = _parse_file(path, text, parse)
@@ -171,6 +197,9 @@ def read_alignment(folder: RawFolder) -> Alignment | None:
                 return merge(files)
             except DataError as error:
                 raise DataError(f"{folder}: {error}") from error
+    unread = [name for name in unread_files(folder) if ".hhr" not in name]
+    if unread and not any_found:
+        raise DataError(f"no alignment of a known name: found {', '.join(unread)}; names that are read: {NAMES_READ}")
     return None
 
 

@@ -16,24 +16,24 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from scalefold.data import codec, mmcif, msa, official, selection, store, templates
+from scalefold.data import codec, labels, mmcif, msa, official, selection, store, templates
 from scalefold.data.manifest import (
     MANIFEST_FILE,
-    REJECTED_FILE,
     Manifest,
     Rejection,
     file_entry,
     read_manifest,
+    read_rejections,
     write_atomically,
-    write_manifest,
-    write_rejections,
 )
 from scalefold.data.rawfile import RawFolder, read_bytes
 from scalefold.data.rawlayout import Plan, RawFile, RawLayout, scan
 from scalefold.errors import DataError
+from scalefold.textfile import decode
 
 # Core-seconds per million bytes of text: 18.2 s for 267 MB of structures and 6.4 s for 188 MB of alignments, the real
 # mini set on one core. Reading from a slow file system comes on top.
@@ -87,22 +87,26 @@ def prepare(
 ) -> Summary:
     """Build the store ``out_dir`` from raw files, or continue or confirm an earlier run.
 
-    A finished store of the same raw files is left as it is. Unreadable entries, chains and alignments are listed in
-    ``rejected.csv`` with their reason and the rest goes on. Raises DataError if a raw folder is missing or if
-    ``out_dir`` belongs to other raw files.
+    All lists are read and checked before any work. A finished store of the same raw files is left as it is, but for
+    clusters and evaluation list if these have changed. Unreadable entries, chains and alignments are listed in
+    ``rejected.csv`` with their reason and the rest goes on. Raises DataError if a raw folder is missing, a list cannot
+    be read, or ``out_dir`` belongs to other raw files.
     """
     team = team or Team()
     started = time.monotonic()
+    if num_workers < 1:
+        raise DataError(f"--workers {num_workers}: at least one process has to do the work")
     plan = scan(layout)
+    inputs = _read_inputs(layout, plan, report if team.rank == 0 else lambda line: None)
     settings = {"reference_equality": reference_equality}
     if (out_dir / MANIFEST_FILE).is_file():
-        return _confirm(out_dir, plan, settings, report, started)
+        return _confirm(out_dir, plan, inputs, settings, report, started, team)
     work = out_dir / "work"
     if team.rank == 0:
         _claim(work, plan, settings)
         _announce(plan, num_workers * team.size, report)
     team.barrier()
-    job = _Job(out_dir, layout, plan, reference_equality)
+    job = _Job(out_dir, layout, plan, inputs, reference_equality)
     done = _run_units("structures", _prepare_structures, job, plan.structures, num_workers, team, report)
     team.barrier()
     if team.rank == 0:
@@ -111,32 +115,87 @@ def prepare(
     done += _run_units("alignments", _prepare_alignments, job, plan.alignments, num_workers, team, report)
     team.barrier()
     if team.rank == 0:
-        _finish(job, settings)
+        _finish(job, settings, report)
         shutil.rmtree(work)
     team.barrier()
     found = len(plan.structures) + len(plan.alignments) - done
     return _summarise(out_dir, False, done, found, started)
 
 
-def _confirm(out_dir: Path, plan: Plan, settings: dict, report: Callable[[str], None], started: float) -> Summary:
+def _read_inputs(layout: RawLayout, plan: Plan, report: Callable[[str], None]) -> labels.Inputs:
+    """Read every list that the later stages need. Raises DataError naming file and line."""
+    if layout.obsolete_file:
+        read_obsolete(layout.obsolete_file)
+    known = official.read_chain_table(layout.mmcif_dir) if official.holds_structures(layout.mmcif_dir) else {}
+    cluster_of = read_clusters(layout.clusters_file) if layout.clusters_file else None
+    targets = selection.read_evaluation_file(layout.evaluation_file) if layout.evaluation_file else None
+    inputs = labels.Inputs(cluster_of, known, targets, layout.evaluation_file)
+    if not inputs.has_clusters:
+        report(f"WARNING: {labels.NO_CLUSTERS}")
+    if targets is not None and not known:
+        _check_targets(targets, plan, layout, report)
+    return inputs
+
+
+def _check_targets(
+    targets: list[selection.Target] | list[str], plan: Plan, layout: RawLayout, report: Callable[[str], None]
+) -> None:
+    """Compare the evaluation list with the names of the structure files, as far as these are PDB ids."""
+    present = {Path(file.path).name.split(".")[0].lower() for unit in plan.structures for file in unit}
+    wanted = [t.pdb_id if isinstance(t, selection.Target) else t[:4] for t in targets]
+    absent = [pdb_id for pdb_id in dict.fromkeys(wanted) if pdb_id not in present]
+    if not absent or any(len(name) != 4 for name in present):
+        return
+    text = f"{layout.evaluation_file}: no structure file for {len(absent)} of its entries: {', '.join(absent[:8])}"
+    if len(absent) == len(set(wanted)):
+        raise DataError(f"{text}; the store would have nothing to evaluate")
+    report(f"WARNING: {text}")
+
+
+def _confirm(
+    out_dir: Path,
+    plan: Plan,
+    inputs: labels.Inputs,
+    settings: dict,
+    report: Callable[[str], None],
+    started: float,
+    team: Team,
+) -> Summary:
+    """A finished store: nothing to do, the last stage again, or another store's folder."""
     manifest = read_manifest(out_dir)
-    if manifest.fingerprint != plan.fingerprint or manifest.settings != settings:
+    same_work = manifest.fingerprint == plan.fingerprint or manifest.work_fingerprint == plan.work_fingerprint
+    if not same_work or manifest.settings != settings:
         raise DataError(
             f"{out_dir}: holds a store of other raw files or settings; choose another folder or remove this one"
         )
-    report(f"{out_dir}: already prepared from these files, nothing to do")
-    return _summarise(out_dir, True, 0, len(plan.structures) + len(plan.alignments), started)
+    same = manifest.fingerprint == plan.fingerprint
+    team.barrier()  # every rank has seen the same manifest
+    if not same and team.rank == 0:
+        report(f"{out_dir}: already prepared from these files, but for clusters or evaluation list: these are replaced")
+        kept = [r for r in read_rejections(out_dir) if r.kind != "target"]
+        labels.label(out_dir, manifest, kept, inputs, plan.fingerprint, report)
+    elif team.rank == 0:
+        report(f"{out_dir}: already prepared from these files, nothing to do")
+    team.barrier()
+    return _summarise(out_dir, same, 0, len(plan.structures) + len(plan.alignments), started)
 
 
 def _claim(work: Path, plan: Plan, settings: dict) -> None:
     work.mkdir(parents=True, exist_ok=True)
     plan_file = work / "plan.json"
-    mine = {"fingerprint": plan.fingerprint, "settings": settings}
-    if plan_file.is_file() and json.loads(plan_file.read_text()) != mine:
+    mine = {"fingerprint": plan.work_fingerprint, "settings": settings}
+    if plan_file.is_file() and _read_json(plan_file) != mine:
         raise DataError(
             f"{work.parent}: holds an unfinished store of other raw files or settings; remove it or choose another"
         )
     write_atomically(plan_file, json.dumps(mine))
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); remove it and run prepare again") from None
 
 
 def _announce(plan: Plan, num_workers: int, report: Callable[[str], None]) -> None:
@@ -157,7 +216,7 @@ def _summarise(out_dir: Path, already_done: bool, done: int, found: int, started
         already_done=already_done,
         num_chains=manifest.counts["chains"],
         num_alignments=manifest.counts["alignments"],
-        num_rejected=sum(n for kind, n in manifest.rejections.items() if kind != "note"),
+        num_rejected=sum(n for kind, n in manifest.rejections.items() if kind not in ("note", "target")),
         num_notes=manifest.rejections.get("note", 0),
         raw_bytes=manifest.raw_bytes,
         store_bytes=manifest.store_bytes,
@@ -175,6 +234,7 @@ class _Job:
     out_dir: Path
     layout: RawLayout
     plan: Plan
+    inputs: labels.Inputs
     reference_equality: bool
 
     def sidecar(self, phase: str, number: int) -> Path:
@@ -182,7 +242,7 @@ class _Job:
 
     def read_sidecars(self, phase: str, count: int) -> Iterable[tuple[int, dict]]:
         for number in range(count):
-            yield number, json.loads(self.sidecar(phase, number).read_text())
+            yield number, _read_json(self.sidecar(phase, number))
 
 
 @dataclass(frozen=True)
@@ -325,25 +385,28 @@ def _chain_notes(entry: mmcif.Entry, chain: mmcif.ProteinChain, file: str) -> li
 
 
 def read_clusters(path: Path) -> dict[str, int]:
-    """Zero-based line of each ``PDBID_entity`` in a cluster file; a later line wins."""
+    """Zero-based line of each ``PDBID_entity`` in a cluster file, PDB id in upper case; a later line wins.
+
+    Raises DataError if the file is no text or names nothing of that form.
+    """
     cluster_of: dict[str, int] = {}
-    for line_number, line in enumerate(read_bytes(path).decode().splitlines()):
-        cluster_of.update(dict.fromkeys(line.split(), line_number))
+    for line_number, line in enumerate(decode(read_bytes(path), path, DataError).splitlines()):
+        cluster_of.update((name[:4].upper() + name[4:], line_number) for name in line.split())
+    if not any(name[4:5] == "_" for name in cluster_of):
+        raise DataError(f"{path}: names no PDBID_entity; a cluster file has one cluster of such names per line")
     return cluster_of
 
 
-def _cluster_id(row: dict, cluster_of: dict[str, int]) -> int:
-    """The cluster of most of the chain's entities that have one, -1 if none has."""
-    pdb_id = row["chain_id"][:4].upper()
-    found = [cluster_of[f"{pdb_id}_{e}"] for e in row["entity_ids"] if f"{pdb_id}_{e}" in cluster_of]
-    return Counter(found).most_common(1)[0][0] if found else -1
+def read_obsolete(path: Path) -> dict[str, str]:
+    """Successors of obsolete entries. Raises DataError if the file is no text or has lines but none of that kind."""
+    text = decode(read_bytes(path), path, DataError)
+    if text.strip() and "OBSLTE" not in text:
+        raise DataError(f"{path}: has no OBSLTE line; is it PDB's obsolete.dat?")
+    return templates.parse_obsolete(text)
 
 
 def _merge_structures(job: _Job) -> None:
-    """The chain index, still without alignments; an entry that was seen before is left out."""
-    cluster_of = read_clusters(job.layout.clusters_file) if job.layout.clusters_file else {}
-    folder = job.layout.mmcif_dir
-    known = official.read_chain_table(folder) if official.holds_structures(folder) else {}
+    """The chain index, still without alignments and clusters; an entry that was seen before is left out."""
     rows, shards, dropped = [], [], []
     entry_shards: dict[str, int] = {}
     seen: set[str] = set()
@@ -354,15 +417,15 @@ def _merge_structures(job: _Job) -> None:
                 continue
             seen.add(row["chain_id"])
             entry_shards.setdefault(row["chain_id"][:4], shard)
-            facts = known.get(row["chain_id"])
+            facts = job.inputs.known.get(row["chain_id"])
             row["asym_ids"] = facts.asym_ids if facts else row["asym_ids"]
-            row["cluster_id"] = facts.cluster_id if facts and not cluster_of else _cluster_id(row, cluster_of)
             rows.append(row)
             shards.append(shard)
     if not rows:
         raise DataError(f"{job.layout.mmcif_dir}: no protein chain in any file; see {job.out_dir / 'work'}")
     write_atomically(job.out_dir / "work" / "dropped.json", json.dumps(dropped))
     store.write_table(job.out_dir / "index", "chain", _chain_table(rows, shards))
+    labels.write_entities(job.out_dir, [row["entity_ids"] for row in rows])
     empty = {column.name: np.zeros(0, dtype=np.int64) for column in fields(store.AlignmentTable)}
     store.write_table(job.out_dir / "index", "alignment", store.AlignmentTable(**empty))
 
@@ -379,7 +442,7 @@ def _chain_table(rows: list[dict], shards: list[int]) -> store.ChainTable:
         length=column("length", np.int32),
         release_date=column("release_date", "datetime64[D]"),
         resolution=column("resolution", np.float64),
-        cluster_id=column("cluster_id", np.int32),
+        cluster_id=none.astype(np.int32),
         max_residue_share=column("max_residue_share", np.float64),
         num_ca=column("num_ca", np.int32),
         asym_ids_text=np.frombuffer(b"".join(texts), dtype=np.uint8),
@@ -432,15 +495,14 @@ def _lookup(unit: _Unit) -> _TemplateLookup:
     if key not in _LOOKUPS:
         file = unit.layout.obsolete_file
         _LOOKUPS.clear()
-        obsolete = templates.parse_obsolete(read_bytes(file).decode()) if file else {}
-        _LOOKUPS[key] = _TemplateLookup(unit.out_dir, obsolete)
+        _LOOKUPS[key] = _TemplateLookup(unit.out_dir, read_obsolete(file) if file else {})
     return _LOOKUPS[key]
 
 
 def _prepare_alignments(unit: _Unit) -> dict:
     lookup = _lookup(unit)
     writer = store.ShardWriter(unit.out_dir / "alignments" / f"{unit.number:05d}.h5")
-    alignments, rejected = [], []
+    alignments, rejected, unread = [], [], Counter()
     for file in unit.files:
         folder, found = (
             official.open_folder(file.path),
@@ -452,14 +514,21 @@ def _prepare_alignments(unit: _Unit) -> dict:
                 asdict(Rejection("alignment", folder.name, folder.name, "none of its chains has a structure"))
             )
             continue
+        names = msa.unread_files(folder)
+        unread.update(names)
         try:
             alignment, notes = _prepare_alignment(folder, rows, lookup, writer, unit.reference_equality)
             alignments.append(alignment)
+            notes += [_note(folder, f"not read: {', '.join(names)}; read are {msa.NAMES_READ}")] if names else []
             rejected += [asdict(note) for note in notes]
         except Exception as error:
             rejected.append(asdict(Rejection("alignment", folder.name, folder.name, _reason(error))))
     writer.close()
-    return {"alignments": alignments, "rejected": rejected, "file": file_entry(writer.path)}
+    return {"alignments": alignments, "rejected": rejected, "unread": unread, "file": file_entry(writer.path)}
+
+
+def _note(folder: RawFolder, reason: str) -> Rejection:
+    return Rejection("note", folder.name, folder.name, reason)
 
 
 def _prepare_alignment(
@@ -475,14 +544,14 @@ def _prepare_alignment(
     members, notes = _members_that_fit(folder, letters, sequences, lookup)
     if not members:
         raise DataError("; ".join(note.reason for note in notes))
-    hits = _read_hits(folder)
+    hits, hit_notes = _read_hits(folder)
     packed = [_pack_templates(row, sequences[row], hits, lookup, reference_equality) for row in members]
     facts = {} if alignment is None else {"rows_read": alignment.rows_read}
     offset, num_bytes = writer.append(codec.pack_msa(facts, letters, deletions, counts))
     places = [(row, *writer.append(record), count) for row, (record, count) in zip(members, packed, strict=True)]
     num_rows, length = letters.shape
     row = {"name": folder.name, "num_rows": num_rows, "length": length, "offset": offset, "num_bytes": num_bytes}
-    return {**row, "chains": places}, notes
+    return {**row, "chains": places}, notes + hit_notes
 
 
 def _members_that_fit(
@@ -506,14 +575,20 @@ def _members_that_fit(
     return members, notes
 
 
-def _read_hits(folder: RawFolder) -> list[templates.HhrHit]:
-    path = msa.find_file(folder, "pdb70_hits.hhr")
+def _read_hits(folder: RawFolder) -> tuple[list[templates.HhrHit], list[Rejection]]:
+    """The folder's template hits, with a note on those that are malformed; a file that cannot be read counts as one."""
+    path = msa.find_file(folder, msa.HITS_NAME)
     if path is None:
-        return []
+        return [], []
     try:
-        return templates.parse_hhr(read_bytes(path).decode("ascii", errors="replace"))
+        text = read_bytes(path).decode("ascii", errors="replace")
     except DataError as error:
-        raise DataError(f"{path}: {error}") from error
+        return [], [_note(folder, f"without templates: {error}")]
+    skipped: list[str] = []
+    hits = templates.parse_hhr(text, skipped)
+    more = "; ..." if len(skipped) > 3 else ""
+    reason = f"{path.name}: {len(skipped)} malformed hits left out: {'; '.join(skipped[:3])}{more}"
+    return hits, [_note(folder, reason)] if skipped else []
 
 
 def _pack_templates(
@@ -528,40 +603,42 @@ def _pack_templates(
 # --- finish -----------------------------------------------------------------------------------------------------------
 
 
-def _finish(job: _Job, settings: dict) -> None:
-    """The complete index, the rejections and, last, the manifest."""
+def _finish(job: _Job, settings: dict, report: Callable[[str], None]) -> None:
+    """The complete index, then the last stage."""
     out_dir = job.out_dir
-    files, rejected = {}, [Rejection("note", Path(f).name, Path(f).name, reason) for f, reason in job.plan.notes]
+    files, rejected = {}, list(job.plan.found)
     for shard, unit in job.read_sidecars("structures", len(job.plan.structures)):
         files[f"structures/{shard:05d}.h5"] = unit["file"]
         rejected += [Rejection(**r) for r in unit["rejected"]]
-    rejected += [Rejection(**r) for r in json.loads((out_dir / "work" / "dropped.json").read_text())]
+    rejected += [Rejection(**r) for r in _read_json(out_dir / "work" / "dropped.json")]
     table = {
         c.name: np.array(getattr(store.Store(out_dir, finished=False).table, c.name)) for c in fields(store.ChainTable)
     }
     alignments: list[dict] = []
+    unread: Counter[str] = Counter()
     for shard, unit in job.read_sidecars("alignments", len(job.plan.alignments)):
         files[f"alignments/{shard:05d}.h5"] = unit["file"]
         rejected += [Rejection(**r) for r in unit["rejected"]]
+        unread.update(unit["unread"])
         for alignment in unit["alignments"]:
             _assign(table, alignment, shard, len(alignments))
             alignments.append({**alignment, "shard": shard})
     store.write_table(out_dir / "index", "chain", store.ChainTable(**table))
     store.write_table(out_dir / "index", "alignment", _alignment_table(alignments))
-    write_rejections(out_dir, rejected)
-    for path in sorted((out_dir / "index").glob("*.npy")):
+    for path in sorted((out_dir / "index").iterdir()):
         files[f"index/{path.name}"] = file_entry(path)
-    files[REJECTED_FILE] = file_entry(out_dir / REJECTED_FILE)
-    if job.layout.evaluation_file:
-        files |= _keep_evaluation_file(out_dir, job.layout.evaluation_file)
+    if unread:
+        names = ", ".join(f"{number} x {name}" for name, number in unread.most_common(10))
+        report(f"WARNING: alignment files that are not read: {names}; read are {msa.NAMES_READ}")
     counts = {
         "chains": len(table["chain_id"]),
         "alignments": len(alignments),
         "chains_with_alignment": int(np.count_nonzero(table["alignment"] >= 0)),
         "chains_with_templates": int(np.count_nonzero(table["num_template_hits"] > 0)),
     }
-    kinds = dict(Counter(r.kind for r in rejected))
-    write_manifest(out_dir, Manifest(job.plan.fingerprint, settings, counts, job.plan.disk_bytes, files, kinds))
+    plan = job.plan
+    manifest = Manifest("", settings, counts, plan.disk_bytes, files, work_fingerprint=plan.work_fingerprint)
+    labels.label(out_dir, manifest, rejected, job.inputs, plan.fingerprint, report)
 
 
 def _assign(table: dict[str, np.ndarray], alignment: dict, shard: int, number: int) -> None:
@@ -583,10 +660,3 @@ def _alignment_table(alignments: list[dict]) -> store.AlignmentTable:
         offset=np.array([a["offset"] for a in alignments], dtype=np.int64),
         num_bytes=np.array([a["num_bytes"] for a in alignments], dtype=np.int64),
     )
-
-
-def _keep_evaluation_file(out_dir: Path, path: Path) -> dict[str, dict]:
-    selection.read_evaluation_file(path)  # refuses a malformed list now, not at the first evaluation
-    name = "evaluation_targets" + path.suffix
-    write_atomically(out_dir / name, path.read_text())
-    return {name: file_entry(out_dir / name)}

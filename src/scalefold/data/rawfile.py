@@ -1,6 +1,9 @@
-"""Reading raw files, plain or gzip, with errors that name the file."""
+"""Reading raw files, plain or compressed, with errors that name the file."""
 
+import bz2
 import gzip
+import io
+import lzma
 import zlib
 from collections.abc import Iterable
 from typing import Protocol
@@ -29,12 +32,25 @@ class RawFolder(Protocol):
     def glob(self, pattern: str) -> Iterable[RawText]: ...
 
 
+#: Endings of compressed files that are read.
+
+
+COMPRESSIONS = (".gz", ".bz2", ".xz")
+_OPEN = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+MAX_TEXT_BYTES = 1 << 30  # far above every real structure or alignment; a small file may unpack to any size
+
+
 def read_bytes(path: RawText) -> bytes:
-    """Content of a plain or ``.gz`` file. Raises DataError naming the file if it is missing or cut off."""
+    """Content of a plain, ``.gz``, ``.bz2`` or ``.xz`` file. Raises DataError naming a file that is missing or bad."""
     try:
         data = path.read_bytes()
-        return gzip.decompress(data) if path.suffix == ".gz" else data
+        if path.suffix in _OPEN:
+            with _OPEN[path.suffix](io.BytesIO(data)) as stream:
+                data = stream.read(MAX_TEXT_BYTES + 1)
     except FileNotFoundError:
         raise DataError(f"{path}: file is missing") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{path}: cannot be read ({error}); fetch the file again") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise DataError(f"{path}: holds more than {MAX_TEXT_BYTES >> 30} GiB of text")
+    return data

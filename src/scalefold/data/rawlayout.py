@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scalefold.data import official
-from scalefold.data.rawfile import read_bytes
+from scalefold.data.manifest import Rejection
+from scalefold.data.rawfile import COMPRESSIONS, read_bytes
 from scalefold.errors import DataError
+from scalefold.textfile import decode
 
 # Units depend on the raw data alone, never on the number of workers, so any run gives the same shards.
 _MIN_UNIT_BYTES = 16 << 20
 _MAX_STRUCTURE_UNITS = 256
 _MAX_ALIGNMENT_UNITS = 512
+_UNREAD_STRUCTURES = (".bcif", ".bcif.gz", ".cif.zst", ".cif.bz2", ".cif.xz", ".cif.Z")
 _GZIP_RATIO = 4  # text bytes per compressed byte, measured on structures and alignments
 
 
@@ -50,8 +53,9 @@ class Plan:
     structures: list[list[RawFile]]
     alignments: list[list[RawFile]]
     members: dict[str, list[str]]  # alignment folder -> chain ids that use it
-    notes: list[tuple[str, str]]  # (folder, what is unusual about it)
-    fingerprint: str
+    found: list[Rejection]  # what is left out or unusual by its name or kind alone
+    fingerprint: str  # of all inputs
+    work_fingerprint: str  # of all inputs but those of the last stage, clusters and evaluation list
 
     @property
     def disk_bytes(self) -> int:
@@ -64,40 +68,58 @@ def scan(layout: RawLayout) -> Plan:
     for file in (layout.clusters_file, layout.obsolete_file, layout.evaluation_file):
         if file and not file.is_file():
             raise DataError(f"{file}: file is missing")
-    structures = _structure_files(layout.mmcif_dir)
+    structures, found = _structure_files(layout.mmcif_dir)
     alignments: list[RawFile] = []
     members: dict[str, list[str]] = {}
-    notes: list[tuple[str, str]] = []
     taken: set[str] = set()
     for root in layout.alignment_dirs:
-        folders, members_here, notes_here = _alignment_folders(root)
+        folders, members_here, found_here = _alignment_folders(root)
         alignments += folders
-        notes += notes_here
+        found += found_here
         for folder, chains in members_here.items():
             members[folder] = [chain for chain in chains if chain not in taken]
         taken.update(chain for chains in members_here.values() for chain in chains)
+    listings = (structures, alignments, members)
     return Plan(
         structures=_cut(structures, _MAX_STRUCTURE_UNITS),
         alignments=_cut(alignments, _MAX_ALIGNMENT_UNITS),
         members=members,
-        notes=notes,
-        fingerprint=_fingerprint(layout, structures, alignments, members),
+        found=found,
+        fingerprint=_fingerprint((layout.clusters_file, layout.obsolete_file, layout.evaluation_file), *listings),
+        work_fingerprint=_fingerprint((layout.obsolete_file,), *listings),
     )
 
 
-def _structure_files(folder: Path) -> list[RawFile]:
+def _structure_files(folder: Path) -> tuple[list[RawFile], list[Rejection]]:
     if not folder.is_dir():
         raise DataError(f"{folder}: folder of mmCIF files is missing")
     if official.holds_structures(folder):
         sizes = [(path, path.stat().st_size) for path in official.structure_files(folder)]
-        return [RawFile(str(path), size * _GZIP_RATIO, size) for path, size in sizes]
-    found = []
+        dangling = [_dangling("entry", path) for path in sorted((folder / "dicts").glob("*")) if _is_dangling(path)]
+        return [RawFile(str(path), size * _GZIP_RATIO, size) for path, size in sizes], dangling
+    files, rejected = [], []
     for inside in (folder, *(Path(e.path) for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir())):
         with os.scandir(inside) as entries:
-            found += [_raw_file(e) for e in entries if e.name.endswith((".cif", ".cif.gz")) and e.is_file()]
-    if not found:
+            for entry in sorted(entries, key=lambda e: e.name):
+                if entry.name.endswith((".cif", ".cif.gz")) and entry.is_file():
+                    files.append(_raw_file(entry))
+                elif entry.is_symlink() and _is_dangling(Path(entry.path)):
+                    rejected.append(_dangling("entry", Path(entry.path)))
+                elif entry.name.endswith(_UNREAD_STRUCTURES):
+                    reason = "structures are read as .cif or .cif.gz only"
+                    rejected.append(Rejection("entry", entry.name.split(".")[0].lower(), entry.name, reason))
+    if not files:
         raise DataError(f"{folder}: no *.cif or *.cif.gz files in it or in its subfolders")
-    return sorted(found, key=lambda file: (Path(file.path).name[1:3], Path(file.path).name))
+    return sorted(files, key=lambda file: (Path(file.path).name[1:3], Path(file.path).name)), rejected
+
+
+def _is_dangling(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
+
+
+def _dangling(kind: str, path: Path, name: str = "") -> Rejection:
+    name = name or (path.name.split(".")[0].lower() if kind == "entry" else path.name)
+    return Rejection(kind, name, path.name, f"dangling link: {os.readlink(path)} is not there")
 
 
 def _raw_file(entry: os.DirEntry) -> RawFile:
@@ -105,7 +127,7 @@ def _raw_file(entry: os.DirEntry) -> RawFile:
     return RawFile(entry.path, size * (_GZIP_RATIO if entry.name.endswith(".gz") else 1), size)
 
 
-def _alignment_folders(root: Path) -> tuple[list[RawFile], dict[str, list[str]], list[tuple[str, str]]]:
+def _alignment_folders(root: Path) -> tuple[list[RawFile], dict[str, list[str]], list[Rejection]]:
     if official.holds_alignments(root):
         shared = dict(sorted(official.alignment_folders(root).items()))
         files = [RawFile(path, inside.num_bytes, inside.num_bytes) for path, (inside, _) in shared.items()]
@@ -113,31 +135,45 @@ def _alignment_folders(root: Path) -> tuple[list[RawFile], dict[str, list[str]],
     folder = root / "pdb" if (root / "pdb").is_dir() else root
     if not folder.is_dir():
         raise DataError(f"{root}: alignment folder is missing")
-    found = [_folder_size(Path(e.path)) for e in sorted(os.scandir(folder), key=lambda e: e.name) if e.is_dir()]
-    if not found:
+    files, rejected = [], []
+    for entry in sorted(os.scandir(folder), key=lambda e: e.name):
+        path = Path(entry.path)
+        broken = [_dangling("alignment", path)] if _is_dangling(path) else _dangling_files(path, entry.is_dir())
+        rejected += broken[:1]
+        if entry.is_dir() and not broken:
+            files.append(_folder_size(path))
+    if not files:
         raise DataError(f"{folder}: no alignment folders (<pdb id>_<chain>) in it")
-    members, notes = _members([file.path for file in found], root / "duplicate_pdb_chains.txt")
-    return found, members, notes
+    members, notes = _members([file.path for file in files], root / "duplicate_pdb_chains.txt")
+    return files, members, rejected + notes
+
+
+def _dangling_files(folder: Path, is_folder: bool) -> list[Rejection]:
+    """Alignment files of a folder that lead nowhere: without them its alignment would silently be another one."""
+    links = [Path(parent) / name for parent, dirs, names in os.walk(folder) for name in sorted(dirs + names)]
+    return [_dangling("alignment", path, folder.name) for path in links if is_folder and _is_dangling(path)]
 
 
 def _folder_size(folder: Path) -> RawFile:
-    files = []
+    text_bytes = disk_bytes = 0
     for parent, _, names in os.walk(folder):
-        for name in sorted(names):
-            if name.removesuffix(".gz").endswith((".a3m", ".sto", ".hhr")):
+        for name in names:
+            packed = name.endswith(COMPRESSIONS)
+            if name.removesuffix(Path(name).suffix if packed else "").endswith((".a3m", ".sto", ".hhr")):
                 size = (Path(parent) / name).stat().st_size
-                files.append((size * (_GZIP_RATIO if name.endswith(".gz") else 1), size))
-    return RawFile(str(folder), sum(t for t, _ in files), sum(d for _, d in files))
+                text_bytes, disk_bytes = text_bytes + size * (_GZIP_RATIO if packed else 1), disk_bytes + size
+    return RawFile(str(folder), text_bytes, disk_bytes)
 
 
-def _members(folders: Sequence[str], duplicates_file: Path) -> tuple[dict[str, list[str]], list[tuple[str, str]]]:
+def _members(folders: Sequence[str], duplicates_file: Path) -> tuple[dict[str, list[str]], list[Rejection]]:
     """Chains that use each folder, from the clusters of identical chains; a folder always serves its own name."""
     clusters = []
     if duplicates_file.is_file():
-        clusters = [line.split() for line in read_bytes(duplicates_file).decode().splitlines() if line.strip()]
+        text = decode(read_bytes(duplicates_file), duplicates_file, DataError)
+        clusters = [line.split() for line in text.splitlines() if line.strip()]
     cluster_of = {chain: i for i, cluster in enumerate(clusters) for chain in cluster}
     members: dict[str, list[str]] = {}
-    notes: list[tuple[str, str]] = []
+    notes: list[Rejection] = []
     used: dict[int, str] = {}
     for folder in folders:
         name = Path(folder).name
@@ -145,10 +181,12 @@ def _members(folders: Sequence[str], duplicates_file: Path) -> tuple[dict[str, l
         if cluster is None:
             members[folder] = [name]
             if clusters:
-                notes.append((folder, f"not named in {duplicates_file}; it serves chain {name} only"))
+                reason = f"not named in {duplicates_file}; it serves chain {name} only"
+                notes.append(Rejection("note", name, name, reason))
         elif cluster in used:
             members[folder] = []
-            notes.append((folder, f"its cluster of identical chains already uses {used[cluster]}; folder left out"))
+            reason = f"its cluster of identical chains already uses {used[cluster]}; folder left out"
+            notes.append(Rejection("note", name, name, reason))
         else:
             used[cluster] = folder
             members[folder] = clusters[cluster]
@@ -168,8 +206,11 @@ def _cut(files: list[RawFile], max_units: int) -> list[list[RawFile]]:
     return units
 
 
-def _fingerprint(layout: RawLayout, *listings: object) -> str:
-    """Changes when a file is added, removed, renamed or changes size; independent of where the raw folders lie."""
+def _fingerprint(lists: Sequence[Path | None], *listings: object) -> str:
+    """Changes when a file is added, removed, renamed or changes size; independent of where the raw folders lie.
+
+    Of the ``lists`` the content counts.
+    """
     digest = hashlib.sha256()
     structures, alignments, members = listings
     for files in (structures, alignments):
@@ -177,6 +218,6 @@ def _fingerprint(layout: RawLayout, *listings: object) -> str:
             digest.update(f"{Path(file.path).name} {file.disk_bytes}\n".encode())
     ordered = [(Path(k).name, v) for k, v in members.items()]  # type: ignore[attr-defined]
     digest.update(json.dumps(ordered).encode())
-    for file in (layout.clusters_file, layout.obsolete_file, layout.evaluation_file):
+    for file in lists:
         digest.update(file.read_bytes() if file else b"-")
     return digest.hexdigest()

@@ -5,6 +5,7 @@ root of the cluster size, deliberately unlike the Supplement.
 """
 
 import csv
+import io
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -14,12 +15,14 @@ import numpy as np
 
 from scalefold.data.store import ChainTable
 from scalefold.errors import DataError
+from scalefold.textfile import decode, read_text
 
 MIN_RELEASE_DATE = "1900-01-01"
 MAX_TRAIN_RELEASE_DATE = "2021-09-16"
 MAX_RESOLUTION_ANGSTROM = 9.0
 MAX_RESIDUE_SHARE = 0.8
 MAX_EVALUATION_LENGTH = 700
+_CHAIN_NAME = re.compile(r"[A-Za-z0-9]{4}_\w+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,25 @@ def training_set(
             f"{table.name(int(without[0]))}; set filter_by_alignments to leave them out"
         )
     rows = np.flatnonzero(accepted & table.has_alignment)
+    if not rows.size:
+        raise DataError(f"{describe_training(table, max_release_date, min_release_date)}; without clusters none does")
     _, inverse, counts = np.unique(np.asarray(table.cluster_id)[rows], return_inverse=True, return_counts=True)
     cluster_size = counts[inverse]
     lengths = np.clip(np.asarray(table.length)[rows], 256, 512)
     return TrainingSet(rows, cluster_size, lengths / 512 * (1 / np.sqrt(cluster_size)))
+
+
+def describe_training(
+    table: ChainTable, max_release_date: str = MAX_TRAIN_RELEASE_DATE, min_release_date: str = MIN_RELEASE_DATE
+) -> str:
+    """How many chains pass the training filters, and how many each filter refuses."""
+    filters = training_filters(table, max_release_date, min_release_date)
+    refused = ", ".join(f"{np.count_nonzero(~passed)} by {name}" for name, passed in vars(filters).items())
+    without = np.count_nonzero(filters.accepted & ~table.has_alignment)
+    return (
+        f"training: {np.count_nonzero(filters.accepted)} of {len(filters.accepted)} chains pass the filters (refused: "
+        f"{refused}); {without} of those that pass have no alignment"
+    )
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -99,31 +117,84 @@ class Target:
 def read_targets(path: Path | None = None) -> list[Target]:
     """Targets from a csv with columns submission_date, pdb_id, chain_id; by default the benchmark's CAMEO list."""
     source = resources.files("scalefold.data") / "cameo_targets.csv" if path is None else path
+    return _parse_targets(decode(source.read_bytes(), source, DataError), source)
+
+
+def _parse_targets(text: str, source: object) -> list[Target]:
+    rows = csv.DictReader(io.StringIO(text))
     try:
-        with source.open() as stream:
-            return [
-                Target(row["submission_date"], row["pdb_id"].lower(), row["chain_id"]) for row in csv.DictReader(stream)
-            ]
-    except FileNotFoundError:
-        raise DataError(f"{source}: evaluation list is missing") from None
-    except (KeyError, AttributeError) as error:
-        raise DataError(f"{source}: needs columns submission_date, pdb_id, chain_id ({error})") from error
+        missing = {"submission_date", "pdb_id", "chain_id"} - set(rows.fieldnames or ())
+        if missing:
+            raise DataError(f"{source}: needs columns submission_date, pdb_id, chain_id; {', '.join(missing)} missing")
+        return [_target(row, f"{source}:{rows.line_num}") for row in rows]
+    except csv.Error as error:
+        raise DataError(f"{source}:{rows.line_num}: cannot be read: {error}") from None
+
+
+def _target(row: dict[str, str | None], place: str) -> Target:
+    date, pdb_id, chain_id = ((row[name] or "").strip() for name in ("submission_date", "pdb_id", "chain_id"))
+    if not re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", date):
+        raise DataError(f"{place}: submission_date {date[:20]!r} is not of the form YYYY-MM-DD")
+    if not _CHAIN_NAME.fullmatch(f"{pdb_id}_{chain_id}"):
+        raise DataError(f"{place}: {pdb_id[:20]!r} and {chain_id[:20]!r} are no PDB id (four characters) and chain id")
+    return Target(date, pdb_id.lower(), chain_id)
 
 
 def read_evaluation_file(path: Path | None) -> list[Target] | list[str]:
-    """A target table (csv with header), or chain ids, one per line. None gives the benchmark's CAMEO list."""
+    """A target table (csv with header), or chain ids, one per line. None gives the benchmark's CAMEO list.
+
+    PDB ids may be written in upper or lower case, chain ids are taken as they are.
+    """
     if path is None:
         return read_targets()
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except FileNotFoundError:
-        raise DataError(f"{path}: evaluation list is missing") from None
-    if lines and "," in lines[0]:
-        return read_targets(path)
-    bad = next((line for line in lines if line and not re.fullmatch(r"\w{4}_\w+", line)), None)
-    if bad:
-        raise DataError(f"{path}: {bad!r} is not a chain id (<pdb id>_<author chain>)")
-    return [line for line in lines if line]
+    text = read_text(path, DataError)
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: evaluation list is empty; give chain ids (<pdb id>_<author chain>), one per line")
+    if "," in lines[0][1]:
+        return _parse_targets(text, path)
+    for number, line in lines:
+        if not _CHAIN_NAME.fullmatch(line):
+            raise DataError(f"{path}:{number}: {line[:40]!r} is not a chain id (<pdb id>_<author chain>)")
+    return [line[:4].lower() + line[4:] for _, line in lines]
+
+
+def find_targets(
+    table: ChainTable,
+    targets: list[Target] | list[str],
+    min_submission_date: str = "2021-09-17",
+    max_submission_date: str = "2021-12-11",
+    max_length: int = MAX_EVALUATION_LENGTH,
+) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """Rows of the evaluation chains in table order, and the name of every target that is dropped with its reason.
+
+    A target's chain is looked up among the asym ids of all kinds (waters too) first, then among the author chain ids.
+    Plain chain ids have no date and are author chain ids.
+    """
+    wanted = [t if isinstance(t, Target) else Target("", t[:4].lower(), t[5:]) for t in targets]
+    entries = {t.pdb_id for t in wanted}
+    author, asym = {}, {}
+    for row, chain_id in enumerate(np.asarray(table.chain_id).astype(str).tolist()):
+        if chain_id[:4] in entries:
+            author[chain_id] = row
+            for asym_id in table.asym_ids(row):
+                asym[f"{chain_id[:4]}_{asym_id}"] = row
+    found: set[int] = set()
+    dropped = []
+    for target in wanted:
+        name = f"{target.pdb_id}_{target.chain_id}"
+        row = author.get(name) if not target.submission_date else asym.get(name, author.get(name))
+        if target.submission_date and not min_submission_date <= target.submission_date <= max_submission_date:
+            dropped.append((name, f"submitted outside {min_submission_date} to {max_submission_date}"))
+        elif row is None:
+            dropped.append((name, "not in the store"))
+        elif table.length[row] > max_length:
+            dropped.append((name, f"longer than {max_length} residues"))
+        elif row in found:
+            dropped.append((name, "given twice"))
+        else:
+            found.add(row)
+    return np.array(sorted(found), dtype=np.int64), dropped
 
 
 def evaluation_set(
@@ -133,33 +204,12 @@ def evaluation_set(
     max_submission_date: str = "2021-12-11",
     max_length: int = MAX_EVALUATION_LENGTH,
 ) -> np.ndarray:
-    """Rows of the evaluation chains, in table order.
-
-    A target's chain is looked up among the asym ids of all kinds (waters too) first, then among the author chain ids;
-    targets outside the dates, absent or longer than ``max_length`` are dropped, repeated ones kept once. Raises
-    DataError if nothing remains. Plain chain ids are taken as they are.
-    """
-    wanted = [
-        t if isinstance(t, Target) else Target("", *t.split("_", 1))
-        for t in targets
-        if not isinstance(t, Target) or min_submission_date <= t.submission_date <= max_submission_date
-    ]
-    entries = {t.pdb_id for t in wanted}
-    author, asym = {}, {}
-    for row, chain_id in enumerate(np.asarray(table.chain_id).astype(str).tolist()):
-        if chain_id[:4] in entries:
-            author[chain_id] = row
-            for asym_id in table.asym_ids(row):
-                asym[f"{chain_id[:4]}_{asym_id}"] = row
-    found = set()
-    for target in wanted:
-        name = f"{target.pdb_id}_{target.chain_id}"
-        row = author.get(name) if not target.submission_date else asym.get(name, author.get(name))
-        if row is not None and table.length[row] <= max_length:
-            found.add(row)
-    if not found:
+    """Rows of the evaluation chains, in table order; see :func:`find_targets`. Raises DataError if nothing remains."""
+    rows, dropped = find_targets(table, targets, min_submission_date, max_submission_date, max_length)
+    if not rows.size:
+        first = f" (first: {dropped[0][0]}, {dropped[0][1]})" if dropped else ""
         raise DataError(
-            f"none of the {len(wanted)} evaluation targets is in the store; for data other than the benchmark's give "
-            "`scalefold prepare` an --evaluation-list"
+            f"none of the {len(targets)} evaluation targets is in the store{first}; for data other than the "
+            "benchmark's give `scalefold prepare` an --evaluation-list"
         )
-    return np.array(sorted(found), dtype=np.int64)
+    return rows

@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from tokenize import TokenError
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -32,6 +33,7 @@ FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 20
 _MAX_OPEN_SHARDS = 400  # stays below the usual limit of 1024 open files per process
 _NO_RECORD = -1
+_COLUMN_KINDS = {"chain_id": "S", "name": "S", "release_date": "M", "resolution": "f", "max_residue_share": "f"}
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -191,29 +193,56 @@ def write_table(index_dir: Path, kind: str, table: ChainTable | AlignmentTable) 
     """Write every column as ``<kind>.<column>.npy`` (no pickles)."""
     index_dir.mkdir(parents=True, exist_ok=True)
     for column in fields(table):
-        temporary = index_dir / f".{kind}.{column.name}.tmp.npy"
-        np.save(temporary, getattr(table, column.name), allow_pickle=False)
-        temporary.rename(index_dir / f"{kind}.{column.name}.npy")
+        write_column(index_dir, kind, column.name, getattr(table, column.name))
+
+
+def write_column(index_dir: Path, kind: str, name: str, values: np.ndarray) -> None:
+    """Write one column under a temporary name and rename it."""
+    temporary = index_dir / f".{kind}.{name}.tmp.npy"
+    np.save(temporary, values, allow_pickle=False)
+    temporary.rename(index_dir / f"{kind}.{name}.npy")
 
 
 def _open_table(index_dir: Path, kind: str, table_type: type) -> Any:
-    columns = {}
-    for column in fields(table_type):
-        path = index_dir / f"{kind}.{column.name}.npy"
-        try:
-            columns[column.name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except FileNotFoundError:
-            raise DataError(f"{path}: index column is missing; the store is incomplete, run prepare again") from None
-        except ValueError:  # an empty array cannot be mapped
-            columns[column.name] = _load_unmapped(path)
+    columns = {c.name: _open_column(index_dir / f"{kind}.{c.name}.npy", c.name) for c in fields(table_type)}
+    lengths = {name: len(values) for name, values in columns.items() if name != "asym_ids_text"}
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"{index_dir}: columns of the {kind} index differ in length; run verify-data on the store")
     return table_type(**columns)
 
 
-def _load_unmapped(path: Path) -> np.ndarray:
+def _open_column(path: Path, name: str) -> np.ndarray:
+    """A one-dimensional column, mapped. What its header states is held against the size of the file first."""
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise DataError(f"{path}: index column cannot be read ({error}); run verify-data on the store") from error
+        with path.open("rb") as stream:
+            shape, dtype = _read_header(stream)
+            size = os.fstat(stream.fileno()).st_size - stream.tell()
+        kinds = _COLUMN_KINDS.get(name, "iu")
+        if len(shape) != 1 or shape[0] * dtype.itemsize != size or (shape[0] and dtype.kind not in kinds):
+            raise ValueError(f"states {shape} of {dtype}, holds {size} bytes")
+        return np.load(path, mmap_mode="r", allow_pickle=False) if size else np.zeros(shape, dtype)
+    except FileNotFoundError:
+        raise DataError(f"{path}: index column is missing; the store is incomplete, run prepare again") from None
+    except (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError, SyntaxError, TokenError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path}: index column cannot be read ({reason}); run verify-data on the store") from error
+
+
+def _read_header(stream: BinaryIO) -> tuple[tuple[int, ...], np.dtype]:
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(stream)
+    return shape, dtype
+
+
+@contextlib.contextmanager
+def _damage_names(place: object) -> Iterator[None]:
+    """Turn what a damaged index makes of a look-up into one line that names ``place``."""
+    try:
+        yield
+    except (IndexError, KeyError, ValueError, TypeError, OverflowError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise DataError(f"{place}: index or record is damaged ({reason}); run verify-data on the store") from error
 
 
 # --- shards -----------------------------------------------------------------------------------------------------------
@@ -297,9 +326,13 @@ class ShardReader:
                 self._open.pop(next(iter(self._open)))[0].close()
             self._open[shard] = _open_shard(path)
         data = self._open[shard][1]
-        if offset + num_bytes > data.shape[0]:
+        if min(offset, num_bytes) < 0 or offset + num_bytes > data.shape[0]:
             raise DataError(f"{path}: {label} lies beyond the end of the shard; run verify-data on the store")
-        return codec.Record(data[offset : offset + num_bytes].data, f"{path}: {label}")
+        try:
+            content = data[offset : offset + num_bytes]
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path}: {label} cannot be read ({error}); run verify-data on the store") from error
+        return codec.Record(content.data, f"{path}: {label}")
 
     def close(self) -> None:
         """Close all files of this process."""
@@ -312,10 +345,13 @@ def _open_shard(path: Path) -> tuple[h5py.File, h5py.Dataset]:
     try:
         # No chunk cache: records are smaller than chunks, and without cache only the bytes asked for are read.
         file = h5py.File(path, "r", rdcc_nbytes=0, locking=False)
-        return file, file["records"]  # type: ignore[return-value]
+        records = file["records"]
+        if not isinstance(records, h5py.Dataset) or records.ndim != 1 or records.dtype != np.uint8:
+            raise OSError("its records are no row of bytes")
+        return file, records
     except FileNotFoundError:
         raise DataError(f"{path}: shard is missing; copy it again or run prepare again") from None
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise DataError(f"{path}: shard cannot be read ({error}); run verify-data on the store") from error
 
 
@@ -380,11 +416,13 @@ class Store:
 
     def name(self, row: int) -> str:
         """Chain id of a row."""
-        return self.table.name(row)
+        with _damage_names(self.path):
+            return self.table.name(row)
 
     def index_of(self, chain_id: str) -> int:
         """Row of a chain. Raises DataError if the store has no such chain."""
-        row = self.table.find(chain_id)
+        with _damage_names(self.path):
+            row = self.table.find(chain_id)
         if row is None:
             raise DataError(f"{self.path}: no chain {chain_id!r} in this store of {len(self)} chains")
         return row
@@ -399,17 +437,23 @@ class Store:
         """Sequence, positions and mask of a chain."""
         row, table = self._row(chain), self.table
         place = (int(c[row]) for c in (table.structure_shard, table.structure_offset, table.structure_bytes))
-        record = self._structures.read(*place, label=f"chain {self.table.name(row)}")
+        record = self._structures.read(*place, label=f"chain {self.name(row)}")
         positions, mask = codec.unpack_structure(record)
-        sequence = record.facts["sequence"]
-        return Structure(sequence, residues.sequence_to_aatype(sequence), positions, mask)
+        with _damage_names(record):
+            sequence = record.facts["sequence"]
+            aatype = residues.sequence_to_aatype(sequence)
+            if len(aatype) != len(mask):
+                raise ValueError(f"{len(aatype)} letters for {len(mask)} residues")
+        return Structure(sequence, aatype, positions, mask)
 
     def _alignment_record(self, row: int) -> codec.Record | None:
         which = int(self.table.alignment[row])
         if which == _NO_RECORD:
             return None
-        place = (int(c[which]) for c in (self.alignments.shard, self.alignments.offset, self.alignments.num_bytes))
-        return self._alignments.read(*place, label=f"alignment {self.alignments.name[which].decode()}")
+        with _damage_names(self.path):
+            place = [int(c[which]) for c in (self.alignments.shard, self.alignments.offset, self.alignments.num_bytes)]
+            label = f"alignment {self.alignments.name[which].decode()}"
+        return self._alignments.read(*place, label=label)
 
     def read_msa_rows(self, chain: int | str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Letters uint8 [n, L] and deletion counts [n, L] of the ascending ``rows``; other blocks stay compressed."""
@@ -432,7 +476,11 @@ class Store:
         if int(table.template_shard[row]) == _NO_RECORD:
             return []
         place = (int(c[row]) for c in (table.template_shard, table.template_offset, table.template_bytes))
-        record = self._alignments.read(*place, label=f"templates of {self.table.name(row)}")
+        record = self._alignments.read(*place, label=f"templates of {self.name(row)}")
+        with _damage_names(record):
+            return self._template_hits(record)
+
+    def _template_hits(self, record: codec.Record) -> list[TemplateHit]:
         facts, sum_probs, rows = record.facts, record["sum_probs"], record["row"]
         position, letters = record["position"].T, record["letters"]
         own = {hit: i for i, hit in enumerate(facts["own_letters"])}
@@ -470,7 +518,7 @@ class Store:
             letters, deletions = codec.unpack_msa(record, None if msa else np.zeros(0, dtype=np.int64))
             counts = record["counts"]
         return ChainRecord(
-            chain_id=self.table.name(row),
+            chain_id=self.name(row),
             sequence=structure.sequence,
             aatype=structure.aatype,
             all_atom_positions=structure.positions,

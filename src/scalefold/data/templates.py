@@ -4,6 +4,8 @@ AlphaFold 2 Supplement 1.2.3 with the benchmark's settings. The map is all that 
 from the template chain's own record when a sample uses it.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +31,7 @@ _SUMMARY = re.compile(
     r"Probab=(\S+)\s+E-value=(\S+)\s+Score=(\S+)\s+Aligned_cols=(\S+)\s+Identities=(\S+)%\s+"
     r"Similarity=(\S+)\s+Sum_probs=(\S+)\s+Template_Neff=(\S+)"
 )
-_SEGMENT = re.compile(r"\s*(\d+)\s+([A-Z-]*)\s+(\d+)\s+\((\d+)\)")
+_SEGMENT = re.compile(r"\s*(\d{1,9})\s+([A-Z-]*)\s+(\d{1,9})\s+\((\d+)\)")
 _NOT_SEQUENCES = ("ss_dssp", "ss_pred", "Consensus")
 
 
@@ -65,15 +67,27 @@ class HhrHit:
 # --- parsing ----------------------------------------------------------------------------------------------------------
 
 
-def parse_hhr(text: str) -> list[HhrHit]:
-    """All hits of an hhr file in file order. Raises DataError naming the hit that is malformed."""
+def parse_hhr(text: str, skipped: list[str] | None = None) -> list[HhrHit]:
+    """All hits of an hhr file in file order.
+
+    A file without hits, empty or not, is an ordinary answer: nothing resembles the query. A malformed hit is left out
+    and its reason appended to ``skipped``; without that list it raises DataError.
+    """
     lines = text.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith("No ")]
-    return [_parse_hit(lines[start:end]) for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
+    hits = []
+    for start, end in itertools.pairwise([*starts, len(lines)]):
+        try:
+            hits.append(_parse_hit(lines[start:end]))
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+    return hits
 
 
 def _parse_hit(lines: list[str]) -> HhrHit:
-    title = lines[0].strip()
+    title = lines[0].strip()[:40]
     if len(lines) < 3:
         raise DataError(f"hit {title!r} is cut off")
     name = _NAME.match(lines[1][1:])
@@ -82,18 +96,20 @@ def _parse_hit(lines: list[str]) -> HhrHit:
         raise DataError(f"hit {title!r} has no chain name or summary line")
     query, hit = [], []
     for line in lines[3:]:
-        if line.startswith("Q ") and line[2:].split(maxsplit=1)[0] not in _NOT_SEQUENCES:
-            query.append(_segment(line, title))
-        elif line.startswith("T ") and line[2:].split(maxsplit=1)[0] not in _NOT_SEQUENCES:
-            hit.append(_segment(line, title))
+        label = line[2:].split(maxsplit=1)[:1]
+        if line.startswith(("Q ", "T ")) and label != [] and label[0] not in _NOT_SEQUENCES:
+            (query if line[0] == "Q" else hit).append(_segment(line, title))
     if not query or [len(s) for _, s in query] != [len(s) for _, s in hit]:
         raise DataError(f"hit {title!r} has query and template blocks of different length, or none")
     try:
+        number, aligned_cols, sum_probs = int(title.split()[-1]), int(summary[4]), float(summary[7])
+        if not math.isfinite(sum_probs):
+            raise ValueError(f"Sum_probs={sum_probs}")
         return HhrHit(
-            number=int(title.split()[-1]),
+            number=number,
             name=f"{name[1].lower()}_{name[2]}",
-            aligned_cols=int(summary[4]),
-            sum_probs=float(summary[7]),
+            aligned_cols=aligned_cols,
+            sum_probs=sum_probs,
             query_segment="".join(letters for _, letters in query),
             hit_segment="".join(letters for _, letters in hit),
             query_indices=_indices(query),
@@ -318,6 +334,8 @@ def select(
     these hold fewer than four; so nothing after the 20th is needed once four are usable.
     """
     chosen: list[tuple[TemplateHit, int]] = []
+    if not query.sequence:
+        return chosen
     num_ok = 0
     for hit, name in candidates(hits, query, sources):
         if len(chosen) >= SHUFFLED_HITS and num_ok >= MAX_TEMPLATES:

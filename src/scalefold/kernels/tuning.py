@@ -32,8 +32,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from scalefold.errors import ConfigError
+from scalefold.textfile import parse_json, read_text
 
 Config = dict[str, int]
 Fields = Mapping[str, int | str]
@@ -43,6 +47,10 @@ SIZES = ("rows", "sequences", "n", "frames", "points")  # fields that say how mu
 SMALLEST_SIZE = 16  # smaller sizes take other paths in the kernels: they are never another problem's neighbour
 FARTHEST = 3.0  # factors of two between neighbours, summed over SIZES: a share of DAP 8 still learns from DAP 1
 FALLBACK_CAPABILITY = 90  # what interpreter runs and compile checks assume where there is no GPU
+
+
+_DIGITS = re.compile(r"[0-9]{1,18}")
+_REPAIR = "remove it or tune again (benchmarks/tune.py)"
 
 
 @dataclass(frozen=True)
@@ -201,7 +209,29 @@ def table(target: int) -> dict[str, dict[str, Config]]:
 
 def _read(stem: str) -> dict[str, dict[str, Config]]:
     path = TABLES / f"{stem}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_table(path) if path.is_file() else {}
+
+
+def read_table(path: Path) -> dict[str, dict[str, Config]]:
+    """A file of tuned entries. Raises ConfigError naming the file and the entry that is none."""
+    try:
+        tables = parse_json(read_text(path, ConfigError))
+    except ValueError as error:
+        raise ConfigError(f"{path}: no table of launch parameters ({error}); {_REPAIR}") from None
+    for name, entries in _items(tables, path):
+        for key, config in _items(entries, f"{path}: {name}"):
+            values = list(_items(config, f"{path}: {name}: {key}"))
+            fields = [part.partition("=") for part in key.split()]
+            bad_fields = [f for f, _, value in fields if not value or (f in SIZES and not _DIGITS.fullmatch(value))]
+            if bad_fields or any(type(value) is not int for _, value in values):
+                raise ConfigError(f"{path}: {name}: `{key[:80]}` is no problem with launch parameters; {_REPAIR}")
+    return tables
+
+
+def _items(value: object, place: object) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{place}: found {type(value).__name__}, a JSON object was expected; {_REPAIR}")
+    yield from value.items()
 
 
 def save(stem: str, entries: Mapping[str, Mapping[str, Config]]) -> Path:

@@ -1,6 +1,6 @@
 """Read an MLPerf log as a list of events, as tolerantly as the official parser does."""
 
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,6 +9,7 @@ from typing import Any
 
 from scalefold.errors import LogError
 from scalefold.mlperf.keys import TOKEN
+from scalefold.textfile import is_number, parse_json
 
 _FIELDS = ("time_ms", "key", "value", "metadata")
 
@@ -66,6 +67,13 @@ class Log:
             raise LogError(f"{self.file}: no {key} line")
         return event
 
+    def number(self, key: str) -> int | float:
+        """Value of the first event with this key; LogError names file, line and key if it is no finite number."""
+        event = self.need(key)
+        if not is_number(event.value) or not math.isfinite(event.value):
+            raise LogError(f"{self.file}:{event.line}: {key} is {str(event.value)[:40]!r}, must be a number")
+        return event.value
+
     @property
     def minutes(self) -> float:
         """Time to train: ``run_stop`` minus ``run_start``, in minutes."""
@@ -118,7 +126,7 @@ def _mllog_lines(lines: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def _parse(number: int, text: str) -> LogEvent:
-    record = json.loads(text[len(TOKEN) :])
+    record = parse_json(text[len(TOKEN) :])
     if not isinstance(record, dict):
         raise ValueError("the text after the token is not a JSON object")
     missing = [field for field in _FIELDS if field not in record]
@@ -126,12 +134,14 @@ def _parse(number: int, text: str) -> LogEvent:
         raise ValueError(f"field {', '.join(missing)} missing")
     if not isinstance(record["metadata"], dict):
         raise ValueError("metadata is not a JSON object")
-    if isinstance(record["time_ms"], bool) or not isinstance(record["time_ms"], int | float):
+    if not is_number(record["time_ms"]) or not math.isfinite(record["time_ms"]):
         raise ValueError(f"time_ms is {record['time_ms']!r}, not a number")
+    if not isinstance(record["key"], str):
+        raise ValueError(f"key is {record['key']!r}, not text")
     return LogEvent(
         line=number,
         time_ms=record["time_ms"],
-        key=str(record["key"]),
+        key=record["key"],
         value=record["value"],
         metadata=record["metadata"],
         event_type=record.get("event_type"),

@@ -3,7 +3,6 @@
 Times are seconds since ``run_start``; ``samples`` is the log's ``epoch_num``: training samples so far.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ import numpy as np
 
 from scalefold.errors import LogError
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
+from scalefold.textfile import is_number, parse_json
 
 TOKEN = ":::MLLOG "
-_TRACKED = ("throughput", "avg_perf_next_batch")
 #: Logged values that make a run the MLPerf HPC v3.0 OpenFold benchmark and its results comparable.
 BENCHMARK_FACTS = {
     "submission_benchmark": "openfold",
@@ -27,6 +26,8 @@ BENCHMARK_FACTS = {
     "val_every_iters": 40,
     "target_avg_lddt_ca_value": 0.8,
 }
+_NUMBERS = ("eval_accuracy", "target_avg_lddt_ca_value")
+_TRACKED = ("throughput", "avg_perf_next_batch")
 #: Reference convergence, 20 runs per point: batch size -> samples to converge, mean and standard deviation.
 REFERENCE_BANDS = {128: (88832.0, 8760.0), 256: (133120.0, 13738.0)}
 
@@ -155,8 +156,8 @@ def read_result(path: Path | str) -> ResultLog:
         status=None if stop is None else stop["metadata"].get("status"),
         cycles=_cycles(entries, clock),
         evaluations=_evaluations(entries, clock),
-        throughput=_tracked(stats, "throughput"),
-        batch_wait_s=_tracked(stats, "avg_perf_next_batch"),
+        throughput=_tracked(stats, _TRACKED[0]),
+        batch_wait_s=_tracked(stats, _TRACKED[1]),
         run_start_ms=clock,
     )
 
@@ -244,33 +245,29 @@ def _log_entries(path: Path) -> list[dict[str, Any]]:
         if TOKEN not in line:
             continue
         try:
-            entry = json.loads(line[line.index(TOKEN) + len(TOKEN) :])
-            entries.append({name: entry[name] for name in ("time_ms", "key", "value", "metadata")})
-        except (json.JSONDecodeError, KeyError, TypeError):
+            entry = parse_json(line[line.index(TOKEN) + len(TOKEN) :])
+            entry = {name: entry[name] for name in ("time_ms", "key", "value", "metadata")}
+        except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise LogError(f"{path}:{number}: an MLPerf line without time_ms, key, value and metadata") from None
-        _check_types(path, number, entries[-1])
+        _check_entry(entry, f"{path}:{number}")
+        entries.append(entry)
     return entries
 
 
-def _check_types(path: Path, number: int, entry: dict[str, Any]) -> None:
-    """Refuse an entry whose time, metadata or measured numbers are something else; names file, line and key."""
-    key, value = entry["key"], entry["value"]
-    if not _is_number(entry["time_ms"]) or not math.isfinite(entry["time_ms"]):
-        raise LogError(f"{path}:{number}: {key}: time_ms is {entry['time_ms']!r}, must be a number")
-    if not isinstance(key, str) or not isinstance(entry["metadata"], dict):
-        raise LogError(f"{path}:{number}: {key}: key must be text and metadata an object")
-    if key in ("eval_accuracy", "target_avg_lddt_ca_value") and not _is_number(value):
-        raise LogError(f"{path}:{number}: {key} is {value!r}, must be a number")
+def _check_entry(entry: dict[str, Any], place: str) -> None:
+    """Refuse other types than numbers where the report counts with them. Raises LogError naming line and key."""
+    key, value, metadata = entry["key"], entry["value"], entry["metadata"]
+    if not isinstance(key, str) or not isinstance(metadata, dict):
+        raise LogError(f"{place}: key must be text and metadata a JSON object")
+    numbers = {"time_ms": entry["time_ms"], "value": value if key in _NUMBERS else 0}
+    numbers |= {name: metadata[name] for name in ("epoch_num", "step") if metadata.get(name) is not None}
     if key == "tracked_stats" and isinstance(value, dict):
-        wrong = [n for n in _TRACKED if n in value and not _is_number(value[n])]
-        if wrong or not _is_number(entry["metadata"].get("step", 0)):
-            raise LogError(f"{path}:{number}: {key}: {', '.join(wrong) or 'step'} must be a number")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        numbers |= {name: value[name] for name in _TRACKED if name in value}
+    for name, number in numbers.items():
+        if not is_number(number) or not math.isfinite(number):
+            raise LogError(f"{place}: {key}: {name} is {str(number)[:40]!r}, must be a number")
 
 
 def _facts(entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -316,4 +313,4 @@ def _evaluations(entries: list[dict[str, Any]], clock: int) -> list[Evaluation]:
 
 
 def _tracked(stats: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    return [(int(e["metadata"].get("step", 0)), float(e["value"][name])) for e in stats if name in e["value"]]
+    return [(int(e["metadata"].get("step") or 0), float(e["value"][name])) for e in stats if name in e["value"]]

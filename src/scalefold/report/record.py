@@ -26,6 +26,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from scalefold.errors import LogError
+from scalefold.textfile import is_number, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -215,12 +216,16 @@ def metrics_path(path: Path | str) -> Path:
 
 _STEP_COLUMNS = ("loss", "lr", "grad_norm", "step_ms", "data_ms", "passes", "peak_gib", "samples", "time_s")
 _KINDS = ("run", "step", "eval", "event")
+_NUMBERS = {"step": _STEP_COLUMNS, "eval": ("samples", "lddt_ca", "seconds")}
+_GROUPS = {"step": ("terms", "phases_ms"), "eval": ("chains",)}
 
 
 def _entries(path: Path) -> Iterator[dict[str, Any]]:
     """All complete entries of a metrics file, in file order."""
-    text = _text(path)
-    for number, line in enumerate(text.split("\n")[:-1], 1):
+    lines = _text(path).split("\n")
+    if len(lines) == 1 and lines[0].strip("\0") and not lines[0].startswith("{"):
+        raise LogError(f"{path}: holds no record; is it the metrics file of a run?")
+    for number, line in enumerate(lines[:-1], 1):
         if line := line.strip("\0"):  # blocks that a crashed file system never filled
             yield _entry(path, number, line)
 
@@ -236,16 +241,49 @@ def _text(path: Path) -> str:
 
 def _entry(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise LogError(f"{path}:{number}: not a JSON object ({error.msg}); delete the line to go on") from None
+        entry = parse_json(line)
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+        raise LogError(f"{path}:{number}: not a JSON object ({reason}); delete the line to go on") from None
     if not isinstance(entry, dict) or entry.get("kind") not in _KINDS:
         raise LogError(f"{path}:{number}: no record: 'kind' must be one of {', '.join(_KINDS)}")
-    needed = {"step": ("step", "loss"), "eval": ("step", "samples", "lddt_ca")}.get(entry["kind"], ())
-    for key in needed:
+    needed = {"step": ("step", "loss"), "eval": ("step", "samples", "lddt_ca"), "event": ("name",)}
+    for key in needed.get(entry["kind"], ()):
         if key not in entry:
             raise LogError(f"{path}:{number}: {entry['kind']} record without '{key}'")
+    _check_types(entry, f"{path}:{number}")
     return entry
+
+
+def _check_types(entry: dict[str, Any], place: str) -> None:
+    """Refuse other types where the report counts. Raises LogError naming line and key."""
+    kind, step = entry["kind"], entry.get("step", 0)
+    if not isinstance(step, int) or isinstance(step, bool) or abs(step) > 1 << 53:
+        raise LogError(f"{place}: {kind}: step is {str(step)[:40]!r}, must be a whole number")
+    if kind == "event" and not isinstance(entry["name"], str):
+        raise LogError(f"{place}: event: name is {str(entry['name'])[:40]!r}, must be text")
+    if kind == "event" and entry["name"] == "loader" and not _is_loader_event(entry):
+        raise LogError(f"{place}: event loader: slowest must list chains with seconds, beside workers and prefetch")
+    numbers = {name: entry.get(name) for name in ("time_s", *_NUMBERS.get(kind, ()))}
+    for group in _GROUPS.get(kind, ()):
+        inside = entry.get(group) or {}
+        if not isinstance(inside, dict):
+            raise LogError(f"{place}: {kind}: {group} is {str(inside)[:40]!r}, must be a JSON object of numbers")
+        numbers |= {f"{group}.{name}": value for name, value in inside.items()}
+    for name, value in numbers.items():
+        if value is not None and not is_number(value):
+            raise LogError(f"{place}: {kind}: {name} is {str(value)[:40]!r}, must be a number")
+
+
+def _is_loader_event(entry: dict[str, Any]) -> bool:
+    slowest = entry.get("slowest")
+    return (
+        {"workers", "prefetch"} <= entry.keys()
+        and isinstance(slowest, list)
+        and all(
+            isinstance(sample, dict) and "chain" in sample and is_number(sample.get("seconds")) for sample in slowest
+        )
+    )
 
 
 def _number(value: Any) -> float:
@@ -257,8 +295,9 @@ def _column(entries: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def _columns(entries: list[dict[str, Any]], group: str) -> dict[str, np.ndarray]:
-    names = list(dict.fromkeys(name for e in entries for name in e.get(group, {})))
-    return {n: np.array([_number(e.get(group, {}).get(n)) for e in entries], np.float64) for n in names}
+    groups = [e.get(group) or {} for e in entries]
+    names = list(dict.fromkeys(name for inside in groups for name in inside))
+    return {n: np.array([_number(inside.get(n)) for inside in groups], np.float64) for n in names}
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,43 @@
+"""Text files that people write: UTF-8, or one line that says where it is not and how to save it; and JSON from them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scalefold.errors import ScaleFoldError
+
+
+def read_text(path: Path, error: type[ScaleFoldError], what: str = "file") -> str:
+    """Content of a UTF-8 file, with or without byte order mark. Raises ``error`` naming file and line."""
+    try:
+        return decode(path.read_bytes(), path, error)
+    except FileNotFoundError:
+        raise error(f"{path}: cannot read the {what}: file is missing") from None
+    except OSError as problem:
+        raise error(f"{path}: cannot read the {what}: {problem.strerror or problem}") from None
+
+
+def decode(data: bytes, name: object, error: type[ScaleFoldError]) -> str:
+    """``data`` as text. Raises ``error`` naming file, line and byte of what is no UTF-8."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as problem:
+        at = problem.start
+        line = data.count(b"\n", 0, at) + 1
+        raise error(
+            f"{name}:{line}: byte {at} (0x{data[at]:02x}) is not UTF-8 text; save the file as "
+            f"UTF-8 (if it is Latin-1: iconv -f latin1 -t utf-8 {name} > new_file)"
+        ) from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value in JSON text. Whole numbers of more than 40 digits become floats. Raises ValueError only."""
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 40 else float(digits))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number, NaN and infinity included; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
