@@ -118,7 +118,7 @@ def _named(row: Row, benchmarks_of: dict[str, list[str]]) -> Row:
     benchmarks, systems = every, sorted(benchmarks_of)
     if kind == "results" and parts:
         systems = [parts[0]]
-        benchmarks = parts[2:3] or benchmarks_of.get(parts[0], every)
+        benchmarks = [name for name in parts[1:3] if name in (*every, BENCHMARK)] or benchmarks_of.get(parts[0], every)
     elif kind == "systems" and parts:
         systems = [parts[0].removesuffix(".json")]
         benchmarks = benchmarks_of.get(systems[0], every)
