@@ -74,9 +74,11 @@ def test_a_bad_file_gives_one_line_that_says_where(tmp_path: Path, text: str, me
     "text, message",
     [
         (b"system: x\ndescription: M\xfcnchen\n", r"x\.yaml:2: byte 24 \(0xfc\) is not UTF-8 text; save the file as"),
+        (b"system: x\nphases:\n- {yes: 1}\n", r"x\.yaml:3: key `yes` must be text"),
+        (b"system: x\nphases:\n- {name: a, name: b}\n", r"x\.yaml:3: key `name` is given twice"),
         (b"system: x\n1: y\n", r"x\.yaml:2: key `1` must be text"),
         (b"system: x\ntraining: {yes: 1}\n", r"x\.yaml:2: key `yes` must be text"),
-        (b"system: x\n? [a]\n: 1\n", r"x\.yaml:2: not valid YAML: found unhashable key"),
+        (b"system: x\n? [a]\n: 1\n", r"x\.yaml:2: key `sequence` must be text"),
         (b"system: " + b"[" * 40, r"x\.yaml:1: not valid YAML: nested more than 32 levels deep"),
         (b"system: " + b"[" * 100_000, r"x\.yaml: not valid YAML: nested more than 32 levels deep"),
         (b"a: &a [x]\nb: *a\n", r"x\.yaml:2: not valid YAML: aliases"),

@@ -215,6 +215,13 @@ def test_an_index_of_another_form_is_refused(tmp_path: Path, index: str) -> None
         official.alignment_folders(tmp_path)
 
 
+def test_a_shard_name_that_no_file_can_have_is_named(tmp_path: Path) -> None:
+    index = {"1abc_A": {"db": "9" * 5000, "files": [["uniref90_hits.a3m", 0, 1]]}}
+    (tmp_path / "super.index").write_text(json.dumps(index))
+    with pytest.raises(DataError, match=r"super\.index: names shards that are missing or too short"):
+        official.alignment_folders(tmp_path)
+
+
 def test_a_chain_table_in_another_encoding_or_with_short_lines_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "chains.csv"
     path.write_bytes(b"pdb_chain_id,mmcif_chain_ids,pdb_cluster_id\n1abc_\xfc,A,0\n")

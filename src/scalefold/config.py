@@ -533,6 +533,7 @@ def _parse_yaml(text: str, place: str) -> tuple[Any, Any]:
             _check_event(event, depth)
         loader = _Loader(text)
         node = loader.get_single_node()
+        _check_keys(node, place)
         return (None if node is None else loader.construct_document(node)), node
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
@@ -555,15 +556,30 @@ def _check_event(event: yaml.Event, depth: int) -> None:
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
 
+def _check_keys(node: Any, place: str) -> None:
+    """Raises ConfigError for a key that is no text, in lists too, and for one that is given twice."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, place)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    seen = set()
+    for key, value in node.value:
+        at = f"{place}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+            text = key.value if isinstance(key, yaml.ScalarNode) else key.id
+            raise ConfigError(f"{at}: key `{str(text)[:40]}` must be text; put it in quotes if it is meant as text")
+        if key.value in seen:
+            raise ConfigError(f"{at}: key `{key.value}` is given twice")
+        seen.add(key.value)
+        _check_keys(value, place)
+
+
 def _collect_lines(node: Any, prefix: str, file: str, origins: dict[str, Origin]) -> None:
     for key_node, value_node in node.value:
-        place = f"{file}:{key_node.start_mark.line + 1}"
-        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
-            text = key_node.value if isinstance(key_node, yaml.ScalarNode) else key_node.id
-            raise ConfigError(f"{place}: key `{str(text)[:40]}` must be text; put it in quotes if it is meant as text")
         path = f"{prefix}{key_node.value}"
         if path in origins:
-            raise ConfigError(f"{place}: key `{path}` is given twice")
+            raise ConfigError(f"{file}:{key_node.start_mark.line + 1}: key `{path}` is given twice")
         origins[path] = Origin(file, key_node.start_mark.line + 1)
         if isinstance(value_node, yaml.MappingNode):
             _collect_lines(value_node, f"{path}.", file, origins)
@@ -588,9 +604,7 @@ def _apply_override(values: dict[str, Any], origins: dict[str, Origin], override
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise ConfigError(f"{shown}: `{parent}` is a value, not a section")
-    target[last], node = _parse_yaml(text, shown)
-    if isinstance(node, yaml.MappingNode):
-        _collect_lines(node, f"{key.strip()}.", shown, {})
+    target[last], _ = _parse_yaml(text, shown)
     origins[key.strip()] = Origin("command line", 0)
 
 

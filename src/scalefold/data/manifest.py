@@ -94,6 +94,8 @@ def _check_manifest(manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"file {name[:80]!r} does not lie in the store")
+        if len(name) > 200:
+            raise ValueError(f"file {name[:80]!r}... has too long a name")
         if type(entry) is not dict or type(entry.get("bytes")) is not int or type(entry.get("sha256")) is not str:
             raise ValueError(f"file {name[:80]!r} has no bytes and sha256")
 

@@ -323,4 +323,7 @@ def _there(file: ShardFile) -> bool:
 
 @lru_cache(maxsize=64)
 def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
+    try:
+        return path.stat().st_size if path.is_file() else -1
+    except OSError:  # a name that no file can have
+        return -1

@@ -228,7 +228,7 @@ def _run(log: ResultLog | None, metrics: Metrics | None = None, config_text: str
 
 def _config_text(folder: Path) -> str:
     files = [f for name in ("config.yaml", "resolved_config.yaml") if (f := folder / name).is_file()]
-    return files[0].read_text(encoding="utf-8") if files else ""
+    return files[0].read_text(encoding="utf-8", errors="replace") if files else ""
 
 
 def _natural(path: Path) -> list[int | str]:
