@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 TEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-distributed test-slurm test-gpu test-install check format equivalence mutations bench-data bench-gpu clean FORCE
+.PHONY: help setup demo test test-distributed test-slurm test-browser test-gpu rings test-install check format equivalence mutations bench-data bench-gpu clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -25,7 +25,7 @@ demo: setup  ## generate tiny proteins, prepare, train to the target, check the 
 	$(BIN)/scalefold demo
 
 test: setup  ## CPU tests
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not gpu and not multi_gpu and not slurm and not distributed"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser"
 	$(MAKE) test-distributed
 
 test-distributed: setup  ## multi-process CPU tests
@@ -34,13 +34,16 @@ test-distributed: setup  ## multi-process CPU tests
 test-slurm: setup  ## tests on a real Slurm that is installed and started for them (Debian, root)
 	$(BIN)/python -m pytest -q -m slurm
 
+test-browser: setup  ## reports in a real browser that is installed for them (Debian, root)
+	$(BIN)/python -m pytest -q -m browser
+
 test-gpu: setup  ## tests that need one or more CUDA devices
 	$(BIN)/python -m pytest -q -m "gpu or multi_gpu"
 
 equivalence: setup  ## compare everything with the reference's numbers, rewrite the table in docs/equivalence.md
 	PYTHONPATH=tests $(BIN)/python -m parity.table
 
-mutations: setup  ## plant ten defects in a copy of the source and show that tests catch all of them
+mutations: setup  ## plant defects in a copy of the source and show that tests catch all of them
 	PYTHONPATH=tests $(BIN)/python -m parity.mutations
 
 bench-data: setup  ## prepare real or generated chains and measure samples per second on one core
@@ -48,6 +51,9 @@ bench-data: setup  ## prepare real or generated chains and measure samples per s
 
 bench-gpu: setup  ## measure a step on this machine's GPU and judge every line (TORCH=torch==2.11.0 STORE=folder)
 	$(BIN)/python benchmarks/gates.py $(STORE)
+
+rings: setup  ## look for races in the compiled kernels of every share and evaluation length (no GPU, minutes)
+	$(BIN)/python benchmarks/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
 
 test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo
 	$(PYTHON) tests/installation.py
