@@ -47,13 +47,13 @@ mutations: setup  ## plant defects in a copy of the source and show that tests c
 	PYTHONPATH=tests $(BIN)/python -m parity.mutations
 
 bench-data: setup  ## prepare real or generated chains and measure samples per second on one core
-	$(BIN)/python benchmarks/data_pipeline.py
+	$(BIN)/python benchmarks/measure/data_pipeline.py
 
 bench-gpu: setup  ## measure a step on this machine's GPU and judge every line (TORCH=torch==2.11.0 STORE=folder)
-	$(BIN)/python benchmarks/gates.py $(STORE)
+	$(BIN)/python benchmarks/measure/gates.py $(STORE)
 
 rings: setup  ## look for races in the compiled kernels of every share and evaluation length (no GPU, minutes)
-	$(BIN)/python benchmarks/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
+	$(BIN)/python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
 
 test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo
 	$(PYTHON) tests/installation.py

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from scalefold.data import residues
-from scalefold.data.store import ChainRecord, count_letters
+from scalefold.data.store.store import ChainRecord, count_letters
 
 
 def random_chain(length, num_rows, seed=0, num_templates=3, failing=()):

@@ -57,8 +57,8 @@ def repository() -> Path:
 @pytest.fixture(scope="session")
 def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared store of 30 generated training and 4 evaluation proteins."""
-    from scalefold.data.demo import generate
-    from scalefold.data.prepare import prepare
+    from scalefold.data.made.demo import generate
+    from scalefold.data.store.prepare import prepare
 
     folder = tmp_path_factory.mktemp("tiny")
     made = generate(folder / "raw", seed=3, num_train=30, num_eval=4)
@@ -81,8 +81,8 @@ REAL_ENTRIES = ("1l2y", "1a00", "1nqp", "1bjp", "1out")  # 1out: the only entry 
 @pytest.fixture(scope="session")
 def real_store(shared_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A prepared store of a few real entries with real alignments; two of their chains are for evaluation."""
-    from scalefold.data.prepare import prepare
-    from scalefold.data.rawlayout import RawLayout
+    from scalefold.data.raw.rawlayout import RawLayout
+    from scalefold.data.store.prepare import prepare
 
     folder, source = tmp_path_factory.mktemp("real"), shared_dir / "data"
     for entry in REAL_ENTRIES:

@@ -4,9 +4,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from scalefold.mlperf.keys import TOKEN
-from scalefold.mlperf.published import published_runs
-from scalefold.mlperf.rehearsal import published_script, write_rehearsal
+from scalefold.mlperf.log.keys import TOKEN
+from scalefold.mlperf.log.published import published_runs
+from scalefold.mlperf.log.rehearsal import published_script, write_rehearsal
 
 Lines = list[dict]
 
@@ -19,7 +19,7 @@ def rehearsal(file: Path, *, submitter: str = "NVIDIA", scaling: str = "strong",
 
 def as_trained(file: Path) -> Path:
     """The log with the call sites of another file: packages refuse logs that the rehearsal wrote."""
-    file.write_text(file.read_text().replace("scalefold/mlperf/rehearsal.py", "scalefold/mlperf/events.py"))
+    file.write_text(file.read_text().replace("scalefold/mlperf/log/rehearsal.py", "scalefold/mlperf/log/events.py"))
     return file
 
 

@@ -18,8 +18,8 @@ import torch
 
 from processes import free_port
 from runs import SMALLEST, TINY
-from scalefold.checkpoint import AVERAGED_FILE, RESUMABLE_FILE, Checkpoints
 from scalefold.report.record import read_metrics
+from scalefold.step.checkpoint import AVERAGED_FILE, RESUMABLE_FILE, Checkpoints
 
 LAYOUTS = {"single": (1, 1), "dp2": (2, 1), "dap2": (2, 2)}
 STEPS = 10
@@ -162,8 +162,8 @@ def kill_and_compare(store: Path, folder: Path, layout: str, rounds: int, seed: 
 
 def main() -> None:
     """The command line."""
-    from scalefold.data.demo import generate
-    from scalefold.data.prepare import prepare
+    from scalefold.data.made.demo import generate
+    from scalefold.data.store.prepare import prepare
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layout", choices=LAYOUTS, default="single")

@@ -11,7 +11,7 @@ from runs import SMALLEST, TINY
 
 @pytest.fixture
 def script(repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
     import evaluation_precision
 
     yield evaluation_precision

@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def gates(repository, monkeypatch, tmp_path):
     """The script, with an empty folder of figures."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
     import gates
 
     monkeypatch.setattr(gates, "FOLDER", tmp_path)

@@ -12,7 +12,7 @@ import torch
 @pytest.fixture
 def gpu_runs(repository, monkeypatch):
     """The script."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
     import gpu_runs
 
     yield gpu_runs

@@ -22,7 +22,8 @@ SHORT = ["data.train_sequence_crop_size=16", "data.max_msa_clusters=12", "data.m
 @pytest.fixture
 def script(repository, monkeypatch):
     """Imports a script of ``benchmarks`` by name."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    for folder in ("measure", "estimate"):
+        monkeypatch.syspath_prepend(str(repository / "benchmarks" / folder))
     before = set(sys.modules)
     yield __import__
     for name in set(sys.modules) - before:
@@ -50,7 +51,8 @@ def test_exchanges_per_block_are_as_documented_whatever_the_dap_size(script, bas
 
 
 def test_counting_leaves_the_collectives_as_they_were(script):
-    from scalefold.parallel import collectives, dap
+    from scalefold.parallel.dap import collectives
+    from scalefold.parallel.dap import points as dap
 
     before = dict(vars(collectives)), dict(vars(dap))
     with script("exchange_counts").counting(2):
@@ -124,7 +126,11 @@ def test_the_multi_gpu_script_runs_on_the_cpu(repository, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = ["--small", "--repeats", "1", "--passes", "1", "--out", str(tmp_path)]
     done = subprocess.run(
-        [*torchrun, "benchmarks/multi_gpu.py", *options], cwd=repository, capture_output=True, text=True, check=False
+        [*torchrun, "benchmarks/measure/multi_gpu.py", *options],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "step_time.csv").open()))
@@ -175,7 +181,7 @@ def test_bad_ends_and_missing_evaluations_are_named(script, tmp_path):
 
 @pytest.mark.distributed
 def test_training_beside_evaluation_is_measured_on_the_cpu(repository, tiny_store, tmp_path):
-    command = [sys.executable, "benchmarks/async_evaluation.py", str(tiny_store), "--small", "--cycles", "2"]
+    command = [sys.executable, "benchmarks/measure/async_evaluation.py", str(tiny_store), "--small", "--cycles", "2"]
     options = ["--cycle-steps", "4", "--csv", str(tmp_path / "t.csv"), "--workers", "1"]
     done = subprocess.run([*command, *options], cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -192,7 +198,7 @@ def test_estimates_are_ordered_and_readable_by_plans(script, repository):
             assert low <= high * 1.000001
         assert module.parts(gpu, 1, module.HIGH).total == pytest.approx(module.measured(gpu).mean_ms)
     for scenario in ("low", "high"):
-        steps = read_step_times(repository / "benchmarks" / f"step_estimate_{scenario}.csv")
+        steps = read_step_times(repository / "benchmarks" / "results" / f"step_estimate_{scenario}.csv")
         assert {(row.gpu, row.dap_size) for row in steps} == {(g, s) for g in module.GPUS for s in module.DAP_SIZES}
         assert len(read_eval_times(repository / "benchmarks" / f"eval_estimate_{scenario}.csv")) == 1
 

@@ -11,8 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from processes import run_ranks
-from scalefold import checkpoint_writer
-from scalefold.checkpoint import (
+from scalefold.config import TrainingConfig
+from scalefold.errors import CheckpointError, TrainingError
+from scalefold.step import checkpoint_writer
+from scalefold.step.agreement import Agreement, checksums
+from scalefold.step.checkpoint import (
     AVERAGED_FILE,
     RESUMABLE_FILE,
     STATE_FILE,
@@ -22,11 +25,9 @@ from scalefold.checkpoint import (
     load_run,
     read_state,
 )
-from scalefold.checkpoint_writer import CheckpointWriter
-from scalefold.config import TrainingConfig
-from scalefold.errors import CheckpointError, TrainingError
-from scalefold.optim import FlatParameters, Optimizer
-from scalefold.parallel.agreement import Agreement, checksums
+from scalefold.step.checkpoint_writer import CheckpointWriter
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
 
 
 class Trained:

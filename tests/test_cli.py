@@ -18,9 +18,9 @@ import scalefold
 from mlperf_editing import edit, rehearsal, set_value
 from scalefold.cli import app, main
 from scalefold.config import load_config
-from scalefold.mlperf.published import published_runs
-from scalefold.mlperf.rehearsal import published_script, write_rehearsal
-from scalefold.mlperf.verify import PackageVerdict, Row
+from scalefold.mlperf.log.published import published_runs
+from scalefold.mlperf.log.rehearsal import published_script, write_rehearsal
+from scalefold.mlperf.pack.verify import PackageVerdict, Row
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
@@ -116,7 +116,7 @@ def test_verdicts_scores_and_plans_are_json_for_programs(log: Path, tmp_path: Pa
 
 def test_verify_package_is_json_for_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     row = Row("score", "results/a/strong/openfold", "fail", "9 runs", "run again", "openfold", "a")
-    monkeypatch.setattr("scalefold.mlperf.verify.verify_package", lambda f: PackageVerdict(str(f), (row,), ()))
+    monkeypatch.setattr("scalefold.mlperf.pack.verify.verify_package", lambda f: PackageVerdict(str(f), (row,), ()))
     status, verdict = from_json("verify-package", tmp_path)
     assert status == 1
     assert verdict["rows"] == [vars(row)]
@@ -239,13 +239,13 @@ def test_a_mistake_is_one_line_that_names_the_thing(
 
 def test_an_error_that_is_no_mistake_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["scalefold", "check", "x"])
-    monkeypatch.setattr("scalefold.mlperf.check.check_log", lambda _: json.loads("{"))
+    monkeypatch.setattr("scalefold.mlperf.judge.check.check_log", lambda _: json.loads("{"))
     with pytest.raises(ValueError, match="Expecting property name"):
         main()
 
 
 def test_published_runs_are_replayed_with_a_status(repository: Path, tmp_path: Path) -> None:
-    table = repository / "src/scalefold/mlperf/published_runs.csv"
+    table = repository / "src/scalefold/mlperf/log/published_runs.csv"
     status, text = invoke("simulate", "--replay", table)
     assert status == 0
     assert "worst run: TACC strong 5, -9.16 %" in text

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalefold.data.clusters import MatchTable, count_classes
+from scalefold.data.features.clusters import MatchTable, count_classes
 
 
 def nearest_by_comparison(msa, centres):

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from processes import run_ranks
-from scalefold.parallel.collectives import (
+from scalefold.parallel.dap.collectives import (
     begin_exchange,
     end_exchange,
     exchange,

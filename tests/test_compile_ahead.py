@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from scalefold.compile_ahead import capability_of, compile_kernels, write_manifest
 from scalefold.config import load_config
 from scalefold.errors import ConfigError
 from scalefold.node_findings import kernel_cache_rows, rdma_rows
+from scalefold.run.compile_ahead import capability_of, compile_kernels, write_manifest
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FEW = ["execution.kernels=triton", "data.val_max_sequence_length=16", "data.eval_length_multiple=16"]
 
 COMPILE = """
 import torch
-from scalefold.kernels import operations
+from scalefold.kernels.table import operations
 from scalefold.kernels.ahead import compiling_for
 ops, meta = operations("triton"), torch.device("meta")
 x = torch.empty(1, 64, 64, 128, device=meta, dtype=torch.bfloat16, requires_grad=True)
@@ -34,7 +34,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from scalefold.kernels import operations, triton_ops
+from scalefold.kernels.table import operations, triton_ops
 from scalefold.kernels.ahead import counting
 class Driver:
     get_current_device = lambda self: 0

@@ -14,7 +14,7 @@ def test_attention_kernels_compile_without_a_gpu(repository, target, forward, tm
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "benchmarks/compile_targets.py", "--modules", "attention", "--only", "triangle"]
+    command = [sys.executable, "benchmarks/measure/compile_targets.py", "--modules", "attention", "--only", "triangle"]
     finished = subprocess.run(
         [*command, "--targets", target], cwd=repository, env=environment, capture_output=True, text=True, check=False
     )

@@ -11,7 +11,7 @@ from scalefold.config import EvoformerConfig, ModelConfig, TemplateConfig
 from scalefold.errors import ConfigError
 from scalefold.model.evoformer import EvoformerStack, ExtraMSAStack
 from scalefold.model.templates import TemplatePairStack
-from scalefold.parallel.dap import apply_dap, check_shares, gradient_scale
+from scalefold.parallel.dap.points import apply_dap, check_shares, gradient_scale
 
 STACK = EvoformerConfig(
     num_blocks=2,

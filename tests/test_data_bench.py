@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from chains import random_chain
-from scalefold.data import bench
-from scalefold.data.bench import BenchResult, SampleCost, bench_data, workers_needed
-from scalefold.data.features import FeatureSettings
+from scalefold.data.features.features import FeatureSettings
+from scalefold.data.loading import bench
+from scalefold.data.loading.bench import BenchResult, SampleCost, bench_data, workers_needed
 from scalefold.errors import DataError
 
 SMALL = FeatureSettings(train_sequence_crop_size=16, max_msa_clusters=4, max_extra_msa=8, max_templates=2)

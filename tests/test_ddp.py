@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from processes import run_ranks
 from scalefold.config import TrainingConfig
-from scalefold.optim import FlatParameters, Optimizer
-from scalefold.parallel.ddp import GradientReducer
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
+from scalefold.step.reducer import GradientReducer
 
 RANKS = 3  # a third is no number of bf16
 

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalefold.data import demo, demo_files, demo_folds, demo_geometry, residues
-from scalefold.data.demo_alignments import A3M_FILES, aligned_rows
-from scalefold.data.mmcif import read_entry
-from scalefold.data.msa import read_alignment
-from scalefold.data.templates import parse_hhr, parse_obsolete
+from scalefold.data import residues
+from scalefold.data.made import demo, demo_files, demo_folds, demo_geometry
+from scalefold.data.made.demo_alignments import A3M_FILES, aligned_rows
+from scalefold.data.raw.mmcif import read_entry
+from scalefold.data.raw.msa import read_alignment
+from scalefold.data.store.templates import parse_hhr, parse_obsolete
 from scalefold.errors import DataError
 
 NUM_TRAIN, NUM_EVAL = 40, 6

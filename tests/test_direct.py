@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from processes import run_ranks
-from scalefold.compile import TrainStep
 from scalefold.config import TrainingConfig
 from scalefold.kernels import triton_ops
-from scalefold.optim import FlatParameters, Optimizer
-from scalefold.parallel import collectives, direct
-from scalefold.parallel.ddp import GradientReducer
-from scalefold.parallel.direct import STAGES, DirectExchanges
+from scalefold.parallel.dap import collectives, direct
+from scalefold.parallel.dap.direct import STAGES, DirectExchanges
+from scalefold.step.graphs import TrainStep
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
+from scalefold.step.reducer import GradientReducer
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="needs a GPU or Triton's interpreter"
@@ -216,8 +217,8 @@ def test_all_ranks_stay_with_the_library_where_one_cannot_map_its_peers():
 @pytest.mark.parametrize(
     ("script", "table", "rows"),
     [
-        (["benchmarks/symmetric_exchange.py"], "exchange_symmetric.csv", 6),  # values equal to NCCL's
-        (["benchmarks/multi_gpu.py", "--skip-exchanges", "--dap", "2", "--passes", "1"], "step_time.csv", 2),
+        (["benchmarks/measure/symmetric_exchange.py"], "exchange_symmetric.csv", 6),  # values equal to NCCL's
+        (["benchmarks/measure/multi_gpu.py", "--skip-exchanges", "--dap", "2", "--passes", "1"], "step_time.csv", 2),
     ],  # the second: loss and gradient norm of a step at full size equal to one GPU's
 )
 def test_two_gpus_compute_what_the_library_and_one_gpu_compute(script, table, rows, repository, tmp_path):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from scalefold.cli import app
 from scalefold.config import load_config
-from scalefold.data.download import (
+from scalefold.data.raw.download import (
     PARTS,
     RemoteFile,
     download,

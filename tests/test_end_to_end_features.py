@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from scalefold.data.features import FeatureSettings, build_features, reference_layout
-from scalefold.data.sampler import seed_from_string
-from scalefold.data.store import Store
+from scalefold.data.features.features import FeatureSettings, build_features, reference_layout
+from scalefold.data.loading.sampler import seed_from_string
+from scalefold.data.store.store import Store
 
 CASES = [
     *(f"train/{chain}/{seed}" for chain in ("1l2y_A", "1a00_A", "1nqp_A", "1bjp_A") for seed in (5, 2**62 + 11)),

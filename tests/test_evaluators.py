@@ -11,13 +11,14 @@ from torch import Tensor
 
 from runs import tiny_config
 from scalefold.config import Config
-from scalefold.data.features import BatchShape, buffer_bytes, feature_views, fill_sample
-from scalefold.data.synthetic import synthetic_batch, synthetic_chain
-from scalefold.evaluate import place_chains
-from scalefold.evaluators import CapturedChain, ChainScorer, EvaluationHere, EvaluationModel
-from scalefold.kernels import REFERENCE, operations
+from scalefold.data.configured import feature_settings
+from scalefold.data.features.features import BatchShape, buffer_bytes, feature_views, fill_sample
+from scalefold.data.made.synthetic import synthetic_batch, synthetic_chain
+from scalefold.eval.here import EvaluationHere
+from scalefold.eval.model import CapturedChain, EvaluationModel
+from scalefold.eval.score import ChainScorer, place_chains
+from scalefold.kernels.table import REFERENCE, operations
 from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run import feature_settings
 
 CPU = torch.device("cpu")
 

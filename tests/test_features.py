@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from chains import random_chain
 from plain_features import plain_features
 from scalefold.data import residues
-from scalefold.data.features import (
+from scalefold.data.features.features import (
     FEATURE_SCHEMA,
     PER_SLICE_KEYS,
     BatchShape,
@@ -24,7 +24,7 @@ from scalefold.data.features import (
     reference_layout,
     select_templates,
 )
-from scalefold.data.store import ChainRecord, count_letters
+from scalefold.data.store.store import ChainRecord, count_letters
 from scalefold.errors import DataError
 
 SMALL = FeatureSettings(train_sequence_crop_size=32, max_msa_clusters=6, max_extra_msa=16, max_templates=2)
@@ -97,7 +97,7 @@ def golden_chain(golden, sample):
 def test_every_tensor_of_every_slice_equals_the_reference(golden_dir, monkeypatch, sample, mode):
     golden = np.load(golden_dir / "features.npz")
     # The golden templates are already in the order of the sample.
-    monkeypatch.setattr("scalefold.data.features.shuffle_first", lambda hits, count, seed: list(hits))
+    monkeypatch.setattr("scalefold.data.features.features.shuffle_first", lambda hits, count, seed: list(hits))
     built = build_features(golden_chain(golden, sample), SMALL, int(golden[f"{sample}/seed"]), training=mode == "train")
     found = reference_layout(built)
     expected = {key.split("/")[-1]: golden[key] for key in golden.files if key.startswith(f"{sample}/{mode}/")}

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from parity import golden, whole
-from scalefold import fuse, loss
 from scalefold.config import LossConfig
-from scalefold.model import select_slice
+from scalefold.model import loss, select_slice
+from scalefold.step import fuse
 
 # Captures regions, differentiates and partitions them as for Inductor, but runs the graphs without generating code.
 TRACED = "aot_eager_decomp_partition"

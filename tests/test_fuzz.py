@@ -1,6 +1,6 @@
 """Every reader under damaged and random input: only documented errors come out, in one line.
 
-``python benchmarks/fuzz.py`` is the long version, with limits on time and memory for each input.
+``python benchmarks/measure/fuzz.py`` is the long version, with limits on time and memory for each input.
 """
 
 import importlib
@@ -25,9 +25,9 @@ SLOWEST_S = 5
 @pytest.fixture(scope="module")
 def fuzz(repository: Path) -> Iterator[tuple[ModuleType, ModuleType]]:
     """The scripts of the long version: readers and damage, and its command."""
-    sys.path.insert(0, str(repository / "benchmarks"))
+    sys.path.insert(0, str(repository / "benchmarks" / "measure"))
     yield importlib.import_module("fuzz_readers"), importlib.import_module("fuzz")
-    sys.path.remove(str(repository / "benchmarks"))
+    sys.path.remove(str(repository / "benchmarks" / "measure"))
 
 
 @pytest.fixture(scope="module")

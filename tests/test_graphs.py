@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from runs import tiny_config
-from scalefold.compile import GraphedTrainStep, TrainStep
 from scalefold.config import Config
-from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes, copy_samples, feature_views
-from scalefold.data.loader import Batch
-from scalefold.data.synthetic import synthetic_batch
+from scalefold.data.configured import feature_settings
+from scalefold.data.features.features import BatchShape, FeatureSettings, buffer_bytes, copy_samples, feature_views
+from scalefold.data.loading.loader import Batch
+from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.model.alphafold import AlphaFold
-from scalefold.optim import Optimizer
 from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run import build_model, build_optimizer, build_step, choose_operations, feature_settings, use_operations
+from scalefold.run.assemble import use_operations
+from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
+from scalefold.step.graphs import GraphedTrainStep, TrainStep
+from scalefold.step.optimizer import Optimizer
 
 PASSES = 4
 SIZES = FeatureSettings(train_sequence_crop_size=16, max_msa_clusters=6, max_extra_msa=8, num_recycling_iters=2)

@@ -5,8 +5,11 @@ import torch
 
 from kernel_accuracy import DEVICE, Draw
 from scalefold.config import TrainingConfig
-from scalefold.kernels import adam_swa, elementwise, operations, reference
-from scalefold.optim import FlatParameters, Optimizer
+from scalefold.kernels import reference
+from scalefold.kernels.ops import adam_swa, elementwise
+from scalefold.kernels.table import operations
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
 
 HYPER = {"beta_1": 0.9, "beta_2": 0.999, "eps": 1e-6, "swa_decay": 0.9}
 

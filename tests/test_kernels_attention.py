@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalefold.kernels import attention, reference, tuning
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.ops import attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("o", "dq", "dk", "dv", "dbias")

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kernel_accuracy import DEVICE, LIBRARY_TILES, transition_backward
 from scalefold.config import EvoformerConfig
-from scalefold.kernels import REFERENCE, Operations, triton_ops, use_operations
+from scalefold.kernels import triton_ops
+from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.model.evoformer import EvoformerStack
 
 SMALL = EvoformerConfig(

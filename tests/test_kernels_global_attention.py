@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from scalefold.kernels import global_attention, reference, tuning
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.ops import global_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = (

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
-from scalefold.kernels import layer_norm, reference, rows
+from scalefold.kernels import reference, rows
+from scalefold.kernels.ops import layer_norm
 
 
 def check(shape, dtype, transposed: bool = False):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernel_accuracy import Draw, assert_as_accurate_as_pytorch
-from scalefold.kernels import gated_output, linear, reference
+from scalefold.kernels import reference
+from scalefold.kernels.ops import gated_output, linear
 
 
 def check_projections(shape, widths, biased, dtype, transposed=False):

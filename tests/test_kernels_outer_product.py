@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
-from scalefold.kernels import outer_product, reference
+from scalefold.kernels import reference
+from scalefold.kernels.ops import outer_product
 
 
 def check_project(shape, width, dtype):

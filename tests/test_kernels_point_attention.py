@@ -8,8 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernel_accuracy import DEVICE, Draw, results
 from loose_products import FAR, LooseProducts
 from scalefold.config import StructureConfig
-from scalefold.evaluators import precision
-from scalefold.kernels import point_attention, reference, rows, triton_ops, tuning, use_operations
+from scalefold.eval.model import precision
+from scalefold.kernels import reference, rows, triton_ops, tuning
+from scalefold.kernels.ops import point_attention
+from scalefold.kernels.table import use_operations
 from scalefold.model.rigid import Rigid
 from scalefold.model.structure import MASK_INF, InvariantPointAttention
 

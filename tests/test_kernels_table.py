@@ -7,8 +7,8 @@ import logging
 import pytest
 import torch
 
-from scalefold import kernels
 from scalefold.kernels import reference, triton_ops
+from scalefold.kernels import table as kernels
 
 
 def test_every_operation_keeps_the_signature_of_its_definition():

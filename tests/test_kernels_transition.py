@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernel_accuracy import DTYPES, LIBRARY_TILES, Draw, assert_as_accurate_as_pytorch, transition_backward
-from scalefold.kernels import reference, transition, tuning
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.ops import transition
 
 FULL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
-from scalefold.kernels import reference, triangle
+from scalefold.kernels import reference
+from scalefold.kernels.ops import triangle
 
 SMALL = [(1, 9, 32, 16), (2, 7, 16, 32)]  # batch, residues, pair channels, product channels
 FULL = [(1, 256, 128, 128), (4, 256, 64, 64), (1, 301, 128, 128)]

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from chains import random_chain
-from scalefold.data import loader as loading
-from scalefold.data.features import PER_SLICE_KEYS, FeatureSettings, build_features
-from scalefold.data.loader import ChainDataset, EvalSet, SlowSamples, TrainLoader, to_device
-from scalefold.data.sampler import TrainingSampler, seed_from_string
+from scalefold.data.features.features import PER_SLICE_KEYS, FeatureSettings, build_features
+from scalefold.data.loading import loader as loading
+from scalefold.data.loading.loader import ChainDataset, EvalSet, SlowSamples, TrainLoader, to_device
+from scalefold.data.loading.sampler import TrainingSampler, seed_from_string
 from scalefold.errors import DataError
 
 SMALL = FeatureSettings(
@@ -283,8 +283,8 @@ def test_a_failing_evaluation_chain_is_an_error_that_names_it(tmp_path):
 
 TRAINER = """
 import sys, time
-from scalefold.data.features import FeatureSettings
-from scalefold.data.loader import TrainLoader
+from scalefold.data.features.features import FeatureSettings
+from scalefold.data.loading.loader import TrainLoader
 
 if __name__ == "__main__":
     loader = TrainLoader(sys.argv[1], FeatureSettings(), num_workers=2)

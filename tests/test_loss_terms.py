@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from parity import golden, whole
-from scalefold import loss, metrics
 from scalefold.config import LossConfig
 from scalefold.data import residues
-from scalefold.model import select_slice
+from scalefold.model import loss, metrics, select_slice
 
 
 @pytest.fixture(scope="module")

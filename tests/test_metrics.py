@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity import golden
-from scalefold import metrics
-from scalefold.model import select_slice
+from scalefold.model import metrics, select_slice
 from scalefold.model.rigid import Rigid, quaternion_to_rotation
 
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from mlperf_editing import drop, edit, index_of, line_of, move, rehearsal, scale_epoch_num, set_value
 from scalefold.errors import LogError
-from scalefold.mlperf.check import check_log, judge_log, official_messages, worst
-from scalefold.mlperf.keys import EXPECTED, KEYS
-from scalefold.mlperf.published import published_runs
-from scalefold.mlperf.rehearsal import published_script, write_rehearsal
+from scalefold.mlperf.judge.check import check_log, judge_log, official_messages, worst
+from scalefold.mlperf.log.keys import EXPECTED, KEYS
+from scalefold.mlperf.log.published import published_runs
+from scalefold.mlperf.log.rehearsal import published_script, write_rehearsal
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalefold.errors import LogError
-from scalefold.mlperf.events import Events, SubmissionInfo, merge_left_parts, merge_parts
-from scalefold.mlperf.keys import CHECKPOINT_SHA256, EXPECTED, KEYS
-from scalefold.mlperf.rehearsal import benchmark_hyperparameters
+from scalefold.mlperf.log.events import Events, SubmissionInfo, merge_left_parts, merge_parts
+from scalefold.mlperf.log.keys import CHECKPOINT_SHA256, EXPECTED, KEYS
+from scalefold.mlperf.log.rehearsal import benchmark_hyperparameters
 
 INFO = SubmissionInfo(org="Rehearsal Institute", platform="rehearsal-1")
 
@@ -105,12 +105,12 @@ def test_each_line_names_the_line_that_called_the_public_method(tmp_path):
 
 
 def test_package_files_are_logged_by_their_path_inside_the_source_tree(tmp_path):
-    from scalefold.mlperf import events as module
+    from scalefold.mlperf.log import events as module
 
-    code = compile("events.init_start()", str(Path(module.__file__).parents[1] / "train.py"), "exec")
+    code = compile("events.init_start()", str(Path(module.__file__).parents[2] / "run" / "loop.py"), "exec")
     with Events(tmp_path / "r.txt") as events:
         exec(code, {"events": events})
-    assert read(tmp_path / "r.txt")[0]["metadata"]["file"] == "scalefold/train.py"
+    assert read(tmp_path / "r.txt")[0]["metadata"]["file"] == "scalefold/run/loop.py"
 
 
 def test_stamps_come_from_the_given_clock_or_the_call(tmp_path):

@@ -15,14 +15,14 @@ from mlperf_editing import as_trained, drop, edit, index_of, line_of, rehearsal,
 from runs import SMALLEST
 from scalefold.config import load_config
 from scalefold.errors import ConfigError, LogError
-from scalefold.mlperf.check import Verdict, check_log
-from scalefold.mlperf.logfile import read_log
-from scalefold.mlperf.package import Submission, SystemEntry, choose_runs, collect_logs, pack, plan_package
-from scalefold.mlperf.package_lint import Package, lint_package
-from scalefold.mlperf.published import published_runs
-from scalefold.mlperf.rehearsal import published_script, write_rehearsal
-from scalefold.mlperf.system_desc import FIELDS, describe_system
-from scalefold.mlperf.verify import PackageVerdict, _errors_by_folder, dump, verify_package, verify_packages
+from scalefold.mlperf.judge.check import Verdict, check_log
+from scalefold.mlperf.log.logfile import read_log
+from scalefold.mlperf.log.published import published_runs
+from scalefold.mlperf.log.rehearsal import published_script, write_rehearsal
+from scalefold.mlperf.pack.package import Submission, SystemEntry, choose_runs, collect_logs, pack, plan_package
+from scalefold.mlperf.pack.package_lint import Package, lint_package
+from scalefold.mlperf.pack.system_desc import FIELDS, describe_system
+from scalefold.mlperf.pack.verify import PackageVerdict, _errors_by_folder, dump, verify_package, verify_packages
 
 ORG = "Rehearsal Institute"
 KNOWN = {field: "stated" for field in FIELDS if field.startswith(("host_", "accelerator_", "cooling"))}
@@ -54,7 +54,7 @@ def each_log_is_checked_once() -> Iterator[None]:
         return replace(known[contents], file=str(file))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scalefold.mlperf.package_tree.check_log", check)
+        patch.setattr("scalefold.mlperf.pack.package_tree.check_log", check)
         yield
 
 
@@ -161,8 +161,8 @@ def test_the_package_has_the_form_that_the_checker_walks(full):
 
 def test_source_is_shipped_without_names_that_the_repository_checker_refuses(full, source):
     shipped = full / "benchmarks/openfold/implementations/scalefold"
-    assert (shipped / "src/scalefold/mlperf/events.py").read_bytes() == (
-        source / "src/scalefold/mlperf/events.py"
+    assert (shipped / "src/scalefold/mlperf/log/events.py").read_bytes() == (
+        source / "src/scalefold/mlperf/log/events.py"
     ).read_bytes()
     names = {p.name for p in shipped.rglob("*")}
     assert not names & {".gitignore", "with space.txt", "runs", "log.txt"}
@@ -431,7 +431,7 @@ CONTRADICTIONS = {
     "another learning rate in one run": (log_edit(set_value("opt_base_learning_rate", 2e-3)), "opt_base_learning_rate"),
     "log of another benchmark": (log_edit(set_value("submission_benchmark", "cosmoflow")), "a log of cosmoflow"),
     "log of the rehearsal": (
-        log_edit(lambda ls: line_of(ls, "seed")["metadata"].update(file="scalefold/mlperf/rehearsal.py")),
+        log_edit(lambda ls: line_of(ls, "seed")["metadata"].update(file="scalefold/mlperf/log/rehearsal.py")),
         "written by the rehearsal",
     ),
 }

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from mlperf_editing import drop, edit, line_of, rehearsal, set_value
 from scalefold.errors import LogError
-from scalefold.mlperf.package import collect_logs
-from scalefold.mlperf.published import published_runs
-from scalefold.mlperf.rcp import judge_convergence, recorded_references, reference_convergence
-from scalefold.mlperf.rehearsal import published_script, write_rehearsal
-from scalefold.mlperf.score import score, score_folder
+from scalefold.mlperf.judge.rcp import judge_convergence, recorded_references, reference_convergence
+from scalefold.mlperf.judge.score import score, score_folder
+from scalefold.mlperf.log.published import published_runs
+from scalefold.mlperf.log.rehearsal import published_script, write_rehearsal
+from scalefold.mlperf.pack.package import collect_logs
 
 
 def rebuild(folder, submitter, scaling):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scalefold.errors import LogError
-from scalefold.mlperf.system_desc import FIELDS, describe_system, unfilled
+from scalefold.mlperf.pack.system_desc import FIELDS, describe_system, unfilled
 
 LSCPU = """CPU(s):                112
 Model name:            Intel(R) Xeon(R) Platinum 8480C

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raw_files import Atom, Entity, backbone, peptide
-from scalefold.data import mmcif, residues
+from scalefold.data import residues
+from scalefold.data.raw import mmcif
 from scalefold.errors import DataError
 
 CA = residues.CA_ATOM37

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from scalefold.config import ModelConfig
-from scalefold.kernels import REFERENCE, use_operations
+from scalefold.kernels.table import REFERENCE, use_operations
 from scalefold.model.evoformer import BlockDropout, EvoformerStack
 
 NUM_BLOCKS = 3

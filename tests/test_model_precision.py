@@ -10,10 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loose_products import FAR, LooseProducts
 from parity import golden
-from scalefold import loss
 from scalefold.config import LossConfig
-from scalefold.evaluators import precision
-from scalefold.model import AlphaFold, cast_trunk, select_slice
+from scalefold.eval.model import precision
+from scalefold.model import AlphaFold, cast_trunk, loss, select_slice
 from scalefold.model.rigid import Rigid
 
 Gradients = dict[str, Tensor]

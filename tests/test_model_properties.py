@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from parity import golden, whole
-from scalefold import loss, violations
 from scalefold.config import LossConfig, ModelConfig
-from scalefold.data import features as data_features
-from scalefold.model import PER_SLICE_KEYS, AlphaFold, select_slice
+from scalefold.data.features import features as data_features
+from scalefold.model import PER_SLICE_KEYS, AlphaFold, loss, select_slice, violations
 from scalefold.model.rigid import Rigid, quaternion_to_rotation
 from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node
 

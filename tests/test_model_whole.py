@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from parity import golden, training, whole
-from scalefold import loss
 from scalefold.config import LossConfig
-from scalefold.model import AlphaFold, select_slice
+from scalefold.model import AlphaFold, loss, select_slice
 
 
 @pytest.fixture(scope="module", params=["r0", "r2"])

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raw_files import a3m, write
-from scalefold.data import msa, residues
+from scalefold.data import residues
+from scalefold.data.raw import msa
 from scalefold.errors import DataError
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYX-"
@@ -142,7 +143,7 @@ def test_stockholm_is_used_only_where_there_is_no_a3m(tmp_path):
 
 def test_letters_of_one_column_are_counted_exactly():
     """The counts that the profile is made of."""
-    from scalefold.data.store import count_letters
+    from scalefold.data.store.store import count_letters
 
     rng = np.random.default_rng(0)
     table = rng.integers(0, 22, (300, 7)).astype(np.uint8)

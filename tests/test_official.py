@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalefold.data import mmcif, official
-from scalefold.data.demo import Summary, generate
-from scalefold.data.prepare import prepare, read_clusters
-from scalefold.data.rawlayout import RawLayout
-from scalefold.data.store import Store
+from scalefold.data.made.demo import Summary, generate
+from scalefold.data.raw import mmcif, official
+from scalefold.data.raw.rawlayout import RawLayout
+from scalefold.data.store.prepare import prepare, read_clusters
+from scalefold.data.store.store import Store
 from scalefold.errors import DataError
 
 REAL = Path(__file__).parent / "data" / "real" / "pdb_mmcif" / "raw"

@@ -11,8 +11,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scalefold.config import TrainingConfig
 from scalefold.kernels.rows import fused_view
-from scalefold.optim import FlatParameters, Optimizer, lay_out, learning_rate, storage_order
-from scalefold.parallel.ddp import GradientReducer
+from scalefold.step.optimizer import Optimizer, learning_rate
+from scalefold.step.parameters import FlatParameters, lay_out, storage_order
+from scalefold.step.reducer import GradientReducer
 
 
 class Attention(nn.Module):

@@ -10,14 +10,14 @@ import yaml
 
 from processes import run_ranks
 from runs import SMALLEST, TINY
-from scalefold.checkpoint import RESUMABLE_FILE, read_state
 from scalefold.config import Config, describe_config, dump_config, load_config
-from scalefold.data.sampler import TrainingSampler
+from scalefold.data.loading.sampler import TrainingSampler
 from scalefold.errors import CheckpointError, ConfigError
-from scalefold.phases import EXIT_NEXT_PHASE, Position, Schedule, open_schedule
+from scalefold.phases import EXIT_NEXT_PHASE, Position, Schedule
 from scalefold.report.record import read_metrics
-from scalefold.run import RunOptions
-from scalefold.train import run_rank
+from scalefold.run.begin import RunOptions, open_schedule
+from scalefold.run.loop import run_rank
+from scalefold.step.checkpoint import RESUMABLE_FILE, read_state
 
 BATCH_2_THEN_4 = [
     {"name": "small", "until_step": 2, "global_batch_size": 2},

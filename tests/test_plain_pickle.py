@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalefold.data import official
-from scalefold.data.plain_pickle import loads
+from scalefold.data.raw import official
+from scalefold.data.raw.plain_pickle import loads
 from scalefold.errors import DataError
 
 PLAIN = st.recursive(

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from raw_files import CifEntry, Entity, a3m, backbone, hhr, peptide, write
-from scalefold.data import prepare, rawlayout, selection
-from scalefold.data.manifest import read_manifest, read_rejections, verify_data
-from scalefold.data.rawlayout import RawLayout
-from scalefold.data.store import Store
+from scalefold.data.raw import rawlayout
+from scalefold.data.raw.rawlayout import RawLayout
+from scalefold.data.store import prepare, selection
+from scalefold.data.store.manifest import read_manifest, read_rejections, verify_data
+from scalefold.data.store.store import Store
 from scalefold.errors import DataError
 
 MONOMERS = ("ALA", "GLY", "SER", "MET", "LYS", "TRP", "ASP", "GLU", "PHE", "ILE", "LEU", "VAL")

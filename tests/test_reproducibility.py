@@ -12,11 +12,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from scalefold.compile import TrainStep
 from scalefold.config import TrainingConfig
-from scalefold.kernels import REFERENCE
-from scalefold.optim import FlatParameters, Optimizer
-from scalefold.parallel.ddp import GradientReducer
+from scalefold.kernels.table import REFERENCE
+from scalefold.step.graphs import TrainStep
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
+from scalefold.step.reducer import GradientReducer
 
 REPORT = """\
 ========= COMPUTE-SANITIZER
@@ -34,7 +35,7 @@ REPORT = """\
 @pytest.fixture
 def script(repository, monkeypatch):
     """Benchmark scripts by name."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
     return __import__
 
 
@@ -149,7 +150,7 @@ def test_operations_of_every_share_are_asked_about(script, monkeypatch):
 
 
 def test_the_script_runs_on_the_cpu(repository):
-    command = [sys.executable, "benchmarks/reproducibility.py", "--small", "--repeats", "1", "--passes", "1"]
+    command = [sys.executable, "benchmarks/measure/reproducibility.py", "--small", "--repeats", "1", "--passes", "1"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 questions, 0 with differing bits" in done.stdout
@@ -159,7 +160,7 @@ def test_the_script_runs_on_the_cpu(repository):
 def test_the_script_runs_on_two_ranks_of_the_cpu(repository):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     options = ["--small", "--repeats", "1", "--passes", "1", "--dap", "2", "1"]
-    command = [*torchrun, "benchmarks/reproducibility.py", *options]
+    command = [*torchrun, "benchmarks/measure/reproducibility.py", *options]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 questions, 0 with differing bits" in done.stdout
@@ -195,7 +196,13 @@ def test_every_operation_gives_the_same_bits_again(script):
 
 @pytest.mark.gpu
 def test_whole_steps_give_the_same_bits_again_and_in_another_process(repository, tmp_path):
-    command = [sys.executable, "benchmarks/reproducibility.py", "--steps", "--digests", str(tmp_path / "digests.json")]
+    command = [
+        sys.executable,
+        "benchmarks/measure/reproducibility.py",
+        "--steps",
+        "--digests",
+        str(tmp_path / "digests.json"),
+    ]
     for _ in range(2):
         check(command, repository, tmp_path)
 
@@ -206,7 +213,7 @@ def test_steps_of_two_gpus_give_the_same_bits_again(repository, tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    check([*torchrun, "benchmarks/reproducibility.py", "--steps", "--dap", "2", "1"], repository, tmp_path)
+    check([*torchrun, "benchmarks/measure/reproducibility.py", "--steps", "--dap", "2", "1"], repository, tmp_path)
 
 
 def check(command: list[str], repository: Path, folder: Path) -> None:

@@ -13,15 +13,16 @@ import torch
 
 from processes import run_ranks
 from runs import tiny_config
-from scalefold.checkpoint import AVERAGED_FILE, RESUMABLE_FILE, STATE_FILE, Checkpoints, load_run, read_state
 from scalefold.config import Config
-from scalefold.data.loader import Batch, TrainLoader
-from scalefold.data.sampler import Delivered
+from scalefold.data.loading.loader import Batch, TrainLoader
+from scalefold.data.loading.sampler import Delivered
 from scalefold.errors import CheckpointError, ConfigError, LogError
 from scalefold.report.record import read_metrics
-from scalefold.resume import CONFIG_FILE, RunOptions, Start, choose_start
-from scalefold.run import join_left_parts
-from scalefold.train import StepLog, run_rank
+from scalefold.run.assemble import join_left_parts
+from scalefold.run.loop import run_rank
+from scalefold.run.resume import CONFIG_FILE, RunOptions, Start, choose_start
+from scalefold.run.step_log import StepLog
+from scalefold.step.checkpoint import AVERAGED_FILE, RESUMABLE_FILE, STATE_FILE, Checkpoints, load_run, read_state
 
 RESUME = RunOptions(resume=True)
 EVERY_2 = "run.checkpoint_every_iters=2"

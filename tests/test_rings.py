@@ -67,7 +67,7 @@ def program(*parts: str, slots: int = 3, pending: int = 1) -> str:
 @pytest.fixture
 def rings(repository, monkeypatch):
     """The module."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
     import rings
 
     return rings
@@ -161,7 +161,7 @@ print(len(faults(3)), len(faults(2)), len(faults(1)))
 def without_interpreter(repository, tmp_path) -> dict[str, str]:
     """Environment of a process that compiles; the interpreter, in which kernel tests run, cannot be switched off."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(repository / "benchmarks"), environment.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(repository / "benchmarks" / "measure"), environment.get("PYTHONPATH", "")])
     return environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": path}
 
 
@@ -185,7 +185,7 @@ def test_the_compiler_s_fault_is_found_in_a_kernel_that_has_it(repository, tmp_p
 def test_no_shipped_kernel_races_at_the_shapes_of_one_gpu(repository, tmp_path):
     """CI compiles those of DAP 2, 4 and 8 and of evaluation too: ``compile_targets.py --rings --dap 1 2 4 8 ...``."""
     finished = subprocess.run(
-        [sys.executable, "benchmarks/compile_targets.py", "--rings"],
+        [sys.executable, "benchmarks/measure/compile_targets.py", "--rings"],
         cwd=repository,
         env=without_interpreter(repository, tmp_path),
         capture_output=True,

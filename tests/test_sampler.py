@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalefold.data.sampler import (
+from scalefold.data.loading.sampler import (
     Delivered,
     RecyclingSchedule,
     SampleStream,

@@ -19,13 +19,14 @@ from torch import Tensor
 from processes import free_port
 from runs import tiny_config
 from scalefold.config import Config
-from scalefold.data import shared_loader
-from scalefold.data.features import BatchShape, FeatureSettings, buffer_bytes
-from scalefold.data.loader import Batch, TrainLoader
-from scalefold.data.shared_loader import NUM_SLOTS, SharedLoader
+from scalefold.data.features.features import BatchShape, FeatureSettings, buffer_bytes
+from scalefold.data.loading import shared_loader
+from scalefold.data.loading.loader import Batch, TrainLoader
+from scalefold.data.loading.shared_loader import NUM_SLOTS, SharedLoader
 from scalefold.errors import ConfigError
-from scalefold.run import Run, RunOptions
-from scalefold.train import run_rank
+from scalefold.run.assemble import Run
+from scalefold.run.begin import RunOptions
+from scalefold.run.loop import run_rank
 
 SETTINGS = FeatureSettings(
     train_sequence_crop_size=8, max_msa_clusters=2, max_extra_msa=2, max_templates=1, num_recycling_iters=1

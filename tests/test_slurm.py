@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from runs import SMALLEST
-from scalefold.checkpoint import Checkpoints, read_state
 from scalefold.config import load_config
 from scalefold.launch.render import render_sbatch
-from scalefold.mlperf.logfile import Log, read_log
+from scalefold.launch.status import status
+from scalefold.mlperf.log.logfile import Log, read_log
 from scalefold.report.record import read_metrics
-from scalefold.status import status
+from scalefold.step.checkpoint import Checkpoints, read_state
 from slurm_cluster import Cluster, SlurmUnavailable, install_if_missing
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]

@@ -12,8 +12,8 @@ from mlperf_editing import edit, rehearsal, set_value
 from scalefold.cli import app
 from scalefold.config import dump_config, load_config
 from scalefold.errors import ConfigError
+from scalefold.launch.status import queue_state, run_status, status, watch
 from scalefold.report.record import EvalRow, Record, StepRow
-from scalefold.status import queue_state, run_status, status, watch
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

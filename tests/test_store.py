@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scalefold.data import codec, residues, store
-from scalefold.data.manifest import Manifest, read_manifest, write_manifest
+from scalefold.data import residues
+from scalefold.data.store import codec, store
+from scalefold.data.store.manifest import Manifest, read_manifest, write_manifest
 from scalefold.errors import DataError
 
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from scalefold.data import prepare
-from scalefold.data.store import Store
-from scalefold.data.synthetic_raw import SyntheticRaw, write_raw
+from scalefold.data.made.synthetic_raw import SyntheticRaw, write_raw
+from scalefold.data.store import prepare
+from scalefold.data.store.store import Store
 
 SMALL = SyntheticRaw(num_chains=30, median_length=40, median_rows=20, num_hits=6, chains_per_family=6)
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from raw_files import hhr
-from scalefold.data import align, residues, templates
-from scalefold.data.store import gather_template
+from scalefold.data import residues
+from scalefold.data.store import align, templates
+from scalefold.data.store.store import gather_template
 from scalefold.errors import DataError
 
 QUERY = "MKTAYIAKQRQISFVKSHFSRQ"

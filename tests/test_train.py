@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from runs import tiny_config
-from scalefold.checkpoint import RESUMABLE_FILE, STATE_FILE, load_run
 from scalefold.config import Config
 from scalefold.errors import CheckpointError, ConfigError, DataError, TrainingError
-from scalefold.mlperf.check import check_log
+from scalefold.mlperf.judge.check import check_log
 from scalefold.report.record import read_metrics
-from scalefold.run import RunOptions
-from scalefold.train import run_rank
+from scalefold.run.begin import RunOptions
+from scalefold.run.loop import run_rank
+from scalefold.step.checkpoint import RESUMABLE_FILE, STATE_FILE, load_run
 
 
 def weights(run_dir: Path, iteration: int) -> dict[str, torch.Tensor]:

@@ -11,10 +11,10 @@ import pytest
 from processes import run_ranks
 from runs import tiny_config
 from scalefold.config import Config
-from scalefold.mlperf.check import check_log
+from scalefold.mlperf.judge.check import check_log
 from scalefold.report.record import read_metrics
-from scalefold.run import RunOptions
-from scalefold.train import run_rank
+from scalefold.run.begin import RunOptions
+from scalefold.run.loop import run_rank
 
 pytestmark = pytest.mark.distributed
 NO_DROPOUT = [
@@ -122,7 +122,7 @@ def watched(rank: int, config: Config, store: str) -> list[str]:
             early.append(str(arguments[0]))
 
     sys.addaudithook(hook)
-    from scalefold.mlperf.events import Events
+    from scalefold.mlperf.log.events import Events
 
     original = Events.run_start
 

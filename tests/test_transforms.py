@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalefold.data.transforms import (
+from scalefold.data.features.transforms import (
     MASK_TOKEN,
     MaskingRates,
     choose_rows,

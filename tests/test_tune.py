@@ -14,7 +14,7 @@ TEXTS = [json.dumps(config) for config in CONFIGS]
 @pytest.fixture
 def tune(repository, monkeypatch):
     """The script."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks"))
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
     import tune
 
     return tune

@@ -17,15 +17,15 @@ import torch.distributed as dist
 
 from processes import free_port
 from runs import tiny_config
-from scalefold import evaluators
 from scalefold.config import Config
 from scalefold.errors import DataError, RankLostError, ScaleFoldError
+from scalefold.eval import evaluator as evaluators
 from scalefold.parallel import watch
 from scalefold.parallel.ranks import start
 from scalefold.parallel.watch import Sign, Watch, blame
 from scalefold.report.record import read_metrics
-from scalefold.run import RunOptions
-from scalefold.train import run_rank
+from scalefold.run.begin import RunOptions
+from scalefold.run.loop import run_rank
 
 STEP_TIMEOUT_S = 4
 
@@ -86,7 +86,7 @@ def disturbed(config: Config, victim: int, step: int, disturb: Callable[[], None
     """A run in which rank ``victim`` does something bad when it should fetch the batch of ``step``."""
 
     def function(rank: int) -> None:
-        from scalefold.data.loader import TrainLoader
+        from scalefold.data.loading.loader import TrainLoader
 
         original = TrainLoader.next
 
@@ -160,7 +160,7 @@ def test_a_silent_evaluation_rank_ends_the_run(tiny_store: Path, tmp_path: Path)
     config = two_ranks(tiny_store, tmp_path / "run", "parallel.num_eval_ranks=1", "training.num_train_iters=4000")
 
     def function(rank: int) -> None:
-        from scalefold.evaluators import ChainScorer
+        from scalefold.eval.score import ChainScorer
 
         def score(self: ChainScorer, flat: object, weights: object):
             time.sleep(2)

@@ -57,7 +57,10 @@ def test_only_the_kernels_need_triton(python) -> None:
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
-    assert {line.split()[0] for line in done.stdout.splitlines()} <= {"scalefold.parallel.direct"}  # GPUs only
+    assert {line.split()[0] for line in done.stdout.splitlines()} <= {
+        "scalefold.parallel.dap.direct",
+        "scalefold.parallel.dap.peer_memory",
+    }  # GPUs only
 
 
 def test_the_doctor_finds_no_problem(python) -> None:

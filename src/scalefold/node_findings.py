@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from scalefold.compile_ahead import MANIFEST
+from scalefold.run.compile_ahead import MANIFEST
 
 Row = tuple[str, str, str]  # level (ok, note), topic, text
 LIBRARIES = {"libibverbs.so.1": "libibverbs1", "librdmacm.so.1": "librdmacm1", "libmlx5.so.1": "ibverbs-providers"}

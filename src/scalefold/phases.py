@@ -8,11 +8,9 @@ of ranks ends it with a checkpoint and ``EXIT_NEXT_PHASE``, so that the launcher
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from scalefold.checkpoint import Checkpoints, RunState, read_state
 from scalefold.config import Config
-from scalefold.errors import CheckpointError
+from scalefold.step.checkpoint import RunState
 
 EXIT_NEXT_PHASE = 6
 
@@ -88,36 +86,6 @@ class Schedule:
         """Whether the next phase has the same ranks, none of them for evaluation only."""
         now, then = self.config.parallel, self.base.in_phase(self.position.phase + 1).parallel
         return now == then and not now.num_eval_ranks
-
-
-def open_schedule(config: Config, resume: bool) -> Schedule:
-    """The phases of the run, at the place where it starts or resumes as far as this rank can see.
-
-    That decides which ranks are expected. From which checkpoint the run continues is decided when they have met; a
-    rank that sees none expects the first phase's.
-
-    Raises:
-        CheckpointError: the checkpoint was written in a phase that the configuration does not have.
-    """
-    schedule = Schedule(config)
-    for folder in reversed(Checkpoints(config.run.run_dir / "checkpoints").all() if resume else []):
-        try:
-            state = read_state(folder)
-        except CheckpointError:  # whether an older one will do is decided later, and said then
-            continue
-        check_phase(config, folder, state)
-        schedule.place(state)
-        break
-    return schedule
-
-
-def check_phase(config: Config, folder: Path, state: RunState) -> None:
-    """Refuse a checkpoint of a phase that the configuration does not have."""
-    if state.phase > max(0, len(config.phases) - 1):
-        raise CheckpointError(
-            f"{folder}: was written in phase {state.phase}, but the configuration has phases 0 to "
-            f"{len(config.phases) - 1}; resume with the configuration beside it"
-        )
 
 
 def any_phase(config: Config, holds: Callable[[Config], bool]) -> bool:

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalefold.data import align, mmcif, msa, prepare, residues, selection, templates
-from scalefold.data.rawfile import read_bytes
-from scalefold.data.rawlayout import RawLayout
-from scalefold.data.store import Store
+from scalefold.data import residues
+from scalefold.data.raw import mmcif, msa
+from scalefold.data.raw.rawfile import read_bytes
+from scalefold.data.raw.rawlayout import RawLayout
+from scalefold.data.store import align, prepare, selection, templates
+from scalefold.data.store.store import Store
 from scalefold.errors import DataError
 
 

@@ -31,7 +31,7 @@ class Mutation:
 MUTATIONS = (
     Mutation(
         "clusters are summarised before masking instead of after it",
-        "data/transforms.py",
+        "data/features/transforms.py",
         "self._summarise(chosen, extra, masked)",
         "self._summarise(chosen, extra, original)",
         "test_features.py::test_benchmark_sizes_equal_the_plain_definition",
@@ -87,7 +87,7 @@ MUTATIONS = (
     ),
     Mutation(
         "lDDT-Cα is averaged over residues instead of pooled over pairs",
-        "metrics.py",
+        "model/metrics.py",
         "return _share(score.sum((-1, -2)), counted.sum((-1, -2)))",
         "return lddt_ca_per_residue(predicted, true, mask).mean(-1)",
         "test_metrics.py::test_score_is_pooled_over_pairs_not_averaged_over_residues",

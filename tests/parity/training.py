@@ -7,11 +7,11 @@ from torch import Tensor
 
 from parity import golden
 from parity.whole import compare
-from scalefold import loss, violations
 from scalefold.config import LossConfig, TrainingConfig
-from scalefold.model import select_slice
-from scalefold.optim import FlatParameters, Optimizer, learning_rate
-from scalefold.parallel.ddp import GradientReducer
+from scalefold.model import loss, select_slice, violations
+from scalefold.step.optimizer import Optimizer, learning_rate
+from scalefold.step.parameters import FlatParameters
+from scalefold.step.reducer import GradientReducer
 
 NUM_STEPS = 4
 CONFIG = TrainingConfig(

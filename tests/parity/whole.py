@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from parity import golden
-from scalefold import loss, metrics, violations
 from scalefold.config import LossConfig
-from scalefold.model import select_slice
+from scalefold.model import loss, metrics, select_slice, violations
 from scalefold.model.rigid import Rigid
 
 PASSES = {"r0": 1, "r2": 3}

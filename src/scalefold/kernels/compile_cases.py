@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from scalefold.kernels import (
+from scalefold.kernels.ops import (
     adam_swa,
     elementwise,
     gated_output,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalefold.kernels import (
-    Operations,
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.ops import (
     adam_swa,
     attention,
     elementwise,
@@ -21,11 +21,10 @@ from scalefold.kernels import (
     outer_product,
     point_attention,
     point_errors,
-    reference,
     transition,
     triangle,
-    tuning,
 )
+from scalefold.kernels.table import Operations
 
 log = logging.getLogger(__name__)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -19,8 +19,8 @@ nothing is tuned on the clock. A sweep times each candidate under ``override`` a
 
 Modules with kernels also expose ``compile_cases() -> list[tuple[str, Callable[[], None]]]``: named calls of their
 operations, forward and backward, on tensors of ``device="meta"`` at the benchmark's shapes.
-``benchmarks/compile_targets.py`` records the launches and compiles them for 8.0 and 9.0 without a GPU, so host code of
-a kernel must run on meta tensors (no look at values, no call that needs a device).
+``benchmarks/measure/compile_targets.py`` records the launches and compiles them for 8.0 and 9.0 without a GPU, so host
+code of a kernel must run on meta tensors (no look at values, no call that needs a device).
 """
 
 import functools
@@ -50,7 +50,7 @@ FALLBACK_CAPABILITY = 90  # what interpreter runs and compile checks assume wher
 
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
-_REPAIR = "remove it or tune again (benchmarks/tune.py)"
+_REPAIR = "remove it or tune again (benchmarks/measure/tune.py)"
 
 
 @dataclass(frozen=True)

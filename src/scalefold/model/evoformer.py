@@ -1,9 +1,9 @@
 """Evoformer and extra MSA stacks (Supplement Algorithms 6 and 18): one block class, two configurations.
 
-Axial parallelism enters through named resharding points. Each is an ``nn.Identity`` attribute; ``parallel/dap.py``
-replaces it, by attribute name, in every module that has one. Layouts of a representation [B, rows, columns, c] over P
-ranks: "rows" holds [B, rows / P, columns, c], "columns" holds [B, rows, columns / P, c], "full" holds everything on
-every rank, "channels" holds [B, c / P, rows, columns] of a channels-first tensor.
+Axial parallelism enters through named resharding points. Each is an ``nn.Identity`` attribute;
+``parallel/dap/points.py`` replaces it, by attribute name, in every module that has one. Layouts of a representation [B,
+rows, columns, c] over P ranks: "rows" holds [B, rows / P, columns, c], "columns" holds [B, rows, columns / P, c],
+"full" holds everything on every rank, "channels" holds [B, c / P, rows, columns] of a channels-first tensor.
 
 ========================  ==============================================  =====================================
 point (attribute name)    tensors                                         layout before -> after

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scalefold.kernels import REFERENCE, Operations
+from scalefold.kernels.table import REFERENCE, Operations
 
 Init = Literal["default", "relu", "glorot", "gating", "normal", "final"]
 

@@ -5,7 +5,7 @@ Shapes are those of one process: with axial parallelism S or N is this rank's sh
 
 from torch import Tensor, nn
 
-from scalefold.kernels import REFERENCE, Operations
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, shared_row_dropout
 
 MASK_INF = 1e9

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scalefold.config import ModelConfig, StructureConfig
 from scalefold.data import residues
-from scalefold.kernels import REFERENCE, Operations
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.model.layers import LayerNorm, Linear, dropped, relu_linear
 from scalefold.model.rigid import Rigid, quaternion_to_rotation, rotate, update_frame
 

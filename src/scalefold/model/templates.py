@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefold.config import TemplateConfig
-from scalefold.kernels import REFERENCE, Operations
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, Transition, one_hot, relu_linear, run_block
 from scalefold.model.rigid import squared_distances
 from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node

@@ -5,7 +5,7 @@ z: [B, I, J, c_z]. With axial parallelism I is this rank's share, see ``model.ev
 
 from torch import Tensor, nn
 
-from scalefold.kernels import REFERENCE, Operations
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, shared_row_dropout
 
 MASK_INF = 1e9

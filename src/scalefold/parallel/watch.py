@@ -37,6 +37,7 @@ GRACE_S = 30.0  # process groups time out this much later than the watch, whose 
 UNLIMITED = ("waiting for weights",)
 PATIENT = ("evaluation", "checkpoint", "warm-up")
 _PACKAGE = Path(__file__).resolve().parents[1]
+_EXCHANGES = ("parallel/", "step/reducer.py", "eval/snapshots.py")  # where our own calls exchange
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ def waiting_in(frame: FrameType | None) -> str | None:
             name = "wait for the device"
         elif file.startswith(str(_PACKAGE)):
             ours = Path(file).relative_to(_PACKAGE)
-            if depth == 0 and ours.parts[0] == "parallel":  # C++ work objects leave no frame of their own
+            if depth == 0 and ours.as_posix().startswith(_EXCHANGES):  # C++ work objects leave no frame of their own
                 name = pending_collective() or "an exchange"
             return f"{name} at {ours}:{frame.f_lineno}" if name else None
         frame, depth = frame.f_back, depth + 1

@@ -9,7 +9,7 @@ from statistics import mean
 import scalefold
 from scalefold.errors import LogError
 
-PUBLISHED_RUNS = Path(scalefold.__file__).parent / "mlperf" / "published_runs.csv"
+PUBLISHED_RUNS = Path(scalefold.__file__).parent / "mlperf" / "log" / "published_runs.csv"
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from statistics import mean
 from typing import Any
 
 from scalefold.errors import LogError
-from scalefold.mlperf.keys import BENCHMARK
-from scalefold.mlperf.lint import run_begins, several_runs
-from scalefold.mlperf.logfile import read_log
-from scalefold.mlperf.rcp import reference_convergence
-from scalefold.mlperf.score import scaling_of
+from scalefold.mlperf.judge.lint import run_begins, several_runs
+from scalefold.mlperf.judge.rcp import reference_convergence
+from scalefold.mlperf.judge.score import scaling_of
+from scalefold.mlperf.log.keys import BENCHMARK
+from scalefold.mlperf.log.logfile import read_log
 from scalefold.report.logs import Run
 
 #: What all runs of one system have in common; ``ranks`` and ``platform`` under either of their names.

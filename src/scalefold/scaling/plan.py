@@ -97,17 +97,17 @@ class Assumptions:
 
     start_s: float = 0.1
     first_cycle_extra_s: float = 0.6
-    start_source: str = "measured (benchmarks/gpu_runs.csv, store_index.csv)"
+    start_source: str = "measured (benchmarks/results/gpu_runs.csv, store_index.csv)"
     hand_over_s: float = 0.3
     first_eval_extra_s: float = 5.0
     core_s_per_sample: float = 0.94
-    core_s_source: str = "measured: 20,000 rows x 500 residues; 0.07 on average (benchmarks/data_pipeline.csv)"
+    core_s_source: str = "measured: 20,000 rows x 500 residues; 0.07 on average (benchmarks/results/data_pipeline.csv)"
     loader_headroom: float = 1.3
     runtime_gib: float = 3.0
     activations_gib: float = 36.4
-    activations_source: str = "run on one H200 that evaluates too held 38.3 GiB (benchmarks/real_chains.csv)"
+    activations_source: str = "run on one H200 that evaluates too held 38.3 GiB (benchmarks/results/real_chains.csv)"
     checkpointed_peak_gib: float = 7.2
-    checkpointed_source: str = "measured on one H200 with checkpointing, R = 4 (benchmarks/step_time.csv)"
+    checkpointed_source: str = "measured on one H200 with checkpointing, R = 4 (benchmarks/results/step_time.csv)"
 
 
 @dataclass(frozen=True)

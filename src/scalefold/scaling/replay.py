@@ -14,7 +14,7 @@ from statistics import mean
 from scalefold.errors import ConfigError
 from scalefold.scaling.simulate import RunTimes, simulate
 
-PUBLISHED_RUNS = Path(__file__).parents[1] / "mlperf" / "published_runs.csv"
+PUBLISHED_RUNS = Path(__file__).parents[1] / "mlperf" / "log" / "published_runs.csv"
 INPUT_COLUMNS = (
     "time_to_first_epoch_start_s",
     "first_cycle_s",

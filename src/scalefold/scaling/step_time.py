@@ -17,7 +17,8 @@ KINDS: tuple[Kind, ...] = ("measured", "estimated", "guarded", "published", "tar
 REFERENCE_STEP_TIMES = Path(__file__).with_name("reference_step_times.csv")
 REFERENCE_EVAL_TIMES = Path(__file__).with_name("reference_eval_times.csv")
 _ALL_PASSES = {1, 2, 3, 4}
-#: Columns of ``benchmarks/step_time.csv`` and what they are called here; its variants and whether they checkpoint.
+#: Columns of ``benchmarks/results/step_time.csv`` and what they are called here; its variants and whether they
+#: checkpoint.
 _RULER_COLUMNS = {"device": "gpu", "median_ms": "step_ms", "dap": "dap_size"}
 _RULER_FACTS = {"date", "commit", "gpus", "variant"}
 _RULER_VARIANTS = {"ours": "false", "ours_ckpt": "true"}
@@ -64,8 +65,8 @@ def read_step_times(path: Path | str) -> list[StepTime]:
     Columns: ``gpu`` and ``step_ms``; optional ``precision`` (bf16), ``dap_size`` (1), ``passes`` (1..4, or ``mean``),
     ``peak_gib``, ``activation_checkpointing``, ``kind`` (measured), ``source`` and ``variant``. Rows of one system that
     give the four numbers of passes are averaged. Rows whose ``variant`` is neither empty nor ``scalefold`` describe
-    other programs and are skipped. ``benchmarks/step_time.csv`` is read as it is: of a system, the newest measurement
-    (one day, commit and number of GPUs) that has all four numbers of passes counts.
+    other programs and are skipped. ``benchmarks/results/step_time.csv`` is read as it is: of a system, the newest
+    measurement (one day, commit and number of GPUs) that has all four numbers of passes counts.
 
     Raises:
         ConfigError: naming file and line.
@@ -92,7 +93,7 @@ def _system(entry: StepTime) -> tuple[str, ...]:
 
 
 def _ruler_rows(path: Path, rows: list[tuple[int, dict[str, str]]]) -> list[tuple[int, dict[str, str]]]:
-    """Rows of this project in ``benchmarks/step_time.csv``, with the names of this table."""
+    """Rows of this project in ``benchmarks/results/step_time.csv``, with the names of this table."""
     return [
         (
             line,

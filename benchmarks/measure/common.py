@@ -1,0 +1,127 @@
+"""What all benchmark scripts share: timing inside CUDA graphs, device facts, CSV rows."""
+
+import csv
+import datetime
+import gc
+import os
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SCRIPTS = Path(__file__).resolve().parent
+ROOT = SCRIPTS.parents[1]
+FOLDER = SCRIPTS.parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median and spread of repeated measurements, in milliseconds."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+
+    @staticmethod
+    def of(values_ms: list[float]) -> "Timing":
+        """Quantiles of at least one value."""
+        ordered = sorted(values_ms)
+        last = len(ordered) - 1
+        return Timing(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)])
+
+
+def time_calls(call: Callable[[], object], repeats: int, warm_up: int = 3) -> Timing:
+    """Device time of single calls, each between two events."""
+    for _ in range(warm_up):
+        call()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return Timing.of(times)
+
+
+def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``call`` after ``warm_up`` eager calls, on the current stream if that is none of the default one.
+
+    Leaves whose gradients were taken on another stream before would make the capture wait for that stream.
+    """
+    current = torch.cuda.current_stream()
+    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
+    gc.collect()  # an autograd graph left from another stream would make the capture wait for that stream
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(warm_up):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        call()
+    return graph
+
+
+def commit() -> str:
+    """Short hash of the checkout; where there is no git, what SCALEFOLD_COMMIT says."""
+    stated = os.environ.get("SCALEFOLD_COMMIT")
+    if stated or shutil.which("git") is None:
+        return stated or "unknown"
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=SCRIPTS)
+    return found.stdout.strip() or "unknown"
+
+
+def facts() -> dict[str, str]:
+    """Date, device, torch version and commit: the first columns of every row."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
+
+
+def device_events(call: Callable[[], object], trace: Path | None = None) -> list[Any]:
+    """What one call does on the device, as the profiler's events; ``trace``: also keep the timeline there."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as traced:
+        call()
+        torch.cuda.synchronize()
+    if trace is not None:
+        traced.export_chrome_trace(str(trace))
+    return [event for event in traced.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
+
+
+def append_rows(file: Path, rows: list[dict[str, object]]) -> None:
+    """Append rows to a CSV file; the header is written if the file is new."""
+    if not rows:
+        return
+    new = not file.exists()
+    with file.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file, oldest first."""
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def print_table(rows: list[dict[str, object]]) -> None:
+    """Rows as an aligned table."""
+    if not rows:
+        return
+    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

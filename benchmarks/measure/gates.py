@@ -1,0 +1,158 @@
+"""Every line that a training step must meet on one GPU, in one run: figures to the CSV files, one verdict per line.
+
+    python benchmarks/measure/gates.py                # step, correctness, profile, operations, evaluation, GPU tests
+    python benchmarks/measure/gates.py STORE          # also real chains, and 200 steps against the plain path's curve
+    python benchmarks/measure/gates.py --judge        # measure nothing: judge the rows of this commit and device
+
+Exit status 1 if a line is not met or was not measured.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common import FOLDER, ROOT, SCRIPTS, append_rows, facts, print_table, read_rows
+
+Row = dict[str, str]
+RESULTS = "gates.csv"  # exit status of every measurement, so that --judge finds those without figures
+PASSES = ("1", "2", "3", "4")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One line: what is measured, its limit, and how it is read from the rows (None: not measured)."""
+
+    name: str
+    limit: float
+    read: Callable[[], float | None]
+
+
+def measurements(store: Path | None) -> dict[str, list[str]]:
+    """Command lines by name, in the order in which they run."""
+    python = [sys.executable]
+    chosen = {
+        "step": [*python, str(SCRIPTS / "step_time.py"), "--check", "--profile", "1"]
+        + ["--each", "--variant", "ours", "--variant", "ours_ckpt"],
+        "operations": [*python, str(SCRIPTS / "kernels.py")],
+        "evaluation": [*python, str(SCRIPTS / "evaluation_time.py")],
+        "gpu tests": [*python, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")],
+    }
+    if store is not None:
+        curve = [str(SCRIPTS / "training_curve.py"), str(store), "--baseline", str(FOLDER / "curve_plain.jsonl")]
+        chosen["real chains"] = [*python, str(SCRIPTS / "real_chains.py"), str(store)]
+        chosen["curve"] = [*python, *curve]
+    return chosen
+
+
+def run(commands: dict[str, list[str]]) -> None:
+    """Run one after the other, whatever fails, and note exit status and seconds."""
+    for name, command in commands.items():
+        print(f"\n== {name}: {' '.join(command[1:])}", flush=True)
+        start = time.monotonic()
+        status = subprocess.run(command, cwd=ROOT, check=False).returncode
+        seconds = round(time.monotonic() - start)
+        append_rows(FOLDER / RESULTS, [{**facts(), "measurement": name, "status": status, "seconds": seconds}])
+
+
+def rows_of(file: str, **wanted: str) -> list[Row]:
+    """Rows of this commit and device, limited to ``wanted`` values; oldest first."""
+    own, path = facts(), FOLDER / file
+    wanted = {"commit": own["commit"], "device": own["device"], **wanted}
+    rows = read_rows(path) if path.is_file() else []
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def mean_step_ms() -> float | None:
+    """Mean over R = 1..4 of the newest medians."""
+    newest = {row["passes"]: float(row["median_ms"]) for row in rows_of("step_time.csv", variant="ours")}
+    return sum(newest[r] for r in PASSES) / len(PASSES) if set(PASSES) <= set(newest) else None
+
+
+def newest(file: str, column: str, **wanted: str) -> float | None:
+    """A column of the newest row."""
+    rows = rows_of(file, **wanted)
+    return float(rows[-1][column]) if rows else None
+
+
+def loss_difference() -> float | None:
+    """Relative difference of our loss to fp32, in units of what is allowed: 1e-3 or twice plain bf16's own."""
+    rows = rows_of("precision.csv", kind="term", name="loss")
+    if not rows:
+        return None
+    exact, ours, plain = (float(rows[-1][key]) for key in ("fp32", "ours_bf16", "plain_bf16"))
+    return abs(ours / exact - 1) / max(1e-3, 2 * abs(plain / exact - 1))
+
+
+def low_modules() -> float | None:
+    """Modules whose gradient is below cosine 0.99 and more than twice as far off as plain bf16's."""
+    newest = {row["name"]: row for row in rows_of("precision.csv", kind="module")}
+    pairs = [(1 - float(row["ours_bf16"]), 1 - float(row["plain_bf16"])) for row in newest.values()]
+    return float(sum(ours > 0.01 and ours > 2 * plain for ours, plain in pairs)) if pairs else None
+
+
+def lost_operations() -> float | None:
+    """Operations where another implementation is faster, forward and backward together."""
+    rows = rows_of("kernels.csv")
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        own = times.setdefault((row["operation"], row["shape"]), {})
+        own[row["variant"]] = float(row["forward_us"]) + float(row["backward_us"])
+    lost = [key for key, by in times.items() if "ours" in by and by["ours"] > min(by.values())]
+    for operation, shape in lost:
+        print(f"lost: {operation} {shape}: {times[operation, shape]}")
+    return float(len(lost)) if rows else None
+
+
+def status(name: str) -> float | None:
+    """Exit status of a measurement."""
+    return newest(RESULTS, "status", measurement=name)
+
+
+GATES = (
+    Gate("mean step over R = 1..4, ms", 400.0, mean_step_ms),
+    Gate("loss against fp32, share of what is allowed", 1.0, loss_difference),
+    Gate("modules with a low gradient cosine", 0.0, low_modules),
+    Gate("kernels per step at R = 1", 12_000.0, lambda: newest("step_profile.csv", "kernels", variant="ours")),
+    Gate("host ms per step", 5.0, lambda: newest("step_profile.csv", "host_ms", variant="ours")),
+    Gate("GPU idle inside the step, %", 2.0, lambda: newest("step_profile.csv", "idle_percent", variant="ours")),
+    Gate("peak GiB, R = 1..4", 80.0, lambda: newest("step_time.csv", "peak_gib", variant="ours")),
+    Gate("peak GiB with checkpointing", 80.0, lambda: newest("step_time.csv", "peak_gib", variant="ours_ckpt")),
+    Gate("operations slower than another implementation", 0.0, lost_operations),
+    Gate("wait for data on real chains, %", 1.0, lambda: newest("real_chains.csv", "wait_percent", passes="all")),
+    Gate("200-step curve leaves the band (exit status)", 0.0, lambda: status("curve")),
+    Gate("GPU tests (exit status)", 0.0, lambda: status("gpu tests")),
+)
+
+
+def verdict(gate: Gate) -> dict[str, object]:
+    """One line of the table."""
+    value = gate.read()
+    met = "not measured" if value is None else "met" if value <= gate.limit else "MISSED"
+    shown = "-" if value is None else f"{value:g}"
+    return {"line": gate.name, "limit": f"{gate.limit:g}", "measured": shown, "verdict": met}
+
+
+def main() -> int:
+    """Measure, judge and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", nargs="?", type=Path, help="prepared data set")
+    parser.add_argument("--judge", action="store_true", help="only judge what this commit has measured on this device")
+    parser.add_argument("--only", nargs="+", default=[], help="only these measurements, by name")
+    arguments = parser.parse_args()
+    if not arguments.judge:
+        commands = measurements(arguments.store)
+        unknown = [name for name in arguments.only if name not in commands]
+        if unknown:
+            parser.error(f"no measurement {', '.join(unknown)}; there are: {', '.join(commands)}")
+        run({name: command for name, command in commands.items() if not arguments.only or name in arguments.only})
+    table = [verdict(gate) for gate in GATES]
+    print_table(table)
+    return int(any(line["verdict"] != "met" for line in table))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

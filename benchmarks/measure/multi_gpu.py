@@ -1,0 +1,416 @@
+"""Several GPUs of one host: exchanges, axial and data parallel steps against one GPU, all inside CUDA graphs.
+
+    torchrun --nproc-per-node 4 benchmarks/measure/multi_gpu.py                 # every DAP size that the GPUs allow
+    torchrun --nproc-per-node 2 benchmarks/measure/multi_gpu.py --skip-exchanges --passes 1 4 --minutes 5
+    torchrun --nproc-per-node 2 benchmarks/measure/multi_gpu.py --small --out /tmp/small   # the same on CPU, tiny model
+
+Appends to benchmarks/results/step_time.csv (column ``dap``; ``gpus`` > ``dap`` is data parallel),
+benchmarks/results/step_breakdown.csv and benchmarks/results/exchange.csv, each layout as soon as it is known; --small
+writes only where --out says. Before timing, loss and gradient norm of every layout are compared with one GPU: dropout
+off, same weights, same batch. The breakdown is of rank 0: kernels that exchange, all other kernels (the copies into
+what peers read among them), the time in which only the former work, and the time in which nothing does.
+A layout that would not end within --minutes is left out and named. Exit status 1 if one computes something else.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from common import FOLDER, ROOT, Timing, append_rows, capture, device_events, facts, print_table, time_calls
+from scalefold.config import Config, load_config
+from scalefold.data.configured import feature_settings
+from scalefold.data.loading.loader import Batch
+from scalefold.data.made.synthetic import synthetic_batch
+from scalefold.kernels.table import use_operations
+from scalefold.parallel.dap.points import apply_dap
+from scalefold.parallel.ranks import RankLayout, Ranks
+from scalefold.run.begin import prepare_process
+from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
+from scalefold.step.graphs import TrainStep, preserved
+from step_time import enliven, row, without_dropout
+
+MIB = 2**20
+EXCHANGE_MIB = (0.25, 1.0, 2.0, 4.0, 8.4, 16.8)
+CALLS_PER_GRAPH = 20
+EXCHANGE_KINDS = {  # parts of kernel names: the library's, then those of parallel/dap/direct.py
+    "all_to_all": ("sendrecv", "alltoall"),
+    "all_gather": ("allgather",),
+    "reduce_scatter": ("reducescatter",),
+    "all_reduce": ("allreduce",),
+    "direct": ("_copy_parts", "_sum_parts"),
+    "barrier": ("barrier_kernel",),
+}
+Layout = tuple[int, int]  # GPUs that train together, DAP size
+
+
+@dataclass(frozen=True)
+class Host:
+    """This process among the ranks of the call."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # all ranks, on the CPU
+    out: Path | None
+
+    @property
+    def small(self) -> bool:
+        """A tiny model on the CPU."""
+        return self.device.type == "cpu"
+
+    def barrier(self) -> None:
+        """All ranks go on together."""
+        dist.barrier(group=self.control)
+
+    def keep(self, name: str, rows: list[dict[str, object]]) -> None:
+        """Print rows on rank 0 and append them to a table."""
+        if self.rank == 0:
+            print_table(rows)
+            sys.stdout.flush()
+            if self.out is not None:
+                self.out.mkdir(parents=True, exist_ok=True)
+                append_rows(self.out / name, rows)
+
+    def time(self, call: Callable[[], object], repeats: int) -> Timing:
+        """Time of single calls, all ranks at once."""
+        self.barrier()
+        return time_on_host(call, repeats) if self.small else time_calls(call, repeats)
+
+
+def time_on_host(call: Callable[[], object], repeats: int) -> Timing:
+    """The same by the host's clock, for devices that are never ahead of it."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - start))
+    return Timing.of(times)
+
+
+def main() -> int:
+    """Measure on all ranks, print and write on rank 0; exit status 1 if a layout computes something else."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--passes", type=int, nargs="+", default=[1, 2, 3, 4])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--skip-exchanges", action="store_true")
+    parser.add_argument("--dap", type=int, nargs="*", help="axial sizes; default: all powers of two up to the GPUs")
+    parser.add_argument("--minutes", type=float, default=8.5, help="begin no layout that would end later")
+    parser.add_argument("--small", action="store_true", help="tiny model on the CPU, to try the script")
+    parser.add_argument("--out", type=Path, help="folder of the tables; default: benchmarks, nowhere with --small")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    host = join(arguments.small, arguments.out or (None if arguments.small else FOLDER))
+    if not arguments.skip_exchanges:
+        host.keep("exchange.csv", measure_exchanges(host))
+    sizes = arguments.dap or [2**n for n in range(4) if 2**n <= host.world]
+    deadline = started + 60 * arguments.minutes
+    good = measure_layouts(host, layouts(host.world, sizes), arguments, deadline)
+    host.barrier()
+    dist.destroy_process_group()
+    return int(not good)
+
+
+def join(small: bool, out: Path | None) -> Host:
+    """Join the ranks that torchrun started."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cpu") if small else torch.device("cuda", rank)
+    if not small:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("gloo" if small else "cpu:gloo,cuda:nccl")
+    return Host(rank, world, device, dist.new_group(backend="gloo"), out)
+
+
+def layouts(world: int, sizes: Iterable[int]) -> list[Layout]:
+    """One GPU on its own, then all of them: the largest DAP size first, pure data parallelism (DAP 1) last."""
+    fitting = sorted({size for size in sizes if world % size == 0}, reverse=True)
+    return [(1, 1), *((world, size) for size in fitting if world > 1)]
+
+
+# --- exchanges --------------------------------------------------------------------------------------------------------
+
+
+def measure_exchanges(host: Host) -> list[dict[str, object]]:
+    """Microseconds per exchange, by MiB that each rank puts in."""
+    rows: list[dict[str, object]] = []
+    for mib in EXCHANGE_MIB[:1] if host.small else EXCHANGE_MIB:
+        count = int(mib * MIB / 2) // host.world * host.world
+        own = torch.randn(count, device=host.device).bfloat16()
+        out, gathered = torch.empty_like(own), own.new_empty(host.world * count)
+        part = own.new_empty(count // host.world)
+        calls: dict[str, Callable[[], object]] = {
+            "all_to_all": lambda out=out, own=own: dist.all_to_all_single(out, own),
+            "all_gather": lambda gathered=gathered, own=own: dist.all_gather_into_tensor(gathered, own),
+            "reduce_scatter": lambda part=part, own=own: dist.reduce_scatter_tensor(part, own),
+            "all_reduce": lambda own=own: dist.all_reduce(own),
+        }
+        if host.small:
+            del calls["reduce_scatter"]  # gloo has none in bf16
+        row: dict[str, object] = {**facts(), "gpus": host.world, "mib_per_rank": mib}
+        rows.append(row | {f"{name}_us": round(time_exchange(host, call), 2) for name, call in calls.items()})
+    return rows
+
+
+def time_exchange(host: Host, call: Callable[[], object]) -> float:
+    """Median microseconds of one call among many in a graph."""
+
+    def many() -> None:
+        for _ in range(CALLS_PER_GRAPH):
+            call()
+
+    replay = many if host.small else capture(many).replay
+    return 1e3 * host.time(replay, 15).median_ms / CALLS_PER_GRAPH
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namespace, deadline: float) -> bool:
+    """Check, time and take apart each layout; one GPU on its own comes first and is what the others must equal."""
+    truth: dict[str, float] = {}
+    good, longest_s = True, 0.0
+    means: dict[Layout, dict[int, float]] = {}
+    for gpus, dap in wanted:
+        begin = time.monotonic()
+        if not agree(host, begin + longest_s < deadline):
+            tell(host, f"gpus {gpus} dap {dap}: LEFT OUT, the time of --minutes is used up")
+            continue
+        step, batch, config = build(host, gpus, dap, arguments.set)
+        values = first_values(step, batch)
+        let_go(host)  # the eager step's memory is not the graphs'
+        truth = truth or values
+        good &= agrees(host, values, truth, gpus, dap)
+        means[gpus, dap] = measure_steps(host, step, batch, config, (gpus, dap), arguments)
+        del step, batch
+        let_go(host)
+        if not host.small:
+            left_gib = torch.cuda.memory_reserved() / 2**30
+            tell(host, f"gpus {gpus} dap {dap}: {left_gib:.2f} GiB stay reserved once it is gone")
+        longest_s = max(longest_s, time.monotonic() - begin)
+    for line in summary(means):
+        tell(host, line)
+    return good
+
+
+def let_go(host: Host) -> None:
+    """Give memory that nothing uses back to the device.
+
+    What the allocator keeps for the stream of an eager step serves neither the stream of a capture nor its graphs: a
+    layout would be charged for both.
+    """
+    gc.collect()
+    if not host.small:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def measure_steps(
+    host: Host,
+    step: TrainStep,
+    batch: Batch,
+    config: Config,
+    layout: Layout,
+    arguments: argparse.Namespace,
+) -> dict[int, float]:
+    """Milliseconds of a step by number of passes; rows are written."""
+    set_dropout(step, True)
+    if not host.small:
+        torch.cuda.reset_peak_memory_stats()
+    slices = config.data.num_recycling_iters + 1
+    passes = [r for r in arguments.passes if r <= slices]
+    step.warm_up(batch, max(passes), lambda text: None)
+    times = {r: host.time(lambda r=r: step(batch, r, 1), arguments.repeats) for r in passes}
+    host.keep("step_time.csv", [row(config, "ours", r, timing, *layout) for r, timing in times.items()])
+    if not host.small:
+        parts = [profile(host, lambda r=r: step(batch, r, 1), times[r].median_ms) for r in passes]
+        known = [{**facts(), "variant": "ours", "gpus": layout[0], "dap": layout[1], "passes": r} for r in passes]
+        host.keep("step_breakdown.csv", [a | b for a, b in zip(known, parts, strict=True)])
+    return {r: timing.median_ms for r, timing in times.items()}
+
+
+def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainStep, Batch, Config]:
+    """A step whose ranks form ``gpus / dap`` replicas; every rank takes part."""
+    settings = [
+        f"parallel.{'ranks' if host.small else 'gpus'}_per_node={gpus}",
+        f"parallel.dap_size={dap}",
+        f"training.global_batch_size={gpus // dap}",
+    ]
+    file = ROOT / "configs" / ("tiny.yaml" if host.small else "base.yaml")
+    config = load_config(file, [*settings, *overrides]).config
+    prepare_process(config)
+    ranks = Ranks(RankLayout(gpus, dap), host.rank if gpus > 1 else 0, host.rank, host.device)
+    if gpus > 1:
+        ranks.train_group = dist.group.WORLD
+        groups = [dist.new_group(ranks.layout.dap_group(first)) for first in range(0, gpus, dap)] if dap > 1 else []
+        ranks.dap_group = groups[host.rank // dap] if groups else None
+        ranks.dap_control_group = host.control
+    ops = choose_operations(config, ranks)
+    model = build_model(config, 0, ranks)
+    enliven(model)
+    use_operations(model, ops)
+    apply_dap(model, ranks.dap_group)
+    connect_replica(config, ranks)
+    without_dropout(model)
+    step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
+    step.model = model  # type: ignore[attr-defined]
+    batch = synthetic_batch(feature_settings(config), 1, seed=1, device=ranks.device)
+    return step, batch, config
+
+
+def set_dropout(step: TrainStep, on: bool) -> None:
+    """Put the benchmark's dropout rates back for timing."""
+    rates = {"MSARowAttentionWithPairBias": 0.15, "StructureTransition": 0.1, "StructureModule": 0.1}
+    for module in step.model.modules():  # type: ignore[attr-defined]
+        if hasattr(module, "dropout"):
+            module.dropout = rates.get(type(module).__name__, 0.25) if on else 0.0
+
+
+def first_values(step: TrainStep, batch: Batch) -> dict[str, float]:
+    """Loss, terms and gradient norm of one eager step; weights are put back."""
+    with preserved(step.optimizer):
+        values = TrainStep.__call__(_Eager(step), batch, 1, 1)  # type: ignore[arg-type]
+    return dict(zip(step.names, values.tolist(), strict=True))
+
+
+class _Eager(TrainStep):
+    """The same step without graphs."""
+
+    def __init__(self, step: TrainStep) -> None:
+        super().__init__(step.objective, step.optimizer, step.reducer, step.micro_batch_size, 1, step.train_group)
+        self._names_of = step
+
+    def _forward_backward(self, *args, **kwargs) -> torch.Tensor:
+        values = super()._forward_backward(*args, **kwargs)
+        self._names_of.names = self.names
+        return values
+
+
+def agrees(host: Host, values: dict[str, float], truth: dict[str, float], gpus: int, dap: int) -> bool:
+    """Within what bf16 sums in another order explain; fp32 on the CPU."""
+    loss = abs(values["loss"] / truth["loss"] - 1)
+    norm = abs(values["grad_norm"] / truth["grad_norm"] - 1)
+    good = loss < (2e-5 if host.small else 2e-3) and norm < (1e-4 if host.small else 2e-2)
+    tell(
+        host,
+        f"gpus {gpus} dap {dap}: loss {values['loss']:.5f} ({loss:.1e}), norm {values['grad_norm']:.5f} ({norm:.1e})",
+    )
+    tell(host, "  ok" if good else "  DIFFERS from one GPU")
+    return good
+
+
+def agree(host: Host, yes: bool) -> bool:
+    """Rank 0's answer, on all ranks."""
+    answer = [yes]
+    dist.broadcast_object_list(answer, src=0, group=host.control)
+    return answer[0]
+
+
+def tell(host: Host, text: str) -> None:
+    """One line, once."""
+    if host.rank == 0:
+        print(text, flush=True)
+
+
+# --- breakdown --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel on the device, microseconds."""
+
+    name: str
+    start_us: float
+    stop_us: float
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether it only moves data between GPUs, or waits for them."""
+        words = ("nccl", *EXCHANGE_KINDS["direct"], *EXCHANGE_KINDS["barrier"])
+        return any(word in self.name.lower() for word in words)
+
+
+def profile(host: Host, call: Callable[[], object], wall_ms: float) -> dict[str, object]:
+    """Breakdown of one call on rank 0; the others do it too, because it exchanges."""
+    if host.rank:
+        host.barrier()
+        call()
+        torch.cuda.synchronize()
+        return {}
+    on_device = device_events(lambda: (host.barrier(), call()))  # all begin once the profiler is ready
+    kernels = [e for e in on_device if not e.name.startswith("nccl:")]  # that would be a mark around kernels
+    return breakdown([Span(e.name, e.time_range.start, e.time_range.end) for e in kernels], wall_ms)
+
+
+def breakdown(spans: list[Span], wall_ms: float) -> dict[str, object]:
+    """Milliseconds of computing, of exchanges by kind, of exchanges alone, and of nothing at all.
+
+    ``gaps_ms`` uses the step's time without the profiler, which widens gaps. Exchanges beside computing (sums of
+    gradients) count in ``exchange_ms``, not in ``exchange_alone_ms``.
+    """
+    exchanges, others = [s for s in spans if s.is_exchange], [s for s in spans if not s.is_exchange]
+    all_ms, computing_ms = covered_ms(spans), covered_ms(others)
+    found: dict[str, object] = {
+        "wall_ms": round(wall_ms, 2),
+        "computing_ms": round(computing_ms, 2),
+        "exchange_ms": round(summed_ms(exchanges), 2),
+        "exchange_alone_ms": round(all_ms - computing_ms, 2),
+        "gaps_ms": round(max(0.0, wall_ms - all_ms), 2),
+        "kernels": len(others),
+        "exchanges": len(exchanges),
+    }
+    by_kind: Mapping[str, list[Span]] = defaultdict(list)
+    for span in exchanges:
+        name = span.name.lower()
+        by_kind[next((k for k, words in EXCHANGE_KINDS.items() if any(w in name for w in words)), "other")].append(span)
+    return found | {f"{kind}_ms": round(summed_ms(by_kind[kind]), 2) for kind in (*EXCHANGE_KINDS, "other")}
+
+
+def summed_ms(spans: Iterable[Span]) -> float:
+    """Sum of all durations."""
+    return sum(span.stop_us - span.start_us for span in spans) / 1e3
+
+
+def covered_ms(spans: Iterable[Span]) -> float:
+    """Time in which at least one of the spans is under way."""
+    total_us, until = 0.0, float("-inf")
+    for start, stop in sorted((span.start_us, span.stop_us) for span in spans):
+        total_us += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return total_us / 1e3
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def summary(means: dict[Layout, dict[int, float]]) -> list[str]:
+    """Mean over passes per layout; speed and efficiency against one GPU, which does one sample per step too."""
+    one = mean(means[1, 1])
+    lines = []
+    for (gpus, dap), times in means.items():
+        now, samples = mean(times), gpus // dap
+        text = f"gpus {gpus} dap {dap}: mean over R = {', '.join(map(str, times))}: {now:.1f} ms"
+        if gpus > 1 and dap == 1:
+            text += f", data parallel efficiency {100 * one / now:.1f} %"
+        elif gpus > 1:
+            rate = samples * one / now
+            text += f", one sample {one / now:.2f} times faster than on one GPU, efficiency {100 * rate / gpus:.1f} %"
+        lines.append(text)
+    return lines
+
+
+def mean(times: dict[int, float]) -> float:
+    """Mean over numbers of passes."""
+    return sum(times.values()) / len(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

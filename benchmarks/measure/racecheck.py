@@ -1,0 +1,130 @@
+"""compute-sanitizer's racecheck over every kernel: accesses to shared memory that no barrier orders.
+
+    python benchmarks/measure/racecheck.py             # shapes of DAP 8, then DAP 1, with the launch parameters shipped
+    python benchmarks/measure/racecheck.py --dap 8 --only layer_norm_linear --minutes 2
+
+Every operation runs once, forward and backward, under the sanitizer; a pool of processes compiles its kernels first.
+What asynchronous products and the copy engine do to shared memory it may not see: ``rings.py`` looks for that. Prints
+hazards by kernel; exit status 1 if there are some, or if not every case was reached.
+"""
+
+import argparse
+import collections
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from common import print_table
+from operation_cases import Case, training_cases
+from reproducibility import compile_beforehand
+from tune import run_once
+
+DAPS = (8, 1)
+ACCESS = re.compile(r"(Error|Warning): .*?\b(Write|Read) access at (?:void )?([\w:]+)")
+HAZARDS = re.compile(r"\[(\d+) hazards?\]")
+
+
+def hazards(lines: Iterable[str]) -> dict[tuple[str, str], int]:
+    """Hazards of a racecheck report by (kernel, severity); a report without a count is one hazard."""
+    found: dict[tuple[str, str], int] = collections.defaultdict(int)
+    current, counted = None, True
+    for line in lines:
+        if access := ACCESS.search(line):
+            if not counted and current is not None:
+                found[current] += 1
+            current, counted = (access[3], access[1].lower()), False
+        if current is not None and (number := HAZARDS.search(line)):
+            found[current] += int(number[1])
+            counted = True
+    if not counted and current is not None:
+        found[current] += 1
+    return dict(found)
+
+
+def chosen_cases(daps: list[int], only: list[str]) -> dict[str, Case]:
+    """Cases by name, in the order in which they run."""
+    cases = {f"dap {dap} {case.name}": case for dap in daps for case in training_cases(dap)}
+    return {name: case for name, case in cases.items() if not only or any(part in name for part in only)}
+
+
+def launch(cases: dict[str, Case]) -> None:
+    """Run every case once and name it (this is what the sanitizer watches)."""
+    for name, case in cases.items():
+        run_once(case.build(), backward=case.calls > 0)
+        torch.cuda.synchronize()
+        print(f"ran {name}", flush=True)
+
+
+def run(command: list[str], deadline: float) -> list[str]:
+    """Cases that a command has run until it ended or the deadline came; the rest of its output is shown."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            process.wait(max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        lines = output.read().splitlines()
+    ran = [line.removeprefix("ran ") for line in lines if line.startswith("ran ")]
+    for line in lines if process.returncode else []:
+        if not line.startswith("ran "):
+            print(f"  {line}")
+    return ran
+
+
+def main() -> int:
+    """Launch, watch and summarise; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dap", type=int, nargs="+", default=list(DAPS), help="training shares, in this order")
+    parser.add_argument("--only", nargs="+", default=[], help="cases whose name contains one of these")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of everything")
+    parser.add_argument("--launch", action="store_true", help="only run the cases")
+    arguments = parser.parse_args()
+    cases = chosen_cases(arguments.dap, arguments.only)
+    if arguments.launch:
+        launch(cases)
+        return 0
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(sanitizer).exists():
+        parser.error("no compute-sanitizer on this machine: it comes with CUDA's toolkit")
+    deadline = time.monotonic() + 60 * arguments.minutes
+    if not arguments.only:
+        compile_beforehand(arguments.dap, max(1, (os.cpu_count() or 2) - 2))
+    own = [sys.executable, __file__, "--launch", "--dap", *map(str, arguments.dap)]
+    own += ["--only", *arguments.only] if arguments.only else []
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report"
+        options = ["--tool", "racecheck", "--print-limit", "0", "--log-file", str(report)]
+        reached = run([sanitizer, *options, *own], deadline)
+        lines = report.read_text(errors="replace").splitlines() if report.exists() else []
+    return summarise(list(cases), reached, lines)
+
+
+def summarise(wanted: list[str], reached: list[str], lines: list[str]) -> int:
+    """Print what was found; the exit status."""
+    found = hazards(lines)
+    rows: list[dict[str, object]] = [
+        {"kernel": kernel, "severity": severity, "hazards": count} for (kernel, severity), count in found.items()
+    ]
+    print_table(rows)
+    finished = any("RACECHECK SUMMARY" in line for line in lines)
+    if not finished:
+        print("\n".join(["the sanitizer did not finish:", *lines[-20:]]))
+    missed = [case for case in wanted if case not in reached]
+    if missed:
+        print(f"NOT reached: {', '.join(missed)}")
+    print(f"{len(reached)} of {len(wanted)} cases, {sum(found.values())} hazards in {len(found)} kernels")
+    return int(bool(found) or bool(missed) or not finished)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

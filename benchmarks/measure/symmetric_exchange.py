@@ -1,0 +1,64 @@
+"""The direct exchanges of axial parallelism beside NCCL's, on the GPUs of one host, inside CUDA graphs.
+
+    torchrun --nproc-per-node 4 benchmarks/measure/symmetric_exchange.py
+
+Results are compared with NCCL's before timing; rows go to ``exchange_symmetric.csv``. Both move the same bytes; what
+NCCL needs besides, to bring parts into order before and after, is left out.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common import FOLDER, facts
+from multi_gpu import EXCHANGE_MIB, MIB, Host, join, time_exchange
+from scalefold.parallel.dap.direct import DirectExchanges, mapped
+from scalefold.parallel.dap.peer_memory import LANE
+
+
+def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
+    """One row: microseconds of each exchange, ours and NCCL's; exits with status 1 if they disagree."""
+    size = host.world
+    x = torch.randn(int(mib * MIB / 2) // (size * LANE) * size, LANE, device="cuda").bfloat16()
+    rows = {"all_to_all": x.shape[0], "all_gather": size * x.shape[0], "reduce_scatter": x.shape[0] // size}
+    ours: dict[str, Callable[[], Tensor]] = {
+        "all_to_all": lambda: own.all_to_all([x[None]], 1, 0)[0].flatten(0, 1),
+        "all_gather": lambda: own.all_gather(x, 0),
+        "reduce_scatter": lambda: own.reduce_scatter(x, 0),
+    }
+    library: dict[str, Callable[[Tensor, Tensor], object]] = {
+        "all_to_all": dist.all_to_all_single,
+        "all_gather": dist.all_gather_into_tensor,
+        "reduce_scatter": dist.reduce_scatter_tensor,
+    }
+    row: dict[str, object] = {**facts(), "gpus": size, "mib_per_rank": mib}
+    for name, length in rows.items():
+        expected = x.new_empty(length, LANE)
+        library[name](expected, x)
+        if not torch.allclose(ours[name]().float(), expected.float(), rtol=2e-2, atol=2e-2):  # bf16 in another order
+            sys.exit(f"rank {own.rank}: {name} of {mib} MiB differs from NCCL's")
+        row[f"{name}_us"] = round(time_exchange(host, ours[name]), 2)
+        row[f"{name}_nccl_us"] = round(time_exchange(host, lambda name=name, out=expected: library[name](out, x)), 2)
+    return row
+
+
+def main() -> int:
+    """Measure on all ranks, print and write on rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table")
+    host = join(False, parser.parse_args().out)
+    assert dist.group.WORLD is not None
+    own = mapped(dist.group.WORLD, host.device)
+    host.keep("exchange_symmetric.csv", [measure(host, mib, own) for mib in EXCHANGE_MIB])
+    host.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

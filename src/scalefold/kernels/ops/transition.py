@@ -1,0 +1,204 @@
+"""Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
+
+One kernel forward, in which the hidden layer never leaves the chip. Saved: x. The backward has two forms; the launch
+parameter ``LIBRARY`` says which one to take:
+
+- fused (0 or absent): one kernel computes the hidden layer again, block by block, together with its gradient, those of
+  the biases and that of x, residual included; it stores the hidden layer, its gradient and the norm for the weight
+  gradients, which are products of the library.
+- by the library (1): norm and hidden layer are launches of their own; the kernel is left with the gradients of the
+  hidden layer and of the biases, and the product for the norm's gradient and the norm's backward, residual included,
+  follow it. More memory moves, but where a kernel that holds norm, products and the norm's backward at once has too few
+  registers (256 channels), each part at its own best is faster.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from scalefold.kernels import reference, tuning
+from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
+from scalefold.kernels.rows import (
+    chosen_tiles,
+    common_rows,
+    dot,
+    has_plain_strides,
+    is_tile_width,
+    load_normed,
+    load_tile,
+    memory_order,
+    norm_input_gradient,
+    register_tiles,
+    row_limit,
+    store_column_sums,
+    store_tile,
+    sum_all,
+    tile_config,
+    tile_default,
+    weight_blocks,
+)
+from scalefold.kernels.weight_gradient import Product, weight_partials
+
+register_tiles(
+    "transition_forward",
+    {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
+    *((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2)),
+    *((128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+)
+_FUSED_TILES = (
+    *((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 3)),
+    *((64, 64, 8, 1), (64, 64, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 2)),
+)
+_LIBRARY_TILES = ((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2))
+tuning.register(
+    "transition_backward",
+    default=tile_default({64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}),
+    candidates=lambda fields: [
+        *({"LIBRARY": 1, **tile_config(tile)} for tile in _LIBRARY_TILES),
+        *(tile_config(tile) for tile in _FUSED_TILES),
+    ],
+)
+
+
+@triton.jit
+def _forward_kernel(
+    x, x_strides, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, out, out_strides, dims, count,
+    HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, C)
+    normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
+    acc = tl.zeros([BLOCK_M, C], tl.float32)
+    for first in range(0, HIDDEN, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        hidden = dot(normed, tl.trans(weight_1.load([first, 0])), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        hidden += tl.load(bias_1 + n).to(tl.float32)[None, :]
+        acc = dot(tl.maximum(hidden, 0.0).to(normed.dtype), tl.trans(weight_2.load([0, first])), acc)
+    acc += tl.load(bias_2 + c).to(tl.float32)[None, :]
+    acc += load_tile(x, rows, c, dims, x_strides, count).to(tl.float32)
+    store_tile(out, acc, rows, c, dims, out_strides, count)
+
+
+@triton.jit
+def _backward_kernel(
+    x, x_strides, norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, d_strides, hidden_rows, d_hidden_out,
+    hidden_strides, normed_out, normed_strides, dx, dx_strides, partials, dims, count,
+    FUSED: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of rows: gradients of the hidden layer and sums for the biases, block by block.
+
+    FUSED: the hidden layer and the norm are computed and stored too, and dx with the sums for the norm follows. Else
+    the hidden layer is read, and neither x nor anything of its norm is looked at.
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.arange(0, C)
+    d = load_tile(d_out, rows, c, dims, d_strides, count)
+    own = partials + tl.program_id(0).to(tl.int64) * (3 * C + HIDDEN)
+    if FUSED:
+        normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
+        acc = tl.zeros([BLOCK_M, C], tl.float32)
+    for first in range(0, HIDDEN, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        if FUSED:
+            block_1 = weight_1.load([first, 0])
+            hidden = dot(normed, tl.trans(block_1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+            hidden = tl.maximum(hidden + tl.load(bias_1 + n).to(tl.float32)[None, :], 0.0)
+            store_tile(hidden_rows, hidden, rows, n, dims, hidden_strides, count)
+        else:
+            hidden = load_tile(hidden_rows, rows, n, dims, hidden_strides, count)
+        block_2 = weight_2.load([0, first])
+        d_hidden = dot(d, block_2, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(d.dtype)
+        store_tile(d_hidden_out, d_hidden, rows, n, dims, hidden_strides, count)
+        store_column_sums(own + 3 * C, d_hidden, n, None)
+        if FUSED:
+            acc = dot(d_hidden, block_1, acc)
+    d = load_tile(d_out, rows, c, dims, d_strides, count)
+    store_column_sums(own + 2 * C, d, c, None)
+    if FUSED:
+        gradient = d.to(tl.float32) + norm_input_gradient(
+            acc, x, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, x_strides, count, C
+        )
+        store_tile(dx, gradient, rows, c, dims, dx_strides, count)
+
+
+def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Both weights in blocks of BLOCK_N hidden channels."""
+    c, block = weight_1.shape[1], config["BLOCK_N"]
+    return weight_blocks(weight_1, (block, c)), weight_blocks(weight_2, (c, block))
+
+
+class _Transition(torch.autograd.Function):
+    """Arguments: those of ``transition``."""
+
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2):
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
+        out = torch.empty_like(x)
+        hidden, c = weight_1.shape
+        config = chosen_tiles("transition_forward", x, hidden, hidden)
+        dims, count, strides = common_rows(x, out)
+        blocks = _blocks(weight_1, weight_2, config)
+        _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
+            x, strides[0], norm_weight, norm_bias, blocks[0], bias_1, blocks[1], bias_2, out, strides[1], dims,
+            row_limit(count, config), HIDDEN=hidden, C=c, **config,
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        x, norm_weight, norm_bias, weight_1, bias_1, weight_2 = ctx.saved_tensors
+        width, c = weight_1.shape
+        config = chosen_tiles("transition_backward", x, width, width)
+        by_library = bool(config.pop("LIBRARY", 0))
+        order, places = memory_order(x), tuple(range(x.dim() - 1))
+        x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
+        if by_library:
+            normed = normed_rows(x, norm_weight, norm_bias)
+            hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
+            hidden = hidden.view(*x.shape[:-1], width)
+            dx = x  # the kernel leaves it alone
+        else:
+            dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
+        d_hidden = torch.empty_like(hidden)
+        dims, count, strides = common_rows(x, d_out, hidden, normed, dx)
+        tiles = triton.cdiv(count, config["BLOCK_M"])
+        partials = torch.empty(tiles, 3 * c + width, dtype=torch.float32, device=x.device)
+        blocks = _blocks(weight_1, weight_2, config)
+        _backward_kernel[(tiles,)](
+            x, strides[0], norm_weight, norm_bias, blocks[0], bias_1, blocks[1], d_out, strides[1], hidden, d_hidden,
+            strides[2], normed, strides[3], dx, strides[4], partials, dims, row_limit(count, config),
+            FUSED=not by_library, HIDDEN=width, C=c, **config,
+        )  # fmt: skip
+        norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
+        if by_library:
+            d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
+            dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
+        weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
+        norm, bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm_weight.dtype)
+        d_bias_2, d_bias_1 = bias.split([c, width])
+        weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
+        return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
+
+
+def transition(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    bias_2: Tensor,
+) -> Tensor:
+    """``reference.transition``; the result lies in the memory order of x. Other widths take the plain definition."""
+    hidden, c = weight_1.shape
+    dense = weight_1.is_contiguous() and weight_2.is_contiguous() and x.stride(-1) == 1
+    if not (is_tile_width(c) and hidden >= 16 and hidden & (hidden - 1) == 0 and dense and has_plain_strides(x)):
+        return reference.transition(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    return _Transition.apply(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)  # type: ignore[return-value]

@@ -1,0 +1,237 @@
+"""Differentiable exchanges inside an axial-parallel group of P ranks.
+
+Every exchange states what its backward must be, because that follows from how the result is used: a tensor that all
+ranks use for different work needs its gradients summed (reduce-scatter), one that all ranks use for the same work has
+the same gradient everywhere (slice). A group whose GPUs map each other's memory exchanges by ``direct``; all others,
+shapes that are too odd for it, and exchanges that go on beside other work by the process group's library.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scalefold.parallel.dap.direct import DirectExchanges
+
+Group = dist.ProcessGroup
+_direct: dict[Group, "DirectExchanges"] = {}
+
+
+def use_direct(group: Group, exchanges: "DirectExchanges | None") -> None:
+    """Let ``group`` exchange by reading its GPUs' memory from now on, or (None) by its library again."""
+    if exchanges is None:
+        _direct.pop(group, None)
+    else:
+        _direct[group] = exchanges
+
+
+def local_part(x: Tensor, dim: int, group: Group) -> Tensor:
+    """This rank's slice of a tensor that every rank holds."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    width = _share(x.shape[dim], size)
+    return x.narrow(dim, rank * width, width).contiguous()
+
+
+def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Concatenate the ranks' slices along ``dim``."""
+    dim, mapped = dim % x.dim(), _direct.get(group)
+    if mapped is not None and mapped.takes([x], dim):
+        return mapped.all_gather(x, dim)
+    size = dist.get_world_size(group)
+    front = x.movedim(dim, 0).contiguous()
+    out = front.new_empty((size * front.shape[0], *front.shape[1:]))
+    dist.all_gather_into_tensor(out, front, group=group)
+    return out.movedim(0, dim)
+
+
+def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Sum over ranks; each keeps its slice along ``dim``. Gloo has no such exchange: there it sums, then slices."""
+    dim, mapped = dim % x.dim(), _direct.get(group)
+    size = dist.get_world_size(group)
+    share = _share(x.shape[dim], size)
+    if mapped is not None and mapped.takes([x], dim):
+        return mapped.reduce_scatter(x, dim)
+    front = x.movedim(dim, 0).contiguous()
+    if x.is_cuda:
+        out = front.new_empty((share, *front.shape[1:]))
+        dist.reduce_scatter_tensor(out, front, group=group)
+        return out.movedim(0, dim)
+    front = front.clone()
+    dist.all_reduce(front, group=group)
+    return local_part(front, 0, group).movedim(0, dim)
+
+
+def all_to_all(xs: Sequence[Tensor], split_dim: int, concat_dim: int, group: Group) -> list[Tensor]:
+    """Split along one dimension, concatenate along another: the slices change axis. One exchange for all of ``xs``.
+
+    xs: equally shaped, [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each.
+    """
+    dims, shape = xs[0].dim(), xs[0].shape
+    split_dim, concat_dim, mapped = split_dim % dims, concat_dim % dims, _direct.get(group)
+    size = dist.get_world_size(group)
+    _share(shape[split_dim], size)
+    if mapped is not None and mapped.takes(xs, split_dim, concat_dim):
+        return mapped.all_to_all(xs, split_dim, concat_dim)
+    if len(xs) == 1:
+        parts = _parts(xs[0], split_dim, size).contiguous()[:, None]
+    else:
+        parts = torch.stack([_parts(x, split_dim, size) for x in xs], 1)
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return [_joined(own, concat_dim) for own in received.unbind(1)]
+
+
+@dataclass
+class Flight:
+    """An all-to-all under way: ``received`` [P, ...] must not be touched before its end."""
+
+    received: Tensor
+    sent: Tensor
+    work: dist.Work | None
+
+
+def begin_all_to_all(x: Tensor, split_dim: int, group: Group) -> Flight:
+    """Send the P parts of x along ``split_dim``; other work goes on until ``end_all_to_all``."""
+    parts = _parts(x, split_dim, dist.get_world_size(group)).contiguous()
+    received = torch.empty_like(parts)
+    return Flight(received, parts, dist.all_to_all_single(received, parts, group=group, async_op=True))
+
+
+def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
+    """Wait (on a GPU: the device does) and concatenate what came along ``concat_dim``."""
+    if flight.work is not None:
+        flight.work.wait()
+    return _joined(flight.received, concat_dim)
+
+
+def _parts(x: Tensor, split_dim: int, size: int) -> Tensor:
+    """[.., n P at split_dim >= 0, ..] -> [P, .., n, ..], a view."""
+    return x.unflatten(split_dim, (size, _share(x.shape[split_dim], size))).movedim(split_dim, 0)
+
+
+def _joined(received: Tensor, concat_dim: int) -> Tensor:
+    """[P, .., k at concat_dim + 1, ..] -> [.., P k at concat_dim, ..]."""
+    return received.movedim(0, concat_dim).flatten(concat_dim, concat_dim + 1)
+
+
+def _share(length: int, size: int) -> int:
+    if length % size:
+        raise ValueError(f"a dimension of {length} cannot be shared by {size} ranks; stack entries must pad it")
+    return length // size
+
+
+Flights = dict[str, Flight]  # what is under way, by direction
+
+
+class _Scatter(torch.autograd.Function):
+    """Slice forward, all-gather backward: the input is the same on every rank and feeds different work."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return local_part(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _GatherSame(torch.autograd.Function):
+    """All-gather forward, slice backward: every rank does the same work with the result."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return local_part(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _GatherShared(_GatherSame):
+    """All-gather forward, reduce-scatter backward: every rank does different work with the result."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return reduce_scatter(grads[0], ctx.dim, ctx.group), None, None
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all forward, the inverse all-to-all backward, of one or several tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, split_dim: int, concat_dim: int, group: Group, *xs: Tensor) -> tuple[Tensor, ...]:
+        ctx.dims, ctx.group = (split_dim, concat_dim), group
+        return tuple(all_to_all(xs, split_dim, concat_dim, group))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        split_dim, concat_dim = ctx.dims
+        return None, None, None, *all_to_all(grads, concat_dim, split_dim, ctx.group)
+
+
+class _Overlapped(torch.autograd.Function):
+    """One end of an exchange that goes on beside other work: begins it, or ends it.
+
+    The other end's backward undoes this one's: where the forward ends, the backward begins. ``flights`` holds what is
+    under way, forward and backward apart. Each begin replaces what was left there: a checkpoint that runs a block again
+    stops once it has what it needs, perhaps before the end of an exchange.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, begins: bool, dims: tuple[int, int], group: Group, flights: Flights) -> Tensor:
+        ctx.begins, ctx.dims, ctx.group, ctx.flights = begins, dims, group, flights
+        if begins:
+            flights["forward"] = begin_all_to_all(x, dims[0], group)
+            return flights["forward"].received
+        return end_all_to_all(flights.pop("forward"), dims[1])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if ctx.begins:
+            return end_all_to_all(ctx.flights.pop("backward"), ctx.dims[0]), None, None, None, None
+        flight = ctx.flights["backward"] = begin_all_to_all(grads[0], ctx.dims[1], ctx.group)
+        return flight.received, None, None, None, None
+
+
+def scatter(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Full -> this rank's slice; gradients are gathered."""
+    return _Scatter.apply(x, dim, group)
+
+
+def gather_same(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Slices -> full, for work that all ranks repeat; the gradient is sliced."""
+    return _GatherSame.apply(x, dim, group)
+
+
+def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
+    """Slices -> full, for work that the ranks share; gradients are summed and sliced."""
+    return _GatherShared.apply(x, dim, group)
+
+
+def exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
+    """Move the shards from ``concat_dim`` to ``split_dim``."""
+    return exchange_all((x,), split_dim, concat_dim, group)[0]
+
+
+def exchange_all(xs: tuple[Tensor, ...], split_dim: int, concat_dim: int, group: Group) -> tuple[Tensor, ...]:
+    """``exchange`` of equally shaped tensors in one go."""
+    return _Exchange.apply(split_dim, concat_dim, group, *xs)
+
+
+def begin_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:
+    """First half of ``exchange``: a tensor that only ``end_exchange`` may read, after whatever else can be done.
+
+    split_dim, concat_dim >= 0.
+    """
+    return _Overlapped.apply(x, True, (split_dim, concat_dim), group, flights)
+
+
+def end_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:
+    """Second half of ``exchange``."""
+    return _Overlapped.apply(x, False, (split_dim, concat_dim), group, flights)

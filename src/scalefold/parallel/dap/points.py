@@ -1,0 +1,190 @@
+"""Dynamic axial parallelism: replaces the named resharding points of a finished model by exchanges.
+
+The layouts and points are listed in ``model/evoformer.py``. Compared with the published scheme, triangle
+multiplications are sharded by channel (all-to-all of the projected operands, whole products for 1/P of the channels,
+all-to-all of the result) instead of gathering an operand, and every gather whose result feeds different work has a
+reduce-scatter as backward instead of an all-reduce and a slice. The exchange of an MSA representation at the end of a
+block runs beside the pair updates, forward and backward.
+
+Lengths that P does not divide are padded at a stack's entry: masks with zeros, so padding never reaches real
+positions, and cut off at its exit.
+"""
+
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scalefold.config import ModelConfig
+from scalefold.errors import ConfigError
+from scalefold.parallel.dap.collectives import (
+    Flights,
+    begin_exchange,
+    end_exchange,
+    exchange,
+    exchange_all,
+    gather_same,
+    gather_shared,
+    scatter,
+)
+
+SHARDED_PARAMETERS = "_stack.blocks."
+
+
+class Paddings:
+    """Original sizes of what was padded at the entry of a stack, by padded size and width.
+
+    The width tells MSA and pair representation apart where both pad to the same size; ``check_shares`` sees to it.
+    """
+
+    def __init__(self) -> None:
+        self._original: dict[tuple[int, ...], tuple[int, int]] = {}
+
+    def pad(self, x: Tensor, size: int) -> Tensor:
+        """Zeros behind dimensions 1 and 2 up to multiples of ``size``."""
+        rows, columns = x.shape[1:3]
+        add_rows, add_columns = -rows % size, -columns % size
+        padded = F.pad(x, [0, 0] * (x.dim() - 3) + [0, add_columns, 0, add_rows]) if add_rows or add_columns else x
+        key = tuple(padded.shape[1:])
+        if x.dim() > 3:
+            self._original[key] = (rows, columns)
+        return padded
+
+    def cut(self, x: Tensor) -> Tensor:
+        """Back to the size before :meth:`pad`."""
+        rows, columns = self._original[tuple(x.shape[1:])]
+        return x[:, :rows, :columns]
+
+
+class ShardRows(nn.Module):
+    """full -> rows (dimension 1)."""
+
+    def __init__(self, group: dist.ProcessGroup, paddings: Paddings) -> None:
+        super().__init__()
+        self.group, self.paddings = group, paddings
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, I, J, ...] -> [B, I / P, J, ...], both padded to multiples of P."""
+        return scatter(self.paddings.pad(x, dist.get_world_size(self.group)), 1, self.group)
+
+
+class ShardColumns(ShardRows):
+    """full -> columns (dimension 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, I, J, ...] -> [B, I, J / P, ...], both padded to multiples of P."""
+        return scatter(self.paddings.pad(x, dist.get_world_size(self.group)), 2, self.group)
+
+
+class GatherRows(ShardRows):
+    """rows -> full, for work that all ranks repeat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, I / P, J, ...] -> [B, I, J, ...] without padding."""
+        return self.paddings.cut(gather_same(x, 1, self.group))
+
+
+class GatherShared(nn.Module):
+    """Slices along ``dim`` -> full, for work that the ranks share."""
+
+    def __init__(self, group: dist.ProcessGroup, dim: int) -> None:
+        super().__init__()
+        self.group, self.dim = group, dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole tensor on every rank."""
+        return gather_shared(x, self.dim, self.group)
+
+
+class Exchange(nn.Module):
+    """Shards move from ``concat_dim`` to ``split_dim``."""
+
+    def __init__(self, group: dist.ProcessGroup, split_dim: int, concat_dim: int) -> None:
+        super().__init__()
+        self.group, self.split_dim, self.concat_dim = group, split_dim, concat_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same tensor, other axis sharded."""
+        return exchange(x, self.split_dim, self.concat_dim, self.group)
+
+
+class ExchangeAll(Exchange):
+    """An ``Exchange`` of several equally shaped tensors in one go."""
+
+    def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Same tensors, other axis sharded."""
+        return exchange_all(xs, self.split_dim, self.concat_dim, self.group)
+
+
+class BeginExchange(Exchange):
+    """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
+
+    def __init__(self, group: dist.ProcessGroup, split_dim: int, concat_dim: int, flights: Flights) -> None:
+        super().__init__(group, split_dim, concat_dim)
+        self.flights = flights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the second half takes; nothing else may read it."""
+        return begin_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights)
+
+
+class EndExchange(BeginExchange):
+    """The second half of an ``Exchange``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same tensor as given to the first half, other axis sharded."""
+        return end_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights)
+
+
+def apply_dap(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+    """Shard the trunk of ``model`` over the ranks of ``group``; None leaves it whole."""
+    if group is None:
+        return
+    for module in model.modules():
+        for name, point in _points(group).items():
+            if isinstance(getattr(module, name, None), nn.Identity):
+                setattr(module, name, point)
+
+
+def _points(group: dist.ProcessGroup) -> dict[str, nn.Module]:
+    paddings, flights = Paddings(), {}
+    return {
+        "shard_rows": ShardRows(group, paddings),
+        "shard_columns": ShardColumns(group, paddings),
+        "gather_rows": GatherRows(group, paddings),
+        "gather_bias": GatherShared(group, dim=1),
+        "gather_columns": GatherShared(group, dim=2),
+        "rows_to_columns": Exchange(group, split_dim=2, concat_dim=1),
+        "columns_to_rows": Exchange(group, split_dim=1, concat_dim=2),
+        "begin_columns_to_rows": BeginExchange(group, 1, 2, flights),
+        "end_columns_to_rows": EndExchange(group, 1, 2, flights),
+        "rows_to_channels": ExchangeAll(group, split_dim=1, concat_dim=2),
+        "channels_to_rows": Exchange(group, split_dim=2, concat_dim=1),
+    }
+
+
+def gradient_scale(name: str, dp_size: int, dap_size: int) -> float:
+    """Factor on a parameter's gradient summed over all training ranks, to give the data-parallel mean.
+
+    Parameters of the sharded blocks receive one part of their gradient on each of the P ranks of a replica, all others
+    receive the whole gradient P times.
+    """
+    return 1.0 / dp_size if SHARDED_PARAMETERS in name else 1.0 / (dp_size * dap_size)
+
+
+def check_shares(model: ModelConfig, dap_size: int) -> None:
+    """Refuse models whose trunk cannot be shared by ``dap_size`` ranks.
+
+    Raises:
+        ConfigError: naming the key to change.
+    """
+    if dap_size == 1:
+        return
+    for stack in ("template", "extra_msa", "evoformer"):
+        width = getattr(model, stack).c_hidden_tri_mul
+        if width % dap_size:
+            raise ConfigError(f"model.{stack}.c_hidden_tri_mul {width} must be a multiple of dap_size {dap_size}")
+    if model.c_z in (model.c_m, model.c_e):
+        raise ConfigError(
+            f"model.c_z {model.c_z} must differ from model.c_m {model.c_m} and model.c_e {model.c_e} when "
+            f"parallel.dap_size is {dap_size}: padding tells the representations apart by their width"
+        )

@@ -1,0 +1,118 @@
+"""What every rank does first: its place in the schedule, process settings, seed and log."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scalefold.config import Config
+from scalefold.errors import CheckpointError, ConfigError
+from scalefold.launch.placement import Placement, check_placement
+from scalefold.mlperf.log.events import Events
+from scalefold.parallel.ranks import Ranks
+from scalefold.phases import Position, Schedule
+from scalefold.report.console import Progress
+from scalefold.run.ending import Ending
+from scalefold.run.resume import RunOptions, Start, agree_on_start, check_phase
+from scalefold.step.checkpoint import Checkpoints, read_state
+from scalefold.step.checkpoint_writer import CheckpointWriter
+
+
+def check_places(config: Config) -> None:
+    """See that store and initial checkpoint are there, before ranks meet, devices are touched and a log begins.
+
+    Nothing is opened: the data set stays closed until ``run_start``.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    store, checkpoint = config.data.store_dir, config.training.init_checkpoint
+    if not store.is_dir():
+        raise ConfigError(f"data.store_dir: {store}: no such folder; `scalefold prepare` writes it")
+    if checkpoint is not None and not checkpoint.is_file():
+        raise ConfigError(f"training.init_checkpoint: {checkpoint}: no such file; `scalefold download` fetches it")
+
+
+def prepare_process(config: Config) -> None:
+    """Settings that must precede the first use of a device: threads, matrix precision, determinism."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the watch names the collective that does not end
+    if config.execution.cpu_threads:
+        torch.set_num_threads(config.execution.cpu_threads)
+    torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = config.execution.precision != "fp32"
+    if config.execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What every rank of a run does first: where it starts, and the log of this rank."""
+
+    start: Start
+    events: Events
+    checkpoints: CheckpointWriter
+    placement: Placement
+
+
+def begin(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> Beginning:
+    """Look where ranks are, agree on the start and move the schedule there; logs ``init_start`` after a barrier.
+
+    Raises:
+        CheckpointError, ConfigError, LogError: see ``check_placement`` and ``agree_on_start``.
+    """
+    r, p = schedule.base.run, schedule.config.parallel
+    placement = check_placement(ranks, p.world_size // p.nodes)
+    checkpoints = CheckpointWriter(r.run_dir / "checkpoints", r.keep_checkpoints, r.archive_every_iters)
+    start = agree_on_start(schedule, options, ranks, checkpoints)
+    ranks.barrier()
+    events = open_events(start.result_file, ranks, options)
+    ending.add("the log", events.close)
+    ranks.watch.before_exit = events.abort
+    events.init_start()
+    return Beginning(start, events, checkpoints, placement)
+
+
+def continue_counting(events: Events, schedule: Schedule) -> None:
+    """Let the log count samples across phases and changes of the batch."""
+    position = schedule.position
+    if position != Position():
+        events.change_batch(position.steps_before, position.samples_before, schedule.config.training.global_batch_size)
+
+
+def make_progress(config: Config, ranks: Ranks) -> Progress:
+    """The screen of rank 0; every other rank prints to nowhere."""
+    stream = None if ranks.is_root else open(os.devnull, "w")  # noqa: SIM115
+    return Progress(config.training.target_avg_lddt_ca_value, config.training.num_train_iters, stream)
+
+
+def open_events(result_file: Path, ranks: Ranks, options: RunOptions) -> Events:
+    """The log of this rank: rank 0 and, with separate evaluation ranks, the first of those write."""
+    separate = ranks.layout.num_eval_ranks > 0
+    if ranks.is_root:
+        return Events(result_file, role="training" if separate else "single", instance=options.instance)
+    if ranks.is_eval_root:
+        return Events(result_file, role="evaluation", instance=options.instance)
+    return Events.silent()
+
+
+def open_schedule(config: Config, resume: bool) -> Schedule:
+    """The phases of the run, at the place where it starts or resumes as far as this rank can see.
+
+    That decides which ranks are expected. From which checkpoint the run continues is decided when they have met; a
+    rank that sees none expects the first phase's.
+
+    Raises:
+        CheckpointError: the checkpoint was written in a phase that the configuration does not have.
+    """
+    schedule = Schedule(config)
+    for folder in reversed(Checkpoints(config.run.run_dir / "checkpoints").all() if resume else []):
+        try:
+            state = read_state(folder)
+        except CheckpointError:  # whether an older one will do is decided later, and said then
+            continue
+        check_phase(config, folder, state)
+        schedule.place(state)
+        break
+    return schedule

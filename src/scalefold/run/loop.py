@@ -1,0 +1,192 @@
+"""The training loop: from an assembled run to an outcome, readable in one sitting.
+
+``assemble.py`` builds the parts; this file says in which order they act and who logs what.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from scalefold.config import Config
+from scalefold.data.loading.sampler import forward_seed
+from scalefold.mlperf.log.events import merge_parts
+from scalefold.parallel.ranks import start
+from scalefold.parallel.stop import STOP_REQUESTED, TARGET_REACHED
+from scalefold.phases import EXIT_NEXT_PHASE
+from scalefold.run.assemble import Run, assemble, enter_next_phase
+from scalefold.run.begin import RunOptions, check_places, open_schedule, prepare_process
+from scalefold.run.ending import Ending
+from scalefold.run.evaluation_rank import evaluate_elsewhere
+from scalefold.run.step_log import Cycle, StepLog
+
+EXIT_STATUS = {"success": 0, "aborted": 4, "next_phase": EXIT_NEXT_PHASE}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the target, another end, or a phase that needs other ranks; last iteration, last evaluation."""
+
+    status: Literal["success", "aborted", "next_phase"]
+    step: int
+    lddt_ca: float | None
+
+    @property
+    def exit_status(self) -> int:
+        """Of a process of this run."""
+        return EXIT_STATUS[self.status]
+
+
+def run_rank(config: Config, options: RunOptions) -> Outcome | None:
+    """What one process of a run does from start to end; the outcome on training ranks, None on evaluation ranks.
+
+    Raises:
+        RankLostError: another rank was killed, failed or stands still.
+        ScaleFoldError: see ``train``; configuration, checkpoint and data errors.
+    """
+    schedule = open_schedule(config, options.resume)
+    check_places(schedule.config)
+    prepare_process(schedule.config)
+    with Ending() as ending:
+        ranks, outcome = start(schedule.config), None
+        ending.owner = ranks.describe()
+        ending.add("process groups", ranks.stop, after_errors=False)
+        with ranks.watch:
+            try:
+                if ranks.trains:
+                    run = assemble(schedule, options, ranks, ending)
+                    outcome = train(run)
+                    ending.status = outcome.exit_status
+                else:
+                    evaluate_elsewhere(schedule, options, ranks, ending)
+                ranks.watch.at("end")
+                ranks.barrier()
+            except BaseException:
+                ranks.watch.before_exit()  # the log says so, or is removed if its clock never ran
+                raise
+        if ranks.is_root and ranks.layout.num_eval_ranks:
+            merge_parts(run.result_file)
+    return outcome
+
+
+def train(run: Run) -> Outcome:
+    """Train until the average lDDT-Cα reaches the target, the step budget ends, or the scheduler asks to stop.
+
+    Raises:
+        TrainingError: gradients are not finite; the last good checkpoint stays.
+        DataError: a sample cannot be built.
+    """
+    warm_up(run)
+    start_clock(run)
+    outcome = loop(run, StepLog(run))
+    run.events.run_stop("success" if outcome.status == "success" else "aborted")
+    run.ranks.watch.at("checkpoint", outcome.step)
+    run.finish_saving()
+    report_loading(run)
+    run.end_polling()
+    run.events.close()  # whoever joins the parts of the log must find all of this one
+    return outcome
+
+
+def warm_up(run: Run) -> None:
+    """Everything slow that needs no data set: compile, capture, first collectives, on a synthetic batch."""
+    run.spawn_workers()
+    with counted_kernels(run):
+        warm_up_step(run)
+        run.evaluator.warm_up()
+    run.checkpoints.settle()
+    run.compare_ranks(run.first_step - 1, wait=True)
+    run.ranks.barrier()
+    run.events.init_stop()
+
+
+@contextmanager
+def counted_kernels(run: Run) -> Iterator[None]:
+    """Say how many Triton kernels were looked up inside, and how many of them had to be compiled."""
+    if run.optimizer.ops.name != "triton":
+        yield
+        return
+    from scalefold.kernels.ahead import counting
+
+    with counting() as count:
+        yield
+    run.record.event("kernels", hits=count.hits, misses=count.misses, seconds=round(count.seconds, 1))
+    run.progress.note(count.text())
+
+
+def warm_up_step(run: Run) -> None:
+    """The training step's part of it, also at the beginning of a later phase."""
+    run.ranks.watch.at("warm-up")
+    if run.config.execution.warm_up or run.config.execution.cuda_graphs:
+        run.step.warm_up(run.synthetic_batch(), run.config.data.num_recycling_iters + 1, run.progress.note)
+
+
+def start_clock(run: Run) -> None:
+    """Start the MLPerf clock between two barriers; the data set is opened only after it."""
+    run.ranks.barrier()
+    run.events.run_start()
+    run.record.start_clock()
+    run.ranks.barrier()
+    run.open_data()
+    run.record.start_part("loader_started")
+
+
+def report_loading(run: Run) -> None:
+    """Workers, prefetch depth and the slowest samples of this rank, to record and screen."""
+    d, slowest = run.config.data, run.loader.slowest()
+    chains = [{"chain": chain, "seconds": round(seconds, 3)} for seconds, chain in slowest]
+    run.record.event("loader", workers=d.num_workers, prefetch=d.prefetch_factor, slowest=chains)
+    shown = ", ".join(f"{chain} {seconds:.2f} s" for seconds, chain in slowest[:3]) or "none built"
+    run.progress.note(f"loader: num_workers {d.num_workers}, prefetch_factor {d.prefetch_factor}; slowest: {shown}")
+
+
+def loop(run: Run, steps: "StepLog") -> Outcome:
+    """Iterate; evaluate, save and stop where they are due."""
+    t, at = run.config.training, run.ranks.watch.at
+    cycle = Cycle(run)
+    for step in range(run.first_step, t.num_train_iters + 1):
+        cycle.begin(step)
+        at("waiting for a batch", step)
+        batch = run.loader.next(step)
+        run.record.start_part("first_batch")
+        at("training step", step)
+        torch.manual_seed(forward_seed(run.seed, run.ranks.dp_index, step))
+        values = run.step(run.to_device(batch), batch.passes, step)
+        run.record.start_part("first_step_launched")
+        steps.push(step, batch, values)
+        cycle.count(batch)
+        reached = False
+        if step % t.val_every_iters == 0:
+            steps.flush()
+            cycle.end(step)
+            at("evaluation", step)
+            reached = run.evaluator.submit(step)
+            steps.restart()
+            at("training step", step)
+        code = run.stop_code()
+        if reached or code == TARGET_REACHED:
+            return finish(run, steps, step, "success")
+        if run.phase_ends(step, code):
+            steps.flush()
+            if not enter_next_phase(run, step):
+                return finish(run, steps, step, "next_phase")
+            warm_up_step(run)
+            steps.restart()
+        stops = code == STOP_REQUESTED and run.between_updates(step)
+        if run.checkpoint_due(step) or stops:
+            steps.flush()
+            at("checkpoint", step)
+            run.save(step)
+        if stops:
+            return finish(run, steps, step, "aborted")
+    return finish(run, steps, t.num_train_iters, "aborted")
+
+
+def finish(run: Run, steps: "StepLog", step: int, status: Literal["success", "aborted", "next_phase"]) -> Outcome:
+    """Write the last step, wait for evaluations under way, and say how it ended."""
+    steps.flush()
+    run.ranks.watch.at("evaluation", step)
+    reached = run.evaluator.finish()
+    return Outcome("success" if reached else status, step, run.evaluator.last)

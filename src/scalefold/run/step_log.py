@@ -1,0 +1,149 @@
+"""What a run writes of its steps and cycles: one step late, so that reading never stops the device."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scalefold.data.loading.loader import Batch
+from scalefold.errors import TrainingError
+from scalefold.report.record import StepRow
+from scalefold.run.assemble import Run
+
+log = logging.getLogger(__name__)
+
+
+class Cycle:
+    """The interval between two evaluations: MLPerf's epoch, with its throughput."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._samples, self._wait_ms, self._start_s = 0, 0.0, 0.0
+        self._open = False
+
+    def begin(self, step: int) -> None:
+        """Open a cycle unless one is open."""
+        if not self._open:
+            every = self.run.config.training.val_every_iters
+            self.run.events.epoch_start(-(-step // every) * every)
+            self._samples, self._wait_ms, self._start_s = 0, 0.0, time.monotonic()
+            self._open = True
+
+    def count(self, batch: Batch) -> None:
+        """Add one iteration."""
+        self._samples += self.run.config.training.global_batch_size
+        self._wait_ms += batch.wait_ms
+
+    def end(self, step: int) -> None:
+        """Close the cycle and log its speed and mean wait for a batch."""
+        seconds = time.monotonic() - self._start_s
+        iterations = self._samples // self.run.config.training.global_batch_size
+        self.run.events.epoch_stop(step)
+        self.run.events.throughput(step, self._samples / seconds, self._wait_ms / 1e3 / iterations)
+        self._open = False
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose values are still on their way from the device."""
+
+    step: int
+    chain_ids: Sequence[str]
+    passes: int
+    data_ms: float
+    values: Tensor
+    stamp: "Stamp"
+
+
+class Stamp:
+    """A point in time on the device's own clock (CUDA event) or the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        self._seconds = time.perf_counter()
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until the device has passed this point."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def ms_since(self, earlier: "Stamp") -> float:
+        """Milliseconds between two stamps that have both passed."""
+        if self._event is not None and earlier._event is not None:
+            return earlier._event.elapsed_time(self._event)
+        return 1e3 * (self._seconds - earlier._seconds)
+
+
+class StepLog:
+    """Writes each step one step late, so that reading its values never stops the device."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._pending: Pending | None = None
+        self._previous = Stamp(run.ranks.device)
+
+    def push(self, step: int, batch: Batch, values: Tensor) -> None:
+        """Start the copy of this step's values to the host and write the previous step."""
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        host.copy_(values, non_blocking=True)
+        stamp = Stamp(self.run.ranks.device)
+        pending = Pending(step, batch.chain_ids, batch.passes, batch.wait_ms, host, stamp)
+        self.flush()
+        self._pending = pending
+
+    def restart(self) -> None:
+        """The next step begins now: what came before (an evaluation) is not its time."""
+        self._previous = Stamp(self.run.ranks.device)
+
+    def flush(self) -> None:
+        """Write the pending step, if there is one.
+
+        Raises:
+            TrainingError: its gradient norm is not finite.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        pending.stamp.wait()
+        values = dict(zip(self.run.step.names, pending.values.tolist(), strict=True))
+        step_ms = pending.stamp.ms_since(self._previous)
+        self._previous = pending.stamp
+        self._check(pending, values)
+        if pending.step % self.run.config.run.log_every_iters == 0:
+            self._write(pending, values, step_ms)
+
+    def _write(self, pending: Pending, values: dict[str, float], step_ms: float) -> None:
+        run, device = self.run, self.run.ranks.device
+        loss, norm = values.pop("loss"), values.pop("grad_norm")
+        row = StepRow(
+            step=pending.step,
+            loss=loss,
+            terms=values,
+            lr=run.learning_rate(pending.step),
+            grad_norm=norm,
+            step_ms=step_ms,
+            data_ms=pending.data_ms,
+            passes=pending.passes,
+            peak_gib=torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else None,
+            samples=run.schedule.samples(pending.step),
+        )
+        run.record.step(row)
+        run.progress.step(row)
+
+    def _check(self, pending: Pending, values: dict[str, float]) -> None:
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        where = f"{self.run.ranks.describe()}, step {pending.step}, chains {', '.join(pending.chain_ids)}"
+        if "grad_norm" in broken or "loss" in broken:
+            raise TrainingError(
+                f"{where}: not finite: {', '.join(broken)}. Last good checkpoint: "
+                f"{self.run.checkpoints.newest() or 'none'}; look at these chains, or try execution.precision: fp32"
+            )
+        if values.get("non_finite_terms"):
+            log.warning("%s: %g loss terms were not finite and left out", where, values["non_finite_terms"])
+            self.run.record.event("non_finite_terms", step=pending.step, chains=list(pending.chain_ids))

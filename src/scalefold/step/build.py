@@ -1,0 +1,113 @@
+"""A training step from its configuration: operations, model, optimizer, loss, reducer."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from scalefold.config import Config
+from scalefold.errors import ConfigError
+from scalefold.kernels.table import Operations, operations
+from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
+from scalefold.model.loss import loss_terms, total_of_terms
+from scalefold.parallel.dap.points import gradient_scale
+from scalefold.parallel.ranks import Ranks
+from scalefold.step.fuse import can_fuse, fuse_model, fuse_terms
+from scalefold.step.graphs import GraphedTrainStep, TrainStep
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
+from scalefold.step.reducer import GradientReducer
+
+
+def choose_operations(config: Config, ranks: Ranks) -> Operations:
+    """The operations table that configuration, device and precision allow."""
+    wanted = config.execution.kernels
+    if wanted == "triton" and ranks.device.type == "cpu":
+        raise ConfigError("execution.kernels: triton needs a CUDA device; use auto or reference")
+    on_device = wanted != "reference" and ranks.device.type == "cuda"
+    return operations(wanted if on_device else "reference")
+
+
+def connect_replica(config: Config, ranks: Ranks) -> str:
+    """How the ranks of a DAP group exchange: ``none``, ``library``, or ``direct`` where they may and can."""
+    if ranks.dap_group is None:
+        return "none"
+    if ranks.device.type != "cuda" or config.execution.dap_exchange == "library":
+        return "library"
+    try:
+        from scalefold.parallel.dap.direct import connect
+    except ImportError:  # no Triton: the operations have said so
+        return "library"
+    assert ranks.dap_control_group is not None
+    return "direct" if connect(ranks.dap_group, ranks.dap_control_group, ranks.device) else "library"
+
+
+def build_model(config: Config, seed: int, ranks: Ranks) -> AlphaFold:
+    """The model on this rank's device, in training mode, fp32."""
+    model = AlphaFold(config.model, seed=seed % 2**63).to(ranks.device).train()
+    model.checkpoint_blocks = config.execution.activation_checkpointing
+    return model
+
+
+def compute_dtype(config: Config, name: str) -> torch.dtype:
+    """Type in which a parameter computes: bf16 for the trunk in bf16 runs, else fp32."""
+    low = config.execution.precision == "bf16" and not is_fp32_parameter(name)
+    return torch.bfloat16 if low else torch.float32
+
+
+def adds_gradients(config: Config) -> bool:
+    """Whether an update adds up the gradients of several backward passes."""
+    return config.local_batch_size > config.micro_batch_size or config.training.gradient_accumulation_steps > 1
+
+
+def build_optimizer(
+    config: Config, model: AlphaFold, ranks: Ranks, ops: Operations, in_parts: bool | None = None
+) -> Optimizer:
+    """Flat buffers over the model's parameters, and the optimizer on them.
+
+    Gradients are collected in fp32 if ``in_parts`` (by default: if this configuration adds some up), else in their
+    own type.
+    """
+    layout = ranks.layout
+    in_parts = adds_gradients(config) if in_parts is None else in_parts
+    flat = FlatParameters(
+        model,
+        ranks.device,
+        compute_dtype=lambda name: compute_dtype(config, name),
+        gradient_scale=lambda name: gradient_scale(name, layout.dp_size, layout.dap_size),
+        gradient_dtype=torch.float32 if in_parts else None,
+    )
+    return Optimizer(flat, config.training, ops)
+
+
+def build_step(
+    config: Config, model: AlphaFold, optimizer: Optimizer, ranks: Ranks, reducer: GradientReducer | None = None
+) -> TrainStep:
+    """The training step, fused and captured in CUDA graphs where device and configuration allow.
+
+    A model has one ``reducer`` for life, because that hangs on its parameters; None makes it.
+    """
+    if config.execution.compile and ranks.device.type == "cuda" and can_fuse(ranks.device):
+        fuse_model(model)
+        terms = fuse_terms(loss_terms(config.loss))  # the compiler sees through plain operations only
+    else:
+        terms = loss_terms(config.loss, optimizer.ops)
+
+    def objective(batch: Mapping[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
+        return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms)
+
+    graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
+    group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None
+    return (GraphedTrainStep if graphed else TrainStep)(
+        objective,
+        optimizer,
+        reducer or GradientReducer(optimizer.flat, group),
+        config.micro_batch_size,
+        config.training.gradient_accumulation_steps,
+        group,
+    )
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Names in registration order: the order of the checkpoint."""
+    return [name for name, _ in model.named_parameters()]
