@@ -34,7 +34,8 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
-from scalefold.kernels.table import operations, triton_ops
+from scalefold.kernels import triton_ops
+from scalefold.kernels.table import operations
 from scalefold.kernels.ahead import counting
 class Driver:
     get_current_device = lambda self: 0

@@ -84,8 +84,6 @@ def write_manifest(cache: Path, system: str, folders: set[str]) -> None:
 
 def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     """One update: with and without recycling, and with as many parts as differ."""
-    import torch
-
     from scalefold.data.configured import feature_settings
     from scalefold.data.made.synthetic import synthetic_batch
     from scalefold.kernels.table import operations, use_operations
@@ -100,11 +98,10 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     optimizer = build_optimizer(config, model, ranks, ops)
     step = build_step(config, model, optimizer, ranks)
     parts = min(2, config.local_batch_size // config.micro_batch_size)
-    batch = synthetic_batch(feature_settings(config), parts * config.micro_batch_size).features
-    on_meta = {key: value.to(torch.device("meta")) for key, value in batch.items()}
+    batch = synthetic_batch(feature_settings(config), parts * config.micro_batch_size, device="meta")
     passes = min(2, config.data.num_recycling_iters + 1)
     for number in sorted({1, config.training.gradient_accumulation_steps}):
-        step(on_meta, passes, number)
+        step(batch, passes, number)
 
 
 def run_evaluations(config: Config, note: Callable[[str], None]) -> None:
