@@ -354,8 +354,8 @@ class _Builder:
         assumed = self.assumed
         source = (
             f"{spread[0]:.2f} to {spread[1]:.2f} for one sd of convergence; start {assumed.start_s:g} s, first cycle "
+            f"+{assumed.first_cycle_extra_s:g} s {assumed.start_source}, hand-over {assumed.hand_over_s:g} s (assumed)"
         )
-        source += f"+{assumed.first_cycle_extra_s:g} s, hand-over {assumed.hand_over_s:g} s (assumed)"
         self.put("time to train", _minutes(times, steps), "min", source)
         self._check_overlap(times)
         return times
