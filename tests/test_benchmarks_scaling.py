@@ -200,7 +200,7 @@ def test_estimates_are_ordered_and_readable_by_plans(script, repository):
     for scenario in ("low", "high"):
         steps = read_step_times(repository / "benchmarks" / "results" / f"step_estimate_{scenario}.csv")
         assert {(row.gpu, row.dap_size) for row in steps} == {(g, s) for g in module.GPUS for s in module.DAP_SIZES}
-        assert len(read_eval_times(repository / "benchmarks" / f"eval_estimate_{scenario}.csv")) == 1
+        assert len(read_eval_times(repository / "benchmarks" / "results" / f"eval_estimate_{scenario}.csv")) == 1
 
 
 def test_an_exchange_costs_what_was_measured_at_its_size(script, monkeypatch):

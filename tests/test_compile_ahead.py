@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from triton.backends.nvidia import driver as nvidia
 
 from scalefold.config import load_config
 from scalefold.errors import ConfigError
@@ -67,8 +68,8 @@ def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(tmp_path:
     cache = tmp_path / "compiled"
     hits, misses, *folders = run_python(COMPILE, cache)
     assert (hits, int(misses) > 1, len(folders)) == ("0", True, int(misses))
-    launchers = list(cache.glob("*/__triton_launcher*.so"))
-    assert launchers, "the C part of a launch is compiled too"
+    own_launchers = hasattr(nvidia, "make_launcher")  # else one serves all kernels, and there is nothing to compile
+    assert bool(list(cache.glob("*/__triton_launcher*.so"))) == own_launchers
     assert run_python(RUN, cache) == [misses, "0", *folders], "every kernel is a hit"
     moved = hand_to_node(cache, tmp_path / "node")
     cache.rename(tmp_path / "elsewhere")

@@ -210,7 +210,7 @@ def test_the_benchmark_that_was_found_instead_is_named(tmp_path, nvidia):
 def test_a_count_that_is_no_number_is_named_with_its_line(tmp_path, value):
     """And a batch of another type is never hashed."""
     log = edit(rehearsal(tmp_path / "result_0.txt"), set_value("number_of_nodes", value))
-    with pytest.raises(LogError, match=r"result_0\.txt:\d+: number_of_nodes is .*, must be a number"):
+    with pytest.raises(LogError, match=r"result_0\.txt:\d+: number_of_nodes is .*, must be a whole number"):
         score_folder(tmp_path)
     edit(log, set_value("number_of_nodes", 4))
     edit(log, set_value("global_batch_size", value))

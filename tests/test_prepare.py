@@ -135,7 +135,8 @@ def test_a_killed_run_continues_with_identical_content(tmp_path, monkeypatch):
     prepare.prepare(layout, tmp_path / "whole", report=quiet)
     script = (
         "import sys, time; from pathlib import Path\n"
-        "from scalefold.data import prepare, rawlayout\n"
+        "from scalefold.data.raw import rawlayout\n"
+        "from scalefold.data.store import prepare\n"
         "rawlayout._MIN_UNIT_BYTES = 1; root = Path(sys.argv[1])\n"
         "slow = prepare._run_unit\n"
         "prepare._run_unit = lambda *a: (time.sleep(0.05), slow(*a))[1]\n"

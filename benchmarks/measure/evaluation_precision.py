@@ -36,7 +36,7 @@ def trained(config: Path, store: Path, steps: int, crop: int, workers: int, extr
     """Averaged weights after ``steps`` steps of ``scalefold train``, one pass each."""
     own = [*settings("ours", crop), *extra, f"run.checkpoint_every_iters={steps}"]
     train(config, store, steps, workers, own, folder / "run")
-    newest = Checkpoints(folder / "run" / "checkpoints", keep=1).newest()
+    newest = Checkpoints(folder / "run" / "checkpoints").newest()
     assert newest is not None, "the run ends with a checkpoint"
     return newest / AVERAGED_FILE
 

@@ -107,7 +107,7 @@ def measure_synthetic(settings: SyntheticRaw, work: Path, workers: int) -> list[
 
 def kill_half_way(layout: RawLayout, out_dir: Path, workers: int) -> None:
     """Start a preparation in its own process group and kill that group when half of its units are done."""
-    code = "from pathlib import Path, PosixPath; from scalefold.data.store.store.prepare import prepare; "
+    code = "from pathlib import Path, PosixPath; from scalefold.data.store.prepare import prepare; "
     code += "from scalefold.data.raw.rawlayout import RawLayout\nif __name__ == '__main__': "
     script = out_dir.with_name("prepare_once.py")
     script.write_text(f"{code}prepare({layout!r}, Path({str(out_dir)!r}), {workers})\n")
@@ -152,7 +152,7 @@ def synthetic_index(folder: Path, num_chains: int) -> None:
 def measure_index(work: Path) -> list[dict[str, object]]:
     synthetic_index(work / "index", TRAINING_CHAINS)
     code = (
-        "import sys, time; from scalefold.data import selection; from scalefold.data.store.store.store import Store\n"
+        "import sys, time; from scalefold.data.store import selection; from scalefold.data.store.store import Store\n"
         "started = time.perf_counter(); store = Store(sys.argv[1]); row = store.index_of('3abc_B')\n"
         "opened = time.perf_counter(); rows = selection.training_set(store.table).rows\n"
         "print(len(store), opened - started, time.perf_counter() - opened)"

@@ -103,13 +103,16 @@ def compiling_for(capability: int) -> Iterator[Count]:
 
 @contextmanager
 def stand_in_for_driver() -> Iterator[Callable[[Any], None]]:
-    """A function that compiles the C launcher of a kernel where there is no libcuda.
+    """A function that compiles the C launcher of a kernel where there is no libcuda; newer Tritons have one for all.
 
     What it links with is a library of that name whose functions do nothing; the real one takes its place where the
     launcher is loaded.
     """
     from triton.backends.nvidia import driver as nvidia
 
+    if not hasattr(nvidia, "make_launcher"):
+        yield lambda kernel: None
+        return
     names = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\s*\()", Path(nvidia.__file__).read_text())))
     before = triton.knobs.nvidia.libcuda_path
     with tempfile.TemporaryDirectory() as folder:

@@ -267,7 +267,8 @@ def _check_entry(entry: dict[str, Any], place: str) -> None:
         numbers |= {name: value[name] for name in _TRACKED if name in value}
     for name, number in numbers.items():
         if not is_number(number) or not math.isfinite(number):
-            raise LogError(f"{place}: {key}: {name} is {str(number)[:40]!r}, must be a number")
+            what = key if name == "value" else f"{key}: {name}"
+            raise LogError(f"{place}: {what} is {repr(number)[:40]}, must be a number")
 
 
 def _facts(entries: list[dict[str, Any]]) -> dict[str, Any]:
