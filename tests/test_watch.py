@@ -19,7 +19,7 @@ from processes import free_port
 from runs import tiny_config
 from scalefold.config import Config
 from scalefold.errors import DataError, RankLostError, ScaleFoldError
-from scalefold.eval import evaluator as evaluators
+from scalefold.eval import score as evaluation
 from scalefold.parallel import watch
 from scalefold.parallel.ranks import start
 from scalefold.parallel.watch import Sign, Watch, blame
@@ -233,14 +233,14 @@ def test_ranks_wait_for_an_evaluation_that_takes_longer_than_a_step_may(
     config, slow = two_ranks(tiny_store, tmp_path / "run", *layout), 2 if apart else 1
 
     def function(rank: int) -> None:
-        score = evaluators.score_chains
+        score = evaluation.score_chains
 
         def score_slowly(*args: Any) -> dict[str, float]:
             if rank == slow:
                 time.sleep(STEP_TIMEOUT_S + 2)
             return score(*args)
 
-        watch.GRACE_S, evaluators.score_chains = 0.5, score_slowly  # type: ignore[assignment]
+        watch.GRACE_S, evaluation.score_chains = 0.5, score_slowly  # type: ignore[assignment]
         run_rank(config, RunOptions())
 
     ends = run_apart(function, 3 if apart else 2, tmp_path)
