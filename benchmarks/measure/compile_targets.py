@@ -30,8 +30,8 @@ os.environ.pop("TRITON_INTERPRET", None)  # must be settled before triton is imp
 
 import torch
 import triton
-import triton.knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
@@ -154,7 +154,7 @@ def ptxas_usage(ptx: str, target: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [triton.knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", str(path), "-o", f"{path}.o"]
+        command = [get_ptxas(target).path, "-v", f"--gpu-name={name}", str(path), "-o", f"{path}.o"]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers = max(int(n) for n in re.findall(r"Used (\d+) registers", log))
     return registers, sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
