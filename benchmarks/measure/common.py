@@ -69,6 +69,21 @@ def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGrap
     return graph
 
 
+def graph_microseconds(call: Callable[[], object], replays: int, warm_up: int) -> float:
+    """Median device time of replays of a captured call."""
+    graph = capture(call, warm_up)
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(1000 * start.elapsed_time(stop))
+    return statistics.median(times)
+
+
 def commit() -> str:
     """Short hash of the checkout; where there is no git, what SCALEFOLD_COMMIT says."""
     stated = os.environ.get("SCALEFOLD_COMMIT")

@@ -12,7 +12,6 @@ are written as they are known.
 
 import argparse
 import importlib
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import FOLDER, append_rows, capture, facts, print_table
+from common import FOLDER, append_rows, facts, graph_microseconds, print_table
 from operation_cases import Case, Inputs, training_cases, triangle_multiplication
 from scalefold.kernels.table import REFERENCE
 from scalefold.kernels.triton_ops import TRITON
@@ -59,21 +58,6 @@ def backward(outputs: Sequence[Tensor], leaves: list[Tensor], seeds: Sequence[Te
     return list(torch.autograd.grad(outputs, leaves, seeds, allow_unused=True))
 
 
-def graph_microseconds(call: Callable[[], object]) -> float:
-    """Median of replays of a captured call."""
-    graph = capture(call, warm_up=2)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1000 * start.elapsed_time(stop))
-    return statistics.median(times)
-
-
 def results(call: Call, leaves: list[Tensor]) -> list[Tensor | None]:
     """Outputs and gradients."""
     outputs = outputs_of(call)
@@ -91,8 +75,8 @@ def measure(call: Call, leaves: list[Tensor], exact: list[Tensor | None]) -> Mea
     difference = error(results(call, leaves), exact)
     seeds = seeds_of(outputs_of(call))
     with torch.no_grad():
-        forward = graph_microseconds(lambda: outputs_of(call))
-    both = graph_microseconds(lambda: backward(outputs_of(call), leaves, seeds))
+        forward = graph_microseconds(lambda: outputs_of(call), REPLAYS, 2)
+    both = graph_microseconds(lambda: backward(outputs_of(call), leaves, seeds), REPLAYS, 2)
     return Measured(forward, both - forward, difference)
 
 

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from bits import Difference, repeat
-from common import FOLDER, append_rows, capture, facts, print_table
+from common import FOLDER, append_rows, facts, graph_microseconds, print_table
 from operation_cases import Case, Inputs, evaluation_cases, outputs_of, training_cases
 from rings import ring_faults, unguarded_refills
 from scalefold.kernels import tuning
@@ -244,17 +243,7 @@ def compile_all(pool: ProcessPoolExecutor, problems: list[Problem], refine: bool
 
 def microseconds(inputs: Inputs, backward: bool) -> float:
     """Device time of the operation in a CUDA graph: median of replays."""
-    graph = capture(lambda: run_once(inputs, backward), warm_up=1)
-    graph.replay()
-    times = []
-    for _ in range(REPLAYS):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1000 * start.elapsed_time(stop))
-    return statistics.median(times)
+    return graph_microseconds(lambda: run_once(inputs, backward), REPLAYS, 1)
 
 
 def agrees(found: list[Tensor], expected: list[Tensor]) -> bool:

@@ -1,6 +1,7 @@
 """Text files that people write: UTF-8, or one line that says where it is not and how to save it; and JSON from them."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,8 @@ def parse_json(text: str | bytes) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a number, NaN and infinity included; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a JSON value is a number other than NaN and infinity."""
+    return is_number(value) and math.isfinite(value)

@@ -3,7 +3,6 @@
 Times are seconds since ``run_start``; ``samples`` is the log's ``epoch_num``: training samples so far.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 
 from scalefold.errors import LogError
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
-from scalefold.textfile import is_number, parse_json
+from scalefold.textfile import is_finite_number, parse_json
 
 TOKEN = ":::MLLOG "
 #: Logged values that make a run the MLPerf HPC v3.0 OpenFold benchmark and its results comparable.
@@ -266,7 +265,7 @@ def _check_entry(entry: dict[str, Any], place: str) -> None:
     if key == "tracked_stats" and isinstance(value, dict):
         numbers |= {name: value[name] for name in _TRACKED if name in value}
     for name, number in numbers.items():
-        if not is_number(number) or not math.isfinite(number):
+        if not is_finite_number(number):
             what = key if name == "value" else f"{key}: {name}"
             raise LogError(f"{place}: {what} is {repr(number)[:40]}, must be a number")
 

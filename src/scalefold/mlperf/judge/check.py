@@ -18,11 +18,12 @@ from typing import Any, Literal
 import yaml
 
 from scalefold.errors import LogError
-from scalefold.mlperf.judge.lint import Finding, has_type, is_number, lint, run_begins
+from scalefold.mlperf.judge.lint import Finding, has_type, lint, run_begins
 from scalefold.mlperf.judge.official_tools import fast_yaml_loader
 from scalefold.mlperf.log.events import merge_parts
 from scalefold.mlperf.log.keys import BENCHMARK, EXPECTED, KEYS, RULESET, TARGET_LDDT, USAGE
 from scalefold.mlperf.log.logfile import Log, read_log
+from scalefold.textfile import is_finite_number
 
 Kind = Literal["valid", "non_benchmark", "invalid", "other_benchmark", "unreadable"]
 #: From best to worst, with the exit status of each.
@@ -98,7 +99,7 @@ class Verdict:
         if self.kind in ("other_benchmark", "unreadable"):
             return lines[0]
         if self.minutes is not None:
-            samples = f"{self.samples_to_converge:,}" if is_number(self.samples_to_converge) else "-"
+            samples = f"{self.samples_to_converge:,}" if is_finite_number(self.samples_to_converge) else "-"
             lines.append(f"  time to train {self.minutes:.3f} min, samples to converge {samples}")
         official = "passes" if not self.official else f"{len(self.official)} complaint(s)"
         lines.append(f"  official checker ({USAGE} {RULESET}, warnings as errors): {official}")
@@ -227,9 +228,9 @@ def _as_benchmark(line: Any, log: Log) -> Any:
     value = line.value["value"]
     if line.key in wanted:
         value = wanted[line.key]
-    elif line.key == "eval_accuracy" and is_number(value):
+    elif line.key == "eval_accuracy" and is_finite_number(value):
         target = log.value("target_avg_lddt_ca_value")
-        value = TARGET_LDDT if is_number(target) and target <= value <= 1 else min(value, TARGET_LDDT - 0.01)
+        value = TARGET_LDDT if is_finite_number(target) and target <= value <= 1 else min(value, TARGET_LDDT - 0.01)
     return line._replace(value={**line.value, "value": value})
 
 

@@ -9,7 +9,6 @@ Each rule is a function from a :class:`Log` to findings, registered in :data:`RU
 Values that are legal but are not the benchmark's are no findings: see :func:`scalefold.mlperf.judge.check.differences`.
 """
 
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from scalefold.mlperf.log.keys import (
     Key,
 )
 from scalefold.mlperf.log.logfile import Log, LogEvent
+from scalefold.textfile import is_finite_number
 
 Severity = Literal["error", "submission"]
 
@@ -88,11 +88,6 @@ def several_runs(starts: list[int]) -> str:
     return f"{_COUNTS.get(len(starts), str(len(starts)))} runs in one file"
 
 
-def is_number(value: Any) -> bool:
-    """A finite JSON number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def has_type(key: Key, value: Any) -> bool:
     """Whether ``value`` has the JSON type of ``key``: a boolean is no number, text is no number."""
     if not key.types:
@@ -105,12 +100,12 @@ def has_type(key: Key, value: Any) -> bool:
 def _samples_per_cycle(log: Log) -> int | None:
     """Samples between two evaluations as logged: ``val_every_iters * global_batch_size``."""
     every, batch = log.value("val_every_iters"), log.value("global_batch_size")
-    return every * batch if is_number(every) and is_number(batch) and every > 0 and batch > 0 else None
+    return every * batch if is_finite_number(every) and is_finite_number(batch) and every > 0 and batch > 0 else None
 
 
 def _target(log: Log) -> float:
     value = log.value("target_avg_lddt_ca_value")
-    return value if is_number(value) else TARGET_LDDT
+    return value if is_finite_number(value) else TARGET_LDDT
 
 
 @rule
@@ -191,7 +186,7 @@ def seed_is_one_integer(log: Log) -> Iterator[Finding]:
 def batch_size_has_a_reference(log: Log) -> Iterator[Finding]:
     """Above 256 samples per step there is no reference convergence point (trap 10)."""
     event = log.first("global_batch_size")
-    if event and is_number(event.value) and event.value > MAX_GLOBAL_BATCH_SIZE:
+    if event and is_finite_number(event.value) and event.value > MAX_GLOBAL_BATCH_SIZE:
         message = f"global_batch_size {event.value} is above {MAX_GLOBAL_BATCH_SIZE}: no reference convergence point"
         yield Finding("batch size", message, event.line, "submission")
 
@@ -200,7 +195,13 @@ def batch_size_has_a_reference(log: Log) -> Iterator[Finding]:
 def ranks_fit_the_nodes(log: Log) -> Iterator[Finding]:
     """Node count is that of this run or instance, not of the whole job (trap 11)."""
     ranks, nodes, gpus = (log.value(k) for k in ("number_of_ranks", "number_of_nodes", "accelerators_per_node"))
-    if is_number(ranks) and is_number(nodes) and is_number(gpus) and gpus > 0 and ranks != nodes * gpus:
+    if (
+        is_finite_number(ranks)
+        and is_finite_number(nodes)
+        and is_finite_number(gpus)
+        and gpus > 0
+        and ranks != nodes * gpus
+    ):
         message = f"number_of_ranks {ranks} is not {nodes} nodes x {gpus} accelerators: log this instance's own nodes"
         yield Finding("scale", message, log.need("number_of_nodes").line, "submission")
 
@@ -256,7 +257,7 @@ def time_moves_forward(log: Log) -> Iterator[Finding]:
 def epoch_num_is_numeric(log: Log) -> Iterator[Finding]:
     """epoch_num counts samples, as a number (trap 3)."""
     for event in log.events:
-        if event.key in (*_EVAL_KEYS, "epoch_start", "epoch_stop") and not is_number(event.epoch_num):
+        if event.key in (*_EVAL_KEYS, "epoch_start", "epoch_stop") and not is_finite_number(event.epoch_num):
             message = f"{event.key} has epoch_num {event.epoch_num!r}, must be the number of samples seen"
             yield Finding("epoch_num", message, event.line)
 
@@ -269,7 +270,7 @@ def training_cycles_are_complete(log: Log) -> Iterator[Finding]:
         return
     starts = log.all("epoch_start")
     for index, event in enumerate(starts, start=1):
-        if is_number(event.epoch_num) and event.epoch_num != index * per_cycle:
+        if is_finite_number(event.epoch_num) and event.epoch_num != index * per_cycle:
             message = (
                 f"training cycle {index} has epoch_num {event.epoch_num}, must be {index * per_cycle}"
                 f" = {index} x val_every_iters x global_batch_size"
@@ -308,12 +309,12 @@ def every_cycle_is_evaluated_once(log: Log) -> Iterator[Finding]:
 def evaluations_lie_in_their_interval(log: Log) -> Iterator[Finding]:
     """eval_start, eval_accuracy, eval_stop in this order; an evaluation starts after its cycle stopped."""
     opened: dict[Any, LogEvent] = {}
-    cycles = {event.epoch_num: event for event in log.all("epoch_stop") if is_number(event.epoch_num)}
+    cycles = {event.epoch_num: event for event in log.all("epoch_stop") if is_finite_number(event.epoch_num)}
     for event in log.events:
         at = repr(event.epoch_num)
         if event.key == "eval_start":
             opened[at] = event
-            cycle = cycles.get(event.epoch_num) if is_number(event.epoch_num) else None
+            cycle = cycles.get(event.epoch_num) if is_finite_number(event.epoch_num) else None
             if cycle and event.time_ms < cycle.time_ms - CLOCK_TOLERANCE_MS:
                 yield Finding("evaluation", f"evaluation at epoch_num {at} starts before its cycle stops", event.line)
         elif event.key in ("eval_accuracy", "eval_stop") and at not in opened:
@@ -326,7 +327,7 @@ def evaluations_lie_in_their_interval(log: Log) -> Iterator[Finding]:
 def accuracies_are_lddt(log: Log) -> Iterator[Finding]:
     """Mean lDDT-Cα on the 0 to 1 scale (trap 1); NaN is no value."""
     for event in log.all("eval_accuracy"):
-        if isinstance(event.value, int | float) and not (is_number(event.value) and 0 <= event.value <= 1):
+        if isinstance(event.value, int | float) and not (is_finite_number(event.value) and 0 <= event.value <= 1):
             message = f"eval_accuracy is {event.value!r}, must be a mean lDDT-Cα between 0 and 1"
             yield Finding("accuracy", message, event.line)
 
@@ -336,7 +337,7 @@ def initial_weights_are_the_checkpoint(log: Log) -> Iterator[Finding]:
     """An evaluation before the first step sees the checkpoint, so warm-up must have put everything back (trap 6)."""
     is_benchmark = log.value("init_checkpoint_sha256sum") == KEYS["init_checkpoint_sha256sum"].expected
     for event in log.all("eval_accuracy"):
-        if is_benchmark and event.epoch_num == 0 and is_number(event.value):
+        if is_benchmark and event.epoch_num == 0 and is_finite_number(event.value):
             difference = abs(event.value - CHECKPOINT_LDDT)
             if difference > CHECKPOINT_LDDT_TOLERANCE:
                 message = f"initial weights evaluate to {event.value}, the checkpoint to {CHECKPOINT_LDDT}"
@@ -352,7 +353,7 @@ def run_stops_at_the_target(log: Log) -> Iterator[Finding]:
     target = _target(log)
     if log.status != "success":
         yield Finding("status", f"run_stop status is {log.status!r}: the run did not reach the target", stop.line)
-    accuracies = [event for event in log.all("eval_accuracy") if is_number(event.value)]
+    accuracies = [event for event in log.all("eval_accuracy") if is_finite_number(event.value)]
     late = [event for event in log.events if event.line > stop.line and event.key in _EVAL_KEYS]
     if late:
         yield Finding("run_stop", f"{late[0].key} after run_stop", late[0].line)

@@ -14,10 +14,11 @@ from statistics import mean
 from typing import Any, Literal
 
 from scalefold.errors import LogError
-from scalefold.mlperf.judge.lint import is_number, run_begins, several_runs
+from scalefold.mlperf.judge.lint import run_begins, several_runs
 from scalefold.mlperf.judge.rcp import Convergence, judge_convergence
 from scalefold.mlperf.log.keys import BENCHMARK, MIN_WEAK_INSTANCES, NUM_STRONG_RUNS
 from scalefold.mlperf.log.logfile import Log, read_log
+from scalefold.textfile import is_finite_number
 
 Scaling = Literal["strong", "weak"]
 _RUN_FOLDER, _PUT_ASIDE = re.compile(r"run_\d+"), re.compile(r"run_\d+_interrupted_\d+")  # of ``scalefold launch``
@@ -217,8 +218,8 @@ def _weak(folder: Path, logs: list[Log]) -> Score:
 def _minutes(log: Log) -> float:
     """Minutes of a converged run; infinite without a successful ``run_stop`` or below the target."""
     target = log.value("target_avg_lddt_ca_value")
-    values = [event.value for event in log.all("eval_accuracy") if is_number(event.value)]
-    if log.status != "success" or not values or (is_number(target) and max(values) < target):
+    values = [event.value for event in log.all("eval_accuracy") if is_finite_number(event.value)]
+    if log.status != "success" or not values or (is_finite_number(target) and max(values) < target):
         return math.inf
     return log.minutes
 
@@ -229,14 +230,14 @@ def _run(log: Log, minutes: float, counted: bool) -> RunScore:
 
 def _samples(log: Log) -> float:
     samples = log.samples_to_converge
-    return float(samples) if is_number(samples) else math.inf
+    return float(samples) if is_finite_number(samples) else math.inf
 
 
 def _convergence(logs: list[Log]) -> Convergence | None:
     batch = logs[0].value("global_batch_size")
     samples = [_samples(log) for log in logs]
     differ = any(log.value("global_batch_size") != batch for log in logs)
-    if differ or not is_number(batch) or len(samples) < 3 or sum(map(math.isinf, samples)) > 1:
+    if differ or not is_finite_number(batch) or len(samples) < 3 or sum(map(math.isinf, samples)) > 1:
         return None
     return judge_convergence(int(batch), samples)
 
@@ -248,7 +249,7 @@ def _log_problems(logs: list[Log]) -> list[str]:
     problems += [
         f"{log.file.name}:{event.line}: {event.key} is {event.value!r}, must be a number"
         for log in logs
-        for event in [event for event in log.all("eval_accuracy") if not is_number(event.value)][:1]
+        for event in [event for event in log.all("eval_accuracy") if not is_finite_number(event.value)][:1]
     ]
     batches = sorted({str(log.value("global_batch_size")) for log in logs})
     return problems + ([f"global batch sizes differ: {', '.join(batches)}"] if len(batches) > 1 else [])
@@ -268,7 +269,7 @@ def instance_scale(log: Log) -> int:
 
 def _whole(log: Log, key: str) -> int:
     event = log.need(key)
-    if not is_number(event.value) or event.value != int(event.value):
+    if not is_finite_number(event.value) or event.value != int(event.value):
         raise LogError(f"{log.file}:{event.line}: {key} is {event.value!r}, must be a whole number")
     return int(event.value)
 

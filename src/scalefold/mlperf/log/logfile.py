@@ -9,7 +9,7 @@ from typing import Any
 
 from scalefold.errors import LogError
 from scalefold.mlperf.log.keys import TOKEN
-from scalefold.textfile import is_number, parse_json
+from scalefold.textfile import is_finite_number, is_number, parse_json
 
 _FIELDS = ("time_ms", "key", "value", "metadata")
 
@@ -70,7 +70,7 @@ class Log:
     def number(self, key: str) -> int | float:
         """Value of the first event with this key; LogError names file, line and key if it is no finite number."""
         event = self.need(key)
-        if not is_number(event.value) or not math.isfinite(event.value):
+        if not is_finite_number(event.value):
             raise LogError(f"{self.file}:{event.line}: {key} is {str(event.value)[:40]!r}, must be a number")
         return event.value
 

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from scalefold.errors import LogError
-from scalefold.mlperf.judge.lint import is_number, run_begins, several_runs
+from scalefold.mlperf.judge.lint import run_begins, several_runs
 from scalefold.mlperf.judge.score import instance_scale
 from scalefold.mlperf.log.keys import VAL_EVERY_ITERS
 from scalefold.mlperf.log.logfile import Log, LogEvent
@@ -24,6 +24,7 @@ from scalefold.scaling.step_time import (
     read_eval_times,
     read_step_times,
 )
+from scalefold.textfile import is_finite_number
 
 #: OpenFold became part of MLPerf HPC with v3.0, whose results are of this year.
 EARLIEST_MS = datetime(2023, 1, 1, tzinfo=UTC).timestamp() * 1000
@@ -57,7 +58,7 @@ def clocks_show_the_time(package: Package) -> Iterator[Problem]:
     """Milliseconds since 1970, after the benchmark was published and not in the future."""
     latest = time.time() * 1000 + _DAY_MS
     for log in _all_logs(package):
-        stamps = [event.time_ms for event in log.events if is_number(event.time_ms)]
+        stamps = [event.time_ms for event in log.events if is_finite_number(event.time_ms)]
         wrong = next((ms for ms in stamps if not EARLIEST_MS <= ms <= latest), None)
         if wrong is None:
             continue
@@ -167,7 +168,7 @@ def _shown(time_ms: float) -> str:
 
 def _accuracies(log: Log) -> dict[float, float]:
     """lDDT-Cα by samples, without that of the initial weights, which all runs share."""
-    events = [e for e in log.all("eval_accuracy") if is_number(e.value) and is_number(e.epoch_num)]
+    events = [e for e in log.all("eval_accuracy") if is_finite_number(e.value) and is_finite_number(e.epoch_num)]
     return {event.epoch_num: event.value for event in events if event.epoch_num > 0}
 
 
@@ -175,9 +176,9 @@ def _durations(log: Log) -> dict[tuple[str, float], float]:
     """Milliseconds of each training cycle and evaluation."""
     found: dict[tuple[str, float], float] = {}
     for kind in ("epoch", "eval"):
-        starts = {e.epoch_num: e.time_ms for e in log.all(f"{kind}_start") if is_number(e.epoch_num)}
+        starts = {e.epoch_num: e.time_ms for e in log.all(f"{kind}_start") if is_finite_number(e.epoch_num)}
         for stop in log.all(f"{kind}_stop"):
-            if is_number(stop.epoch_num) and stop.epoch_num in starts:
+            if is_finite_number(stop.epoch_num) and stop.epoch_num in starts:
                 found[kind, stop.epoch_num] = stop.time_ms - starts[stop.epoch_num]
     return found
 
@@ -213,10 +214,12 @@ def _steady_cycles_s(log: Log) -> list[float]:
 
 def _throughput_ratio(log: Log) -> float | None:
     """Samples per second by the clock over those logged, median over the cycles; None if either is not there."""
-    stated = [e for e in log.all("tracked_stats") if isinstance(e.value, dict) and is_number(e.value.get("throughput"))]
+    stated = [
+        e for e in log.all("tracked_stats") if isinstance(e.value, dict) and is_finite_number(e.value.get("throughput"))
+    ]
     by_cycle = {e.metadata.get("step"): e.value["throughput"] for e in stated if _is_index(e)}
     batch = log.value("global_batch_size")
-    if not is_number(batch):
+    if not is_finite_number(batch):
         return None
     ratios = [
         VAL_EVERY_ITERS * batch / seconds / by_cycle[index]
@@ -237,7 +240,7 @@ def _floors(log: Log, family: str) -> Iterator[tuple[str, float, float]]:
         scale = instance_scale(log)
     except LogError:
         return
-    if family not in _FLOOR_OF or not is_number(batch) or not lengths or scale < 1:
+    if family not in _FLOOR_OF or not is_finite_number(batch) or not lengths or scale < 1:
         return
     alone, shared = _step_floors_s(_FLOOR_OF[family])
     cycles = [ms / 1000 for (kind, _), ms in lengths.items() if kind == "epoch"]
