@@ -3,6 +3,7 @@
 import multiprocessing as mp
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from runs import tiny_config
 from scalefold.config import Config
 from scalefold.errors import DataError, RankLostError, ScaleFoldError
 from scalefold.eval import score as evaluation
+from scalefold.parallel import ranks as meeting
 from scalefold.parallel import watch
 from scalefold.parallel.ranks import start
 from scalefold.parallel.watch import Sign, Watch, blame
@@ -311,3 +313,40 @@ def test_only_the_first_thread_of_a_process_tells_why_it_ends() -> None:
     other.start()
     other.join()
     assert watch._speaks()
+
+
+def frozen() -> None:
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.distributed
+def test_a_frozen_rank_0_with_its_store_is_named_and_the_others_end(tiny_store: Path, tmp_path: Path) -> None:
+    config = two_ranks(tiny_store, tmp_path / "run")
+    ends = run_apart(disturbed(config, 0, 3, frozen), 2, tmp_path, timeout_s=40)
+    assert ends[1].status == RankLostError.exit_status
+    assert ends[1].seconds < 40
+    assert "key-value store has not answered for" in ends[1].text
+    assert "rank 0 on " in ends[1].text
+    assert "which holds it, stands still or its node is gone" in ends[1].text
+    assert len(ends[1].text.splitlines()) == 1, ends[1].text
+
+
+@pytest.mark.distributed
+def test_a_rank_0_that_freezes_before_the_ranks_have_met_is_not_waited_for(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_store, tmp_path, "parallel.ranks_per_node=2", "parallel.startup_timeout_s=3", "parallel.step_timeout_s=3"
+    )
+
+    def function(rank: int) -> None:
+        meeting.GRACE_S = 2.0  # type: ignore[assignment]
+        if rank == 0:  # a listener that never answers
+            with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
+                time.sleep(60)
+        start(config)
+
+    ends = run_apart(function, 2, tmp_path, timeout_s=40)
+    assert ends[1].status == RankLostError.exit_status
+    assert ends[1].seconds < 40
+    assert "rank 1 of 2" in ends[1].text
+    assert "rank 0 at 127.0.0.1:" in ends[1].text

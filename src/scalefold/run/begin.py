@@ -83,7 +83,7 @@ def continue_counting(events: Events, schedule: Schedule) -> None:
 
 def make_progress(config: Config, ranks: Ranks) -> Progress:
     """The screen of rank 0; every other rank prints to nowhere."""
-    stream = None if ranks.is_root else open(os.devnull, "w")  # noqa: SIM115
+    stream = None if ranks.is_root else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return Progress(config.training.target_avg_lddt_ca_value, config.training.num_train_iters, stream)
 
 

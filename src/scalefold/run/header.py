@@ -94,5 +94,5 @@ def run_header(
 def write_resolved(path: Path, config: Config) -> None:
     """Keep the resolved configuration beside the log."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump_config(config))
+    temporary.write_text(dump_config(config), encoding="utf-8")
     temporary.replace(path)

@@ -132,7 +132,7 @@ def read_state(folder: Path) -> RunState:
     """
     file = folder / STATE_FILE
     try:
-        facts = json.loads(file.read_text())
+        facts = json.loads(file.read_text(encoding="utf-8"))
         state = RunState(**facts)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot read: {error}") from None

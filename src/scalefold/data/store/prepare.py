@@ -194,7 +194,7 @@ def _claim(work: Path, plan: Plan, settings: dict) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read ({error}); remove it and run prepare again") from None
 

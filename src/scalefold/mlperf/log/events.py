@@ -468,7 +468,7 @@ def merge_parts(result_file: str | Path) -> Path:
     elif len(stops) > 1:
         raise LogError(f"{result_file}: the parts hold {len(stops)} run_stop lines, the first is {stops[0].status}")
     temporary = result_file.with_name(f".{result_file.name}.partial")
-    temporary.write_text("".join(f"{line.text}\n" for line in lines))
+    temporary.write_text("".join(f"{line.text}\n" for line in lines), encoding="utf-8")
     temporary.replace(result_file)
     return result_file
 

@@ -51,7 +51,7 @@ class PublishedRun:
 
 def published_rows() -> list[dict[str, str]]:
     """All rows and columns of the table, as text."""
-    text = resources.files("scalefold.mlperf.log").joinpath("published_runs.csv").read_text()
+    text = resources.files("scalefold.mlperf.log").joinpath("published_runs.csv").read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
 
 
