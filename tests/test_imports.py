@@ -19,6 +19,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "config": ({"pydantic", "yaml"}, {"errors", "textfile"}),
     "phases": (set(), {"config", "errors", "step.checkpoint"}),
     "doctor": (DEEP, {"node_findings"}),
+    "autopsy": (set(), {"doctor", "errors", "mlperf.log", "report", "run.ending", "step.checkpoint"}),
     "node_findings": (set(), {"run.compile_ahead"}),
     "kernels": ({"torch", "triton"}, {"errors", "textfile"}),
     "model": (DEEP, {"kernels.table", "config", "data.residues", "errors"}),
@@ -47,6 +48,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "report": ({"numpy", "rich", "matplotlib"}, {"errors", "textfile", "mlperf.log", "mlperf.judge"}),
     "scaling": (NUMBERS, {"errors", "config", "report.published", "mlperf.log"}),
     "launch": ({"torch", "yaml"}, {"config", "errors", "parallel", "mlperf", "report", "scaling"}),
+    "rehearse": (DEEP, {"errors"}),
     "eval": (
         DEEP,
         {"config", "phases", "errors", "kernels", "model", "parallel", "data", "step", "mlperf.log", "report"},
@@ -55,7 +57,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         DEEP,
         {
             *("config", "phases", "errors", "stop_signals", "kernels", "model", "parallel", "data", "step", "eval"),
-            *("mlperf.log", "report", "launch.placement"),
+            *("mlperf.log", "report", "launch.placement", "rehearse"),
         },
     ),
 }
@@ -63,7 +65,7 @@ TORCH_IN_DATA = {"loading", "made", "features"}
 LONG_FILES = {
     "config.py": 654,
     "data/features/features.py": 500,
-    "data/loading/loader.py": 550,
+    "data/loading/loader.py": 430,
     "data/raw/mmcif.py": 500,
     "data/store/prepare.py": 720,
     "data/store/store.py": 590,

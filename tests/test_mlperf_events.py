@@ -166,10 +166,10 @@ def test_text_that_the_rcp_checker_would_misread_is_refused(tmp_path):
 def test_a_closed_log_and_a_failing_disk_are_errors(tmp_path):
     events = Events(tmp_path / "r.txt")
     events.init_start()
-    os.close(events._file_descriptor)
+    os.close(events.descriptor)
     with pytest.raises(LogError, match="Bad file descriptor"):
         events.cache_clear(True)
-    events._file_descriptor = None
+    events.descriptor = None
     with pytest.raises(LogError, match="closed"):
         events.seed(1)
 

@@ -54,7 +54,7 @@ class Threads:
 class Numbered:
     """Stands for a ``TrainLoader``: batches that say which iteration they are for, with one or two slices."""
 
-    def next(self, iteration: int) -> Batch:
+    def next(self, iteration: int, wanted: object = None) -> Batch:
         shape = BatchShape.of(SETTINGS, 2, 1 + iteration % 2, training=True)
         buffer = torch.full((buffer_bytes(shape),), iteration, dtype=torch.uint8)
         return Batch(buffer, shape, iteration + 10, ("1abc_A", "2xyz_B"), (3, iteration), (2**40, 5), (0.5, 0.25), 7.0)
@@ -135,7 +135,7 @@ def test_a_slot_is_not_written_again_before_the_device_has_copied_it(monkeypatch
     own, known = Numbered(), {}
     original = own.next
 
-    def fetch(iteration: int) -> Batch:
+    def fetch(iteration: int, wanted: object) -> Batch:
         known[iteration] = over[-1:]
         return original(iteration)
 

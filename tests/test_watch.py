@@ -92,10 +92,10 @@ def disturbed(config: Config, victim: int, step: int, disturb: Callable[[], None
 
         original = TrainLoader.next
 
-        def fetch(self: TrainLoader, iteration: int):
+        def fetch(self: TrainLoader, iteration: int, *wanted: Any):
             if rank == victim and iteration == step:
                 disturb()
-            return original(self, iteration)
+            return original(self, iteration, *wanted)
 
         TrainLoader.next = fetch  # type: ignore[method-assign]
         run_rank(config, RunOptions())

@@ -1,5 +1,7 @@
 """Evaluation on ranks of its own, while training goes on: both ends."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -98,7 +100,12 @@ class EvaluationElsewhere:
 
 
 def serve_evaluations(
-    config: Config, ranks: Ranks, scorer: ChainScorer, flat: FlatParameters, events: Events
+    config: Config,
+    ranks: Ranks,
+    scorer: ChainScorer,
+    flat: FlatParameters,
+    events: Events,
+    before: Callable[[ChainScorer, int], None] = lambda scorer, step: None,
 ) -> float | None:
     """An evaluation rank's life after ``run_start``: score snapshots until training ends or the target is reached."""
     layout = ranks.layout
@@ -112,6 +119,7 @@ def serve_evaluations(
             break
         ranks.watch.at("evaluation", step)
         events.eval_start(step)
+        before(scorer, step)
         result = scorer.score(flat, flat.master)
         last = result.lddt_ca
         events.eval_accuracy(step, last)

@@ -87,6 +87,7 @@ class Watch:
         self.groups: list[dist.ProcessGroup] = []  # their own timeout follows the activity
         self._groups_wait_s = self.startup_timeout_s
         self.before_exit: Callable[[], None] = lambda: None
+        self.last_words: Callable[[BaseException], None] = lambda error: None
         self._store = own_connection(store) if store is not None else None
         self._activity, self._step, self._since = "start-up", 0, time.monotonic()
         self._first_step: int | None = None
@@ -229,9 +230,7 @@ class Watch:
         while not self._stopped.wait(self.beat_s):
             waited_s = time.monotonic() - min(list(self._asked.values()), default=time.monotonic())
             if waited_s > self.patience_s:
-                print(f"error: {self._store_is_silent(waited_s)}", file=sys.stderr, flush=True)
-                self.before_exit()
-                os._exit(RankLostError.exit_status)
+                self._end(self._store_is_silent(waited_s))
 
     def _diagnosis(self, store: Store, reason: str) -> str:
         """Look at all ranks twice, some beats apart, and say who is to blame."""
@@ -291,11 +290,14 @@ class Watch:
 
     def _exit(self, verdict: str) -> None:
         """End this process whatever its main thread waits for; a collective on a GPU cannot be interrupted."""
-        if not self._speaks():
-            return
+        if self._speaks():
+            self._end(verdict, self._linger)
+
+    def _end(self, verdict: str, linger: Callable[[], None] = lambda: None) -> None:
         print(f"error: {verdict}", file=sys.stderr, flush=True)
-        self._linger()
+        linger()
         self.before_exit()
+        self.last_words(RankLostError(verdict))
         os._exit(RankLostError.exit_status)
 
 

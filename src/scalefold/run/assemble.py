@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from scalefold.config import Config
-from scalefold.data.configured import evaluation_lengths, feature_settings
+from scalefold.data.configured import batch_limits_s, evaluation_lengths, feature_settings
 from scalefold.data.features.features import FeatureSettings
 from scalefold.data.loading.loader import Batch, TrainLoader, to_device
 from scalefold.data.loading.sampler import Delivered, TrainingSampler, initialisation_seed
@@ -348,6 +348,7 @@ def make_loader(config: Config, ranks: Ranks, settings: FeatureSettings) -> Trai
             prefetch_factor=d.prefetch_factor,
             in_order=d.dataloader == "pt",
             pin_memory=page_locked and not grouped,
+            limits_s=batch_limits_s(config),
         )
     if grouped or own is None:
         return SharedLoader(own, ranks, settings, config.local_batch_size, page_locked)
@@ -404,6 +405,5 @@ def make_evaluator(
     """The evaluator of a training rank."""
     if ranks.layout.num_eval_ranks:
         return EvaluationElsewhere(config, ranks, optimizer, record, progress, schedule)
-    group = ranks.train_group if ranks.layout.world_size > 1 else None
-    scorer = ChainScorer(config, ranks, settings, ops, group)
+    scorer = ChainScorer(config, ranks, settings, ops, ranks.train_group if ranks.layout.world_size > 1 else None)
     return EvaluationHere(config, scorer, optimizer, events, record, progress, schedule)

@@ -6,6 +6,7 @@ from scalefold.eval.elsewhere import accept_connection, serve_evaluations
 from scalefold.eval.score import ChainScorer
 from scalefold.parallel.ranks import Ranks
 from scalefold.phases import Schedule
+from scalefold.rehearse.rehearsal import Rehearsal
 from scalefold.run.begin import begin, continue_counting
 from scalefold.run.ending import Ending
 from scalefold.run.header import log_header
@@ -14,7 +15,9 @@ from scalefold.step.build import build_model, build_optimizer, choose_operations
 from scalefold.stop_signals import leave_stopping_to_others
 
 
-def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> None:
+def evaluate_elsewhere(
+    schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending, rehearsal: Rehearsal
+) -> None:
     """An evaluation rank's whole life, in step with the barriers of the training ranks; ``ending`` lets go of it."""
     leave_stopping_to_others()
     beginning = begin(schedule, options, ranks, ending)
@@ -39,5 +42,5 @@ def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks, en
     store = Store(config.data.store_dir)
     scorer.open_data(evaluation_lengths(config, store))
     store.close()
-    serve_evaluations(config, ranks, scorer, flat, events)
+    serve_evaluations(config, ranks, scorer, flat, events, rehearsal.before_evaluation)
     events.close()  # whoever joins the parts of the log must find all of this one

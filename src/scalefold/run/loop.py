@@ -12,16 +12,20 @@ import torch
 
 from scalefold.config import Config
 from scalefold.data.loading.sampler import forward_seed
+from scalefold.data.loading.waiting import NotWanted
+from scalefold.errors import TrainingError
 from scalefold.mlperf.log.events import merge_parts
 from scalefold.parallel.ranks import start
 from scalefold.parallel.stop import STOP_REQUESTED, TARGET_REACHED
 from scalefold.phases import EXIT_NEXT_PHASE
+from scalefold.rehearse.rehearsal import Rehearsal
 from scalefold.run.assemble import Run, assemble, enter_next_phase
-from scalefold.run.begin import RunOptions, check_places, open_schedule, prepare_process
+from scalefold.run.begin import RunOptions, check_means, check_places, open_schedule, prepare_process
 from scalefold.run.ending import Ending
 from scalefold.run.evaluation_rank import evaluate_elsewhere
 from scalefold.run.step_log import Cycle, StepLog
 
+LESS = "use more GPUs per sample (parallel.dap_size) or execution.activation_checkpointing, and continue with --resume"
 EXIT_STATUS = {"success": 0, "aborted": 4, "next_phase": EXIT_NEXT_PHASE}
 
 
@@ -48,6 +52,7 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
     """
     schedule = open_schedule(config, options.resume)
     check_places(schedule.config)
+    check_means(schedule.config)
     prepare_process(schedule.config)
     with Ending() as ending:
         ranks, outcome = start(schedule.config), None
@@ -55,14 +60,18 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
         ending.add("process groups", ranks.stop, after_errors=False)
         with ranks.watch:
             try:
+                rehearsal = Rehearsal(options.inject, ranks, schedule.config)
                 if ranks.trains:
                     run = assemble(schedule, options, ranks, ending)
-                    outcome = train(run)
+                    outcome = train(run, rehearsal)
                     ending.status = outcome.exit_status
                 else:
-                    evaluate_elsewhere(schedule, options, ranks, ending)
+                    evaluate_elsewhere(schedule, options, ranks, ending, rehearsal)
                 ranks.watch.at("end")
                 ranks.barrier()
+            except torch.OutOfMemoryError as error:
+                ranks.watch.before_exit()
+                raise TrainingError(f"{ranks.watch.sign().text()}: {str(error).splitlines()[0]}; {LESS}") from error
             except BaseException:
                 ranks.watch.before_exit()  # the log says so, or is removed if its clock never ran
                 raise
@@ -71,7 +80,7 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
     return outcome
 
 
-def train(run: Run) -> Outcome:
+def train(run: Run, rehearsal: Rehearsal) -> Outcome:
     """Train until the average lDDT-Cα reaches the target, the step budget ends, or the scheduler asks to stop.
 
     Raises:
@@ -80,7 +89,7 @@ def train(run: Run) -> Outcome:
     """
     warm_up(run)
     start_clock(run)
-    outcome = loop(run, StepLog(run))
+    outcome = loop(run, StepLog(run), rehearsal)
     run.events.run_stop("success" if outcome.status == "success" else "aborted")
     run.ranks.watch.at("checkpoint", outcome.step)
     run.finish_saving()
@@ -142,14 +151,18 @@ def report_loading(run: Run) -> None:
     run.progress.note(f"loader: num_workers {d.num_workers}, prefetch_factor {d.prefetch_factor}; slowest: {shown}")
 
 
-def loop(run: Run, steps: "StepLog") -> Outcome:
+def loop(run: Run, steps: "StepLog", rehearsal: Rehearsal) -> Outcome:
     """Iterate; evaluate, save and stop where they are due."""
     t, at = run.config.training, run.ranks.watch.at
     cycle = Cycle(run)
     for step in range(run.first_step, t.num_train_iters + 1):
         cycle.begin(step)
         at("waiting for a batch", step)
-        batch = run.loader.next(step)
+        rehearsal.before_step(run, step)
+        try:
+            batch = run.loader.next(step, lambda: not (run.stop_asked and run.ranks.layout.world_size == 1))
+        except NotWanted:
+            return leave_waiting(run, steps, step - 1)
         run.record.start_part("first_batch")
         at("training step", step)
         torch.manual_seed(forward_seed(run.seed, run.ranks.dp_index, step))
@@ -182,6 +195,15 @@ def loop(run: Run, steps: "StepLog") -> Outcome:
         if stops:
             return finish(run, steps, step, "aborted")
     return finish(run, steps, t.num_train_iters, "aborted")
+
+
+def leave_waiting(run: Run, steps: "StepLog", step: int) -> Outcome:
+    """Stop after ``step`` because the next batch does not come; a single process only, others wait for each other."""
+    steps.flush()
+    if step >= run.first_step and run.between_updates(step):
+        run.ranks.watch.at("checkpoint", step)
+        run.save(step)
+    return finish(run, steps, step, "aborted")
 
 
 def finish(run: Run, steps: "StepLog", step: int, status: Literal["success", "aborted", "next_phase"]) -> Outcome:
