@@ -112,6 +112,17 @@ def test_a_slot_is_not_written_again_while_the_step_before_may_still_read_it() -
     assert run_group(take) == dict.fromkeys(range(NUM_RANKS), True)
 
 
+def test_a_batch_stays_while_the_next_two_arrive() -> None:
+    """The step reads one, the copy to the device another, the workers' next one is being written."""
+
+    def take(rank: int, loader: SharedLoader) -> list[bool]:
+        batches = [loader.next(iteration) for iteration in (1, 2, 3)]
+        loader._replica.barrier_in_replica()
+        return [bool((batch.buffer == number).all()) for number, batch in enumerate(batches, 1)]
+
+    assert run_group(take) == dict.fromkeys(range(NUM_RANKS), [True] * 3)
+
+
 def test_a_slot_is_not_written_again_before_the_slowest_rank_has_read_it() -> None:
     """Nothing but the loader holds the ranks together: no step, no barrier, no order of calls around it."""
 

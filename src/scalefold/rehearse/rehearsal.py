@@ -134,6 +134,7 @@ def _change_objective(step: Any, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def _refuse_checkpoints(run: Any) -> None:
+    run.checkpoints.newest()  # the one under way is complete
     largest = max(file.stat().st_size for file in (run.record.path, run.events.file))
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest + SPARE_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 

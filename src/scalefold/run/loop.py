@@ -71,7 +71,9 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
                 ranks.barrier()
             except torch.OutOfMemoryError as error:
                 ranks.watch.before_exit()
-                raise TrainingError(f"{ranks.watch.sign().text()}: {str(error).splitlines()[0]}; {LESS}") from error
+                sign = ranks.watch.sign()
+                where = f"{ranks.describe()}, step {sign.step}, {sign.activity}"
+                raise TrainingError(f"{where}: {str(error).splitlines()[0]}; {LESS}") from error
             except BaseException:
                 ranks.watch.before_exit()  # the log says so, or is removed if its clock never ran
                 raise
