@@ -16,8 +16,8 @@ KILLED, LOST, STOPPED, ERROR = -9, 5, 4, 2
 TWO = ("parallel.ranks_per_node=2",)
 APART = (*TWO, "parallel.num_eval_ranks=1")
 WORKERS = ("data.num_workers=1",)
-#: a small store is in memory once it is open: the second phase opens it again
-REOPENED = ("training.num_train_iters=8", "phases=[{name: first, until_step: 4}, {name: second}]")
+#: a small store is in memory once it is open: the workers of the second phase open it again
+REOPENED = (*WORKERS, "training.num_train_iters=8", "phases=[{name: first, until_step: 4}, {name: second}]")
 LONG = ("training.num_train_iters=2000", "training.val_every_iters=1000")
 
 Damage = Callable[[Path], None]
@@ -84,7 +84,7 @@ def flip(store: Path) -> None:
 def spoil_evaluation_chain(store: Path) -> None:
     """Overwrite the structure of an evaluation chain."""
     opened = Store(store)
-    _, entry, chain = (store / "evaluation_targets.csv").read_text(encoding="utf-8").split()[-1].split(",")
+    _, entry, chain = (store / "evaluation_targets.csv").read_text(encoding="utf-8").split()[1].split(",")
     row = opened.index_of(f"{entry}_{chain}")
     columns = (opened.table.structure_shard, opened.table.structure_offset, opened.table.structure_bytes)
     shard, offset, size = (int(column[row]) for column in columns)

@@ -164,8 +164,9 @@ def _exhaust_memory(scorer: Any) -> None:
 
 
 def _refuse_files(_: Any) -> None:
-    used = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    lowest = os.dup(0)  # every new one would be this or a higher one
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
 
 ACTIONS: dict[str, Action] = {

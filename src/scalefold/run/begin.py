@@ -5,7 +5,6 @@ import resource
 import shutil
 import tempfile
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from scalefold.mlperf.log.events import Events
 from scalefold.parallel.ranks import Ranks
 from scalefold.phases import Position, Schedule
 from scalefold.report.console import Progress
-from scalefold.run.ending import Ending, forget_last_words, write_last_words
+from scalefold.run.ending import Ending, LastWords, forget_last_words
 from scalefold.run.resume import RunOptions, Start, agree_on_start, check_phase
 from scalefold.step.checkpoint import Checkpoints, read_state
 from scalefold.step.checkpoint_writer import CheckpointWriter
@@ -136,7 +135,7 @@ def begin(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending)
     events = open_events(start.result_file, ranks, options)
     ending.add("the log", events.close)
     ranks.watch.before_exit = events.abort
-    ending.last_words = ranks.watch.last_words = partial(write_last_words, r.run_dir, ranks)
+    ending.last_words = ranks.watch.last_words = LastWords(r.run_dir, ranks)
     if ranks.is_root:
         forget_last_words(r.run_dir)
     events.init_start()

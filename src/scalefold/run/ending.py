@@ -82,22 +82,30 @@ class Ending(ExitStack):
         self.leave(self.status)
 
 
-def write_last_words(run_dir: Path, ranks: Ranks, error: BaseException) -> None:
-    """Keep in ``run_dir/last_words`` why this rank ended, for ``scalefold doctor --run``; never an error itself.
+class LastWords:
+    """Keeps in ``run_dir/last_words`` why this rank ended, for ``scalefold doctor --run``; never an error itself.
 
-    A lost rank is what all others say: the first few keep it.
+    A lost rank is what all others say: the first few keep it. A descriptor is held for a process that has no other.
     """
-    if isinstance(error, RankLostError) and ranks.rank >= NUM_WITNESSES:
-        return
-    text = str(error) if isinstance(error, ScaleFoldError) else f"{type(error).__name__}: {error}".splitlines()[0]
-    facts = {"rank": ranks.rank, "host": ranks.host, "step": ranks.watch.sign().step, "error": text}
-    facts |= {"status": getattr(error, "exit_status", 1), "lost": isinstance(error, RankLostError)}
-    with contextlib.suppress(OSError):
-        folder = run_dir / LAST_WORDS
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".rank_{ranks.rank}.partial"
-        temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-        temporary.replace(folder / f"rank_{ranks.rank}.json")
+
+    def __init__(self, run_dir: Path, ranks: Ranks) -> None:
+        self.folder, self.ranks = run_dir / LAST_WORDS, ranks
+        self._spare: list[int] = [os.open(os.devnull, os.O_RDONLY)]
+
+    def __call__(self, error: BaseException) -> None:
+        """Write, unless others say the same."""
+        ranks, lost = self.ranks, isinstance(error, RankLostError)
+        if lost and ranks.rank >= NUM_WITNESSES:
+            return
+        text = str(error) if isinstance(error, ScaleFoldError) else f"{type(error).__name__}: {error}".splitlines()[0]
+        facts = {"rank": ranks.rank, "host": ranks.host, "step": ranks.watch.sign().step, "error": text, "lost": lost}
+        with contextlib.suppress(OSError):
+            if self._spare:
+                os.close(self._spare.pop())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self.folder / f".rank_{ranks.rank}.partial"
+            temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+            temporary.replace(self.folder / f"rank_{ranks.rank}.json")
 
 
 def forget_last_words(run_dir: Path) -> None:
