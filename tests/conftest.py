@@ -31,6 +31,24 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+OWN_WORK_S = 600.0
+
+
+def computed_s() -> float:
+    """What this process and those it has waited for have computed."""
+    own, system, of_children, system_of_children, _ = os.times()
+    return own + system + of_children + system_of_children
+
+
+@pytest.fixture(autouse=True)
+def own_work(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test may compute for ten minutes, however long a busy machine takes over it; ``own_work(S)`` allows more."""
+    mark = request.node.get_closest_marker("own_work")
+    limit_s, before = mark.args[0] if mark else OWN_WORK_S, computed_s()
+    yield
+    assert computed_s() - before < limit_s, f"computed for more than {limit_s:.0f} s"
+
+
 def find_shared() -> Path | None:
     """Folder with the reference material: ``$SCALEFOLD_SHARED`` or ``../shared`` beside the checkout."""
     candidates = [os.environ.get("SCALEFOLD_SHARED"), str(REPOSITORY.parent / "shared")]

@@ -638,7 +638,7 @@ def run_and_time(org: Path, *arguments: str, path: Path | None = None) -> subpro
     places = [str(Path(sys.executable).parent), "/usr/bin", "/bin"]
     environment = os.environ | {"PYTHONPATH": str(source / "src"), "PATH": ":".join([str(path or programs), *places])}
     command = ["bash", str(org / "benchmarks/openfold/tiny/run_and_time.sh"), *arguments]
-    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=250, check=False)
+    return subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, timeout=1200, check=False)
 
 
 @pytest.mark.distributed

@@ -45,10 +45,10 @@ class Threads:
             for box in self._boxes:
                 box.put(values.clone())
         else:
-            values.copy_(self._own.get(timeout=20))
+            values.copy_(self._own.get(timeout=300))
 
     def barrier_in_replica(self) -> None:
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=300)
 
 
 class Numbered:
@@ -77,7 +77,7 @@ def run_group(function) -> dict[int, list]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=300)
     return results
 
 
@@ -184,7 +184,7 @@ def test_only_the_first_rank_of_a_group_builds_samples(tiny_store: Path, tmp_pat
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0, 0]
     seen = dict(found.get() for _ in range(2))
     assert seen[0] == (True, seen[1][1])
