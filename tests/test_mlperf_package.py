@@ -430,6 +430,10 @@ CONTRADICTIONS = {
     "submitter of the description": (json_edit(submitter="Somebody Else"), "submitter 'Somebody Else' in the JSON"),
     "another learning rate in one run": (log_edit(set_value("opt_base_learning_rate", 2e-3)), "opt_base_learning_rate"),
     "log of another benchmark": (log_edit(set_value("submission_benchmark", "cosmoflow")), "a log of cosmoflow"),
+    "log of a run with injected faults": (
+        log_edit(lambda ls: line_of(ls, "tracked_stats")["value"].update(rehearsal="kill-rank@3")),
+        "a rehearsal: faults were injected (kill-rank@3)",
+    ),
     "log of the rehearsal": (
         log_edit(lambda ls: line_of(ls, "seed")["metadata"].update(file="scalefold/mlperf/log/rehearsal.py")),
         "written by the rehearsal",

@@ -55,7 +55,7 @@ def main() -> None:
         if error.filename is None and error.errno not in SHORTAGES:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
-        what_to_do = SHORTAGES.get(error.errno, "")
+        what_to_do = SHORTAGES.get(error.errno or 0, "")
         print(f"error: {place}{error.strerror}{what_to_do}", file=sys.stderr, flush=True)
         leave(ScaleFoldError.exit_status)
 
