@@ -64,7 +64,7 @@ def check_open_files(config: Config) -> None:
         soft = hard
     d, world_size = config.data, config.parallel.world_size
     workers = d.num_workers * (12 + d.prefetch_factor) + d.num_eval_workers * 14
-    needed = 64 + workers + (8 * world_size if world_size > 1 else 0)
+    needed = 64 + workers + (4 * world_size if world_size > 1 else 0)
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise ConfigError(
             f"open files: this process may have {soft} (ulimit -n) and needs about {needed} for {d.num_workers} loader "
