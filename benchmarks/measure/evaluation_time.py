@@ -22,8 +22,7 @@ from scalefold.config import Config, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.eval.model import EvaluationModel
-from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run.begin import prepare_process
+from scalefold.parallel.ranks import RankLayout, Ranks, prepare_process
 from scalefold.step.build import choose_operations
 
 VARIANTS = {

@@ -32,8 +32,7 @@ from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.table import use_operations
 from scalefold.parallel.dap.points import apply_dap
-from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run.begin import prepare_process
+from scalefold.parallel.ranks import RankLayout, Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
 from scalefold.step.graphs import TrainStep, preserved
 from step_time import enliven, row, without_dropout
@@ -257,8 +256,7 @@ def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainS
     model = build_model(config, 0, ranks)
     enliven(model)
     use_operations(model, ops)
-    apply_dap(model, ranks.dap_group)
-    connect_replica(config, ranks)
+    apply_dap(model, connect_replica(config, ranks))
     without_dropout(model)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     step.model = model  # type: ignore[attr-defined]

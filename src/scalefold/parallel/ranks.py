@@ -157,6 +157,18 @@ class Ranks:
         return f"rank {self.rank} of {self.layout.world_size} on {self.host}"
 
 
+def prepare_process(config: Config) -> None:
+    """Settings that must precede the first use of a device: threads, matrix precision, determinism."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the watch names the collective that does not end
+    if config.execution.cpu_threads:
+        torch.set_num_threads(config.execution.cpu_threads)
+    torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = config.execution.precision != "fp32"
+    if config.execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
 def choose_device(config: Config, local_rank: int) -> torch.device:
     """The device of this process: CUDA device ``local_rank`` or the CPU.
 
