@@ -34,13 +34,14 @@ from dap_estimate import (
     shares,
 )
 from scalefold.config import load_config
+from scalefold.mlperf.log.published import Published, read_published
 from scalefold.report.plots import PALETTE, Plot, draw, scaling_curve
-from scalefold.report.published import Published, read_published
 from scalefold.scaling.from_config import system_spec
-from scalefold.scaling.plan import Plan, SystemSpec, plan, scaling_rows
+from scalefold.scaling.plan import Plan, plan, scaling_rows
 from scalefold.scaling.replay import replay
 from scalefold.scaling.step_time import REFERENCE_STEP_TIMES, find_step_time, read_step_times
 from scalefold.scaling.study import Study, study, usual_noise
+from scalefold.scaling.system import SystemSpec
 
 CONFIGS = (
     "h100_1x1", "dgx_h100_1x8", "eos_h100_8x8", "eos_h100_16x8_weak", "eos_h100_32x8", "eos_h100_64x8_dap2",

@@ -26,13 +26,13 @@ import torch
 import torch.distributed as dist
 
 from common import FOLDER, ROOT, Timing, append_rows, capture, device_events, facts, print_table, time_calls
-from scalefold.config import Config, load_config
+from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.table import use_operations
 from scalefold.parallel.dap.points import apply_dap
-from scalefold.parallel.ranks import RankLayout, Ranks, prepare_process
+from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
 from scalefold.step.graphs import TrainStep, preserved
 from step_time import enliven, row, without_dropout

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from scalefold.config import Config
+from scalefold.config import Config, RankLayout
 from scalefold.data.configured import evaluation_lengths, feature_settings
 from scalefold.data.store.store import Store
 from scalefold.eval.score import ChainScorer, Evaluation
-from scalefold.parallel.ranks import RankLayout, Ranks, choose_device, prepare_process
+from scalefold.parallel.ranks import Ranks, choose_device, prepare_process
 from scalefold.step.build import choose_operations
 from scalefold.step.checkpoint import load_into
 from scalefold.step.parameters import FlatLayout

@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
+from scalefold.mlperf.log.published import Published
 from scalefold.report.anatomy import anatomy, evaluates_synchronously, hand_over_delays
 from scalefold.report.logs import Run, reference_band
-from scalefold.report.published import Published
 from scalefold.report.systems import Line, System, lines
 
 #: Light colours by role; ``page`` holds the dark twins.

@@ -7,14 +7,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from scalefold.config import Config
+from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError
 from scalefold.kernels.table import Operations, operations, use_operations
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.dap.collectives import Group
 from scalefold.parallel.dap.points import apply_dap, gradient_scale
-from scalefold.parallel.ranks import RankLayout, Ranks
+from scalefold.parallel.ranks import Ranks
 from scalefold.step.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.step.graphs import GraphedTrainStep, TrainStep
 from scalefold.step.optimizer import Optimizer
