@@ -1,4 +1,4 @@
-"""What an earlier version (f20ea34) wrote is read: a store, a checkpoint and a log.
+"""What an earlier version (f20ea34) wrote is read: a store, a checkpoint and a log. Other formats are refused.
 
 ``tests/data/formats`` holds them as they were written then, with what that version read back from its store
 (``expected.json``: digests of the arrays of each chain).
@@ -17,6 +17,7 @@ from torch import nn
 from scalefold.config import TrainingConfig
 from scalefold.data.store.manifest import read_manifest, verify_data
 from scalefold.data.store.store import Store
+from scalefold.errors import DataError
 from scalefold.mlperf.judge.check import check_log
 from scalefold.phases import Position
 from scalefold.report.logs import read_result
@@ -81,3 +82,28 @@ def test_an_old_log_is_judged_and_reported(old: Path) -> None:
     run = read_result(old / "result_0.txt")
     assert run.facts["global_batch_size"] == 2
     assert [evaluation.samples for evaluation in run.evaluations] == [4]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../x": {"bytes": 1, "sha256": ""}}},
+        {"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}},
+        {"files": {"a": 3}},
+        {"files": []},
+        {"counts": {"chains": "3", "alignments": 1}},
+        {"counts": {"chains": 3}},
+        {"fingerprint": 3},
+        {"settings": None},
+        {"raw_bytes": None},
+        {"rejections": 4},
+        {"surprise": 1},
+    ],
+)
+def test_a_manifest_of_other_types_is_refused(tmp_path, change):
+    fields = {"fingerprint": "", "settings": {}, "counts": {"chains": 1, "alignments": 0}, "raw_bytes": 1, "files": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    assert read_manifest(tmp_path).counts["chains"] == 1
+    (tmp_path / "manifest.json").write_text(json.dumps(fields | change))
+    with pytest.raises(DataError, match=r"manifest\.json: not a manifest"):
+        read_manifest(tmp_path)

@@ -1,4 +1,7 @@
-"""Raw folders to a store: bad files are listed and the rest goes on; a killed run continues; nothing is done twice."""
+"""Raw folders to a store: bad files are listed and the rest goes on; a killed run continues; nothing is done twice.
+
+Longer than 400 lines, because it has one test per way in which raw files can be wrong.
+"""
 
 import bz2
 import gzip

@@ -27,7 +27,9 @@ def definitions(file: Path) -> set[str]:
 def test_every_place_of_the_walk_is_there(quoted: list[str], repository: Path) -> None:
     places = [text.split(":") for text in quoted if re.fullmatch(r"[\w/]+\.py:[\w.]+", text)]
     assert len(places) >= 15
-    missing = [f"{file}:{name}" for file, name in places if name not in definitions(repository / "src/scalefold" / file)]
+    missing = [
+        f"{file}:{name}" for file, name in places if name not in definitions(repository / "src/scalefold" / file)
+    ]
     assert missing == []
 
 

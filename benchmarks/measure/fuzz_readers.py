@@ -2,6 +2,8 @@
 
 A reader is a function of a folder and of bytes: it puts them where its file belongs and reads it as the product does.
 It may return or raise a ScaleFoldError; anything else is a finding.
+
+Longer than 400 lines, because it has one short function per reader of the program.
 """
 
 import contextlib

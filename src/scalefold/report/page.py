@@ -1,6 +1,8 @@
 """One self-contained HTML page about one run or a folder of runs: no server, no links, light and dark.
 
 Everything is read from files, so the page can be made from any submitter's ``result_N.txt`` as from our run folders.
+
+Longer than 400 lines, because it has one short function per section of the page, in the order of the page.
 """
 
 import csv

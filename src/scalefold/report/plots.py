@@ -2,6 +2,8 @@
 
 Figures are drawn small (a phone's width), with text as text, and with the colours of :data:`PALETTE`, which the page
 replaces by CSS variables so that one drawing serves light and dark.
+
+Longer than 400 lines, because it has one function per figure.
 """
 
 import io

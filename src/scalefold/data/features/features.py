@@ -3,6 +3,8 @@
 A batch lies in one flat byte buffer, so that it crosses a process boundary, gets pinned and reaches the device in one
 piece; the features are views of it. What differs between recycling slices is stored slice after slice and shown with
 the slice as last dimension: ``feature[..., e]`` is contiguous, and the first slices are a prefix of the buffer.
+
+Longer than 400 lines, because the schema of a batch, its memory layout and the steps that fill it belong together.
 """
 
 import math
