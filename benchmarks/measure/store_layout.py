@@ -1,6 +1,6 @@
 """One row of bytes per shard against HDF5's own names, chunks and filters: size, opening, random reads of chains.
 
-    python benchmarks/measure/store_layout.py                  # real chains of ../shared/data, generated ones without it
+    python benchmarks/measure/store_layout.py                  # real chains of ../shared/data, else generated ones
     python benchmarks/measure/store_layout.py --store STORE    # the chains of a prepared store
 
 The same sections are written again as HDF5 data sets: a group per chain or alignment, letters chunked as the store's
