@@ -13,6 +13,7 @@ import pytest
 
 from report_logs import published_rows, write_result
 from scalefold.errors import LogError
+from scalefold.mlperf.log.keys import PARAMETERS_COUNT
 from scalefold.mlperf.log.published import olympic_mean, read_published
 from scalefold.report.anatomy import anatomy, evaluates_synchronously, hand_over_delays
 from scalefold.report.logs import read_result, read_runs, reference_band
@@ -173,7 +174,7 @@ def test_the_reference_band_is_there_for_the_benchmark_only(tmp_path):
     assert reference_band(read_runs(log_of(tmp_path, "NVIDIA", "weak", 1))[0]) == (88832.0, 8760.0)
     mean, _ = reference_band(read_runs(log_of(tmp_path, "Clemson", index=2))[0]) or (0, 0)
     assert mean == pytest.approx(88832 + (133120 - 88832) / 8)
-    path.write_text(path.read_text().replace("93229082", "1234567"))
+    path.write_text(path.read_text().replace(str(PARAMETERS_COUNT), "1234567"))
     assert reference_band(read_runs(path)[0]) is None
     assert not read_runs(path)[0].is_benchmark
 
@@ -405,7 +406,7 @@ def test_only_a_valid_closed_division_log_has_a_green_tick(tmp_path):
     assert mark(valid) == ("ok", "✓")
     assert mark({"ok": False, "well_formed": True, "headline": "other keys"}) == ("other", "○")
     assert mark({"ok": False, "headline": "invalid"}) == ("bad", "✗")
-    path.write_text(path.read_text().replace("93229082", "1234567"))
+    path.write_text(path.read_text().replace(str(PARAMETERS_COUNT), "1234567"))
     assert mark(valid) == ("other", "○"), "a run that is not the benchmark"
     assert mark("SUCCESS") == ("other", "○")
 

@@ -10,8 +10,10 @@ import torch
 from runs import tiny_config
 from scalefold.config import Config
 from scalefold.errors import CheckpointError, ConfigError, DataError, TrainingError
+from scalefold.eval.here import EvaluationHere
 from scalefold.mlperf.judge.check import check_log
-from scalefold.report.record import read_metrics
+from scalefold.report.console import Progress
+from scalefold.report.record import Record, read_metrics
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
 from scalefold.step.checkpoint import RESUMABLE_FILE, STATE_FILE, load_run
@@ -39,6 +41,22 @@ def test_a_run_ends_with_a_log_a_record_and_its_configuration(tiny_store: Path, 
     assert loader["workers"] == 0
     assert 1 <= len(seconds) <= 4  # two iterations of two samples
     assert seconds == sorted(seconds, reverse=True)
+
+
+def test_what_was_assembled_before_an_error_is_let_go_of(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no loader")
+
+    monkeypatch.setattr("scalefold.run.assemble.Batches", broken)
+    for name, kind in (("record", Record), ("evaluator", EvaluationHere), ("screen", Progress)):
+        monkeypatch.setattr(kind, "close", lambda self, name=name: closed.append(name))
+    with pytest.raises(RuntimeError, match="no loader"):
+        run_rank(tiny_config(tiny_store, tmp_path / "run"), RunOptions())
+    assert closed == ["evaluator", "screen", "record"]
 
 
 def test_a_run_that_misses_the_target_is_aborted_not_successful(tiny_store: Path, tmp_path: Path) -> None:
