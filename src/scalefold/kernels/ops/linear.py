@@ -203,7 +203,7 @@ def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | N
     present = [bias for bias in biases if bias is not None]
     if not present:
         return None, 0
-    return (present[0] if len(present) == 1 else torch.cat(present)), (len(biases) - len(present)) * width
+    return fused_view([bias[:, None] for bias in present])[:, 0], (len(biases) - len(present)) * width
 
 
 def _in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tensor:
@@ -357,8 +357,8 @@ def masked_projections(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """The outputs of ``layer_norm_linear``, without x, whose rows are multiplied by row_mask: [*]."""
-    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases)[1:]
+    """``layer_norm_linear`` whose projections' rows are multiplied by row_mask: [*]."""
+    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases)
 
 
 def _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases) -> tuple[Tensor, ...]:

@@ -187,7 +187,7 @@ def outer_product_project(
     bias_1: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.outer_product_project``: one kernel forward, two and library products backward."""
     widths_fit = is_tile_width(m.shape[-1], weight_1.shape[0]) and weight_1.shape == weight_2.shape
     if not (widths_fit and m.stride(-1) == 1 and has_plain_strides(m)):
