@@ -37,6 +37,15 @@ def widen(x):
 
 
 @triton.jit
+def complete(acc):
+    """acc, a product's fp32 result, once the product is complete: it cannot stay unfinished past an instruction."""
+    if INTERPRETED:
+        return acc
+    else:  # noqa: RET505
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, False, 1)
+
+
+@triton.jit
 def settle(tile):
     """tile in fp32, in the register layout of a product's result, moved there once and as 16-bit values.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import reference
-from scalefold.kernels.instructions import widen
+from scalefold.kernels.instructions import complete, widen
 from scalefold.kernels.rows import (
     Strides,
     chosen_tiles,
@@ -132,17 +132,19 @@ def _add_products(
 ):  # fmt: skip
     """acc + d W of projections FIRST..LAST, in one loop, so that loads run ahead from one to the next.
 
-    SUMMED: column sums of d are stored in ``sums``, from projection FIRST on, and no load runs ahead: the compiler
-    gives a tile that feeds a product and something else a ring with one slot too few, and refills the slot that the
-    product of the iteration before still reads (triton-lang/triton#6691; fewer stages or more warps only hide it). The
-    limit may go once ``benchmarks/measure/compile_targets.py --rings`` is clean without it in every supported release.
+    SUMMED: column sums of d are stored in ``sums``, from projection FIRST on, once the product is complete: the
+    compiler gives a tile that feeds a product and something else a ring with one slot too few, and refills the slot
+    that an unfinished product still reads (triton-lang/triton#6691; fewer stages or more warps only hide it).
+    ``complete`` may go once ``benchmarks/measure/compile_targets.py --rings`` is clean without it in every supported
+    release.
     """
-    for start in tl.range(FIRST * WIDTH, LAST * WIDTH, BLOCK_N, num_stages=1 if SUMMED else None):
+    for start in range(FIRST * WIDTH, LAST * WIDTH, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         i = start // WIDTH
         d = _load_gradient(ds, d_strides, i, rows, n - i * WIDTH, dims, count, COUNT, ALIGN)
         acc = dot(d, tl.load(weights + n[:, None] * C + tl.arange(0, C)[None, :]), acc)
         if SUMMED:
+            acc = complete(acc)
             store_column_sums(sums, d, n - FIRST * WIDTH, keep)
     return acc
 
