@@ -126,8 +126,7 @@ class GraphedTrainStep(TrainStep):
             stream, total = torch.cuda.Stream(), num_parts(batch, self.micro_batch_size) * self.accumulation
             for r in range(passes, 0, -1):
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")
-                if r == passes:  # compiles whatever fewer passes use
-                    self._run_uncaptured(r, total, stream)
+                self._run_uncaptured(r, total, stream)  # what compiles for this number alone must not do so in a capture
                 self._capture(r, total, stream)
 
     def close(self) -> None:
