@@ -1,4 +1,7 @@
-"""Reports: logs are read as they are, the minutes add up, and the page stands alone."""
+"""Reports: logs are read as they are, the minutes add up, and the page stands alone.
+
+Longer than 400 lines, because it has one test per section of the page.
+"""
 
 import json
 import os
@@ -10,11 +13,11 @@ import pytest
 
 from report_logs import published_rows, write_result
 from scalefold.errors import LogError
+from scalefold.mlperf.log.published import olympic_mean, read_published
 from scalefold.report.anatomy import anatomy, evaluates_synchronously, hand_over_delays
 from scalefold.report.logs import read_result, read_runs, reference_band
 from scalefold.report.page import Verdict, format_minutes, parse_check, write_report
 from scalefold.report.plots import PALETTE, step_parts, thin
-from scalefold.report.published import olympic_mean, read_published
 from scalefold.report.record import EvalRow, Record, StepRow
 from scalefold.report.systems import by_system, lines
 

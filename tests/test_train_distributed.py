@@ -15,6 +15,8 @@ from scalefold.mlperf.judge.check import check_log
 from scalefold.report.record import read_metrics
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
 
 pytestmark = pytest.mark.distributed
 NO_DROPOUT = [
@@ -90,6 +92,25 @@ def test_asynchronous_evaluation_reports_the_same_values_and_everybody_ends(
     assert run_ranks(ranked, 3, config, join=False) == ["aborted", None, None]
     np.testing.assert_allclose(read_metrics(tmp_path).eval_lddt_ca, read_metrics(alone).eval_lddt_ca, atol=2e-3)
     assert read_metrics(tmp_path).eval_step.tolist() == [2, 4]
+
+
+def made(rank: int, config: Config) -> tuple[int, int]:
+    """Optimizers and flat parameters that a rank of a run makes."""
+    counts = {Optimizer: 0, FlatParameters: 0}
+    for kind in counts:
+
+        def counted(self: object, *args, original=kind.__init__, kind=kind, **kwargs) -> None:
+            counts[kind] += 1
+            original(self, *args, **kwargs)
+
+        kind.__init__ = counted  # type: ignore[method-assign]
+    run_rank(config, RunOptions())
+    return counts[Optimizer], counts[FlatParameters]
+
+
+def test_only_training_ranks_hold_an_optimizer(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_store, tmp_path, *parallel(2, num_eval_ranks=1))
+    assert run_ranks(made, 2, config, join=False) == [(1, 1), (0, 0)]
 
 
 def test_the_stop_decision_of_the_evaluation_root_ends_the_run_with_one_run_stop(

@@ -9,7 +9,7 @@ from scalefold.config import Config
 from scalefold.kernels.table import Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, cast_trunk
 from scalefold.model.metrics import prediction_lddt_ca
-from scalefold.step.parameters import FlatParameters, lay_out
+from scalefold.step.parameters import FlatLayout, lay_out
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EvaluationModel:
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
 
     @torch.no_grad()
-    def load(self, flat: FlatParameters, weights: Tensor) -> None:
+    def load(self, flat: FlatLayout, weights: Tensor) -> None:
         """Take the weights of a flat fp32 buffer with the layout of ``flat``."""
         parameters = dict(self.model.named_parameters())
         sources = dict(flat.named_views(weights))

@@ -1,6 +1,8 @@
 """One self-contained HTML page about one run or a folder of runs: no server, no links, light and dark.
 
 Everything is read from files, so the page can be made from any submitter's ``result_N.txt`` as from our run folders.
+
+Longer than 400 lines, because it has one short function per section of the page, in the order of the page.
 """
 
 import csv
@@ -16,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from scalefold.errors import LogError
+from scalefold.mlperf.log.published import Published, read_published
 from scalefold.report import plots
 from scalefold.report.anatomy import anatomy
 from scalefold.report.console import format_duration
 from scalefold.report.logs import Run, read_runs, reference_band
-from scalefold.report.published import Published, read_published
 from scalefold.report.systems import System, by_system
 
 _DARK = {
