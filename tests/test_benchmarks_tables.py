@@ -20,7 +20,8 @@ def tables(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_a_page_is_what_its_csv_files_say(tables: ModuleType, repository: Path, page: str) -> None:
     text = (repository / page).read_text(encoding="utf-8")
     assert "<!-- table: headline -->" in text
-    assert tables.fill(text, tables.TABLES) == text, "run python benchmarks/estimate/tables.py --write " + " ".join(PAGES)
+    remedy = f"run python benchmarks/estimate/tables.py --write {' '.join(PAGES)}"
+    assert tables.fill(text, tables.TABLES) == text, remedy
 
 
 def steps(*rows: tuple[str, str, str, float]) -> str:

@@ -64,7 +64,6 @@ TORCH_IN_DATA = {"loading", "made", "features"}
 #: file -> lines; why it is long stands in its first lines
 LONG_FILES = {
     "benchmarks/measure/fuzz_readers.py": 480,
-    "benchmarks/measure/gpu_runs.py": 820,
     "src/scalefold/data/features/features.py": 480,
     "src/scalefold/data/loading/loader.py": 520,
     "src/scalefold/data/raw/mmcif.py": 480,

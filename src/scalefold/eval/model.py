@@ -59,7 +59,7 @@ class EvaluationModel:
 
         Called with one chain of the length. It runs once uncaptured, on the stream of the capture: kernels compile,
         constants reach the device, and the libraries' workspaces of that stream lie outside the graphs' memory.
-        Uncaptured, launching 4 passes takes 1.7 s of host time whatever the length (H100, 2026-11-24).
+        Uncaptured, the host needs as long to launch a short chain as a long one.
         """
         assert self._stream is not None, "graphs need a CUDA device"
         pool = next((chain.graph.pool() for chain in self._graphs.values()), None)

@@ -33,8 +33,8 @@ from scalefold.data.store.structures import merge_structures, prepare_structures
 from scalefold.data.store.units import Job, Team, read_json, run_units
 from scalefold.errors import DataError
 
-# Core-seconds per million bytes of text: 18.2 s for 267 MB of structures and 6.4 s for 188 MB of alignments, the real
-# mini set on one core. Reading from a slow file system comes on top.
+# Core-seconds per million bytes of text, of real files (benchmarks/results/prepare_store.csv). Reading from a slow file
+# system comes on top.
 _STRUCTURE_SECONDS_PER_MB = 0.070
 _ALIGNMENT_SECONDS_PER_MB = 0.035
 
