@@ -247,14 +247,17 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(x.dim() - 1), key=lambda d: -x.stride(d)))
 
 
-def is_tile_width(*widths: int) -> bool:
-    """Whether channel counts suit the kernels: powers of two from 16 to 256."""
-    return all(16 <= width <= 256 and width & (width - 1) == 0 for width in widths)
+def width_obstacle(*widths: int, most: int = 256) -> str | None:
+    """Why kernels of tiles do not take these channel counts, or None: the matrix units want powers of two from 16."""
+    unfit = [width for width in widths if not 16 <= width <= most or width & (width - 1)]
+    return f"width {unfit[0]} is no power of two from 16 to {most}" if unfit else None
 
 
-def has_plain_strides(*tensors: Tensor) -> bool:
-    """Whether tensors [*, c] have at most three leading dimensions, so that ``common_rows`` takes any strides."""
-    return all(tensor.dim() <= 4 for tensor in tensors)
+def layout_obstacle(*tensors: Tensor) -> str | None:
+    """Why kernels of rows do not take tensors [*, c], or None: ``common_rows`` knows three levels of rows."""
+    if any(tensor.dim() > 4 for tensor in tensors):
+        return "more than three dimensions of rows"
+    return "channels are not contiguous" if any(tensor.stride(-1) != 1 for tensor in tensors) else None
 
 
 def fused_view(weights: Sequence[Tensor]) -> Tensor:

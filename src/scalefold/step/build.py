@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from scalefold.config import Config
 from scalefold.errors import ConfigError
-from scalefold.kernels.table import Operations, operations
+from scalefold.kernels.choice import operations
+from scalefold.kernels.table import Operations
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.dap.points import gradient_scale

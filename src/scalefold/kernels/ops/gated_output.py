@@ -13,19 +13,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference
 from scalefold.kernels.instructions import sigmoid, widen
 from scalefold.kernels.rows import (
     chosen_tiles,
     common_rows,
     dot,
-    has_plain_strides,
-    is_tile_width,
+    layout_obstacle,
     load_tile,
     register_tiles,
     row_limit,
     store_tile,
     sum_all,
+    width_obstacle,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
@@ -153,10 +152,11 @@ class _GatedOutput(torch.autograd.Function):
         return d, d_o, d_gate, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype), None
 
 
+def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> str | None:
+    """Why ``gated_output`` does not take these arguments, or None."""
+    return width_obstacle(*weight.shape) or layout_obstacle(x, o.flatten(-2), gate)
+
+
 def gated_output(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None) -> Tensor:
-    """``reference.gated_output``; the result lies in the memory order of x. Other widths take the plain definition."""
-    flat = o.flatten(-2)
-    channels_last = all(tensor.stride(-1) == 1 for tensor in (x, flat, gate))
-    if not (is_tile_width(*weight.shape) and channels_last and has_plain_strides(x, flat, gate)):
-        return reference.gated_output(x, o, gate, weight, bias, dropout)
-    return _GatedOutput.apply(x, flat, gate, weight, bias, dropout)  # type: ignore[return-value]
+    """``reference.gated_output``; the result lies in the memory order of x."""
+    return _GatedOutput.apply(x, o.flatten(-2), gate, weight, bias, dropout)  # type: ignore[return-value]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import tuning
 from scalefold.kernels.ops.attention import LOG2_E, matmul_precision
 from scalefold.kernels.ops.global_attention_programs import (
     attend_columns,
@@ -32,8 +32,22 @@ from scalefold.kernels.ops.global_attention_programs import (
     project_columns,
     rows_backward,
 )
+from scalefold.kernels.rows import width_obstacle
 
 COLUMNS = 16  # columns per program of the kernels that sum over sequences: the smallest side of a product
+
+
+def obstacle(
+    m: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    *_: object,
+) -> str | None:
+    """Why ``global_attention`` does not take these arguments, or None."""
+    return width_obstacle(m.shape[-1], weight_q.shape[0], 2 * weight_k.shape[0], most=128)
 
 
 def global_attention(
@@ -54,17 +68,10 @@ def global_attention(
 ) -> Tensor:
     """Triton version of ``reference.global_attention``, once differentiable.
 
-    Widths must suit the matrix units: c, H * D and 2 D powers of two of at least 16 and at most 128; other widths take
-    the plain definition.
+    Widths must suit the matrix units: c, H * D and 2 D powers of two of at least 16 and at most 128.
     """
     arguments = (m, mask, norm_weight, norm_bias, weight_q, weight_k, weight_v, weight_g, bias_g, weight_o, bias_o)
-    if not _widths_fit(m.shape[-1], weight_q.shape[0], 2 * weight_k.shape[0]):
-        return reference.global_attention(*arguments, num_heads, inf, eps)
     return _GlobalAttention.apply(*arguments, num_heads, inf, eps)
-
-
-def _widths_fit(*widths: int) -> bool:
-    return all(16 <= width <= 128 and width & (width - 1) == 0 for width in widths)
 
 
 class _GlobalAttention(torch.autograd.Function):

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference
 from scalefold.kernels.instructions import widen
 from scalefold.kernels.rows import (
     Strides,
@@ -23,8 +22,7 @@ from scalefold.kernels.rows import (
     common_rows,
     dot,
     fused_view,
-    has_plain_strides,
-    is_tile_width,
+    layout_obstacle,
     load_normed,
     load_per_row,
     load_tile,
@@ -37,6 +35,7 @@ from scalefold.kernels.rows import (
     store_tile,
     sum_all,
     weight_blocks,
+    width_obstacle,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
@@ -328,11 +327,16 @@ def _in_rows_of(x: Tensor, d: Tensor) -> Tensor:
     return d.permute(-1, *order).contiguous().permute(*inverse, 0)
 
 
-def _is_supported(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    wide = [w.shape[0] for w in weights if w.shape[0] >= NARROW_WIDTH]
-    narrow = [w.shape[0] for w in weights if w.shape[0] < NARROW_WIDTH]
-    widths_fit = len(set(wide)) <= 1 and is_tile_width(x.shape[-1], *wide) and len(narrow) <= 1
-    return widths_fit and x.stride(-1) == 1 and has_plain_strides(x) and x.numel() > 0
+def obstacle(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> str | None:
+    """Why ``layer_norm_linear`` does not take these arguments, or None."""
+    wide = [weight.shape[0] for weight in weights if weight.shape[0] >= NARROW_WIDTH]
+    if len(set(wide)) > 1 or len(weights) - len(wide) > 1:
+        return f"widths {', '.join(str(weight.shape[0]) for weight in weights)} in one call"
+    if not x.numel():
+        return "nothing to project"
+    return width_obstacle(x.shape[-1], *wide) or layout_obstacle(x)
 
 
 def layer_norm_linear(
@@ -341,11 +345,8 @@ def layer_norm_linear(
     """``reference.layer_norm_linear`` for equally wide weights and at most one narrower than 16.
 
     Each wide output is dense in the memory order of x; the narrow one is stored channels first in the order of its
-    dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view. Other widths take
-    the plain definition.
+    dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view.
     """
-    if not _is_supported(x, weights):
-        return reference.layer_norm_linear(x, norm_weight, norm_bias, weights, biases)
     return _ordered_projections(x, norm_weight, norm_bias, None, weights, biases)
 
 

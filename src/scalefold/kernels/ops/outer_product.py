@@ -13,9 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference
 from scalefold.kernels.ops.linear import masked_projections
-from scalefold.kernels.rows import chosen_tiles, dot, has_plain_strides, is_tile_width, register_tiles, sum_all
+from scalefold.kernels.rows import chosen_tiles, dot, layout_obstacle, register_tiles, sum_all, width_obstacle
 from scalefold.kernels.weight_gradient import NUM_PROGRAMS
 
 KEEP_FROM_SEQUENCES = 512  # 2 S N^2 c^2 FLOP against 4 N^2 c^2 bytes: storing wins well above S ~ 200
@@ -178,6 +177,22 @@ def _weight_partials(scaled: Tensor, outer: Tensor) -> Tensor:
     return partials
 
 
+def project_obstacle(
+    m: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    *_: object,
+) -> str | None:
+    """Why ``outer_product_project`` does not take these arguments, or None."""
+    if weight_1.shape != weight_2.shape:
+        return f"widths {weight_1.shape[0]} and {weight_2.shape[0]} in one call"
+    return width_obstacle(m.shape[-1], weight_1.shape[0]) or layout_obstacle(m)
+
+
 def outer_product_project(
     m: Tensor,
     mask: Tensor,
@@ -189,19 +204,20 @@ def outer_product_project(
     bias_2: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``reference.outer_product_project``: one kernel forward, two and library products backward."""
-    widths_fit = is_tile_width(m.shape[-1], weight_1.shape[0]) and weight_1.shape == weight_2.shape
-    if not (widths_fit and m.stride(-1) == 1 and has_plain_strides(m)):
-        return reference.outer_product_project(m, mask, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
     weights, biases = (weight_1, weight_2), (bias_1, bias_2)
     return masked_projections(m, mask, norm_weight, norm_bias, weights, biases)  # type: ignore[return-value]
+
+
+def update_obstacle(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, *_: object) -> str | None:
+    """Why ``outer_product_update`` does not take these arguments, or None."""
+    if a.shape[-1] != b.shape[-1]:
+        return f"widths {a.shape[-1]} and {b.shape[-1]} in one call"
+    return width_obstacle(z.shape[-1], a.shape[-1]) or (None if weight.is_contiguous() else "weight is not contiguous")
 
 
 def outer_product_update(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``reference.outer_product_update``: a library product and one kernel forward; backward three products, three
     kernels and a sum. Saved: a, b, norm, and the outer product from 512 sequences on."""
-    fits = is_tile_width(z.shape[-1], a.shape[-1]) and a.shape[-1] == b.shape[-1] and weight.is_contiguous()
-    if not fits:
-        return reference.outer_product_update(z, a, b, norm, weight, bias)
     dense = norm.float().contiguous()
     samples = [
         _Update.apply(z_n, a_n, b_n, norm_n, weight, bias)

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import tuning
 from scalefold.kernels.rows import sum_partials
 
 LONGEST = 2048  # residues: a row of scores stays in registers
@@ -287,6 +287,17 @@ def _logits_gradient(
     return d_qk, sum_partials(partials, point_weights.dtype)
 
 
+def obstacle(*arguments: Any) -> str | None:
+    """Why ``invariant_point_attention`` does not take these arguments, or None."""
+    *tensors, _ = arguments
+    if any(x.dtype != torch.float32 for x in tensors):
+        return "not everything is float32"
+    if not all(x.numel() for x in tensors):
+        return "an argument is empty"
+    num_res = tensors[0].shape[1]
+    return f"{num_res} residues, at most {LONGEST}" if num_res > LONGEST else None
+
+
 def invariant_point_attention(
     q: Tensor,
     k: Tensor,
@@ -302,12 +313,11 @@ def invariant_point_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.invariant_point_attention``, once differentiable: four launches forward, eight backward at B = 1.
 
-    Inputs of any strides. The plain definition where a tensor is not fp32, is empty, or has more than 2048 residues.
+    Inputs of any strides, fp32, of at most LONGEST residues.
     Saved: z, the point weights, packed copies of q, k, v and points, and the attention weights [B, H, N, N].
     """
     tensors = (q, k, v, q_points, k_points, v_points, bias, z, point_weights, mask)
-    fits = all(x.dtype == torch.float32 and x.numel() > 0 for x in tensors) and q.shape[1] <= LONGEST
-    return (_PointAttention.apply if fits else reference.invariant_point_attention)(*tensors, inf)
+    return _PointAttention.apply(*tensors, inf)  # type: ignore[return-value]
 
 
 def _default(fields: tuning.Fields, capability: int) -> tuning.Config:

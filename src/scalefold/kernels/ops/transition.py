@@ -21,14 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import tuning
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
     chosen_tiles,
     common_rows,
     dot,
-    has_plain_strides,
-    is_tile_width,
+    layout_obstacle,
     load_normed,
     load_tile,
     memory_order,
@@ -41,6 +40,7 @@ from scalefold.kernels.rows import (
     tile_config,
     tile_default,
     weight_blocks,
+    width_obstacle,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
@@ -187,6 +187,18 @@ class _Transition(torch.autograd.Function):
         return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
 
 
+def obstacle(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, *_: object
+) -> str | None:
+    """Why ``transition`` does not take these arguments, or None."""
+    hidden, c = weight_1.shape
+    if hidden < 16 or hidden & (hidden - 1):
+        return f"hidden width {hidden} is no power of two from 16"
+    if not (weight_1.is_contiguous() and weight_2.is_contiguous()):
+        return "weights are not contiguous"
+    return width_obstacle(c) or layout_obstacle(x)
+
+
 def transition(
     x: Tensor,
     norm_weight: Tensor,
@@ -196,9 +208,5 @@ def transition(
     weight_2: Tensor,
     bias_2: Tensor,
 ) -> Tensor:
-    """``reference.transition``; the result lies in the memory order of x. Other widths take the plain definition."""
-    hidden, c = weight_1.shape
-    dense = weight_1.is_contiguous() and weight_2.is_contiguous() and x.stride(-1) == 1
-    if not (is_tile_width(c) and hidden >= 16 and hidden & (hidden - 1) == 0 and dense and has_plain_strides(x)):
-        return reference.transition(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    """``reference.transition``; the result lies in the memory order of x."""
     return _Transition.apply(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)  # type: ignore[return-value]

@@ -12,15 +12,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference
 from scalefold.kernels.instructions import sigmoid
 from scalefold.kernels.ops.linear import input_gradient
 from scalefold.kernels.rows import (
     chosen_tiles,
     common_rows,
     dot,
-    has_plain_strides,
-    is_tile_width,
+    layout_obstacle,
     load_normed,
     load_per_row,
     load_tile,
@@ -30,6 +28,7 @@ from scalefold.kernels.rows import (
     store_column_sums,
     store_tile,
     sum_all,
+    width_obstacle,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
@@ -207,7 +206,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, a, b, outgoing):
         ctx.save_for_backward(a, b)
         ctx.outgoing = outgoing
-        return reference.triangle_product(a, b, outgoing)
+        return a @ b.transpose(-1, -2) if outgoing else a.transpose(-1, -2) @ b
 
     @staticmethod
     @once_differentiable
@@ -267,6 +266,13 @@ def _output_weights(value: Product, gate: Product) -> list[Tensor]:
     return [*weight_partials([value]), *weight_partials([gate])]
 
 
+def project_obstacle(
+    z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_a: Tensor, *_: object
+) -> str | None:
+    """Why ``triangle_project`` does not take these arguments, or None."""
+    return width_obstacle(z.shape[-1], weight_a.shape[0]) or layout_obstacle(z)
+
+
 def triangle_project(
     z: Tensor,
     mask: Tensor,
@@ -284,15 +290,17 @@ def triangle_project(
     """``reference.triangle_project``: one kernel forward, two and library products backward."""
     weights = (weight_a, weight_a_gate, weight_b, weight_b_gate)
     biases = (bias_a, bias_a_gate, bias_b, bias_b_gate)
-    if not is_tile_width(z.shape[-1], weight_a.shape[0]) or z.stride(-1) != 1 or not has_plain_strides(z):
-        pairs = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
-        return reference.triangle_project(z, mask, norm_weight, norm_bias, *pairs)
     return _Project.apply(z, mask, norm_weight, norm_bias, *weights, *biases)  # type: ignore[return-value]
 
 
 def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
     """``reference.triangle_product``: batched products of the library, one forward and two backward, no copies."""
     return _Product.apply(a, b, outgoing)  # type: ignore[return-value]
+
+
+def output_obstacle(z: Tensor, x: Tensor, *_: object) -> str | None:
+    """Why ``triangle_output`` does not take these arguments, or None."""
+    return width_obstacle(z.shape[-1], x.shape[1]) or layout_obstacle(z)
 
 
 def triangle_output(
@@ -310,6 +318,4 @@ def triangle_output(
 ) -> Tensor:
     """``reference.triangle_output``: one kernel forward, three and library products backward."""
     parameters = (norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z, weight_g, bias_g)
-    if not is_tile_width(z.shape[-1], x.shape[1]) or z.stride(-1) != 1:
-        return reference.triangle_output(z, x, *parameters, dropout)
     return _Output.apply(z, x, *parameters, dropout)  # type: ignore[return-value]
