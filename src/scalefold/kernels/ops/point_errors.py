@@ -28,15 +28,8 @@ def _tile(frames: int, points: int) -> tuning.Config:
 
 
 # Few frames or few points per program, so that 256 frames of eight iterations still fill a GPU.
-for _name, _default in {
-    "point_errors_frames": _tile(8, 64),
-    "point_errors_points": _tile(32, 16),
-}.items():
-    tuning.register(
-        _name,
-        default=lambda fields, capability, config=_default: config,
-        candidates=lambda fields: [_tile(f, p) for f, p in ((8, 64), (8, 128), (16, 64), (16, 32), (32, 16), (64, 8))],
-    )
+tuning.register("point_errors_frames", lambda fields, capability: _tile(8, 64))
+tuning.register("point_errors_points", lambda fields, capability: _tile(32, 16))
 
 
 @triton.jit
