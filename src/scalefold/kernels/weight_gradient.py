@@ -18,21 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.rows import (
-    common_rows,
-    dot,
-    load_tile,
-    row_fields,
-    row_limit,
-    row_offsets,
-    tile_config,
-    tile_default,
-)
+from scalefold.kernels.rows import Extent, common_rows, dot, load_tile, row_views, tile_offsets
 
 NUM_PROGRAMS = 264  # two per multiprocessor of an H200
 NARROWEST = 16  # the library is not asked for narrower products
 SHORTEST_RANGE = 64  # rows that a product of the library should at least see
-_tiles_default = tile_default({64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 128, 8, 2)})
+_tiles_default = tuning.tile_default({64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 128, 8, 2)})
 
 
 def _default(fields: tuning.Fields, capability: int) -> tuning.Config:
@@ -43,14 +34,7 @@ def _default(fields: tuning.Fields, capability: int) -> tuning.Config:
     return {"LIBRARY": tuning.power_of_two(max(1, 128 // tiles))}
 
 
-def _candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    tiles = [(64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)]
-    kernels = [{"LIBRARY": 0, **tile_config(values)} for values in tiles]
-    libraries = [{"LIBRARY": splits} for splits in (1, 8, 16, 32, 64, 128, 256)]
-    return kernels if int(fields["n"]) < NARROWEST else libraries + kernels
-
-
-tuning.register("weight_gradient", _default, _candidates)
+tuning.register("weight_gradient", _default)
 
 
 @dataclass(frozen=True)
@@ -77,29 +61,29 @@ class Product:
 
 @triton.jit
 def _accumulate(
-    d, d_strides, a, a_strides, dims, block, start, end,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
+    d, a, dims, block, start, end, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Product of one block of columns of d with a over rows start..end: [BLOCK_N, C]."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, C], tl.float32)
-    limit = end
+    extent = Extent(dims, end)
     if EVEN:
-        limit = None
+        extent = Extent(dims, None)
     for first in range(start, end, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         if WIDTH % BLOCK_N == 0:
-            tile = load_tile(d, rows, n, dims, d_strides, limit)
+            tile = load_tile(d, rows, n, extent)
         else:
-            offsets = row_offsets(rows, dims, d_strides)[:, None] + n[None, :] * d_strides[3]
-            tile = tl.load(d + offsets, mask=(rows < end)[:, None] & (n < WIDTH)[None, :], other=0.0)
-        acc = dot(tl.trans(tile), load_tile(a, rows, tl.arange(0, C), dims, a_strides, limit), acc)
+            inside = (rows < end)[:, None] & (n < WIDTH)[None, :]
+            tile = tl.load(d.pointer + tile_offsets(d, rows, n, extent), mask=inside, other=0.0)
+        acc = dot(tl.trans(tile), load_tile(a, rows, tl.arange(0, C), extent), acc)
     return acc
 
 
 @triton.jit
 def _kernel(
-    ds, d_strides, operands, a_strides, dims, count, partials, rows_per_split,
+    ds, operands, dims, num_rows, partials, rows_per_split,
     COUNT: tl.constexpr, WIDTHS: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
     FIRST_COLUMNS: tl.constexpr, TOTAL: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
@@ -107,16 +91,13 @@ def _kernel(
     """Program (block of columns over all products, range of rows) -> partials[range, TOTAL * C]."""
     block = tl.program_id(0)
     start = tl.program_id(1) * rows_per_split
-    end = tl.minimum(start + rows_per_split, count)
+    end = tl.minimum(start + rows_per_split, num_rows)
     partials += tl.program_id(1).to(tl.int64) * (TOTAL * C)
     c = tl.arange(0, C)
     for i in tl.static_range(COUNT):
         if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
             own = block - FIRST_BLOCKS[i]
-            acc = _accumulate(
-                ds[i], d_strides[i], operands[i], a_strides[i], dims, own, start, end, WIDTHS[i], C, BLOCK_M, BLOCK_N,
-                EVEN,
-            )  # fmt: skip
+            acc = _accumulate(ds[i], operands[i], dims, own, start, end, WIDTHS[i], C, BLOCK_M, BLOCK_N, EVEN)
             n = own * BLOCK_N + tl.arange(0, BLOCK_N)
             if TRANSPOSED[i]:
                 offsets = n[:, None] + c[None, :] * WIDTHS[i]
@@ -142,7 +123,7 @@ def weight_partials(products: Sequence[Product]) -> list[Tensor]:
 
 def _fields(product: Product, num_products: int) -> dict[str, int | str]:
     count, c = product.a.shape[:-1].numel(), product.a.shape[-1]
-    return row_fields(count, product.d.dtype, c=c, n=product.width, products=num_products)
+    return tuning.row_fields(count, product.d.dtype, c=c, n=product.width, products=num_products)
 
 
 def _library_product(product: Product, num_products: int) -> Tensor | None:
@@ -165,21 +146,19 @@ def _library_product(product: Product, num_products: int) -> Tensor | None:
 
 def _tiled_products(products: Sequence[Product]) -> list[Tensor]:
     """The products by the kernel, in one launch; views of one buffer of fp32 partial gradients."""
-    ds, operands = [p.d for p in products], [p.a for p in products]
-    dims, count, strides = common_rows(operands[0], *ds, *operands)
-    c, widths, num = operands[0].shape[-1], tuple(p.width for p in products), len(products)
+    widths, num, c = tuple(p.width for p in products), len(products), products[0].a.shape[-1]
+    views, dims, num_rows = row_views({"operands": tuple(p.a for p in products), "ds": tuple(p.d for p in products)})
     config = _tiles(max(products, key=lambda product: product.width), num)
     config["BLOCK_N"] = min(config["BLOCK_N"], max(16, triton.next_power_of_2(max(widths))))
     first_blocks = _cumulative([triton.cdiv(width, config["BLOCK_N"]) for width in widths])
-    tiles = triton.cdiv(count, config["BLOCK_M"])
+    tiles = triton.cdiv(num_rows, config["BLOCK_M"])
     rows_per_split = triton.cdiv(tiles, max(1, NUM_PROGRAMS // first_blocks[-1])) * config["BLOCK_M"]
-    num_splits, total = triton.cdiv(count, rows_per_split), sum(widths)
-    partials = torch.empty(num_splits, total * c, dtype=torch.float32, device=ds[0].device)
+    num_splits, total = triton.cdiv(num_rows, rows_per_split), sum(widths)
+    partials = torch.empty(num_splits, total * c, dtype=torch.float32, device=products[0].d.device)
     _kernel[(first_blocks[-1], num_splits)](
-        tuple(ds), tuple(strides[1 : 1 + num]), tuple(operands), tuple(strides[1 + num :]), dims, count, partials,
-        rows_per_split, COUNT=num, WIDTHS=widths, TRANSPOSED=tuple(p.transposed for p in products),
-        FIRST_BLOCKS=first_blocks, FIRST_COLUMNS=_cumulative(widths), TOTAL=total, C=c,
-        EVEN=row_limit(count, config) is None, **config,
+        **views, dims=dims, num_rows=num_rows, partials=partials, rows_per_split=rows_per_split, COUNT=num,
+        WIDTHS=widths, TRANSPOSED=tuple(p.transposed for p in products), FIRST_BLOCKS=first_blocks,
+        FIRST_COLUMNS=_cumulative(widths), TOTAL=total, C=c, EVEN=num_rows % config["BLOCK_M"] == 0, **config,
     )  # fmt: skip
     return list(partials.split([width * c for width in widths], 1))
 
