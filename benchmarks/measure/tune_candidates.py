@@ -47,6 +47,12 @@ WEIGHT_GRADIENT: tuple[Tile, ...] = (
 )
 
 
+WEIGHT_GRADIENT_COPIED: tuple[Tile, ...] = (
+    *((64, 64, 4, 4), (64, 64, 4, 5), (64, 64, 8, 5), (128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 4)),
+    *((64, 128, 8, 5), (128, 128, 4, 3)),
+)
+
+
 def _tiles(tiles: Iterable[Tile]) -> Callable[[Fields], list[Config]]:
     """The same tiles for every problem."""
     return lambda fields: [tile_config(tile) for tile in tiles]
@@ -59,8 +65,9 @@ def _transition_backward(fields: Fields) -> list[Config]:
 
 def _weight_gradient(fields: Fields) -> list[Config]:
     kernels: list[Config] = [{"LIBRARY": 0, **tile_config(tile)} for tile in WEIGHT_GRADIENT]
+    copied: list[Config] = [{"LIBRARY": 0, "COPY_ENGINE": 1, **tile_config(tile)} for tile in WEIGHT_GRADIENT_COPIED]
     libraries: list[Config] = [{"LIBRARY": splits} for splits in (1, 8, 16, 32, 64, 128, 256)]
-    return kernels if int(fields["n"]) < NARROWEST else libraries + kernels
+    return kernels if int(fields["n"]) < NARROWEST else libraries + kernels + copied
 
 
 def _layer_norm(fields: Fields) -> list[Config]:

@@ -3,8 +3,8 @@
 A record is ``<uint32 header length><JSON header><section bytes>...``. The header holds small facts under ``"facts"``
 and one ``[name, dtype, shape, num_bytes, coding]`` per section, so one section is decoded without touching the others.
 
-Letters are deflated row by row, which is both the smallest and the fastest, because neighbouring rows are homologous and
-share long runs (docs/data.md says what else was tried).
+Letters are deflated row by row, which is both the smallest and the fastest, because neighbouring rows are homologous
+and share long runs (docs/data.md says what else was tried).
 """
 
 import contextlib
