@@ -162,8 +162,8 @@ def scale_and_shift(hat, weight, bias, dtype: tl.constexpr):
 @triton.jit
 def normalise_gradient(d, hat, rstd, C: tl.constexpr):
     """Gradient of the x of ``normalise`` for the gradient d [rows, *] of its first result."""
-    mean = tl.sum(d, 1)[:, None] / C
     along = tl.sum(d * hat, 1)[:, None] / C
+    mean = tl.sum(d, 1)[:, None] / C
     return (d - mean - hat * along) * rstd[:, None]
 
 

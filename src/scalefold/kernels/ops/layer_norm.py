@@ -41,13 +41,6 @@ def _load_row_tile(view, rows, extent, C: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _store_row_tile(view, value, rows, extent, keep, BLOCK_C: tl.constexpr):
-    """What ``_load_row_tile`` loads."""
-    pointers = view.pointer + tile_offsets(view, rows, tl.arange(0, BLOCK_C), extent)
-    tl.store(pointers, value.to(view.pointer.dtype.element_ty), mask=keep)
-
-
-@triton.jit
 def _forward_kernel(x, norm, out, extent, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr):
     """Tile of rows; BLOCK_C is C rounded up."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -56,8 +49,8 @@ def _forward_kernel(x, norm, out, extent, C: tl.constexpr, BLOCK_C: tl.constexpr
     hat, _ = normalise(tile, C, keep)
     scale = tl.load(norm.weight + columns, mask=columns < C, other=0.0).to(tl.float32)
     shift = tl.load(norm.bias + columns, mask=columns < C, other=0.0).to(tl.float32)
-    value = scale_and_shift(hat, scale, shift, out.pointer.dtype.element_ty)
-    _store_row_tile(out, value, rows, extent, keep, BLOCK_C)
+    pointers = out.pointer + tile_offsets(out, rows, columns, extent)
+    tl.store(pointers, scale_and_shift(hat, scale, shift, out.pointer.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -77,7 +70,8 @@ def _backward_kernel(
     result = normalise_gradient(gradient * scale[None, :], hat, rstd, C)
     if through is not None:
         result += _load_row_tile(through, rows, extent, C, BLOCK_C)[0]
-    _store_row_tile(dx, result, rows, extent, keep, BLOCK_C)
+    pointers = dx.pointer + tile_offsets(dx, rows, columns, extent)
+    tl.store(pointers, result.to(dx.pointer.dtype.element_ty), mask=keep)
 
 
 def normed_rows(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
