@@ -18,7 +18,7 @@ FEW = ["execution.kernels=triton", "data.val_max_sequence_length=16", "data.eval
 
 COMPILE = """
 import torch
-from scalefold.kernels.table import operations
+from scalefold.kernels.choice import operations
 from scalefold.kernels.ahead import compiling_for
 ops, meta = operations("triton"), torch.device("meta")
 x = torch.empty(1, 64, 64, 128, device=meta, dtype=torch.bfloat16, requires_grad=True)
@@ -36,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from scalefold.kernels import triton_ops
-from scalefold.kernels.table import operations
+from scalefold.kernels.choice import operations
 from scalefold.kernels.ahead import counting
 class Driver:
     get_current_device = lambda self: 0

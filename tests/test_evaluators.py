@@ -17,7 +17,8 @@ from scalefold.data.made.synthetic import synthetic_batch, synthetic_chain
 from scalefold.eval.here import EvaluationHere
 from scalefold.eval.model import CapturedChain, EvaluationModel
 from scalefold.eval.score import ChainScorer, place_chains
-from scalefold.kernels.table import REFERENCE, operations
+from scalefold.kernels.choice import operations
+from scalefold.kernels.table import REFERENCE
 from scalefold.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")

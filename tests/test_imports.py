@@ -82,7 +82,6 @@ FILES_PER_FOLDER, LINES, ARGUMENTS, PROGRAM_ARGUMENTS = 10, 400, 10, 25
 MANY_ARGUMENTS = {
     "data/loading/sampler.py::__init__": 11,
     "kernels/ops/adam_swa.py::adam_swa": 11,
-    "kernels/ops/global_attention.py::_rows_gradient": 12,
     "kernels/ops/global_attention.py::global_attention": 14,
     "kernels/ops/point_attention.py::forward": 12,
     "kernels/ops/point_attention.py::invariant_point_attention": 11,
@@ -94,14 +93,7 @@ MANY_ARGUMENTS = {
     "kernels/reference.py::triangle_output": 11,
     "kernels/reference.py::triangle_project": 12,
 }
-LONG_PROGRAMS = {
-    "kernels/ops/attention_programs.py::backward_keys": 64,
-    "kernels/ops/attention_programs.py::backward_queries": 34,
-    "kernels/ops/attention_programs.py::backward_rows": 61,
-    "kernels/ops/attention_programs.py::forward_rows": 48,
-    "kernels/ops/attention_programs.py::forward_tiled": 46,
-    "kernels/ops/linear.py::_input_gradient_kernel": 30,
-}
+LONG_PROGRAMS: dict[str, int] = {}
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names
 
 

@@ -86,7 +86,8 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     """One update: with and without recycling, and with as many parts as differ."""
     from scalefold.data.configured import feature_settings
     from scalefold.data.made.synthetic import synthetic_batch
-    from scalefold.kernels.table import operations, use_operations
+    from scalefold.kernels.choice import operations
+    from scalefold.kernels.table import use_operations
     from scalefold.parallel.dap.collectives import Group
     from scalefold.parallel.dap.points import apply_dap
     from scalefold.step.build import build_model, build_optimizer, build_step
@@ -112,7 +113,7 @@ def run_evaluations(config: Config, note: Callable[[str], None]) -> None:
     from scalefold.data.configured import feature_settings
     from scalefold.data.made.synthetic import synthetic_batch
     from scalefold.eval.model import EvaluationModel
-    from scalefold.kernels.table import operations
+    from scalefold.kernels.choice import operations
 
     settings, device = feature_settings(config), torch.device("meta")
     model = EvaluationModel(config, device, operations("triton"))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError
-from scalefold.kernels.table import Operations, operations, use_operations
+from scalefold.kernels.choice import operations
+from scalefold.kernels.table import Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.dap.collectives import Group

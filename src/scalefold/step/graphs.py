@@ -124,10 +124,11 @@ class GraphedTrainStep(TrainStep):
         with preserved(self.optimizer):
             self.optimizer.prepare(1)  # steps outside a graph divide by the bias corrections
             stream, total = torch.cuda.Stream(), num_parts(batch, self.micro_batch_size) * self.accumulation
-            for r in range(passes, 0, -1):
+            for r in range(passes, 0, -1):  # all of them before the first capture, whose memory they could not use
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")
-                if r == passes:  # compiles whatever fewer passes use
-                    self._run_uncaptured(r, total, stream)
+                self._run_uncaptured(r, total, stream)
+            for r in range(passes, 0, -1):
+                progress(f"capturing {passes - r + 1}/{passes}: a step with {r} passes")
                 self._capture(r, total, stream)
 
     def close(self) -> None:

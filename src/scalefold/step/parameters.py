@@ -10,7 +10,12 @@ from torch import Tensor, nn
 ALIGNMENT = 16
 
 
-FUSED_PROJECTIONS = ("linear_q.weight", "linear_k.weight", "linear_v.weight", "linear_g.weight")
+# Parameters of one module that kernels read as one tensor.
+NEIGHBOURS = (
+    ("linear_q.weight", "linear_k.weight", "linear_v.weight", "linear_g.weight"),
+    ("outer_product_mean.linear_1.weight", "outer_product_mean.linear_2.weight"),
+    ("outer_product_mean.linear_1.bias", "outer_product_mean.linear_2.bias"),
+)
 
 
 @torch.no_grad()
@@ -57,19 +62,17 @@ class Segment:
 
 
 def storage_order(names: list[str]) -> list[str]:
-    """Registration order, except that the q, k, v, gate projections of one attention lie next to each other.
+    """Registration order, except that ``NEIGHBOURS`` lie next to each other, where the first of them is.
 
-    One matrix product then serves all four without copying weights together.
+    One matrix product then serves all of them without copying weights together.
     """
-    known, order = set(names), []
+    known, order = set(names), {}
     for name in names:
-        prefix, _, tail = name.rpartition("linear_")
-        if f"linear_{tail}" not in FUSED_PROJECTIONS:
-            order.append(name)
-        elif name.endswith(FUSED_PROJECTIONS[0]):
-            order += [prefix + member for member in FUSED_PROJECTIONS if prefix + member in known]
-    missed = known.difference(order)
-    return order + [name for name in names if name in missed]
+        group = next((group for group in NEIGHBOURS if name.endswith(group)), (name,))
+        first = next(member for member in group if name.endswith(member))
+        prefix = name.removesuffix(first)
+        order |= dict.fromkeys(prefix + member for member in group if prefix + member in known)
+    return list(order)
 
 
 class FlatLayout:
