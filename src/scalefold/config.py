@@ -6,7 +6,6 @@ Keys take the word of the MLPerf log wherever one exists, so that log and YAML r
 """
 
 import difflib
-import itertools
 import re
 import types
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from scalefold.errors import ConfigError
 from scalefold.textfile import read_text
+from scalefold.yamlfile import parse_yaml
 
-_MAX_YAML_DEPTH = 32
-_UNUSABLE = re.compile("[\0\ud800-\udfff]")
+MAX_PROFILED_STEPS = 100
 
 
 class Section(BaseModel):
@@ -227,14 +226,40 @@ class TrainingConfig(Section):
     swa_decay_rate: float = Field(default=0.9, ge=0.0, lt=1.0)
 
 
+class ProfileConfig(Section):
+    """A window in which training ranks write what they and their GPUs do; without ``steps`` there is none."""
+
+    steps: str | None = Field(default=None, pattern=r"^\d{1,9}(-\d{1,9})?$")
+    ranks: tuple[int, ...] = (0,)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def take_one_step_as_text(cls, value: Any) -> Any:
+        """``20`` is a number in YAML, ``20-24`` is text."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @property
+    def window(self) -> range:
+        """The iterations, in order; empty without ``steps``."""
+        if self.steps is None:
+            return range(0)
+        first, _, last = self.steps.partition("-")
+        return range(int(first), int(last or first) + 1)
+
+
 class RunConfig(Section):
-    """What a run leaves behind: the newest ``keep_checkpoints``, and for good one every ``archive_every_iters``."""
+    """What a run leaves behind: the newest ``keep_checkpoints``, and for good one every ``archive_every_iters``.
+
+    ``telemetry``: every cycle, the ranks' times and what their GPUs say of themselves, into one file per node.
+    """
 
     run_dir: Path = Path("runs/run")
     log_every_iters: int = Field(default=1, ge=1)
     checkpoint_every_iters: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     archive_every_iters: int = Field(default=0, ge=0)
+    telemetry: bool = True
+    profile: ProfileConfig = ProfileConfig()
 
 
 class SubmissionConfig(Section):
@@ -391,6 +416,28 @@ def combination_problems(config: Config) -> list[str]:
         problems.append(
             "execution.deterministic needs data.dataloader: pt (pq delivers samples in the order of readiness)"
         )
+    return problems + profile_problems(config)
+
+
+def profile_problems(config: Config) -> list[str]:
+    """What cannot be profiled: steps or ranks that the run does not have, or more than memory holds."""
+    profile, p, last = config.run.profile, config.parallel, config.training.num_train_iters
+    where, problems = f"run.profile.steps {profile.steps}", []
+    if profile.steps is None:
+        return []
+    if not profile.window or profile.window[0] < 1:
+        problems.append(f"{where}: must be FIRST-LAST or one step, counted from 1")
+    elif profile.window[-1] > last:
+        problems.append(f"{where}: the run ends after step {last} (training.num_train_iters)")
+    elif len(profile.window) > MAX_PROFILED_STEPS:
+        problems.append(f"{where}: at most {MAX_PROFILED_STEPS} steps, the profiler keeps all of them in memory")
+    for rank in profile.ranks:
+        if not 0 <= rank < p.world_size:
+            problems.append(f"run.profile.ranks: rank {rank} is not there, the run has ranks 0 to {p.world_size - 1}")
+        elif rank >= p.num_train_ranks:
+            problems.append(f"run.profile.ranks: rank {rank} only evaluates; ranks 0 to {p.num_train_ranks - 1} train")
+    if len(set(profile.ranks)) != len(profile.ranks) or not profile.ranks:
+        problems.append("run.profile.ranks: must name one rank or more, each once")
     return problems
 
 
@@ -496,83 +543,12 @@ def _read_with_parents(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
-    values, node = _parse_yaml(read_text(file, ConfigError, "configuration"), str(file))
+    values, node = parse_yaml(read_text(file, ConfigError, "configuration"), str(file))
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: must hold `key: value` lines, found {type(values).__name__}")
     origins: dict[str, Origin] = {}
     _collect_lines(node, "", str(file), origins)
     return values, origins
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain values only, and no whole number that is too long to be printed."""
-
-
-def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
-    if len(node.value) > 40:
-        raise yaml.MarkedYAMLError(problem="a number of more than 40 digits", problem_mark=node.start_mark)
-    return loader.construct_yaml_int(node)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-
-
-def _parse_yaml(text: str, place: str) -> tuple[Any, Any]:
-    """Value and node tree of YAML text. Raises ConfigError naming ``place`` and the line.
-
-    What a few lines can do to a reader is refused first: depth, aliases (they stand for gigabytes), text that no file
-    name or log can hold.
-    """
-    brackets = (1 if letter in "[{" else -1 for letter in text if letter in "[]{}")
-    if max(itertools.accumulate(brackets), default=0) > 10 * _MAX_YAML_DEPTH:  # the scanner alone would take seconds
-        raise ConfigError(f"{place}: not valid YAML: nested more than {_MAX_YAML_DEPTH} levels deep")
-    try:
-        depth = 0
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            _check_event(event, depth)
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        _check_keys(node, place)
-        return (None if node is None else loader.construct_document(node)), node
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise ConfigError(f"{place}{line}: not valid YAML: {reason}") from None
-    except (ValueError, TypeError, OverflowError, AttributeError) as error:  # the 31st of June
-        raise ConfigError(f"{place}: not valid YAML: {error}") from None
-
-
-def _check_event(event: yaml.Event, depth: int) -> None:
-    problem = None
-    if isinstance(event, yaml.AliasEvent):
-        problem = "aliases (*name) are not read"
-    elif depth > _MAX_YAML_DEPTH:
-        problem = f"nested more than {_MAX_YAML_DEPTH} levels deep"
-    elif isinstance(event, yaml.ScalarEvent) and _UNUSABLE.search(event.value):
-        problem = "a value holds NUL or half of a surrogate pair"
-    if problem:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-
-
-def _check_keys(node: Any, place: str) -> None:
-    """Raises ConfigError for a key that is no text, in lists too, and for one that is given twice."""
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check_keys(item, place)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    seen = set()
-    for key, value in node.value:
-        at = f"{place}:{key.start_mark.line + 1}"
-        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-            text = key.value if isinstance(key, yaml.ScalarNode) else key.id
-            raise ConfigError(f"{at}: key `{str(text)[:40]}` must be text; put it in quotes if it is meant as text")
-        if key.value in seen:
-            raise ConfigError(f"{at}: key `{key.value}` is given twice")
-        seen.add(key.value)
-        _check_keys(value, place)
 
 
 def _collect_lines(node: Any, prefix: str, file: str, origins: dict[str, Origin]) -> None:
@@ -604,7 +580,7 @@ def _apply_override(values: dict[str, Any], origins: dict[str, Origin], override
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise ConfigError(f"{shown}: `{parent}` is a value, not a section")
-    target[last], _ = _parse_yaml(text, shown)
+    target[last], _ = parse_yaml(text, shown)
     origins[key.strip()] = Origin("command line", 0)
 
 

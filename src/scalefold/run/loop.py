@@ -3,7 +3,7 @@
 ``assemble.py`` builds the parts; this file says in which order they act and who logs what.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +21,7 @@ from scalefold.run.begin import RunOptions, check_places, open_schedule, prepare
 from scalefold.run.ending import Ending
 from scalefold.run.evaluation_rank import evaluate_elsewhere
 from scalefold.run.step_log import Cycle, StepLog
+from scalefold.telemetry.profile import Span, Window
 
 EXIT_STATUS = {"success": 0, "aborted": 4, "next_phase": EXIT_NEXT_PHASE}
 
@@ -80,7 +81,9 @@ def train(run: Run) -> Outcome:
     """
     warm_up(run)
     start_clock(run)
-    outcome = loop(run, StepLog(run))
+    steps = StepLog(run)
+    with window(run, steps).around(range(run.first_step, run.config.training.num_train_iters + 1)) as numbers:
+        outcome = loop(run, steps, numbers)
     run.events.run_stop("success" if outcome.status == "success" else "aborted")
     run.ranks.watch.at("checkpoint", outcome.step)
     run.finish_saving()
@@ -142,11 +145,31 @@ def report_loading(run: Run) -> None:
     run.progress.note(f"loader: num_workers {d.num_workers}, prefetch_factor {d.prefetch_factor}; slowest: {shown}")
 
 
-def loop(run: Run, steps: "StepLog") -> Outcome:
-    """Iterate; evaluate, save and stop where they are due."""
+def window(run: Run, steps: StepLog) -> Window:
+    """The steps that this rank profiles, usually none."""
+    r, ranks = run.config.run, run.ranks
+    return Window(r.profile, r.run_dir, ranks.rank, ranks.device, lambda: spans(run, steps), steps.pause)
+
+
+def spans(run: Run, steps: StepLog) -> list[Span]:
+    """What is named in the trace of a step."""
+    evaluates = "snapshot hand-over" if run.ranks.layout.num_eval_ranks else "evaluation"
+    return [
+        (run.loader, "next", "data wait"),
+        (run, "to_device", "copy"),
+        *((run.step, method, name) for method, name in run.step.SPANS.items()),
+        (steps, "push", "log"),
+        (run.evaluator, "submit", evaluates),
+        (run, "stop_code", "stop code"),
+        (run, "save", "checkpoint"),
+    ]
+
+
+def loop(run: Run, steps: StepLog, numbers: Iterable[int]) -> Outcome:
+    """Iterate over the numbers of the steps; evaluate, save and stop where they are due."""
     t, at = run.config.training, run.ranks.watch.at
     cycle = Cycle(run)
-    for step in range(run.first_step, t.num_train_iters + 1):
+    for step in numbers:
         cycle.begin(step)
         at("waiting for a batch", step)
         batch = run.loader.next(step)

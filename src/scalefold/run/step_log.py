@@ -101,6 +101,11 @@ class StepLog:
         """The next step begins now: what came before (an evaluation) is not its time."""
         self._previous = Stamp(self.run.ranks.device)
 
+    def pause(self) -> None:
+        """What lies between the last step and the next is nobody's time."""
+        self.flush()
+        self.restart()
+
     def flush(self) -> None:
         """Write the pending step, if there is one.
 

@@ -1,0 +1,142 @@
+"""The profiler's window: what it writes, what it leaves alone, what is refused, and what the report makes of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runs import TINY, tiny_config
+from scalefold.config import ProfileConfig, load_config
+from scalefold.errors import ConfigError
+from scalefold.report.record import read_metrics
+from scalefold.run import loop as loops
+from scalefold.run.begin import RunOptions
+from scalefold.run.loop import run_rank
+from scalefold.telemetry.profile import Window
+
+
+def profiled_run(store: Path, run_dir: Path, *overrides: str) -> dict[str, Any]:
+    """The trace of steps 2 and 3 of a tiny run."""
+    run_rank(tiny_config(store, run_dir, "run.profile={steps: 2-3, ranks: [0]}", *overrides), RunOptions())
+    (file,) = (run_dir / "profile").iterdir()
+    return json.loads(file.read_text())
+
+
+def names(trace: dict[str, Any]) -> list[str]:
+    return [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+
+
+def test_a_window_writes_a_chrome_trace_with_named_ranges_for_its_steps(tiny_store: Path, tmp_path: Path) -> None:
+    found = names(profiled_run(tiny_store, tmp_path / "run"))
+    assert [name for name in found if name.startswith("step ")] == ["step 2", "step 3"]
+    for name in ("data wait", "copy", "forward and backward", "update", "log", "stop code"):
+        assert found.count(name) == 2, name
+    assert found.count("evaluation") == 1
+    assert [file.name for file in (tmp_path / "run" / "profile").iterdir()] == ["steps_2-3_rank_0.json"]
+
+
+def test_a_profiled_run_is_the_same_run(tiny_store: Path, tmp_path: Path) -> None:
+    profiled_run(tiny_store, tmp_path / "seen")
+    run_rank(tiny_config(tiny_store, tmp_path / "plain"), RunOptions())
+    seen, plain = read_metrics(tmp_path / "seen"), read_metrics(tmp_path / "plain")
+    assert seen.loss.tolist() == plain.loss.tolist()
+    assert seen.eval_lddt_ca.tolist() == plain.eval_lddt_ca.tolist()
+    assert (seen.step_ms > 0).all()
+
+
+def test_a_run_that_ends_inside_its_window_writes_what_it_has(tiny_store: Path, tmp_path: Path) -> None:
+    found = names(profiled_run(tiny_store, tmp_path / "run", "training.target_avg_lddt_ca_value=0.001"))
+    assert [name for name in found if name.startswith("step ")] == ["step 2"]
+    assert (tmp_path / "run" / "profile" / "steps_2-2_rank_0.json").exists()
+
+
+def test_without_a_window_the_loop_walks_over_a_plain_range_and_nothing_is_wrapped(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    original = loops.loop
+
+    def spy(run: Any, steps: Any, numbers: Any) -> Any:
+        seen["numbers"] = numbers
+        outcome = original(run, steps, numbers)
+        seen["own"] = [method for owner, method, _ in loops.spans(run, steps) if method in vars(owner)]
+        return outcome
+
+    monkeypatch.setattr(loops, "loop", spy)
+    monkeypatch.setattr(Window, "open", lambda self: pytest.fail("the window opened"))
+    monkeypatch.setattr(Window, "over", lambda self, steps: pytest.fail("steps went through the window"))
+    run_rank(tiny_config(tiny_store, tmp_path / "run"), RunOptions())
+    assert seen == {"numbers": range(1, 5), "own": []}
+    assert not (tmp_path / "run" / "profile").exists()
+
+
+def test_every_name_is_taken_off_when_the_window_closes(tmp_path: Path) -> None:
+    class Worker:
+        def work(self) -> str:
+            return "done"
+
+    worker, paused = Worker(), []
+    window = Window(
+        ProfileConfig(steps="2"),
+        tmp_path,
+        0,
+        torch.device("cpu"),
+        lambda: [(worker, "work", "w")],
+        lambda: paused.append(1),
+    )
+    during = {}
+    with window.around(range(1, 5)) as steps:
+        for step in steps:
+            during[step] = "work" in vars(worker)
+            assert worker.work() == "done"
+    assert during == {1: False, 2: True, 3: False, 4: False}
+    assert paused == [1]
+
+
+def test_another_rank_has_no_window(tmp_path: Path) -> None:
+    profile = ProfileConfig(steps="1-2", ranks=(1,))
+    steps = range(1, 5)
+    with Window(profile, tmp_path, 0, torch.device("cpu"), list, lambda: None).around(steps) as walk:
+        assert walk is steps
+
+
+def test_a_full_disk_costs_the_trace_and_not_the_run(tiny_store: Path, tmp_path: Path, full_disk, caplog) -> None:
+    run_rank(tiny_config(tiny_store, tmp_path / "run", "run.profile.steps=2-3"), RunOptions())
+    assert "is the disk full?" in caplog.text
+    assert list((tmp_path / "run" / "profile").iterdir()) == []
+    assert read_metrics(tmp_path / "run").step.tolist() == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        ("{steps: 1190-1201}", "the run ends after step 1200"),
+        ("{steps: 0-3}", "counted from 1"),
+        ("{steps: 9-8}", "FIRST-LAST"),
+        ("{steps: 1-101}", "at most 100 steps"),
+        ("{steps: from 3}", "should match pattern"),
+        ("{steps: true}", "run.profile.steps"),
+        ("{steps: 5, ranks: [1]}", "rank 1 is not there, the run has ranks 0 to 0"),
+        ("{steps: 5, ranks: []}", "one rank or more"),
+        ("{steps: 5, ranks: [0, 0]}", "each once"),
+        ("{step: 5}", "unknown key `run.profile.step`"),
+    ],
+)
+def test_what_cannot_be_profiled_is_refused_in_one_line(profile: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(TINY, [f"run.profile={profile}"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_rank_that_only_evaluates_cannot_be_profiled(repository: Path) -> None:
+    shape = ["parallel.ranks_per_node=4", "parallel.num_eval_ranks=1", "training.global_batch_size=3"]
+    with pytest.raises(ConfigError, match="rank 3 only evaluates; ranks 0 to 2 train"):
+        load_config(TINY, [*shape, "run.profile={steps: 5, ranks: [0, 3]}"])
+
+
+def test_a_single_step_may_be_a_number() -> None:
+    assert list(load_config(TINY, ["run.profile.steps=20"]).config.run.profile.window) == [20]
+    assert list(load_config(TINY, ["run.profile.steps=20-24"]).config.run.profile.window) == [20, 21, 22, 23, 24]
+    assert load_config(TINY).config.run.profile.window == range(0)
