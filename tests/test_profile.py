@@ -1,20 +1,23 @@
 """The profiler's window: what it writes, what it leaves alone, what is refused, and what the report makes of it."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from observed_runs import event, write_gpu_trace
 from runs import TINY, tiny_config
 from scalefold.config import ProfileConfig, load_config
-from scalefold.errors import ConfigError
+from scalefold.errors import ConfigError, LogError
 from scalefold.report.record import read_metrics
 from scalefold.run import loop as loops
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
 from scalefold.telemetry.profile import Window
+from scalefold.telemetry.trace import group_of, read_anatomies, read_anatomy
 
 
 def profiled_run(store: Path, run_dir: Path, *overrides: str) -> dict[str, Any]:
@@ -58,9 +61,9 @@ def test_without_a_window_the_loop_walks_over_a_plain_range_and_nothing_is_wrapp
     seen: dict[str, Any] = {}
     original = loops.loop
 
-    def spy(run: Any, steps: Any, numbers: Any) -> Any:
+    def spy(run: Any, steps: Any, numbers: Any, note_cycle: Any) -> Any:
         seen["numbers"] = numbers
-        outcome = original(run, steps, numbers)
+        outcome = original(run, steps, numbers, note_cycle)
         seen["own"] = [method for owner, method, _ in loops.spans(run, steps) if method in vars(owner)]
         return outcome
 
@@ -140,3 +143,51 @@ def test_a_single_step_may_be_a_number() -> None:
     assert list(load_config(TINY, ["run.profile.steps=20"]).config.run.profile.window) == [20]
     assert list(load_config(TINY, ["run.profile.steps=20-24"]).config.run.profile.window) == [20, 21, 22, 23, 24]
     assert load_config(TINY).config.run.profile.window == range(0)
+
+
+# --- what the report makes of it --------------------------------------------------------------------------------------
+
+
+def test_a_gpu_trace_is_split_into_host_groups_of_kernels_exchange_and_idle(tmp_path: Path) -> None:
+    found = read_anatomy(write_gpu_trace(tmp_path))
+    assert (found.steps, found.step_ms, found.on_gpu, found.launches) == (2, 10.0, True, 4)
+    assert found.host == {"data wait": 1.0, "replay": 2.0, "other": 1.0}
+    assert found.work == {"attention": 4.0, "exchange": 3.0, "matrix products": 1.0, "copies and fills": 1.0}
+    assert (found.exchange_alone_ms, found.idle_ms) == (2.0, 2.0)
+    assert found.longest[0] == ("backward_rows", 1.0, 4.0)
+    assert ["GPU: idle", "2.00", "20.0 %"] in found.rows()
+
+
+def test_the_trace_of_a_cpu_run_is_split_into_host_and_operators(tiny_store: Path, tmp_path: Path) -> None:
+    profiled_run(tiny_store, tmp_path / "run")
+    (found,) = read_anatomies(tmp_path / "run")
+    assert (found.steps, found.on_gpu) == (2, False)
+    assert sum(found.host.values()) == pytest.approx(found.step_ms)
+    assert found.host["forward and backward"] > found.host["update"] > 0
+    assert 0 < sum(found.work.values()) < found.step_ms
+    assert found.work["matrix products"] > 0
+    assert {row[0] for row in found.rows()} >= {"host: data wait", "operators: matrix products"}
+
+
+def test_own_time_leaves_out_what_lies_inside(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    operators = [event("cpu_op", "aten::matmul", 1, 5), event("cpu_op", "aten::mm", 2, 4)]
+    file.write_text(json.dumps({"traceEvents": [event("user_annotation", "step 1", 0, 6), *operators]}))
+    found = read_anatomy(file)
+    assert found.work == {"single operations": 2.0, "matrix products": 2.0}
+
+
+def test_every_kernel_of_ours_has_a_group(repository: Path) -> None:
+    text = "\n".join(file.read_text() for file in (repository / "src/scalefold/kernels").rglob("*.py"))
+    programs = set(re.findall(r"@triton\.jit.*\n(?:@.*\n)*def (\w+)", text))
+    launched = {name for name in programs if not re.search(rf"(?<!def )\b{name}\(", text)}  # the others are called
+    assert len(launched) > 20
+    assert {name: group for name in launched if (group := group_of(name)) in ("other", "single operations")} == {}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"traceEvents": 1}', '{"traceEvents": [1]}', '{"traceEvents": []}'])
+def test_a_file_that_is_no_trace_is_named(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "steps_1-2_rank_0.json"
+    file.write_text(text)
+    with pytest.raises(LogError, match=r"steps_1-2_rank_0\.json: no .*delete it"):
+        read_anatomy(file)

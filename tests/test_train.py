@@ -33,6 +33,7 @@ def test_a_run_ends_with_a_log_a_record_and_its_configuration(tiny_store: Path, 
     verdict = check_log(tmp_path / "run" / "result_0.txt")
     assert verdict.exit_code == 3, verdict.text()
     assert (tmp_path / "run" / "config.yaml").exists()
+    assert {"torch", "python", "scalefold", "date"} <= metrics.run["environment"].keys()
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     (loader,) = [record for record in records if record.get("name") == "loader"]
     seconds = [sample["seconds"] for sample in loader["slowest"]]

@@ -3,7 +3,7 @@
 ``assemble.py`` builds the parts; this file says in which order they act and who logs what.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +17,7 @@ from scalefold.parallel.ranks import start
 from scalefold.parallel.stop import STOP_REQUESTED, TARGET_REACHED
 from scalefold.phases import EXIT_NEXT_PHASE
 from scalefold.run.assemble import Run, assemble, enter_next_phase
-from scalefold.run.begin import RunOptions, check_places, open_schedule, prepare_process
+from scalefold.run.begin import RunOptions, begin_counting, check_places, open_node_log, open_schedule, prepare_process
 from scalefold.run.ending import Ending
 from scalefold.run.evaluation_rank import evaluate_elsewhere
 from scalefold.run.step_log import Cycle, StepLog
@@ -79,11 +79,14 @@ def train(run: Run) -> Outcome:
         TrainingError: gradients are not finite; the last good checkpoint stays.
         DataError: a sample cannot be built.
     """
-    warm_up(run)
-    start_clock(run)
-    steps = StepLog(run)
-    with window(run, steps).around(range(run.first_step, run.config.training.num_train_iters + 1)) as numbers:
-        outcome = loop(run, steps, numbers)
+    numbers = range(run.first_step, run.config.training.num_train_iters + 1)
+    with open_node_log(run.config, run.ranks, run.result_file, run.progress.note) as node_log:
+        warm_up(run)
+        start_clock(run)
+        steps = StepLog(run)
+        note = begin_counting(node_log)
+        with window(run, steps).around(numbers) as walk:
+            outcome = loop(run, steps, walk, note)
     run.events.run_stop("success" if outcome.status == "success" else "aborted")
     run.ranks.watch.at("checkpoint", outcome.step)
     run.finish_saving()
@@ -165,7 +168,7 @@ def spans(run: Run, steps: StepLog) -> list[Span]:
     ]
 
 
-def loop(run: Run, steps: StepLog, numbers: Iterable[int]) -> Outcome:
+def loop(run: Run, steps: StepLog, numbers: Iterable[int], note_cycle: Callable[..., None]) -> Outcome:
     """Iterate over the numbers of the steps; evaluate, save and stop where they are due."""
     t, at = run.config.training, run.ranks.watch.at
     cycle = Cycle(run)
@@ -183,7 +186,7 @@ def loop(run: Run, steps: StepLog, numbers: Iterable[int]) -> Outcome:
         reached = False
         if step % t.val_every_iters == 0:
             steps.flush()
-            cycle.end(step)
+            note_cycle(step, **cycle.end(step, steps.take_times()))
             at("evaluation", step)
             reached = run.evaluator.submit(step)
             steps.restart()

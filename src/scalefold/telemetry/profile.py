@@ -8,7 +8,7 @@ the names and the range are given, because two readers of the GPU's counters exc
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class Window:
         walk.close()  # the step's own range ends first
         self.close()
 
-    def over(self, steps: Iterable[int]) -> Iterator[int]:
+    def over(self, steps: Iterable[int]) -> Generator[int, None, None]:
         """The same steps; those of the window are profiled while the caller works on them."""
         for step in steps:
             if step not in self.steps:
@@ -84,7 +84,9 @@ class Window:
                 self.close()
 
     def open(self) -> None:
-        """Begin to record, and put names around the methods."""
+        """Begin to record, once the GPU has done what it was told before, and put names around the methods."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
         if self.under_nsys:
             torch.cuda.profiler.start()
         else:
@@ -104,7 +106,7 @@ class Window:
             delattr(owner, method)  # the class's own is seen again
         self._named = []
         if self.on_gpu:
-            torch.cuda.synchronize()  # kernels of the last step
+            torch.cuda.synchronize()
         if self._profiler is not None:
             self._write(self._profiler)
         elif self.under_nsys:
