@@ -4,7 +4,8 @@
     benchmarks/estimate/plot_scaling.py python benchmarks/estimate/plot_scaling.py --png --figures /tmp/figures --page
     /tmp/scaling.md     # try it elsewhere
 
-Writes docs/figures/*.svg and everything between ``<!-- table: NAME -->`` and ``<!-- end -->`` of the page.
+Writes docs/figures/*.svg, twins for dark pages (``*_dark.svg``), and everything between ``<!-- table: NAME -->`` and
+``<!-- end -->`` of the page.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from dap_estimate import (
     shares,
 )
 from scalefold.config import load_config
+from scalefold.report.page import DARK, DARK_GROUND
 from scalefold.report.plots import PALETTE, Plot, draw, scaling_curve
 from scalefold.report.published import Published, read_published
 from scalefold.scaling.from_config import system_spec
@@ -351,6 +353,17 @@ def fill(page: str, tables: dict[str, Callable[[], str]]) -> str:
     return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n?(<!-- end -->)", replaced, page, flags=re.DOTALL)
 
 
+def dark_twin(light: Path) -> Path:
+    """The same drawing in the colours of dark pages, beside it."""
+    text = light.read_text(encoding="utf-8").replace('fill="white"/>', f'fill="{DARK_GROUND}"/>', 1)
+    twin = light.with_name(f"{light.stem}_dark.svg")
+    twin.write_text(re.sub("|".join(PALETTE.values()), lambda found: _DARK_OF[found[0]], text), encoding="utf-8")
+    return twin
+
+
+_DARK_OF = {colour: DARK[name] for name, colour in PALETTE.items()}
+
+
 def main() -> int:
     """Draw, fill, say what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -365,7 +378,7 @@ def main() -> int:
         svg, png = figure.save(arguments.figures)
         if not arguments.png:
             png.unlink()
-        print(svg)
+        print(svg, dark_twin(svg))
     tables: dict[str, Callable[[], str]] = {
         "step": step_table,
         "exchange": exchange_table,

@@ -25,7 +25,9 @@ from scalefold.report.systems import System, Verdict, by_system, closed_only, pa
 from scalefold.telemetry.stragglers import HEAD, read_loads
 from scalefold.telemetry.trace import read_anatomies
 
-_DARK = {
+#: Dark twins of ``plots.PALETTE``, and the ground that they stand on.
+DARK_GROUND = "#0f1419"
+DARK = {
     "ink": "#e6edf3",
     "quiet": "#93a0ad",
     "grid": "#303a45",
@@ -129,7 +131,7 @@ def _page(
         title=html.escape(title or _title(systems)),
         subtitle=html.escape(_subtitle(systems)),
         light=_variables(plots.PALETTE),
-        dark=_variables(_DARK),
+        dark=_variables(DARK),
         verdict=_verdict(verdict),
         tiles="\n".join(_system_tiles(i, system, len(systems)) for i, system in enumerate(systems)),
         figures="\n".join(map(_figure, figures)),
