@@ -52,7 +52,10 @@ def test_a_profiled_run_is_the_same_run(tiny_store: Path, tmp_path: Path) -> Non
 def test_a_run_that_ends_inside_its_window_writes_what_it_has(tiny_store: Path, tmp_path: Path) -> None:
     found = names(profiled_run(tiny_store, tmp_path / "run", "training.target_avg_lddt_ca_value=0.001"))
     assert [name for name in found if name.startswith("step ")] == ["step 2"]
-    assert (tmp_path / "run" / "profile" / "steps_2-2_rank_0.json").exists()
+    trace = tmp_path / "run" / "profile" / "steps_2-2_rank_0.json"
+    stop = re.search(r'"time_ms": (\d+).*"run_stop"', (tmp_path / "run" / "result_0.txt").read_text())
+    assert stop is not None
+    assert trace.stat().st_mtime >= int(stop[1]) / 1000, "the clock does not wait for the trace"
 
 
 def test_without_a_window_the_loop_walks_over_a_plain_range_and_nothing_is_wrapped(

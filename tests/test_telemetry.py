@@ -57,6 +57,20 @@ def test_every_cycle_of_a_run_is_one_line_of_its_nodes_file(tiny_store: Path, tm
         assert "clock_mhz" not in line, "a CPU has no such columns"
 
 
+def test_the_clock_does_not_wait_for_the_last_line(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped, leave = [], NodeLog.__exit__
+
+    def spy(self: NodeLog, *error: object) -> None:
+        stopped.append('"run_stop"' in (tmp_path / "result_0.txt").read_text())
+        leave(self, *error)
+
+    monkeypatch.setattr(NodeLog, "__exit__", spy)
+    run_rank(tiny_config(tiny_store, tmp_path), RunOptions())
+    assert stopped == [True]
+
+
 def test_it_can_be_switched_off_and_then_nothing_of_it_exists(
     tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,15 +84,14 @@ def train(run: Run) -> Outcome:
         warm_up(run)
         start_clock(run)
         steps = StepLog(run)
-        note = begin_counting(node_log)
         with window(run, steps).around(numbers) as walk:
-            outcome = loop(run, steps, walk, note)
-    run.events.run_stop("success" if outcome.status == "success" else "aborted")
-    run.ranks.watch.at("checkpoint", outcome.step)
-    run.finish_saving()
-    report_loading(run)
-    run.end_polling()
-    run.events.close()  # whoever joins the parts of the log must find all of this one
+            outcome = loop(run, steps, walk, begin_counting(node_log))
+            run.events.run_stop("success" if outcome.status == "success" else "aborted")
+        run.ranks.watch.at("checkpoint", outcome.step)
+        run.finish_saving()
+        report_loading(run)
+        run.end_polling()
+        run.events.close()  # whoever joins the parts of the log must find all of this one
     return outcome
 
 
