@@ -194,3 +194,28 @@ def test_a_file_that_is_no_trace_is_named(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(LogError, match=r"steps_1-2_rank_0\.json: no .*delete it"):
         read_anatomy(file)
+
+
+@pytest.mark.gpu
+def test_the_trace_of_a_gpu_shows_the_kernels_that_a_replay_starts(tmp_path: Path) -> None:
+    class Step:
+        def __init__(self) -> None:
+            self.x, self.graph = torch.randn(512, 512, device="cuda"), torch.cuda.CUDAGraph()
+            torch.mm(self.x, self.x)  # handles of the library are no part of a graph
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):
+                self.y = torch.mm(self.x, self.x).relu()
+
+        def replay(self) -> None:
+            self.graph.replay()
+
+    step = Step()
+    spans, profile = [(step, "replay", "replay")], ProfileConfig(steps="2-3")
+    with Window(profile, tmp_path, 0, torch.device("cuda"), lambda: spans, lambda: None).around(range(1, 5)) as steps:
+        for _ in steps:
+            step.replay()
+    (found,) = read_anatomies(tmp_path)
+    assert (found.steps, found.on_gpu, found.launches) == (2, True, 2)
+    assert found.work["matrix products"] > 0
+    assert found.host["replay"] > 0
+    assert 0 < found.idle_ms < found.step_ms
