@@ -16,7 +16,7 @@ from scalefold.report.record import read_metrics
 from scalefold.run import loop as loops
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
-from scalefold.telemetry.profile import Window
+from scalefold.telemetry.profile import UNDER_NSYS, Window
 from scalefold.telemetry.trace import group_of, read_anatomies, read_anatomy
 
 
@@ -78,27 +78,42 @@ def test_without_a_window_the_loop_walks_over_a_plain_range_and_nothing_is_wrapp
     assert not (tmp_path / "run" / "profile").exists()
 
 
-def test_every_name_is_taken_off_when_the_window_closes(tmp_path: Path) -> None:
-    class Worker:
-        def work(self) -> str:
-            return "done"
+class Worker:
+    def work(self) -> str:
+        return "done"
 
-    worker, paused = Worker(), []
-    window = Window(
-        ProfileConfig(steps="2"),
-        tmp_path,
-        0,
-        torch.device("cpu"),
-        lambda: [(worker, "work", "w")],
-        lambda: paused.append(1),
-    )
-    during = {}
+
+def worked(tmp_path: Path, device: str) -> tuple[dict[int, bool], list[int]]:
+    """Steps 1 to 4 of a worker with a window at 2: whether its method was wrapped, and how often training paused."""
+    worker, during, paused = Worker(), {}, []
+    profile, spans = ProfileConfig(steps="2"), [(worker, "work", "w")]
+    window = Window(profile, tmp_path, 0, torch.device(device), lambda: spans, lambda: paused.append(1))
     with window.around(range(1, 5)) as steps:
         for step in steps:
             during[step] = "work" in vars(worker)
             assert worker.work() == "done"
-    assert during == {1: False, 2: True, 3: False, 4: False}
-    assert paused == [1]
+    return during, paused
+
+
+def test_every_name_is_taken_off_when_the_window_closes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNDER_NSYS, "1")  # means nothing on a CPU
+    assert worked(tmp_path, "cpu") == ({1: False, 2: True, 3: False, 4: False}, [1])
+    assert (tmp_path / "profile" / "steps_2-2_rank_0.json").exists()
+
+
+def test_nsys_is_given_the_range_and_the_names_and_no_trace_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setenv(UNDER_NSYS, "1")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: calls.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: calls.append("stop"))
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", calls.append)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", lambda: calls.append("pop"))
+    assert worked(tmp_path, "cuda")[1] == [1]
+    assert calls == ["start", "step 2", "w", "pop", "pop", "stop"]
+    assert not (tmp_path / "profile").exists()
 
 
 def test_another_rank_has_no_window(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from observed_runs import write_slow_ranks
 from runs import tiny_config
+from scalefold.launch.placement import Seat
+from scalefold.parallel.ranks import RankLayout, Ranks
+from scalefold.run import begin
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
 from scalefold.telemetry.gpu import Meter, Sample, driver_version, find_gpu
@@ -126,6 +130,20 @@ def test_without_the_optional_package_there_are_no_columns(monkeypatch: pytest.M
     assert find_gpu("uuid") == (None, None)
 
 
+@pytest.mark.parametrize(("gpu", "installed", "notes"), [("uuid", False, 1), ("uuid", True, 0), ("", False, 0)])
+def test_a_missing_package_is_one_note_where_there_is_a_gpu(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, installed: bool, notes: int
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(begin, "find_seat", lambda ranks: Seat(0, "node1", gpu))
+    monkeypatch.setattr(begin, "is_readable", lambda: installed)
+    ranks = Ranks(RankLayout(1), 0, 0, torch.device("cpu"))
+    with begin.open_node_log(tiny_config(tiny_store, tmp_path), ranks, tmp_path / "result_0.txt", said.append):
+        pass
+    assert [line for line in said if "pip install 'scalefold[telemetry]'" in line] == said
+    assert len(said) == notes
+
+
 def test_the_first_rank_says_why_its_gpu_cannot_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for rank in (0, 1):
         with NodeLog(tmp_path, "node1", rank, "train", "result_0", "uuid", finds(None, "NVMLError: MIG")):
@@ -220,8 +238,6 @@ def test_the_drivers_version_is_read_from_the_kernel(tmp_path: Path, text: str, 
 
 @pytest.mark.gpu
 def test_a_real_gpu_says_clock_power_temperature_and_energy(tmp_path: Path) -> None:
-    import torch
-
     pytest.importorskip("pynvml")
     uuid = str(torch.cuda.get_device_properties(0).uuid)
     with NodeLog(tmp_path, "node1", 0, "train", "result_0", uuid) as log:

@@ -50,7 +50,8 @@ class Window:
         self.steps = profile.window if rank in profile.ranks else range(0)
         self.folder, self.rank = run_dir / FOLDER, rank
         self.spans, self.pause = spans, pause
-        self.on_gpu, self.under_nsys = device.type == "cuda", UNDER_NSYS in os.environ
+        self.on_gpu = device.type == "cuda"
+        self.under_nsys = self.on_gpu and UNDER_NSYS in os.environ
         self._seen: list[int] = []
         self._named: list[tuple[object, str]] = []
         self._profiler: torch.profiler.profile | None = None
