@@ -1,8 +1,35 @@
-"""Files that telemetry and profiler leave in a run folder, as a run on GPUs would."""
+"""Files that record, telemetry and profiler leave in a run folder, as a run on GPUs would."""
 
 import json
 from pathlib import Path
 from typing import Any
+
+from scalefold.report.record import EvalRow, Record, StepRow
+
+
+def write_own_run(run_dir: Path) -> None:
+    """Record and configuration of a run of eight steps and two evaluations."""
+    with Record(run_dir, rank0=True) as record:
+        record.run(config="tiny", target=0.6, environment={"torch": "2.11"}, global_batch_size=2)
+        for step in range(1, 9):
+            phases = {"fwd": 40.0 * step, "bwd": 30.0}
+            record.step(
+                StepRow(
+                    step=step,
+                    loss=9.0 / step,
+                    terms={"fape": 1.0 / step},
+                    step_ms=100.0 + 40 * step,
+                    data_ms=10.0,
+                    passes=1 + step % 4,
+                    samples=2 * step,
+                    time_s=float(step),
+                    phases_ms=phases,
+                )
+            )
+            if step % 4 == 0:
+                record.evaluation(EvalRow(step=step, samples=2 * step, lddt_ca=0.07 * step, time_s=step + 0.5))
+        record.event("loader", workers=2, prefetch=4, slowest=[{"chain": "1abc_A", "seconds": 0.25}])
+    (run_dir / "config.yaml").write_text("system: tiny <laptop>\n")
 
 
 def event(category: str, name: str, start_ms: float, stop_ms: float, thread: int = 1) -> dict[str, Any]:

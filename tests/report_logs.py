@@ -4,7 +4,7 @@ import csv
 import json
 from pathlib import Path
 
-from scalefold.report.published import PUBLISHED_RUNS
+from scalefold.mlperf.log.published import PUBLISHED_RUNS
 
 
 def published_rows(submitter: str, scaling: str = "strong") -> list[dict[str, str]]:

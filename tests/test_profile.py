@@ -34,7 +34,7 @@ def names(trace: dict[str, Any]) -> list[str]:
 def test_a_window_writes_a_chrome_trace_with_named_ranges_for_its_steps(tiny_store: Path, tmp_path: Path) -> None:
     found = names(profiled_run(tiny_store, tmp_path / "run"))
     assert [name for name in found if name.startswith("step ")] == ["step 2", "step 3"]
-    for name in ("data wait", "copy", "forward and backward", "update", "log", "stop code"):
+    for name in ("data wait", "copy", "forward and backward", "update", "log", "comparison of ranks", "stop code"):
         assert found.count(name) == 2, name
     assert found.count("evaluation") == 1
     assert [file.name for file in (tmp_path / "run" / "profile").iterdir()] == ["steps_2-3_rank_0.json"]

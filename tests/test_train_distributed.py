@@ -15,6 +15,8 @@ from scalefold.mlperf.judge.check import check_log
 from scalefold.report.record import read_metrics
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
 from scalefold.telemetry.stragglers import read_loads
 from scalefold.telemetry.trace import read_anatomies
 
@@ -111,6 +113,25 @@ def test_every_rank_notes_its_cycles_and_those_of_a_group_can_be_profiled(tiny_s
         assert found.steps == 2
         assert {"data wait", "forward and backward", "update", "log", "snapshot hand-over"} <= found.host.keys()
         assert found.work["exchange"] > 0
+
+
+def made(rank: int, config: Config) -> tuple[int, int]:
+    """Optimizers and flat parameters that a rank of a run makes."""
+    counts = {Optimizer: 0, FlatParameters: 0}
+    for kind in counts:
+
+        def counted(self: object, *args, original=kind.__init__, kind=kind, **kwargs) -> None:
+            counts[kind] += 1
+            original(self, *args, **kwargs)
+
+        kind.__init__ = counted  # type: ignore[method-assign]
+    run_rank(config, RunOptions())
+    return counts[Optimizer], counts[FlatParameters]
+
+
+def test_only_training_ranks_hold_an_optimizer(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_store, tmp_path, *parallel(2, num_eval_ranks=1))
+    assert run_ranks(made, 2, config, join=False) == [(1, 1), (0, 0)]
 
 
 def test_the_stop_decision_of_the_evaluation_root_ends_the_run_with_one_run_stop(

@@ -34,15 +34,17 @@ from dap_estimate import (
     read,
     shares,
 )
+from pages import fill, markdown
 from scalefold.config import load_config
+from scalefold.mlperf.log.published import Published, read_published
 from scalefold.report.page import DARK, DARK_GROUND
 from scalefold.report.plots import PALETTE, Plot, draw, scaling_curve
-from scalefold.report.published import Published, read_published
 from scalefold.scaling.from_config import system_spec
-from scalefold.scaling.plan import Plan, SystemSpec, plan, scaling_rows
+from scalefold.scaling.plan import Plan, plan, scaling_rows
 from scalefold.scaling.replay import replay
 from scalefold.scaling.step_time import REFERENCE_STEP_TIMES, find_step_time, read_step_times
 from scalefold.scaling.study import Study, study, usual_noise
+from scalefold.scaling.system import SystemSpec
 
 CONFIGS = (
     "h100_1x1", "dgx_h100_1x8", "eos_h100_8x8", "eos_h100_16x8_weak", "eos_h100_32x8", "eos_h100_64x8_dap2",
@@ -198,12 +200,6 @@ def minutes_by_gpus(forecasts: Sequence[Forecast], published: Sequence[Published
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table."""
-    lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def spread(low: float | None, high: float | None, digits: int = 0) -> str:
     """``140 to 232``; one number where both are the same, a dash where there is none."""
     if low is None or high is None:
@@ -341,16 +337,7 @@ def replay_table() -> str:
     return markdown(["result", "GPUs", "runs", "published min", "mean error", "worst run"], rows)
 
 
-# --- page -------------------------------------------------------------------------------------------------------------
-
-
-def fill(page: str, tables: dict[str, Callable[[], str]]) -> str:
-    """The page with every marked table written anew. KeyError for a mark that no function fills."""
-
-    def replaced(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{tables[match[2]]()}\n{match[3]}"
-
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n?(<!-- end -->)", replaced, page, flags=re.DOTALL)
+# --- figures for dark pages -------------------------------------------------------------------------------------------
 
 
 def dark_twin(light: Path) -> Path:

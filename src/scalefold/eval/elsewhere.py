@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from scalefold.config import Config
 from scalefold.eval.evaluator import write_evaluation
@@ -16,7 +17,7 @@ from scalefold.phases import Schedule
 from scalefold.report.console import Progress
 from scalefold.report.record import Record
 from scalefold.step.optimizer import Optimizer
-from scalefold.step.parameters import FlatParameters
+from scalefold.step.parameters import FlatLayout
 
 
 class EvaluationElsewhere:
@@ -103,13 +104,15 @@ def serve_evaluations(
     config: Config,
     ranks: Ranks,
     scorer: ChainScorer,
-    flat: FlatParameters,
+    flat: FlatLayout,
+    weights: Tensor,
     events: Events,
     note_cycle: Callable[..., None] = lambda step, **facts: None,
 ) -> float | None:
     """An evaluation rank's life after ``run_start``: score snapshots until training ends or the target is reached.
 
-    ``note_cycle`` is told the step of each evaluation and what it took.
+    ``weights``: where snapshots arrive, with the layout ``flat``; ``note_cycle`` is told the step of each evaluation
+    and what it took.
     """
     layout = ranks.layout
     assert ranks.eval_group is not None
@@ -117,12 +120,12 @@ def serve_evaluations(
     target, last = config.training.target_avg_lddt_ca_value, None
     while True:
         ranks.watch.at("waiting for weights")
-        step = receiver.next(flat.master)
+        step = receiver.next(weights)
         if step is None:
             break
         ranks.watch.at("evaluation", step)
         events.eval_start(step)
-        result = scorer.score(flat, flat.master)
+        result = scorer.score(flat, weights)
         last = result.lddt_ca
         events.eval_accuracy(step, last)
         events.eval_stop(step)

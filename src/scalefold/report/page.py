@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from scalefold.errors import LogError
+from scalefold.mlperf.log.published import Published, read_published
 from scalefold.report import plots
 from scalefold.report.anatomy import anatomy
 from scalefold.report.console import format_minutes
 from scalefold.report.logs import Run, read_runs, reference_band
-from scalefold.report.published import Published, read_published
 from scalefold.report.systems import System, Verdict, by_system, closed_only, parse_check
 from scalefold.telemetry.stragglers import HEAD, read_loads
 from scalefold.telemetry.trace import read_anatomies

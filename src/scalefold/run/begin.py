@@ -6,16 +6,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from scalefold.config import Config
 from scalefold.errors import CheckpointError, ConfigError
 from scalefold.launch.placement import Placement, check_placement, find_seat
 from scalefold.mlperf.log.events import Events
+from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks
 from scalefold.phases import Position, Schedule
 from scalefold.report.console import Progress
-from scalefold.run.ending import Ending
 from scalefold.run.resume import RunOptions, Start, agree_on_start, check_phase
 from scalefold.step.checkpoint import Checkpoints, read_state
 from scalefold.step.checkpoint_writer import CheckpointWriter
@@ -36,18 +34,6 @@ def check_places(config: Config) -> None:
         raise ConfigError(f"data.store_dir: {store}: no such folder; `scalefold prepare` writes it")
     if checkpoint is not None and not checkpoint.is_file():
         raise ConfigError(f"training.init_checkpoint: {checkpoint}: no such file; `scalefold download` fetches it")
-
-
-def prepare_process(config: Config) -> None:
-    """Settings that must precede the first use of a device: threads, matrix precision, determinism."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the watch names the collective that does not end
-    if config.execution.cpu_threads:
-        torch.set_num_threads(config.execution.cpu_threads)
-    torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
-    torch.backends.cudnn.allow_tf32 = config.execution.precision != "fp32"
-    if config.execution.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
 
 
 @dataclass(frozen=True)
@@ -137,6 +123,6 @@ def open_schedule(config: Config, resume: bool) -> Schedule:
         except CheckpointError:  # whether an older one will do is decided later, and said then
             continue
         check_phase(config, folder, state)
-        schedule.place(state)
+        schedule.place(state.position, state.iteration)
         break
     return schedule

@@ -13,10 +13,10 @@ import torch.cuda.nccl
 
 from scalefold import __version__
 from scalefold.config import Config, dump_config
-from scalefold.kernels.table import Operations
 from scalefold.mlperf.log.events import Events, Hyperparameters, SubmissionInfo
 from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.ranks import Ranks
+from scalefold.step.build import Training
 from scalefold.telemetry.gpu import driver_version
 
 
@@ -73,10 +73,8 @@ def hyperparameters(config: Config, model_parameters_count: int) -> Hyperparamet
     )
 
 
-def run_header(
-    config: Config, ranks: Ranks, seed: int, model: AlphaFold, ops: Operations, exchange: str
-) -> dict[str, Any]:
-    """Facts for the record: what ran where; ``exchange``: how DAP groups do."""
+def run_header(config: Config, ranks: Ranks, seed: int, training: Training) -> dict[str, Any]:
+    """Facts for the record: what ran where."""
     device = ranks.device
     return {
         "config_name": config.system,
@@ -87,11 +85,11 @@ def run_header(
         "host": ranks.host,
         "launcher": ranks.launcher,
         "torch": torch.__version__,
-        "kernels": ops.name,
-        "dap_exchange": exchange,
+        "kernels": training.optimizer.ops.name,
+        "dap_exchange": training.exchange,
         "precision": config.execution.precision,
         "seed": seed,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "global_batch_size": config.training.global_batch_size,
         "val_every_iters": config.training.val_every_iters,
         "target": config.training.target_avg_lddt_ca_value,

@@ -11,14 +11,17 @@ from typing import Literal
 import torch
 
 from scalefold.config import Config
+from scalefold.data.configured import evaluation_lengths
 from scalefold.data.loading.sampler import forward_seed
+from scalefold.data.store import selection
+from scalefold.data.store.store import Store
 from scalefold.mlperf.log.events import merge_parts
-from scalefold.parallel.ranks import start
+from scalefold.parallel.ending import Ending
+from scalefold.parallel.ranks import prepare_process, start
 from scalefold.parallel.stop import STOP_REQUESTED, TARGET_REACHED
 from scalefold.phases import EXIT_NEXT_PHASE
-from scalefold.run.assemble import Run, assemble, enter_next_phase
-from scalefold.run.begin import RunOptions, begin_counting, check_places, open_node_log, open_schedule, prepare_process
-from scalefold.run.ending import Ending
+from scalefold.run.assemble import Run, assemble, enter_next_phase, save
+from scalefold.run.begin import RunOptions, begin_counting, check_places, open_node_log, open_schedule
 from scalefold.run.evaluation_rank import evaluate_elsewhere
 from scalefold.run.step_log import Cycle, StepLog
 from scalefold.telemetry.profile import Span, Window
@@ -68,7 +71,7 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
                 ranks.watch.before_exit()  # the log says so, or is removed if its clock never ran
                 raise
         if ranks.is_root and ranks.layout.num_eval_ranks:
-            merge_parts(run.result_file)
+            merge_parts(run.start.result_file)
     return outcome
 
 
@@ -79,8 +82,8 @@ def train(run: Run) -> Outcome:
         TrainingError: gradients are not finite; the last good checkpoint stays.
         DataError: a sample cannot be built.
     """
-    numbers = range(run.first_step, run.config.training.num_train_iters + 1)
-    with open_node_log(run.config, run.ranks, run.result_file, run.progress.note) as node_log:
+    numbers = range(run.start.first_step, run.config.training.num_train_iters + 1)
+    with open_node_log(run.config, run.ranks, run.start.result_file, run.progress.note) as node_log:
         warm_up(run)
         start_clock(run)
         steps = StepLog(run)
@@ -88,21 +91,22 @@ def train(run: Run) -> Outcome:
             outcome = loop(run, steps, walk, begin_counting(node_log))
             run.events.run_stop("success" if outcome.status == "success" else "aborted")
         run.ranks.watch.at("checkpoint", outcome.step)
-        run.finish_saving()
+        run.saves.finish()
         report_loading(run)
-        run.end_polling()
+        run.stops.close()
         run.events.close()  # whoever joins the parts of the log must find all of this one
     return outcome
 
 
 def warm_up(run: Run) -> None:
     """Everything slow that needs no data set: compile, capture, first collectives, on a synthetic batch."""
-    run.spawn_workers()
+    run.batches.loader.spawn()  # workers touch no data before ``open_data``
+    run.evaluator.spawn()
     with counted_kernels(run):
         warm_up_step(run)
         run.evaluator.warm_up()
-    run.checkpoints.settle()
-    run.compare_ranks(run.first_step - 1, wait=True)
+    run.saves.writer.settle()
+    run.saves.compare(run.start.first_step - 1, wait=True)
     run.ranks.barrier()
     run.events.init_stop()
 
@@ -110,7 +114,7 @@ def warm_up(run: Run) -> None:
 @contextmanager
 def counted_kernels(run: Run) -> Iterator[None]:
     """Say how many Triton kernels were looked up inside, and how many of them had to be compiled."""
-    if run.optimizer.ops.name != "triton":
+    if run.training.optimizer.ops.name != "triton":
         yield
         return
     from scalefold.kernels.ahead import counting
@@ -125,7 +129,8 @@ def warm_up_step(run: Run) -> None:
     """The training step's part of it, also at the beginning of a later phase."""
     run.ranks.watch.at("warm-up")
     if run.config.execution.warm_up or run.config.execution.cuda_graphs:
-        run.step.warm_up(run.synthetic_batch(), run.config.data.num_recycling_iters + 1, run.progress.note)
+        passes = run.config.data.num_recycling_iters + 1
+        run.training.step.warm_up(run.batches.synthetic(), passes, run.progress.note)
 
 
 def start_clock(run: Run) -> None:
@@ -134,13 +139,27 @@ def start_clock(run: Run) -> None:
     run.events.run_start()
     run.record.start_clock()
     run.ranks.barrier()
-    run.open_data()
+    open_data(run)
     run.record.start_part("loader_started")
+
+
+def open_data(run: Run) -> None:
+    """Open the data set, start loader and evaluation features. Only after ``run_start``."""
+    c, store = run.config, Store(run.config.data.store_dir)
+    train = selection.training_set(store.table, c.data.train_max_pdb_release_date, c.data.filter_by_alignments)
+    run.events.train_samples(len(train.rows))
+    lengths = evaluation_lengths(c, store)
+    run.events.eval_samples(len(lengths))
+    run.events.dataloader_type(f"InitialTrainingDataloader{c.data.dataloader.upper()}")
+    run.evaluator.open_data(lengths)
+    store.close()
+    run.record.start_part("data_opened")
+    run.batches.open(train, run.start.first_step)
 
 
 def report_loading(run: Run) -> None:
     """Workers, prefetch depth and the slowest samples of this rank, to record and screen."""
-    d, slowest = run.config.data, run.loader.slowest()
+    d, slowest = run.config.data, run.batches.loader.slowest()
     chains = [{"chain": chain, "seconds": round(seconds, 3)} for seconds, chain in slowest]
     run.record.event("loader", workers=d.num_workers, prefetch=d.prefetch_factor, slowest=chains)
     shown = ", ".join(f"{chain} {seconds:.2f} s" for seconds, chain in slowest[:3]) or "none built"
@@ -157,13 +176,15 @@ def spans(run: Run, steps: StepLog) -> list[Span]:
     """What is named in the trace of a step."""
     evaluates = "snapshot hand-over" if run.ranks.layout.num_eval_ranks else "evaluation"
     return [
-        (run.loader, "next", "data wait"),
-        (run, "to_device", "copy"),
-        *((run.step, method, name) for method, name in run.step.SPANS.items()),
+        (run.batches.loader, "next", "data wait"),
+        (run.batches, "to_device", "copy"),
+        *((run.training.step, method, name) for method, name in run.training.step.SPANS.items()),
         (steps, "push", "log"),
         (run.evaluator, "submit", evaluates),
-        (run, "stop_code", "stop code"),
-        (run, "save", "checkpoint"),
+        (run.saves, "go_on_comparing", "comparison of ranks"),
+        (run.stops, "code", "stop code"),
+        (run.batches, "left_over_after", "places left over"),
+        (run.saves, "save", "checkpoint"),
     ]
 
 
@@ -174,11 +195,11 @@ def loop(run: Run, steps: StepLog, numbers: Iterable[int], note_cycle: Callable[
     for step in numbers:
         cycle.begin(step)
         at("waiting for a batch", step)
-        batch = run.loader.next(step)
+        batch = run.batches.loader.next(step)
         run.record.start_part("first_batch")
         at("training step", step)
-        torch.manual_seed(forward_seed(run.seed, run.ranks.dp_index, step))
-        values = run.step(run.to_device(batch), batch.passes, step)
+        torch.manual_seed(forward_seed(run.start.seed, run.ranks.dp_index, step))
+        values = run.training.step(run.batches.to_device(batch), batch.passes, step)
         run.record.start_part("first_step_launched")
         steps.push(step, batch, values)
         cycle.count(batch)
@@ -190,23 +211,30 @@ def loop(run: Run, steps: StepLog, numbers: Iterable[int], note_cycle: Callable[
             reached = run.evaluator.submit(step)
             steps.restart()
             at("training step", step)
-        code = run.stop_code()
+        run.saves.go_on_comparing()
+        code = run.stops.code()
         if reached or code == TARGET_REACHED:
             return finish(run, steps, step, "success")
-        if run.phase_ends(step, code):
+        if run.stops.phase_ends(step, code):
             steps.flush()
             if not enter_next_phase(run, step):
                 return finish(run, steps, step, "next_phase")
             warm_up_step(run)
             steps.restart()
-        stops = code == STOP_REQUESTED and run.between_updates(step)
-        if run.checkpoint_due(step) or stops:
+        stops = code == STOP_REQUESTED and run.stops.between_updates(step)
+        if saves_due(run.config, step) or stops:
             steps.flush()
             at("checkpoint", step)
-            run.save(step)
+            save(run, step)
         if stops:
             return finish(run, steps, step, "aborted")
     return finish(run, steps, t.num_train_iters, "aborted")
+
+
+def saves_due(config: Config, step: int) -> bool:
+    """Whether a checkpoint follows iteration ``step``."""
+    every = config.run.checkpoint_every_iters
+    return every > 0 and step % every == 0
 
 
 def finish(run: Run, steps: "StepLog", step: int, status: Literal["success", "aborted", "next_phase"]) -> Outcome:

@@ -15,6 +15,7 @@ from scalefold.data.loading.loader import Batch
 from scalefold.errors import TrainingError
 from scalefold.report.record import StepRow
 from scalefold.run.assemble import Run
+from scalefold.step.optimizer import learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class StepLog:
         if pending is None:
             return
         pending.stamp.wait()
-        values = dict(zip(self.run.step.names, pending.values.tolist(), strict=True))
+        values = dict(zip(self.run.training.step.names, pending.values.tolist(), strict=True))
         step_ms = pending.stamp.ms_since(self._previous)
         self._previous = pending.stamp
         self._times_ms.append(step_ms)
@@ -155,7 +156,7 @@ class StepLog:
             step=pending.step,
             loss=loss,
             terms=values,
-            lr=run.learning_rate(pending.step),
+            lr=learning_rate(pending.step, run.config.training),
             grad_norm=norm,
             step_ms=step_ms,
             data_ms=pending.data_ms,
@@ -172,7 +173,7 @@ class StepLog:
         if "grad_norm" in broken or "loss" in broken:
             raise TrainingError(
                 f"{where}: not finite: {', '.join(broken)}. Last good checkpoint: "
-                f"{self.run.checkpoints.newest() or 'none'}; look at these chains, or try execution.precision: fp32"
+                f"{self.run.saves.writer.newest() or 'none'}; look at these chains, or try execution.precision: fp32"
             )
         if values.get("non_finite_terms"):
             log.warning("%s: %g loss terms were not finite and left out", where, values["non_finite_terms"])

@@ -72,24 +72,20 @@ def storage_order(names: list[str]) -> list[str]:
     return order + [name for name in names if name in missed]
 
 
-class FlatParameters:
-    """The parameters of ``model`` as views of flat buffers.
+class FlatLayout:
+    """Where each parameter of a model lies in a flat buffer; parameters of one kind lie together.
 
     Args:
-        model: its parameters are re-pointed to the buffers; values are kept.
-        device: where the buffers live.
+        model: names and shapes of its parameters count, nothing else.
         compute_dtype: type in which parameters compute, by name.
         gradient_scale: factor on a parameter's gradient summed over all training ranks, by name.
-        gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        device: torch.device,
         compute_dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
         gradient_scale: Callable[[str], float] = lambda name: 1.0,
-        gradient_dtype: torch.dtype | None = None,
     ) -> None:
         parameters = dict(model.named_parameters())
         kinds = {name: (compute_dtype(name), gradient_scale(name)) for name in parameters}
@@ -103,6 +99,41 @@ class FlatParameters:
                 position += _aligned(parameters[name].numel())
             self.segments.append(Segment(start, position, *kind))
         self.size = position
+
+    def segment_of(self, slot: Slot) -> Segment:
+        """The segment that holds ``slot``."""
+        return next(s for s in self.segments if s.start <= slot.start < s.stop)
+
+    def view(self, flat: Tensor, slot: Slot, offset: int = 0) -> Tensor:
+        """The parameter's part of a flat buffer that begins at element ``offset`` of the layout, in its own shape."""
+        return flat[slot.start - offset : slot.stop - offset].view(slot.shape)
+
+    def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of every parameter of a flat fp32 buffer, in storage order."""
+        for slot in self.slots:
+            yield slot.name, self.view(flat, slot)
+
+
+class FlatParameters(FlatLayout):
+    """The parameters of ``model`` as views of flat buffers.
+
+    Args:
+        model: its parameters are re-pointed to the buffers; values are kept.
+        device: where the buffers live.
+        compute_dtype, gradient_scale: see ``FlatLayout``.
+        gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        compute_dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
+        gradient_scale: Callable[[str], float] = lambda name: 1.0,
+        gradient_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, compute_dtype, gradient_scale)
+        parameters = dict(model.named_parameters())
         self.master = torch.zeros(self.size, dtype=torch.float32, device=device)
         self.parameters = [parameters[slot.name] for slot in self.slots]
         self._copies = {
@@ -120,14 +151,6 @@ class FlatParameters:
         self.refresh()
         for slot, parameter in zip(self.slots, self.parameters, strict=True):
             parameter.data = self._compute_view(slot)
-
-    def segment_of(self, slot: Slot) -> Segment:
-        """The segment that holds ``slot``."""
-        return next(s for s in self.segments if s.start <= slot.start < s.stop)
-
-    def view(self, flat: Tensor, slot: Slot, offset: int = 0) -> Tensor:
-        """The parameter's part of a flat buffer that begins at element ``offset`` of the layout, in its own shape."""
-        return flat[slot.start - offset : slot.stop - offset].view(slot.shape)
 
     def compute_copy(self, segment: Segment) -> Tensor | None:
         """The low-precision buffer of a segment, or None where the master itself computes."""
@@ -167,11 +190,6 @@ class FlatParameters:
         first = bisect.bisect_left(self.slots, start, key=lambda slot: slot.start)
         last = bisect.bisect_left(self.slots, stop, key=lambda slot: slot.start)
         return list(zip(self.slots[first:last], self.parameters[first:last], strict=True))
-
-    def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, view) of every parameter of a flat fp32 buffer, in storage order."""
-        for slot in self.slots:
-            yield slot.name, self.view(flat, slot)
 
     def _compute_view(self, slot: Slot) -> Tensor:
         segment = self.segment_of(slot)
