@@ -17,6 +17,8 @@ from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatParameters
+from scalefold.telemetry.stragglers import read_loads
+from scalefold.telemetry.trace import read_anatomies
 
 pytestmark = pytest.mark.distributed
 NO_DROPOUT = [
@@ -92,6 +94,25 @@ def test_asynchronous_evaluation_reports_the_same_values_and_everybody_ends(
     assert run_ranks(ranked, 3, config, join=False) == ["aborted", None, None]
     np.testing.assert_allclose(read_metrics(tmp_path).eval_lddt_ca, read_metrics(alone).eval_lddt_ca, atol=2e-3)
     assert read_metrics(tmp_path).eval_step.tolist() == [2, 4]
+
+
+def test_every_rank_notes_its_cycles_and_those_of_a_group_can_be_profiled(tiny_store: Path, tmp_path: Path) -> None:
+    layout = parallel(3, dap_size=2, num_eval_ranks=1)
+    config = tiny_config(tiny_store, tmp_path, *layout, "run.profile={steps: 2-3, ranks: [0, 1]}")
+    assert run_ranks(ranked, 3, config, join=False) == ["aborted", "aborted", None]
+    assert [file.suffix for file in (tmp_path / "telemetry").iterdir()] == [".jsonl"], "one node, one file"
+    loads = {load.rank: load for load in read_loads(tmp_path).ranks}
+    assert {rank: (load.role, load.steps) for rank, load in loads.items()} == {
+        0: ("train", 4),
+        1: ("train", 4),
+        2: ("evaluate", 0),
+    }
+    first, second = read_anatomies(tmp_path)
+    assert (first.file.name, second.file.name) == ("steps_2-3_rank_0.json", "steps_2-3_rank_1.json")
+    for found in (first, second):
+        assert found.steps == 2
+        assert {"data wait", "forward and backward", "update", "log", "snapshot hand-over"} <= found.host.keys()
+        assert found.work["exchange"] > 0
 
 
 def made(rank: int, config: Config) -> tuple[int, int]:

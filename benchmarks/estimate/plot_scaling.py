@@ -4,10 +4,12 @@
     benchmarks/estimate/plot_scaling.py python benchmarks/estimate/plot_scaling.py --png --figures /tmp/figures --page
     /tmp/scaling.md     # try it elsewhere
 
-Writes docs/figures/*.svg and everything between ``<!-- table: NAME -->`` and ``<!-- end -->`` of the page.
+Writes docs/figures/*.svg, twins for dark pages (``*_dark.svg``), and everything between ``<!-- table: NAME -->`` and
+``<!-- end -->`` of the page.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,6 +37,7 @@ from dap_estimate import (
 from pages import fill, markdown
 from scalefold.config import load_config
 from scalefold.mlperf.log.published import Published, read_published
+from scalefold.report.page import DARK, DARK_GROUND
 from scalefold.report.plots import PALETTE, Plot, draw, scaling_curve
 from scalefold.scaling.from_config import system_spec
 from scalefold.scaling.plan import Plan, plan, scaling_rows
@@ -334,6 +337,20 @@ def replay_table() -> str:
     return markdown(["result", "GPUs", "runs", "published min", "mean error", "worst run"], rows)
 
 
+# --- figures for dark pages -------------------------------------------------------------------------------------------
+
+
+def dark_twin(light: Path) -> Path:
+    """The same drawing in the colours of dark pages, beside it."""
+    text = light.read_text(encoding="utf-8").replace('fill="white"/>', f'fill="{DARK_GROUND}"/>', 1)
+    twin = light.with_name(f"{light.stem}_dark.svg")
+    twin.write_text(re.sub("|".join(PALETTE.values()), lambda found: _DARK_OF[found[0]], text), encoding="utf-8")
+    return twin
+
+
+_DARK_OF = {colour: DARK[name] for name, colour in PALETTE.items()}
+
+
 def main() -> int:
     """Draw, fill, say what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -348,7 +365,7 @@ def main() -> int:
         svg, png = figure.save(arguments.figures)
         if not arguments.png:
             png.unlink()
-        print(svg)
+        print(svg, dark_twin(svg))
     tables: dict[str, Callable[[], str]] = {
         "step": step_table,
         "exchange": exchange_table,

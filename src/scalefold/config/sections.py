@@ -4,9 +4,9 @@ Keys take the word of the MLPerf log wherever one exists, so that log and YAML r
 """
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from scalefold.config.layout import RankLayout
 
@@ -231,14 +231,40 @@ class TrainingConfig(Section):
     swa_decay_rate: float = Field(default=0.9, ge=0.0, lt=1.0)
 
 
+class ProfileConfig(Section):
+    """A window in which training ranks write what they and their GPUs do; without ``steps`` there is none."""
+
+    steps: str | None = Field(default=None, pattern=r"^\d{1,9}(-\d{1,9})?$")
+    ranks: tuple[int, ...] = (0,)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def take_one_step_as_text(cls, value: Any) -> Any:
+        """``20`` is a number in YAML, ``20-24`` is text."""
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @property
+    def window(self) -> range:
+        """The iterations, in order; empty without ``steps``."""
+        if self.steps is None:
+            return range(0)
+        first, _, last = self.steps.partition("-")
+        return range(int(first), int(last or first) + 1)
+
+
 class RunConfig(Section):
-    """What a run leaves behind: the newest ``keep_checkpoints``, and for good one every ``archive_every_iters``."""
+    """What a run leaves behind: the newest ``keep_checkpoints``, and for good one every ``archive_every_iters``.
+
+    ``telemetry``: every cycle, the ranks' times and what their GPUs say of themselves, into one file per node.
+    """
 
     run_dir: Path = Path("runs/run")
     log_every_iters: int = Field(default=1, ge=1)
     checkpoint_every_iters: int = Field(default=0, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     archive_every_iters: int = Field(default=0, ge=0)
+    telemetry: bool = True
+    profile: ProfileConfig = ProfileConfig()
 
 
 class SubmissionConfig(Section):

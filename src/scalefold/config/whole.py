@@ -16,6 +16,7 @@ from scalefold.config.sections import (
     TrainingConfig,
 )
 
+MAX_PROFILED_STEPS = 100
 _PHASE_KEYS = {
     "training": ("global_batch_size", "opt_base_learning_rate"),
     "execution": ("kernels",),
@@ -109,6 +110,28 @@ def combination_problems(config: Config) -> list[str]:
         problems.append(
             "execution.deterministic needs data.dataloader: pt (pq delivers samples in the order of readiness)"
         )
+    return problems + profile_problems(config)
+
+
+def profile_problems(config: Config) -> list[str]:
+    """What cannot be profiled: steps or ranks that the run does not have, or more than memory holds."""
+    profile, p, last = config.run.profile, config.parallel, config.training.num_train_iters
+    where, problems = f"run.profile.steps {profile.steps}", []
+    if profile.steps is None:
+        return []
+    if not profile.window or profile.window[0] < 1:
+        problems.append(f"{where}: must be FIRST-LAST or one step, counted from 1")
+    elif profile.window[-1] > last:
+        problems.append(f"{where}: the run ends after step {last} (training.num_train_iters)")
+    elif len(profile.window) > MAX_PROFILED_STEPS:
+        problems.append(f"{where}: at most {MAX_PROFILED_STEPS} steps, the profiler keeps all of them in memory")
+    for rank in profile.ranks:
+        if not 0 <= rank < p.world_size:
+            problems.append(f"run.profile.ranks: rank {rank} is not there, the run has ranks 0 to {p.world_size - 1}")
+        elif rank >= p.num_train_ranks:
+            problems.append(f"run.profile.ranks: rank {rank} only evaluates; ranks 0 to {p.num_train_ranks - 1} train")
+    if len(set(profile.ranks)) != len(profile.ranks) or not profile.ranks:
+        problems.append("run.profile.ranks: must name one rank or more, each once")
     return problems
 
 

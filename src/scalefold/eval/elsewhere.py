@@ -1,5 +1,7 @@
 """Evaluation on ranks of its own, while training goes on: both ends."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -99,11 +101,18 @@ class EvaluationElsewhere:
 
 
 def serve_evaluations(
-    config: Config, ranks: Ranks, scorer: ChainScorer, flat: FlatLayout, weights: Tensor, events: Events
+    config: Config,
+    ranks: Ranks,
+    scorer: ChainScorer,
+    flat: FlatLayout,
+    weights: Tensor,
+    events: Events,
+    note_cycle: Callable[..., None] = lambda step, **facts: None,
 ) -> float | None:
     """An evaluation rank's life after ``run_start``: score snapshots until training ends or the target is reached.
 
-    ``weights``: where snapshots arrive, with the layout ``flat``.
+    ``weights``: where snapshots arrive, with the layout ``flat``; ``note_cycle`` is told the step of each evaluation
+    and what it took.
     """
     layout = ranks.layout
     assert ranks.eval_group is not None
@@ -124,6 +133,7 @@ def serve_evaluations(
         if reached:
             events.run_stop("success")
         receiver.done({"step": step, "chains": result.chains, "seconds": result.seconds}, reached)
+        note_cycle(step, evaluation_s=round(result.seconds, 3))
         if reached:
             break
     return last

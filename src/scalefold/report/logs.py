@@ -99,6 +99,12 @@ class Run:
         return float(value) if isinstance(value, int | float) else None
 
     @property
+    def folder(self) -> Path | None:
+        """Where the run left its files."""
+        found = self.metrics or self.log
+        return found.path.parent if found is not None else None
+
+    @property
     def minutes(self) -> float | None:
         """Time to train: ``run_stop`` - ``run_start``."""
         return None if self.log is None or self.log.run_s is None else self.log.run_s / 60

@@ -1,12 +1,14 @@
 """What every rank does first: its place in the schedule, process settings, seed and log."""
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from scalefold.config import Config
 from scalefold.errors import CheckpointError, ConfigError
-from scalefold.launch.placement import Placement, check_placement
+from scalefold.launch.placement import Placement, check_placement, find_seat
 from scalefold.mlperf.log.events import Events
 from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks
@@ -15,6 +17,8 @@ from scalefold.report.console import Progress
 from scalefold.run.resume import RunOptions, Start, agree_on_start, check_phase
 from scalefold.step.checkpoint import Checkpoints, read_state
 from scalefold.step.checkpoint_writer import CheckpointWriter
+from scalefold.telemetry.gpu import is_readable
+from scalefold.telemetry.nodes import NodeLog
 
 
 def check_places(config: Config) -> None:
@@ -71,6 +75,26 @@ def make_progress(config: Config, ranks: Ranks) -> Progress:
     """The screen of rank 0; every other rank prints to nowhere."""
     stream = None if ranks.is_root else open(os.devnull, "w")  # noqa: SIM115
     return Progress(config.training.target_avg_lddt_ca_value, config.training.num_train_iters, stream)
+
+
+def open_node_log(
+    config: Config, ranks: Ranks, result_file: Path, note: Callable[[str], None]
+) -> AbstractContextManager[NodeLog | None]:
+    """What this rank says of each cycle beside the run, for ``report`` and ``status``; None if it is switched off."""
+    if not config.run.telemetry:
+        return nullcontext()
+    seat, role = find_seat(ranks), "train" if ranks.trains else "evaluate"
+    if seat.gpu and not is_readable():
+        note("telemetry without clock, power and temperature of GPUs: pip install 'scalefold[telemetry]' adds them")
+    return NodeLog(config.run.run_dir, seat.node, ranks.rank, role, result_file.name.split(".")[0], seat.gpu)
+
+
+def begin_counting(node_log: NodeLog | None) -> Callable[..., None]:
+    """At the start of the clock: energy counts from here. Returns what notes a cycle."""
+    if node_log is None:
+        return lambda step, **facts: None
+    node_log.begin()
+    return node_log.cycle
 
 
 def open_events(result_file: Path, ranks: Ranks, options: RunOptions) -> Events:

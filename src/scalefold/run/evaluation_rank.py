@@ -9,7 +9,7 @@ from scalefold.eval.score import ChainScorer
 from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks
 from scalefold.phases import Schedule
-from scalefold.run.begin import begin, continue_counting
+from scalefold.run.begin import begin, begin_counting, continue_counting, open_node_log
 from scalefold.run.header import log_header
 from scalefold.run.resume import RunOptions
 from scalefold.step.build import choose_operations, flat_layout
@@ -30,17 +30,18 @@ def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks, en
     ending.add("evaluation workers", scorer.close)
     log_header(events, config, ranks, beginning.start.seed, scorer.model.model, None)
     continue_counting(events, schedule)
-    accept_connection(ranks)
-    ranks.watch.at("warm-up")
-    scorer.spawn()
-    scorer.warm_up(lambda text: ranks.watch.at(f"warm-up, {text}"))
-    ranks.barrier()
-    events.init_stop()
-    ranks.barrier()
-    events.run_start()
-    ranks.barrier()
-    store = Store(config.data.store_dir)
-    scorer.open_data(evaluation_lengths(config, store))
-    store.close()
-    serve_evaluations(config, ranks, scorer, flat, weights, events)
+    with open_node_log(config, ranks, beginning.start.result_file, lambda text: None) as node_log:
+        accept_connection(ranks)
+        ranks.watch.at("warm-up")
+        scorer.spawn()
+        scorer.warm_up(lambda text: ranks.watch.at(f"warm-up, {text}"))
+        ranks.barrier()
+        events.init_stop()
+        ranks.barrier()
+        events.run_start()
+        ranks.barrier()
+        store = Store(config.data.store_dir)
+        scorer.open_data(evaluation_lengths(config, store))
+        store.close()
+        serve_evaluations(config, ranks, scorer, flat, weights, events, begin_counting(node_log))
     events.close()  # whoever joins the parts of the log must find all of this one

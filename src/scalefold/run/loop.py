@@ -3,7 +3,7 @@
 ``assemble.py`` builds the parts; this file says in which order they act and who logs what.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -21,9 +21,10 @@ from scalefold.parallel.ranks import prepare_process, start
 from scalefold.parallel.stop import STOP_REQUESTED, TARGET_REACHED
 from scalefold.phases import EXIT_NEXT_PHASE
 from scalefold.run.assemble import Run, assemble, enter_next_phase, save
-from scalefold.run.begin import RunOptions, check_places, open_schedule
+from scalefold.run.begin import RunOptions, begin_counting, check_places, open_node_log, open_schedule
 from scalefold.run.evaluation_rank import evaluate_elsewhere
 from scalefold.run.step_log import Cycle, StepLog
+from scalefold.telemetry.profile import Span, Window
 
 EXIT_STATUS = {"success": 0, "aborted": 4, "next_phase": EXIT_NEXT_PHASE}
 
@@ -81,15 +82,19 @@ def train(run: Run) -> Outcome:
         TrainingError: gradients are not finite; the last good checkpoint stays.
         DataError: a sample cannot be built.
     """
-    warm_up(run)
-    start_clock(run)
-    outcome = loop(run, StepLog(run))
-    run.events.run_stop("success" if outcome.status == "success" else "aborted")
-    run.ranks.watch.at("checkpoint", outcome.step)
-    run.saves.finish()
-    report_loading(run)
-    run.stops.close()
-    run.events.close()  # whoever joins the parts of the log must find all of this one
+    numbers = range(run.start.first_step, run.config.training.num_train_iters + 1)
+    with open_node_log(run.config, run.ranks, run.start.result_file, run.progress.note) as node_log:
+        warm_up(run)
+        start_clock(run)
+        steps = StepLog(run)
+        with window(run, steps).around(numbers) as walk:
+            outcome = loop(run, steps, walk, begin_counting(node_log))
+            run.events.run_stop("success" if outcome.status == "success" else "aborted")
+        run.ranks.watch.at("checkpoint", outcome.step)
+        run.saves.finish()
+        report_loading(run)
+        run.stops.close()
+        run.events.close()  # whoever joins the parts of the log must find all of this one
     return outcome
 
 
@@ -161,11 +166,33 @@ def report_loading(run: Run) -> None:
     run.progress.note(f"loader: num_workers {d.num_workers}, prefetch_factor {d.prefetch_factor}; slowest: {shown}")
 
 
-def loop(run: Run, steps: "StepLog") -> Outcome:
-    """Iterate; evaluate, save and stop where they are due."""
+def window(run: Run, steps: StepLog) -> Window:
+    """The steps that this rank profiles, usually none."""
+    r, ranks = run.config.run, run.ranks
+    return Window(r.profile, r.run_dir, ranks.rank, ranks.device, lambda: spans(run, steps), steps.pause)
+
+
+def spans(run: Run, steps: StepLog) -> list[Span]:
+    """What is named in the trace of a step."""
+    evaluates = "snapshot hand-over" if run.ranks.layout.num_eval_ranks else "evaluation"
+    return [
+        (run.batches.loader, "next", "data wait"),
+        (run.batches, "to_device", "copy"),
+        *((run.training.step, method, name) for method, name in run.training.step.SPANS.items()),
+        (steps, "push", "log"),
+        (run.evaluator, "submit", evaluates),
+        (run.saves, "go_on_comparing", "comparison of ranks"),
+        (run.stops, "code", "stop code"),
+        (run.batches, "left_over_after", "places left over"),
+        (run.saves, "save", "checkpoint"),
+    ]
+
+
+def loop(run: Run, steps: StepLog, numbers: Iterable[int], note_cycle: Callable[..., None]) -> Outcome:
+    """Iterate over the numbers of the steps; evaluate, save and stop where they are due."""
     t, at = run.config.training, run.ranks.watch.at
     cycle = Cycle(run)
-    for step in range(run.start.first_step, t.num_train_iters + 1):
+    for step in numbers:
         cycle.begin(step)
         at("waiting for a batch", step)
         batch = run.batches.loader.next(step)
@@ -179,7 +206,7 @@ def loop(run: Run, steps: "StepLog") -> Outcome:
         reached = False
         if step % t.val_every_iters == 0:
             steps.flush()
-            cycle.end(step)
+            note_cycle(step, **cycle.end(step, steps.take_times()))
             at("evaluation", step)
             reached = run.evaluator.submit(step)
             steps.restart()

@@ -8,6 +8,7 @@ whose seed and offset every replay reads anew, so seeding before a step has the 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,9 @@ class TrainStep:
         accumulation: iterations per optimizer step, as the reference counts them.
         train_group: ranks over which logged values are averaged, or None.
     """
+
+    #: What a profile names: method and name.
+    SPANS: ClassVar = {"_part": "forward and backward", "_update": "update"}
 
     def __init__(
         self,
@@ -107,6 +111,8 @@ class GraphedTrainStep(TrainStep):
     They are captured on one stream: the allocator gives a pool's free blocks only to the stream that freed them, so
     graphs captured on streams of their own would share nothing.
     """
+
+    SPANS: ClassVar = {"_part": "replay", "_update": "update"}
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
