@@ -4,7 +4,8 @@ import csv
 import json
 from pathlib import Path
 
-from scalefold.report.published import PUBLISHED_RUNS
+from scalefold.mlperf.log.keys import PARAMETERS_COUNT
+from scalefold.mlperf.log.published import PUBLISHED_RUNS
 
 
 def published_rows(submitter: str, scaling: str = "strong") -> list[dict[str, str]]:
@@ -63,7 +64,7 @@ def _facts(row: dict[str, str]) -> dict[str, object]:
         "precision": row["precision"],
         "train_samples": 594595,
         "eval_samples": 180,
-        "model_parameters_count": 93229082,
+        "model_parameters_count": PARAMETERS_COUNT,
         "val_every_iters": 40,
         "target_avg_lddt_ca_value": 0.8,
     }

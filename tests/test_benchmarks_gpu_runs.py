@@ -1,6 +1,7 @@
 """The judgement on runs of the program: from small records, and one start on CPU ranks from launch to table."""
 
 import csv
+import importlib
 import json
 import sys
 import time
@@ -8,24 +9,46 @@ import time
 import pytest
 import torch
 
+MODULES = ("gpu_runs", "gpu_layouts", "gpu_starts", "gpu_readings", "gpu_judge", "watched", "common")
+
 
 @pytest.fixture
 def gpu_runs(repository, monkeypatch):
     """The script."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    import gpu_runs
-
-    yield gpu_runs
-    for name in ("gpu_runs", "watched", "common"):
+    yield importlib.import_module("gpu_runs")
+    for name in MODULES:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def layouts(gpu_runs):
+    """Which starts there are."""
+    return importlib.import_module("gpu_layouts")
+
+
+@pytest.fixture
+def starts(gpu_runs):
+    """How they go on."""
+    return importlib.import_module("gpu_starts")
+
+
+@pytest.fixture
+def readings(gpu_runs):
+    """What they left."""
+    return importlib.import_module("gpu_readings")
+
+
+@pytest.fixture
+def judge(gpu_runs):
+    """What they must meet."""
+    return importlib.import_module("gpu_judge")
 
 
 @pytest.fixture
 def watched(gpu_runs):
     """What starts and ends processes."""
-    import watched
-
-    return watched
+    return importlib.import_module("watched")
 
 
 def step(number, ms=100.0, passes=1, loss=2.5, **more):
@@ -43,71 +66,71 @@ def wait_for(one, seconds=30.0):
 # --- figures of one run -----------------------------------------------------------------------------------------------
 
 
-def test_the_first_step_ends_its_own_time_after_the_loader_was_started(gpu_runs):
+def test_the_first_step_ends_its_own_time_after_the_loader_was_started(readings):
     event = {"kind": "event", "name": "start", "time_s": 9.0, "data_opened_s": 0.5, "loader_started_s": 0.75}
-    parts = gpu_runs.start_parts([event, step(1, ms=500.0), step(2)])
+    parts = readings.start_parts([event, step(1, ms=500.0), step(2)])
     assert parts == {"data_opened": 0.5, "loader_started": 0.75, "first_step": 1.25}
 
 
-def test_a_record_without_the_parts_of_the_start_falls_short(gpu_runs):
-    assert gpu_runs.start_parts([step(1)]) == {}
-    assert gpu_runs.at_most("start_to_first_step_s", None, 2.0, "no first step recorded").met is False
+def test_a_record_without_the_parts_of_the_start_falls_short(readings, judge):
+    assert readings.start_parts([step(1)]) == {}
+    assert judge.at_most("start_to_first_step_s", None, 2.0, "no first step recorded").met is False
 
 
-def test_a_resumed_start_is_judged_by_its_own_steps(gpu_runs):
+def test_a_resumed_start_is_judged_by_its_own_steps(readings):
     record = [step(1), step(2), {"kind": "event", "name": "resume", "step": 2}, step(3)]
-    assert [row["step"] for row in gpu_runs.steps_of(gpu_runs.of_this_start(record))] == [3]
+    assert [row["step"] for row in readings.steps_of(readings.of_this_start(record))] == [3]
 
 
-def test_a_stall_is_what_the_steps_after_a_checkpoint_took_beyond_the_median_of_their_passes(gpu_runs):
+def test_a_stall_is_what_the_steps_after_a_checkpoint_took_beyond_the_median_of_their_passes(readings):
     steps = [step(n, ms=100.0 * (1 + n % 2), passes=1 + n % 2) for n in range(1, 25)]
-    assert gpu_runs.checkpoint_stall_ms(steps, save_every=12) == 0.0
+    assert readings.checkpoint_stall_ms(steps, save_every=12) == 0.0
     steps[12]["step_ms"] += 40.0
     steps[14]["step_ms"] += 15.0
-    assert gpu_runs.checkpoint_stall_ms(steps, save_every=12) == pytest.approx(55.0)
+    assert readings.checkpoint_stall_ms(steps, save_every=12) == pytest.approx(55.0)
 
 
-def test_of_several_checkpoints_the_longest_stall_counts_and_later_steps_do_not(gpu_runs):
+def test_of_several_checkpoints_the_longest_stall_counts_and_later_steps_do_not(readings):
     steps = [step(n) for n in range(1, 31)]
     for number, extra in ((11, 20.0), (21, 30.0), (18, 500.0)):
         steps[number - 1]["step_ms"] += extra
-    assert gpu_runs.checkpoint_stall_ms(steps, save_every=10) == pytest.approx(30.0)
+    assert readings.checkpoint_stall_ms(steps, save_every=10) == pytest.approx(30.0)
 
 
-def test_a_stall_in_a_number_of_passes_that_no_other_step_has_is_not_hidden(gpu_runs):
+def test_a_stall_in_a_number_of_passes_that_no_other_step_has_is_not_hidden(readings):
     steps = [step(n) for n in range(1, 13)] + [step(13, ms=3000.0, passes=2)]
-    assert gpu_runs.checkpoint_stall_ms(steps, save_every=12) == pytest.approx(2900.0)
+    assert readings.checkpoint_stall_ms(steps, save_every=12) == pytest.approx(2900.0)
 
 
-def test_no_checkpoint_gives_no_stall(gpu_runs):
-    assert gpu_runs.checkpoint_stall_ms([step(n) for n in range(1, 9)], save_every=12) is None
-    assert gpu_runs.checkpoint_stall_ms([], save_every=12) is None
+def test_no_checkpoint_gives_no_stall(readings):
+    assert readings.checkpoint_stall_ms([step(n) for n in range(1, 9)], save_every=12) is None
+    assert readings.checkpoint_stall_ms([], save_every=12) is None
 
 
-def test_steps_are_compared_with_the_ruler_over_common_numbers_of_passes(gpu_runs):
-    assert gpu_runs.over_ruler_percent({1: 103.0, 2: 205.0, 3: 999.0}, {1: 100.0, 2: 200.0}) == pytest.approx(8 / 3)
-    assert gpu_runs.over_ruler_percent({3: 1.0}, {1: 1.0}) is None
+def test_steps_are_compared_with_the_ruler_over_common_numbers_of_passes(readings):
+    assert readings.over_ruler_percent({1: 103.0, 2: 205.0, 3: 999.0}, {1: 100.0, 2: 200.0}) == pytest.approx(8 / 3)
+    assert readings.over_ruler_percent({3: 1.0}, {1: 1.0}) is None
 
 
-def test_the_ruler_of_the_right_layout_is_read(gpu_runs, tmp_path):
+def test_the_ruler_of_the_right_layout_is_read(readings, tmp_path):
     lines = ["gpus,dap,passes,median_ms", "1,1,1,300", "2,2,1,200", "2,1,1,310", "2,2,2,250"]
     (tmp_path / "step_time.csv").write_text("\n".join(lines) + "\n")
-    assert gpu_runs.ruler_ms(tmp_path, 2, 2) == {1: 200.0, 2: 250.0}
-    assert gpu_runs.ruler_ms(tmp_path, 4, 4) == {}
+    assert readings.ruler_ms(tmp_path, 2, 2) == {1: 200.0, 2: 250.0}
+    assert readings.ruler_ms(tmp_path, 4, 4) == {}
 
 
 # --- bits -------------------------------------------------------------------------------------------------------------
 
 
-def test_equal_records_have_no_different_steps_whatever_their_times(gpu_runs):
+def test_equal_records_have_no_different_steps_whatever_their_times(readings):
     one, two = ([step(n, ms=ms) for n in range(1, 5)] for ms in (100.0, 101.0))
-    assert gpu_runs.different_steps(one, two, whole=True) == ""
+    assert readings.different_steps(one, two, whole=True) == ""
 
 
-def test_one_bit_of_one_term_is_seen_and_named(gpu_runs):
+def test_one_bit_of_one_term_is_seen_and_named(readings):
     one, two = ([step(n) for n in range(1, 5)] for _ in range(2))
     one[2] = step(3) | {"terms": {"fape": 0.5, "distogram": 0.25000000000000006}}
-    problem = gpu_runs.different_steps(one, two, whole=True)
+    problem = readings.different_steps(one, two, whole=True)
     assert problem.startswith("1 of 4 steps, first 3: term distogram 0.25000000000000006")
 
 
@@ -120,23 +143,23 @@ def test_losses_are_recorded_with_every_digit(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == loss
 
 
-def test_a_stopped_run_may_end_earlier_but_a_whole_one_may_not(gpu_runs):
+def test_a_stopped_run_may_end_earlier_but_a_whole_one_may_not(readings):
     whole, part = [step(n) for n in range(1, 5)], [step(n) for n in range(1, 3)]
-    assert gpu_runs.different_steps(part, whole, whole=False) == ""
-    assert "2 steps where the other start has 4" in gpu_runs.different_steps(part, whole, whole=True)
-    assert gpu_runs.different_steps([], whole, whole=False)
+    assert readings.different_steps(part, whole, whole=False) == ""
+    assert "2 steps where the other start has 4" in readings.different_steps(part, whole, whole=True)
+    assert readings.different_steps([], whole, whole=False)
 
 
-def test_the_digest_of_weights_tells_one_changed_bit(gpu_runs, tmp_path):
+def test_the_digest_of_weights_tells_one_changed_bit(readings, tmp_path):
     digests = []
     for value in (1.0, 1.0, 1.0 + 2.0**-23):
         folder = tmp_path / "checkpoints" / "last" / "000004"
         folder.mkdir(parents=True, exist_ok=True)
         weights = {"averaged_model.n_averaged": torch.tensor(4), "w": torch.full((2, 3), value)}
         torch.save(weights, folder / "swa_checkpoint.pt")
-        digests.append(gpu_runs.weights_digest(tmp_path, 4))
+        digests.append(readings.weights_digest(tmp_path, 4))
     assert digests[0] == digests[1] != digests[2]
-    assert gpu_runs.weights_digest(tmp_path, 5) == ""
+    assert readings.weights_digest(tmp_path, 5) == ""
 
 
 # --- ends -------------------------------------------------------------------------------------------------------------
@@ -157,31 +180,31 @@ def test_the_digest_of_weights_tells_one_changed_bit(gpu_runs, tmp_path):
         ("killed", [None, 137], False),
     ],
 )
-def test_every_rank_must_end_with_its_documented_status(gpu_runs, layout, statuses, met):
-    start = next(start for start in gpu_runs.STARTS if start.name == layout)
-    assert gpu_runs.judge_statuses(start, statuses, hung=False).met is met
-    assert gpu_runs.judge_statuses(start, statuses, hung=True).met is False
+def test_every_rank_must_end_with_its_documented_status(judge, layouts, layout, statuses, met):
+    start = next(start for start in layouts.STARTS if start.name == layout)
+    assert judge.judge_statuses(start, statuses, hung=False).met is met
+    assert judge.judge_statuses(start, statuses, hung=True).met is False
 
 
-def test_the_end_counts_from_run_stop_or_from_the_loss_of_a_rank(gpu_runs, watched, tmp_path):
+def test_the_end_counts_from_run_stop_or_from_the_loss_of_a_rank(judge, layouts, starts, watched, tmp_path):
     one = watched.Watched([], tmp_path, {}, 1.0, ended_at=130.0)
-    plain, killed = (next(s for s in gpu_runs.STARTS if s.name == name) for name in ("one_gpu", "killed"))
-    line = gpu_runs.judge_end(gpu_runs.Ended(plain, one, None, set(), []), {"run_stop": 119.0})
+    plain, killed = (next(s for s in layouts.STARTS if s.name == name) for name in ("one_gpu", "killed"))
+    line = judge.judge_end(starts.Ended(plain, one, None, set(), []), {"run_stop": 119.0})
     assert (line.value, line.met) == (11.0, False)
-    assert gpu_runs.judge_end(gpu_runs.Ended(plain, one, None, set(), []), {}).met is False
-    line = gpu_runs.judge_end(gpu_runs.Ended(killed, one, 105.0, set(), []), {"run_stop": 129.0})
+    assert judge.judge_end(starts.Ended(plain, one, None, set(), []), {}).met is False
+    line = judge.judge_end(starts.Ended(killed, one, 105.0, set(), []), {"run_stop": 129.0})
     assert (line.value, line.met) == (25.0, True)
 
 
-def test_files_under_temporary_names_are_found(gpu_runs, tmp_path):
+def test_files_under_temporary_names_are_found(starts, tmp_path):
     kept = tmp_path / "checkpoints" / "last" / "000012"
     kept.mkdir(parents=True)
     (kept / "swa_checkpoint.pt").touch()
     (tmp_path / "metrics.jsonl").touch()
-    assert gpu_runs.partial_files(tmp_path) == []
+    assert starts.partial_files(tmp_path) == []
     (kept.parent / ".000024.partial").mkdir()
     (tmp_path / "metrics.jsonl.tmp").touch()
-    assert sorted(gpu_runs.partial_files(tmp_path)) == ["checkpoints/last/.000024.partial", "metrics.jsonl.tmp"]
+    assert sorted(starts.partial_files(tmp_path)) == ["checkpoints/last/.000024.partial", "metrics.jsonl.tmp"]
 
 
 def python(*code):
@@ -212,15 +235,15 @@ def test_a_process_that_outlives_its_launcher_is_named_and_ended(watched, tmp_pa
     assert "time.sleep(99)" in one.left[0]
 
 
-def test_a_start_that_would_end_too_late_does_not_begin(gpu_runs):
-    start, nothing = gpu_runs.STARTS[0], gpu_runs.Results()
-    assert gpu_runs.cannot_run(start, nothing, 2, 50.0, {1: 40.0, 2: 90.0}) == ""
-    assert "50 s are left" in gpu_runs.cannot_run(start, nothing, 2, 50.0, {1: 60.0, 2: 90.0})
-    pair = next(start for start in gpu_runs.STARTS if start.ranks == 2)
-    assert gpu_runs.cannot_run(pair, nothing, 1, 50.0, {1: 1.0, 2: 1.0}) == "needs 2 GPUs"
-    again = next(start for start in gpu_runs.STARTS if start.after)
+def test_a_start_that_would_end_too_late_does_not_begin(layouts, starts):
+    start, nothing = layouts.STARTS[0], starts.Results()
+    assert starts.cannot_run(start, nothing, 2, 50.0, {1: 40.0, 2: 90.0}) == ""
+    assert "50 s are left" in starts.cannot_run(start, nothing, 2, 50.0, {1: 60.0, 2: 90.0})
+    pair = next(start for start in layouts.STARTS if start.ranks == 2)
+    assert starts.cannot_run(pair, nothing, 1, 50.0, {1: 1.0, 2: 1.0}) == "needs 2 GPUs"
+    again = next(start for start in layouts.STARTS if start.after)
     nothing.not_run[again.after] = "no time"
-    assert "did not run" in gpu_runs.cannot_run(again, nothing, 2, 50.0, {1: 1.0, 2: 1.0})
+    assert "did not run" in starts.cannot_run(again, nothing, 2, 50.0, {1: 1.0, 2: 1.0})
 
 
 def test_chosen_layouts_bring_what_they_are_compared_with(gpu_runs):
@@ -228,12 +251,12 @@ def test_chosen_layouts_bring_what_they_are_compared_with(gpu_runs):
     assert names == ["dap2", "dap2 again", "stop_dap2", "stop_dap2 resumed"]
 
 
-def test_all_settings_form_configurations_that_can_run(gpu_runs, repository, tmp_path):
+def test_all_settings_form_configurations_that_can_run(layouts, repository, tmp_path):
     from scalefold.config import load_config
 
-    plan = gpu_runs.Plan(tmp_path, tmp_path)
-    for start in gpu_runs.STARTS:
-        config = load_config(repository / "configs" / "base.yaml", gpu_runs.settings(plan, start)).config
+    plan = layouts.Plan(tmp_path, tmp_path)
+    for start in layouts.STARTS:
+        config = load_config(repository / "configs" / "base.yaml", layouts.settings(plan, start)).config
         assert config.parallel.world_size == start.ranks
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -229,9 +230,22 @@ def test_tables_of_the_page_are_replaced_and_nothing_else(script):
 
 def test_figures_of_the_page_exist_and_are_drawings(repository):
     page = (repository / "docs" / "scaling.md").read_text()
-    names = [part.split(")")[0] for part in page.split("](figures/")[1:]]
-    assert len(names) == 4
+    names = re.findall(r'src(?:set)?="figures/([^"]+)"', page)
+    assert len(names) == 8
+    assert [name.removesuffix("_dark.svg") + ".svg" for name in names[::2]] == names[1::2], "dark first, then light"
     for name in names:
         root = xml.etree.ElementTree.parse(repository / "docs" / "figures" / name).getroot()
         assert root.tag.endswith("svg")
         assert SimpleNamespace(**root.attrib).viewBox
+
+
+def test_a_dark_figure_is_the_light_one_in_other_colours(script, repository):
+    module = script("plot_scaling")
+    light_of = {dark: module.PALETTE[name] for name, dark in module.DARK.items()} | {module.DARK_GROUND: "white"}
+    lights = [file for file in (repository / "docs" / "figures").glob("*.svg") if not file.stem.endswith("_dark")]
+    assert lights
+    for light in lights:
+        text = light.with_name(f"{light.stem}_dark.svg").read_text()
+        assert not [colour for colour in (*module.PALETTE.values(), "white", "black", "#000") if colour in text]
+        text = re.sub("|".join(light_of), lambda found: light_of[found[0]], text)
+        assert text == light.read_text(), "draw the figures again"

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from processes import run_ranks
 from scalefold.parallel.dap.collectives import (
+    Group,
     begin_exchange,
     end_exchange,
     exchange,
@@ -19,9 +20,15 @@ from scalefold.parallel.dap.collectives import (
 pytestmark = pytest.mark.distributed
 
 
+def world() -> Group:
+    """All ranks of a test."""
+    assert dist.group.WORLD is not None
+    return Group(dist.group.WORLD)
+
+
 def chain(rank: int, size: int, shape: tuple[int, ...], split: int, concat: int) -> tuple[np.ndarray, np.ndarray]:
     """scatter -> per-rank work -> exchange -> work -> shared gather -> per-rank work -> same gather, on every rank."""
-    group = dist.group.WORLD
+    group = world()
     x = torch.arange(float(np.prod(shape))).reshape(shape).sin().double().requires_grad_()
     local = scatter(x, concat, group).square()
     swapped = exchange(local, split, concat, group).exp()
@@ -50,7 +57,7 @@ def test_a_chain_of_exchanges_equals_the_whole_computation(
 
 def beside(rank: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
     """An exchange in two halves around another; what was under way then, in the other's backward, and at the end."""
-    group, flights, seen = dist.group.WORLD, {}, []
+    group, flights, seen = world(), {}, []
     x = (torch.arange(24.0).reshape(4, 3, 2).sin() + rank).double().requires_grad_()
     other = torch.full((4, 2), 1.0 + rank, dtype=torch.double, requires_grad=True)
     under_way = begin_exchange(x.square(), 0, 1, group, flights)
@@ -63,7 +70,7 @@ def beside(rank: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
 
 
 def at_once(rank: int) -> tuple[np.ndarray, np.ndarray]:
-    group = dist.group.WORLD
+    group = world()
     x = (torch.arange(24.0).reshape(4, 3, 2).sin() + rank).double().requires_grad_()
     other = torch.full((4, 2), 1.0 + rank, dtype=torch.double)
     out, other_out = exchange(x.square(), 0, 1, group), exchange(other.exp(), 0, 1, group)
@@ -80,7 +87,7 @@ def test_an_exchange_in_two_halves_equals_one_at_once_with_others_in_between() -
 
 def together(rank: int) -> list[np.ndarray]:
     """Two tensors in one exchange and in two, with their gradients."""
-    found, group = [], dist.group.WORLD
+    found, group = [], world()
     for at_once in (True, False):
         x = (torch.arange(24.0).reshape(4, 3, 2).sin() + rank).double().requires_grad_()
         y = x.detach().exp().requires_grad_()
@@ -99,6 +106,6 @@ def test_several_tensors_in_one_exchange_equal_several_exchanges() -> None:
 def test_a_length_that_cannot_be_shared_is_named() -> None:
     def uneven(rank: int) -> None:
         with pytest.raises(ValueError, match="a dimension of 3 cannot be shared by 2 ranks"):
-            scatter(torch.ones(3), 0, dist.group.WORLD)
+            scatter(torch.ones(3), 0, world())
 
     run_ranks(uneven, 2)

@@ -1,5 +1,6 @@
 """Kernels compiled without their GPU: the running program must find them."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ FEW = ["execution.kernels=triton", "data.val_max_sequence_length=16", "data.eval
 
 COMPILE = """
 import torch
-from scalefold.kernels.table import operations
+from scalefold.kernels.choice import operations
 from scalefold.kernels.ahead import compiling_for
 ops, meta = operations("triton"), torch.device("meta")
 x = torch.empty(1, 64, 64, 128, device=meta, dtype=torch.bfloat16, requires_grad=True)
@@ -36,7 +37,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from scalefold.kernels import triton_ops
-from scalefold.kernels.table import operations
+from scalefold.kernels.choice import operations
 from scalefold.kernels.ahead import counting
 class Driver:
     get_current_device = lambda self: 0
@@ -74,6 +75,45 @@ def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(tmp_path:
     moved = hand_to_node(cache, tmp_path / "node")
     cache.rename(tmp_path / "elsewhere")
     assert run_python(RUN, moved) == [misses, "0", *folders], "also in the node's own cache, without the first folder"
+
+
+#: The benchmark's widths, one block of each kind, few rows.
+ONE_BLOCK = (
+    *(f"model.{stack}.num_blocks=1" for stack in ("evoformer", "extra_msa", "template")),
+    *("model.structure.num_blocks=2", "data.train_sequence_crop_size=64", "data.max_msa_clusters=32"),
+    *("data.max_extra_msa=64", "data.num_recycling_iters=1", "training.global_batch_size=2"),
+    *("data.val_max_sequence_length=64", "training.init_checkpoint=null"),
+)
+OPERATIONS = (
+    "adam_swa",
+    "attention_programs",
+    "elementwise",
+    "gated_output",
+    "global_attention_programs",
+    "layer_norm",
+)
+OPERATIONS += ("linear", "outer_product", "point_attention", "point_errors", "transition", "triangle")
+
+
+def kernel_keys(way: str, *overrides: str) -> dict[str, list[str]]:
+    """What ``kernel_keys.py`` prints: under which keys Triton would file the kernels."""
+    tests = Path(__file__).parent
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(tests / "kernel_keys.py"), way, str(CONFIGS / "h100_1x1.yaml"), *ONE_BLOCK]
+    done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dap_size", [1, 2])
+def test_all_operations_of_a_run_ask_for_the_kernels_that_were_compiled_ahead(dap_size: int) -> None:
+    shape = (f"parallel.gpus_per_node={dap_size}", f"parallel.dap_size={dap_size}")
+    ahead, launched = kernel_keys("ahead", *shape), kernel_keys("launched", *shape)
+    assert {name.split(".")[-2] for name in launched} >= set(OPERATIONS)
+    assert sum(map(len, launched.values())) > 100
+    missing = {name: set(keys) - set(ahead.get(name, [])) for name, keys in launched.items()}
+    assert {name: keys for name, keys in missing.items() if keys} == {}, "a run would compile these on the clock"
+    assert ahead.keys() == launched.keys(), "compiled for nothing"
 
 
 def hand_to_node(compiled: Path, node: Path) -> Path:

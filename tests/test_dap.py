@@ -11,6 +11,7 @@ from scalefold.config import EvoformerConfig, ModelConfig, TemplateConfig
 from scalefold.errors import ConfigError
 from scalefold.model.evoformer import EvoformerStack, ExtraMSAStack
 from scalefold.model.templates import TemplatePairStack
+from scalefold.parallel.dap.collectives import Group
 from scalefold.parallel.dap.points import apply_dap, check_shares, gradient_scale
 
 STACK = EvoformerConfig(
@@ -64,12 +65,11 @@ def run_trunk(model: nn.ModuleDict, num_rows: int, num_residues: int) -> Result:
 
 
 def run_sharded(rank: int, num_rows: int, num_residues: int, training: bool, recompute: bool = False) -> Result:
-    group = dist.group.WORLD
-    assert group is not None
+    assert dist.group.WORLD is not None
     model = trunk().train(training)
     for stack in model.values():
         stack.checkpoint_blocks = recompute
-    apply_dap(model, group)
+    apply_dap(model, Group(dist.group.WORLD))
     loss, z_gradient, gradients = run_trunk(model, num_rows, num_residues)
     for name, value in gradients.items():
         summed = torch.from_numpy(value.copy())

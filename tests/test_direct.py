@@ -115,15 +115,18 @@ def test_what_it_does_not_take_is_left_to_the_library(x, dims):
 
 
 def test_a_group_uses_them_from_the_moment_it_is_told_to(monkeypatch):
-    group, ranks = object(), OneProcess(2).ranks
-    monkeypatch.setattr(collectives.dist, "get_world_size", lambda group: 2)
-    collectives.use_direct(group, ranks[0])  # type: ignore[arg-type]
+    monkeypatch.setattr(collectives.dist, "get_world_size", lambda processes: 2)
+    processes: Any = object()
+    group = collectives.Group(processes, OneProcess(2).ranks[0])
     x = torch.randn(1, 4, 4, 8, device=DEVICE)
-    assert collectives.all_gather(x, 1, group).shape == (1, 8, 4, 8)  # type: ignore[arg-type]
-    assert collectives.all_to_all([x], 1, -2, group)[0].shape == (1, 2, 8, 8)  # type: ignore[arg-type]
-    assert collectives.reduce_scatter(x, -2, group).shape == (1, 4, 2, 8)  # type: ignore[arg-type]
-    collectives.use_direct(group, None)  # type: ignore[arg-type]
-    assert group not in collectives._direct
+    assert collectives.all_gather(x, 1, group).shape == (1, 8, 4, 8)
+    assert collectives.all_to_all([x], 1, -2, group)[0].shape == (1, 2, 8, 8)
+    assert collectives.reduce_scatter(x, -2, group).shape == (1, 4, 2, 8)
+    group.disconnect()
+    sent = []
+    monkeypatch.setattr(collectives.dist, "all_gather_into_tensor", lambda *xs, group: sent.append(group))
+    collectives.all_gather(x, 1, group)
+    assert sent == [processes]
 
 
 class Exchanged(torch.autograd.Function):
@@ -202,10 +205,11 @@ def connected_where_one_rank_cannot(rank: int) -> tuple[bool, bool]:
         return OneProcess(2).ranks[0]
 
     direct.mapped = mapped
-    group = dist.group.WORLD
-    assert group is not None
-    connected = direct.connect(group, group, torch.device(DEVICE))
-    return connected, group in collectives._direct
+    processes = dist.group.WORLD
+    assert processes is not None
+    group = collectives.Group(processes)
+    connected = direct.connect(group, processes, torch.device(DEVICE))
+    return connected, group.direct is not None
 
 
 @pytest.mark.distributed

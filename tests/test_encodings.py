@@ -21,7 +21,8 @@ def calls_without_encoding(file: Path) -> Iterator[str]:
         name = ast.unparse(node.func)
         modes = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
         opens = name == "open" or name.endswith((".open", "os.fdopen"))
-        binary = name in ("os.open", "gzip.open", "gate.open") or "b" in "".join(modes) or "b'" in ast.unparse(node)
+        others = ("os.open", "gzip.open", "gate.open", "run.batches.open", "self.open")
+        binary = name in others or "b" in "".join(modes) or "b'" in ast.unparse(node)
         if name.endswith((".read_text", ".write_text")) or (opens and not binary):
             yield f"{file.name}:{node.lineno}: {ast.unparse(node)}"
 

@@ -15,8 +15,8 @@ import torch
 
 from scalefold.autopsy import read_last_words
 from scalefold.errors import RankLostError, TrainingError
+from scalefold.parallel.ending import Ending, LastWords, forget_last_words
 from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run.ending import Ending, LastWords, forget_last_words
 
 
 def test_everything_is_let_go_of_in_reverse_order() -> None:
@@ -77,7 +77,7 @@ def test_an_end_that_stands_is_named_and_left_with_the_earned_status(capsys: pyt
 def test_a_process_that_stands_at_its_end_is_gone_within_the_bound() -> None:
     program = """
         import time
-        from scalefold.run.ending import Ending
+        from scalefold.parallel.ending import Ending
         with Ending(limit_s=0.2) as ending:
             ending.status = 6
             ending.add("captured steps", lambda: time.sleep(60))

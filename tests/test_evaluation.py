@@ -11,10 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from processes import run_ranks
+from runs import tiny_config
 from scalefold.errors import TrainingError
 from scalefold.eval import snapshots
 from scalefold.eval.score import Evaluation, gather_scores, score_chains
 from scalefold.eval.snapshots import SnapshotReceiver, SnapshotSender
+from scalefold.parallel.ending import Ending
+from scalefold.parallel.ranks import start
+from scalefold.phases import Schedule
+from scalefold.run import assemble as assembly
+from scalefold.run.resume import RunOptions
 
 SCORES = {"1abc_A": 0.5, "2xyz_B": 0.75, "3def_C": 0.25, "4ghi_D": 0.9}
 
@@ -217,22 +223,15 @@ def test_the_receiver_shares_what_it_got_and_reports_once() -> None:
     assert evaluated == [(1, [1.0] * 3), (2, [2.0] * 3)]
 
 
-def test_a_run_lets_go_of_its_evaluator(tmp_path: Path) -> None:
-    from scalefold.run.assemble import Run
-    from scalefold.run.ending import Ending
-
+def test_a_run_lets_go_of_its_evaluator(tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
-    part = lambda name: SimpleNamespace(  # noqa: E731
-        **{verb: (lambda verb=verb: closed.append(f"{name}.{verb}")) for verb in ("close", "release_device")},
-        release_memory=lambda: closed.append(f"{name}.release_memory"),
+    evaluator = SimpleNamespace(
+        close=lambda: closed.append("workers"), release_device=lambda: closed.append("captured evaluations")
     )
-    run: Any = SimpleNamespace(
-        record=part("record"), progress=part("progress"), checkpoints=part("checkpoints"), step=part("step")
-    )
-    run.evaluator, run.loader = part("evaluator"), part("loader")
+    monkeypatch.setattr(assembly, "make_evaluator", lambda *parts: evaluator)
+    schedule = Schedule(tiny_config(tiny_store, tmp_path / "run"))
     with Ending() as ending:
-        Run.let_go_with(run, ending)
-    assert sorted(closed) == [
-        *("checkpoints.close", "evaluator.close", "evaluator.release_device", "loader.close"),
-        *("loader.release_memory", "progress.close", "record.close", "step.close"),
-    ]
+        run = assembly.assemble(schedule, RunOptions(), start(schedule.config), ending)
+        assert run.evaluator is evaluator
+        assert closed == []
+    assert closed == ["workers", "captured evaluations"]

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from runs import tiny_config
-from scalefold.config import Config
+from scalefold.config import Config, RankLayout
 from scalefold.data.configured import feature_settings
 from scalefold.data.features.features import BatchShape, buffer_bytes, feature_views, fill_sample
 from scalefold.data.made.synthetic import synthetic_batch, synthetic_chain
 from scalefold.eval.here import EvaluationHere
 from scalefold.eval.model import CapturedChain, EvaluationModel
 from scalefold.eval.score import ChainScorer, place_chains
-from scalefold.kernels.table import REFERENCE, operations
-from scalefold.parallel.ranks import RankLayout, Ranks
+from scalefold.kernels.choice import operations
+from scalefold.kernels.table import REFERENCE
+from scalefold.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from chains import random_chain
 from plain_features import plain_features
 from scalefold.data import residues
+from scalefold.data.batch_keys import PER_SLICE_KEYS
 from scalefold.data.features.features import (
     FEATURE_SCHEMA,
-    PER_SLICE_KEYS,
     BatchShape,
     FeatureSettings,
     buffer_bytes,

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from runs import tiny_config
-from scalefold.config import Config
+from scalefold.config import Config, RankLayout
 from scalefold.data.configured import feature_settings
 from scalefold.data.features.features import BatchShape, FeatureSettings, buffer_bytes, copy_samples, feature_views
 from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
+from scalefold.kernels.table import use_operations
 from scalefold.model.alphafold import AlphaFold
-from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run.assemble import use_operations
+from scalefold.parallel.ranks import Ranks
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
 from scalefold.step.graphs import GraphedTrainStep, TrainStep
 from scalefold.step.optimizer import Optimizer

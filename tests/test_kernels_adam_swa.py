@@ -6,8 +6,8 @@ import torch
 from kernel_accuracy import DEVICE, Draw
 from scalefold.config import TrainingConfig
 from scalefold.kernels import reference
+from scalefold.kernels.choice import operations
 from scalefold.kernels.ops import adam_swa, elementwise
-from scalefold.kernels.table import operations
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatParameters
 

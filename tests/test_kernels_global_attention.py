@@ -89,14 +89,6 @@ def test_a_non_contiguous_input_is_accepted():
     assert_as_accurate_as_pytorch(inputs, d_out, 2)
 
 
-def test_widths_that_do_not_suit_the_matrix_units_take_the_plain_definition():
-    inputs, d_out = make_inputs(1, 4, 3, 24, 3, torch.float32)
-    ours = run(global_attention.global_attention, inputs, d_out, 3)
-    plain = run(reference.global_attention, inputs, d_out, 3)
-    for name, value in plain.items():
-        torch.testing.assert_close(ours[name], value, rtol=0, atol=0, msg=name)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("n", [256, 128, 32, 301])

@@ -39,8 +39,6 @@ def check_projections(shape, widths, biased, dtype, transposed=False):
         ((2, 3, 5, 16), (8,), (False,)),
         ((1, 4, 6, 16), (16, 16, 16), (True, False, True)),
         ((1, 1, 1, 64), (64,), (True,)),
-        ((1, 3, 5, 16), (16, 32), (True, False)),
-        ((1, 3, 5, 24), (24, 8), (True, False)),
     ],
     ids=str,
 )
@@ -96,9 +94,7 @@ def check_gated(shape, heads, width, dtype, transposed, dropped):
 
 @pytest.mark.parametrize("dropped", [None, "rows", "columns"])
 @pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
-@pytest.mark.parametrize(
-    ("shape", "heads", "width"), [((1, 3, 19, 32), 2, 16), ((2, 5, 7, 16), 2, 8), ((1, 2, 3, 24), 3, 8)], ids=str
-)
+@pytest.mark.parametrize(("shape", "heads", "width"), [((1, 3, 19, 32), 2, 16), ((2, 5, 7, 16), 2, 8)], ids=str)
 def test_gated_output_is_as_accurate_as_pytorch(shape, heads, width, dtype, transposed, dropped):
     check_gated(shape, heads, width, dtype, transposed, dropped)
 

@@ -195,15 +195,6 @@ def test_the_number_of_launches_is_small_whatever_the_strides(monkeypatch):
     assert launches.names == expected
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(2049, torch.float32), (4, torch.bfloat16), (0, torch.float32)], ids=str)
-def test_what_the_kernels_do_not_take_goes_to_the_definition(monkeypatch, n, dtype):
-    taken = []
-    monkeypatch.setattr(reference, "invariant_point_attention", lambda *x: taken.append(x))
-    inputs = [torch.empty(x.shape[:1] + (n,) * (x.dim() > 1) + x.shape[2:], dtype=dtype) for x in meta_inputs(3)]
-    point_attention.invariant_point_attention(*inputs, MASK_INF)
-    assert len(taken) == 1
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [256, 301, 704])
 def test_full_sizes_agree_with_the_definition(n, monkeypatch):

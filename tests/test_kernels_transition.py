@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernel_accuracy import DTYPES, LIBRARY_TILES, Draw, assert_as_accurate_as_pytorch, transition_backward
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import reference
 from scalefold.kernels.ops import transition
 
 FULL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
@@ -20,9 +20,7 @@ def check(shape, factor, dtype, transposed=False):
 
 
 @pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
-@pytest.mark.parametrize(
-    ("shape", "factor"), [((1, 3, 19, 32), 4), ((2, 5, 7, 16), 2), ((1, 1, 1, 64), 4), ((1, 2, 3, 24), 4)], ids=str
-)
+@pytest.mark.parametrize(("shape", "factor"), [((1, 3, 19, 32), 4), ((2, 5, 7, 16), 2), ((1, 1, 1, 64), 4)], ids=str)
 def test_transition_is_as_accurate_as_pytorch(shape, factor, dtype, transposed):
     check(shape, factor, dtype, transposed)
 
@@ -55,13 +53,6 @@ def test_launch_parameters_choose_the_form_and_both_keep_the_memory_order(monkey
     assert by_library.data_ptr() == found[0][0].data_ptr()
     assert y.stride() == fused.stride() == by_library.stride() == x.stride()
     torch.testing.assert_close(by_library, fused, rtol=1e-5, atol=1e-5)
-
-
-def test_a_sweep_tries_both_forms_of_the_backward():
-    tried = tuning.candidates("transition_backward", rows=32768, c=256, n=1024, dtype="bfloat16")[
-        :20
-    ]  # of which it takes 20
-    assert {bool(config.get("LIBRARY")) for config in tried} == {True, False}
 
 
 def test_weights_may_begin_anywhere_in_memory():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
+from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import reference
 from scalefold.kernels.ops import triangle
 
@@ -109,16 +109,6 @@ def test_masked_pairs_get_no_operand_and_give_no_gradient():
     assert (a.permute(0, 2, 3, 1)[outside] == 0).all()
     assert (gradient[outside] == 0).all()
     assert (gradient[~outside] != 0).any()
-
-
-def test_other_widths_take_the_plain_definition():
-    draw = Draw(6)
-    z, x = draw(1, 3, 3, 24), draw(1, 24, 3, 3)
-    linears = [draw.weight(24, 24), draw(24), draw.weight(24, 24), draw(24)]
-    norms = [*draw.norm(24), *draw.norm(24)]
-    expected = reference.triangle_output(z, x, *norms, *linears, None)
-    torch.testing.assert_close(triangle.triangle_output(z, x, *norms, *linears, None), expected)
-    assert DEVICE in str(z.device)
 
 
 @pytest.mark.gpu

@@ -12,11 +12,11 @@ FIELDS = {"n": 256, "dtype": "bfloat16"}
 def kernel(monkeypatch, tmp_path):
     """A registered kernel and an empty folder of tables."""
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
-    monkeypatch.setattr(tuning, "_tunables", {})
-    tuning.register("example", lambda fields, target: {"BLOCK": target}, lambda fields: [{"BLOCK": 16}, {"BLOCK": 90}])
+    monkeypatch.setattr(tuning, "_defaults", {})
+    tuning.register("example", lambda fields, target: {"BLOCK": target})
     yield "example"
     tuning.table.cache_clear()
-    tuning._settled.cache_clear()
+    tuning._resolved.cache_clear()
 
 
 def test_the_default_follows_the_assumed_capability(kernel):
@@ -64,16 +64,11 @@ def test_an_override_beats_everything_and_ends_with_its_block(kernel):
         assert tuning.lookup(kernel, **FIELDS) == {"BLOCK": 90}
 
 
-def test_candidates_start_with_the_present_choice_and_do_not_repeat_it(kernel):
-    with tuning.assume_capability(90):
-        assert tuning.candidates(kernel, **FIELDS) == [{"BLOCK": 90}, {"BLOCK": 16}]
-
-
 def test_unknown_and_doubly_registered_kernels_are_refused(kernel):
     with pytest.raises(KeyError, match="registered: example"), tuning.override("missing", {}):
         pass
     with pytest.raises(ValueError, match="twice"):
-        tuning.register(kernel, lambda fields, target: {}, lambda fields: [])
+        tuning.register(kernel, lambda fields, target: {})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from scalefold.kernels import tuning
+from scalefold.kernels import tuning, weight_gradient
 from scalefold.kernels.rows import sum_all
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
@@ -40,6 +40,44 @@ def test_products_agree_however_they_are_computed(config, shape):
         torch.testing.assert_close(value, exact(product), rtol=1e-5, atol=1e-4)
 
 
+def copied(num_stages=2):
+    tiles = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": num_stages}
+    return tuning.override("weight_gradient", {"LIBRARY": 0, "COPY_ENGINE": 1, **tiles})
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 32), (2, 5, 7), (1, 1, 40)], ids=str)
+@pytest.mark.parametrize("num_narrow", [0, 1])
+def test_products_by_the_copy_engine_are_exact(shape, num_narrow, monkeypatch):
+    monkeypatch.setattr(weight_gradient, "_tiled_products", None)  # it is the copying kernel that must take them
+    a, other, wide = draw(*shape, 32), draw(*shape, 32) + 1.0, draw(*shape, 192)
+    narrow = draw(4, -(-a[..., 0].numel() // 8) * 8)[:, : a[..., 0].numel()].view(4, *shape).movedim(0, -1)
+    products = [Product(wide[..., :64], a), Product(wide[..., 64:128], other), Product(wide[..., 128:], a, True)]
+    products += [Product(narrow, a)] * num_narrow
+    with copied():
+        found = gradients(products)
+    for product, value in zip(products, found, strict=True):
+        torch.testing.assert_close(value, exact(product), rtol=1e-5, atol=1e-4)
+
+
+def test_what_the_copy_engine_cannot_fetch_goes_to_the_other_kernel():
+    a, d = draw(1, 6, 16, 32), draw(1, 6, 16, 64)
+    impossible = [
+        [Product(draw(1, 16, 6, 64).transpose(1, 2), a)],  # no matrix
+        [Product(draw(1, 6, 16, 65)[..., 1:], a)],  # rows at odd addresses
+        [Product(d, a), Product(draw(1, 6, 16, 32), a)],  # two widths
+        [Product(d[..., :48], a)],  # no whole number of blocks
+        [Product(draw(1, 6, 16, 4), a), Product(d, a)],  # a narrow one before a wide one
+    ]
+    for products in impossible:
+        with copied():
+            assert weight_gradient._copied_products(products, len(products)) is None
+            found = gradients(products)
+        for product, value in zip(products, found, strict=True):
+            torch.testing.assert_close(value, exact(product), rtol=1e-5, atol=1e-4)
+    with copied(num_stages=200):
+        assert weight_gradient._copied_products([Product(d, a)], 1) is None  # a ring that no multiprocessor holds
+
+
 def test_rows_are_split_where_the_number_of_ranges_divides_them():
     a, d = draw(1, 16, 32, 16), draw(1, 16, 32, 16)
     with tuning.override("weight_gradient", {"LIBRARY": 128}):
@@ -59,9 +97,12 @@ def test_sums_of_several_shapes_take_one_launch_and_keep_single_ones():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "n", "c"), [((256, 256), 128, 128), ((128, 256), 1024, 256), ((1024, 256), 64, 64)])
-def test_full_products_repeat_bit_for_bit(rows, n, c):
+def test_full_products_repeat_bit_for_bit(rows, n, c, repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    from tune_candidates import candidates
+
     d, a = (torch.randn(1, *rows, width, device="cuda", dtype=torch.bfloat16) for width in (n, c))
-    for config in tuning.candidates("weight_gradient", rows=1, dtype="bfloat16", n=n, c=c, products=1):
+    for config in candidates("weight_gradient", rows=1, dtype="bfloat16", n=n, c=c, products=1):
         with tuning.override("weight_gradient", config):
             first, second = (gradients([Product(d, a)])[0] for _ in range(2))
         assert torch.equal(first, second)

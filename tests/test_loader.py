@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from chains import random_chain
-from scalefold.data.features.features import PER_SLICE_KEYS, FeatureSettings, build_features
+from scalefold.data.batch_keys import PER_SLICE_KEYS
+from scalefold.data.features.features import FeatureSettings, build_features
 from scalefold.data.loading import loader as loading
 from scalefold.data.loading.loader import ChainDataset, EvalSet, SlowSamples, TrainLoader, to_device
 from scalefold.data.loading.sampler import TrainingSampler, seed_from_string

@@ -1,4 +1,7 @@
-"""The rehearsal submission passes every official checker; sabotaged ones are refused, each for the right reason."""
+"""The rehearsal submission passes every official checker; sabotaged ones are refused, each for the right reason.
+
+Longer than 400 lines, because it holds one table of every contradiction and sabotage of one package.
+"""
 
 import json
 import os

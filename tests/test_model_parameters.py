@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from scalefold.config import ModelConfig
+from scalefold.mlperf.log.keys import PARAMETERS_COUNT
 from scalefold.model import AlphaFold, cast_trunk, is_fp32_parameter
 from scalefold.model.layers import LayerNorm, Linear
 
@@ -24,8 +25,8 @@ def test_names_shapes_and_order_equal_the_reference_row_by_row(full_model: Alpha
     assert [name for name, _ in full_model.named_parameters()] == [name for name, _ in expected]
 
 
-def test_full_model_has_93229082_parameters(full_model: AlphaFold) -> None:
-    assert sum(p.numel() for p in full_model.parameters()) == 93_229_082
+def test_the_full_model_has_the_parameters_that_the_rules_demand(full_model: AlphaFold) -> None:
+    assert sum(p.numel() for p in full_model.parameters()) == PARAMETERS_COUNT
     assert all(p.dtype == torch.float32 for p in full_model.parameters())
 
 

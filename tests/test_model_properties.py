@@ -10,8 +10,7 @@ from torch import Tensor
 
 from parity import golden, whole
 from scalefold.config import LossConfig, ModelConfig
-from scalefold.data.features import features as data_features
-from scalefold.model import PER_SLICE_KEYS, AlphaFold, loss, select_slice, violations
+from scalefold.model import AlphaFold, loss, select_slice, violations
 from scalefold.model.rigid import Rigid, quaternion_to_rotation
 from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node
 
@@ -203,10 +202,6 @@ def test_masked_edges_have_no_influence_on_triangle_attention(node: str) -> None
     everything = torch.ones_like(mask)
     unmasked, unmasked_garbage = run(z, everything), run(garbage, everything)
     assert not torch.allclose(unmasked * mask[..., None], unmasked_garbage * mask[..., None])
-
-
-def test_per_pass_features_are_those_of_the_data_pipeline() -> None:
-    assert PER_SLICE_KEYS == data_features.PER_SLICE_KEYS
 
 
 def test_distogram_is_symmetric(model: AlphaFold) -> None:

@@ -15,7 +15,8 @@ import pytest
 from scalefold.data.made.demo import Summary, generate
 from scalefold.data.raw import mmcif, official
 from scalefold.data.raw.rawlayout import RawLayout
-from scalefold.data.store.prepare import prepare, read_clusters
+from scalefold.data.store.labels import read_clusters
+from scalefold.data.store.prepare import prepare
 from scalefold.data.store.store import Store
 from scalefold.errors import DataError
 

@@ -123,7 +123,13 @@ def test_query_key_value_and_gate_projections_are_neighbours_in_memory() -> None
 
 
 def test_storage_order_keeps_names_that_lack_a_query() -> None:
-    assert storage_order(["a.linear_g.weight", "a.linear_z.weight"]) == ["a.linear_z.weight", "a.linear_g.weight"]
+    assert storage_order(["a.linear_g.weight", "a.linear_z.weight"]) == ["a.linear_g.weight", "a.linear_z.weight"]
+
+
+def test_operands_of_the_outer_product_are_neighbours_in_storage() -> None:
+    own = [f"b.outer_product_mean.linear_{n}.{kind}" for n in (1, 2) for kind in ("weight", "bias")]
+    others = ["b.transition.linear_1.weight", "b.transition.linear_1.bias", "b.transition.linear_2.weight"]
+    assert storage_order(own + others) == [own[0], own[2], own[1], own[3], *others]
 
 
 def test_bf16_parameters_compute_from_a_copy_that_follows_the_master() -> None:

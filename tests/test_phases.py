@@ -94,7 +94,7 @@ def test_a_phase_with_other_ranks_ends_the_process_and_the_next_one_continues(ti
     config = phased(tiny_store, tmp_path / "run", phases)
     assert run_ranks(status, 1, config, False, join=False) == ["next_phase"]
     state = read_state(tmp_path / "run" / "checkpoints" / "last" / "000002")
-    assert (state.phase, state.steps_before, state.samples_before) == (1, 2, 4)
+    assert state.position == Position(1, 2, 4)
     assert run_ranks(status, 2, config, True, join=False) == ["aborted", "aborted"]
     metrics = read_metrics(tmp_path / "run")
     assert metrics.step.tolist() == [1, 2, 3, 4]
@@ -110,7 +110,7 @@ def test_evaluation_ranks_end_their_phase_too(tiny_store: Path, tmp_path: Path) 
     last = int(read_metrics(tmp_path / "run").step[-1])
     assert last < 400
     state = read_state(tmp_path / "run" / "checkpoints" / "last" / f"{last:06d}")
-    assert (state.phase, state.steps_before, state.samples_before) == (1, last, 2 * last)
+    assert state.position == Position(1, last, 2 * last)
 
 
 def status(rank: int, config: Config, resume: bool) -> str | None:

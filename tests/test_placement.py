@@ -8,10 +8,10 @@ import pytest
 from torch.distributed import TCPStore
 
 from processes import free_port, run_ranks
-from scalefold.config import Config, ParallelConfig, TrainingConfig
+from scalefold.config import Config, ParallelConfig, RankLayout, TrainingConfig
 from scalefold.eval.snapshots import run_store
 from scalefold.launch.placement import Seat, describe, problems, ranks_by_node
-from scalefold.parallel.ranks import RankLayout, start
+from scalefold.parallel.ranks import start
 
 LAYOUT = RankLayout(8, dap_size=2, num_eval_ranks=2)
 

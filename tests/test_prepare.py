@@ -1,4 +1,7 @@
-"""Raw folders to a store: bad files are listed and the rest goes on; a killed run continues; nothing is done twice."""
+"""Raw folders to a store: bad files are listed and the rest goes on; a killed run continues; nothing is done twice.
+
+Longer than 400 lines, because it has one test per way in which raw files can be wrong.
+"""
 
 import bz2
 import gzip
@@ -18,9 +21,11 @@ import pytest
 from raw_files import CifEntry, Entity, a3m, backbone, hhr, peptide, write
 from scalefold.data.raw import rawlayout
 from scalefold.data.raw.rawlayout import RawLayout
-from scalefold.data.store import prepare, selection
+from scalefold.data.store import labels, prepare, selection, structures, units
+from scalefold.data.store.alignments import prepare_alignments
 from scalefold.data.store.manifest import read_manifest, read_rejections, verify_data
 from scalefold.data.store.store import Store
+from scalefold.data.store.structures import prepare_structures
 from scalefold.errors import DataError
 
 MONOMERS = ("ALA", "GLY", "SER", "MET", "LYS", "TRP", "ASP", "GLU", "PHE", "ILE", "LEU", "VAL")
@@ -115,15 +120,15 @@ def test_content_does_not_depend_on_workers_or_ranks(tmp_path, monkeypatch):
 def _prepare_as_two_ranks(layout, out_dir):
     """Rank 1 runs its share whenever rank 0 waits, as a barrier would have it."""
     plan = rawlayout.scan(layout)
-    job = prepare._Job(out_dir, layout, plan, prepare._read_inputs(layout, plan, quiet), True)
+    job = units.Job(out_dir, layout, plan, labels.read_inputs(layout, plan, quiet), True)
 
-    def share(phase, work, units):
-        return lambda: prepare._run_units(phase, work, job, units, 1, prepare.Team(1, 2), quiet)
+    def share(phase, work, members):
+        return lambda: units.run_units(phase, work, job, members, 1, units.Team(1, 2), quiet)
 
-    structures = share("structures", prepare._prepare_structures, plan.structures)
-    alignments = share("alignments", prepare._prepare_alignments, plan.alignments)
+    structures = share("structures", prepare_structures, plan.structures)
+    alignments = share("alignments", prepare_alignments, plan.alignments)
     waits = iter([structures, lambda: None, alignments, lambda: None, lambda: None])
-    prepare.prepare(layout, out_dir, team=prepare.Team(0, 2, lambda: next(waits)()), report=quiet)
+    prepare.prepare(layout, out_dir, team=units.Team(0, 2, lambda: next(waits)()), report=quiet)
 
 
 def test_a_killed_run_continues_with_identical_content(tmp_path, monkeypatch):
@@ -136,10 +141,10 @@ def test_a_killed_run_continues_with_identical_content(tmp_path, monkeypatch):
     script = (
         "import sys, time; from pathlib import Path\n"
         "from scalefold.data.raw import rawlayout\n"
-        "from scalefold.data.store import prepare\n"
+        "from scalefold.data.store import prepare, units\n"
         "rawlayout._MIN_UNIT_BYTES = 1; root = Path(sys.argv[1])\n"
-        "slow = prepare._run_unit\n"
-        "prepare._run_unit = lambda *a: (time.sleep(0.05), slow(*a))[1]\n"
+        "slow = units.run_unit\n"
+        "units.run_unit = lambda *a: (time.sleep(0.05), slow(*a))[1]\n"
         "files = root / 'clusters.txt', root / 'obsolete.dat'\n"
         "layout = rawlayout.RawLayout(root / 'mmcif', (root / 'aligned',), *files)\n"
         "prepare.prepare(layout, root / 'killed')\n"
@@ -314,14 +319,14 @@ def test_folders_without_structure_and_second_folders_of_a_cluster_are_listed(tm
 def test_an_unforeseen_defect_is_listed_as_one(tmp_path, monkeypatch):
     """It must not cost the other half a million chains."""
     layout = raw_folder(tmp_path)
-    read = prepare.mmcif.read_entry
+    read = structures.mmcif.read_entry
 
     def broken(path):
         if "1bbb" in path.name:
             raise KeyError("surprise")
         return read(path)
 
-    monkeypatch.setattr(prepare.mmcif, "read_entry", broken)
+    monkeypatch.setattr(structures.mmcif, "read_entry", broken)
     prepare.prepare(layout, tmp_path / "store", report=quiet)
     assert reasons(tmp_path / "store")["1bbb"] == "unexpected KeyError: 'surprise'"
 

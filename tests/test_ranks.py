@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scalefold.config import Config, ParallelConfig, TrainingConfig
+from scalefold.config import Config, ParallelConfig, RankLayout, TrainingConfig
 from scalefold.errors import ConfigError
-from scalefold.parallel.ranks import RankLayout, choose_device, read_environment, start
+from scalefold.parallel.ranks import choose_device, read_environment, start
 
 
 def test_the_published_2080_gpu_layout() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from observed_runs import write_gpu_trace, write_slow_ranks
 from report_logs import published_rows, write_result
 from scalefold.report.page import write_report
 from scalefold.report.record import EvalRow, Record, StepRow
@@ -93,6 +94,8 @@ def own_run(folder: Path) -> Path:
             rates = {"lr": 1e-3, "grad_norm": 5.0 / step, "peak_gib": 30.0, "samples": 2 * step, "time_s": float(step)}
             record.step(StepRow(step=step, loss=9.0 / step, terms={"fape": 1.0 / step}, **times, **rates))
         record.evaluation(EvalRow(step=40, samples=80, lddt_ca=0.5, time_s=41.0))
+    write_slow_ranks(folder)
+    write_gpu_trace(folder)
     (folder / "config.yaml").write_text(f"system: tiny\ndescription: {'long ' * 60}\n")
     return folder
 

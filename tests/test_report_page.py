@@ -1,4 +1,7 @@
-"""Reports: logs are read as they are, the minutes add up, and the page stands alone."""
+"""Reports: logs are read as they are, the minutes add up, and the page stands alone.
+
+Longer than 400 lines, because it has one test per section of the page.
+"""
 
 import json
 import os
@@ -8,43 +11,22 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from observed_runs import write_gpu_trace, write_own_run, write_slow_ranks
 from report_logs import published_rows, write_result
 from scalefold.errors import LogError
+from scalefold.mlperf.log.keys import PARAMETERS_COUNT
+from scalefold.mlperf.log.published import olympic_mean, read_published
 from scalefold.report.anatomy import anatomy, evaluates_synchronously, hand_over_delays
+from scalefold.report.console import format_minutes
 from scalefold.report.logs import read_result, read_runs, reference_band
-from scalefold.report.page import Verdict, format_minutes, parse_check, write_report
+from scalefold.report.page import write_report
 from scalefold.report.plots import PALETTE, step_parts, thin
-from scalefold.report.published import olympic_mean, read_published
-from scalefold.report.record import EvalRow, Record, StepRow
-from scalefold.report.systems import by_system, lines
+from scalefold.report.record import Record, StepRow
+from scalefold.report.systems import Verdict, by_system, lines, parse_check
 
 
 def log_of(tmp_path, submitter="NVIDIA", scaling="strong", index=0):
     return write_result(tmp_path / f"result_{index}.txt", published_rows(submitter, scaling)[index])
-
-
-def write_own_run(folder):
-    with Record(folder, rank0=True) as record:
-        record.run(config="tiny", target=0.6, environment={"torch": "2.11"}, global_batch_size=2)
-        for step in range(1, 9):
-            phases = {"fwd": 40.0 * step, "bwd": 30.0}
-            record.step(
-                StepRow(
-                    step=step,
-                    loss=9.0 / step,
-                    terms={"fape": 1.0 / step},
-                    step_ms=100.0 + 40 * step,
-                    data_ms=10.0,
-                    passes=1 + step % 4,
-                    samples=2 * step,
-                    time_s=float(step),
-                    phases_ms=phases,
-                )
-            )
-            if step % 4 == 0:
-                record.evaluation(EvalRow(step=step, samples=2 * step, lddt_ca=0.07 * step, time_s=step + 0.5))
-        record.event("loader", workers=2, prefetch=4, slowest=[{"chain": "1abc_A", "seconds": 0.25}])
-    (folder / "config.yaml").write_text("system: tiny <laptop>\n")
 
 
 @pytest.mark.parametrize("submitter", ["NVIDIA", "HPE+LBNL", "TACC", "Clemson"])
@@ -170,7 +152,7 @@ def test_the_reference_band_is_there_for_the_benchmark_only(tmp_path):
     assert reference_band(read_runs(log_of(tmp_path, "NVIDIA", "weak", 1))[0]) == (88832.0, 8760.0)
     mean, _ = reference_band(read_runs(log_of(tmp_path, "Clemson", index=2))[0]) or (0, 0)
     assert mean == pytest.approx(88832 + (133120 - 88832) / 8)
-    path.write_text(path.read_text().replace("93229082", "1234567"))
+    path.write_text(path.read_text().replace(str(PARAMETERS_COUNT), "1234567"))
     assert reference_band(read_runs(path)[0]) is None
     assert not read_runs(path)[0].is_benchmark
 
@@ -402,7 +384,7 @@ def test_only_a_valid_closed_division_log_has_a_green_tick(tmp_path):
     assert mark(valid) == ("ok", "✓")
     assert mark({"ok": False, "well_formed": True, "headline": "other keys"}) == ("other", "○")
     assert mark({"ok": False, "headline": "invalid"}) == ("bad", "✗")
-    path.write_text(path.read_text().replace("93229082", "1234567"))
+    path.write_text(path.read_text().replace(str(PARAMETERS_COUNT), "1234567"))
     assert mark(valid) == ("other", "○"), "a run that is not the benchmark"
     assert mark("SUCCESS") == ("other", "○")
 
@@ -416,3 +398,24 @@ def test_gradient_norm_learning_rate_memory_and_date_are_shown(tmp_path):
     text = write_report(tmp_path, tmp_path / "r.html").page.read_text()
     for words in ("Gradient norm and learning rate", "Peak memory", "2023-09-28 01:56 UTC", "abc1234"):
         assert words in text
+
+
+def test_stragglers_energy_and_the_anatomy_of_a_step_are_shown_where_they_were_measured(tmp_path):
+    write_own_run(tmp_path)
+    plain = write_report(tmp_path, tmp_path / "r.html").page.read_text()
+    assert "Stragglers" not in plain
+    assert "Anatomy of a step" not in plain
+    write_slow_ranks(tmp_path)
+    write_gpu_trace(tmp_path)
+    text = write_report(tmp_path, tmp_path / "r.html").page.read_text()
+    assert Page(text).open == []
+    for words in ("Stragglers: 5 ranks", "1abc_A 0.50 s", "GPUs used 1.000 kWh", "steps 1-11 rank 0", "GPU: idle"):
+        assert words in text
+    assert text.index(">node0<") < text.index(">node1<") < text.index(">node2<")
+
+
+def test_a_broken_trace_is_named(tmp_path):
+    write_own_run(tmp_path)
+    write_gpu_trace(tmp_path).write_text("{")
+    with pytest.raises(LogError, match=r"steps_1-11_rank_0\.json: no Chrome trace"):
+        write_report(tmp_path, tmp_path / "r.html")

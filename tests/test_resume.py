@@ -257,7 +257,7 @@ def test_an_accepted_batch_is_counted_from_where_it_begins(
     (stop,) = [json.loads(line.split("MLLOG ")[1]) for line in log if '"epoch_stop"' in line]
     assert stop["metadata"]["epoch_num"] == 16
     state = read_state(last(run_dir) / "000006")
-    assert (state.steps_before, state.samples_before) == (4, 8)
+    assert (state.position.steps_before, state.position.samples_before) == (4, 8)
 
 
 def test_an_accepted_seed_is_used(tiny_store: Path, run_dir: Path) -> None:
@@ -371,7 +371,7 @@ def with_a_flipped_bit(rank: int, config: Config, at_step: int) -> str:
     def flip(self: StepLog, step: int, *values) -> None:
         push(self, step, *values)
         if rank == 1 and step == at_step:
-            self.run.optimizer.flat.master.view(torch.int32)[5] ^= 1
+            self.run.training.optimizer.flat.master.view(torch.int32)[5] ^= 1
 
     StepLog.push = flip  # type: ignore[method-assign]
     try:

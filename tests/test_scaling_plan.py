@@ -6,13 +6,15 @@ from dataclasses import replace
 import pytest
 
 from scalefold.errors import ConfigError
+from scalefold.mlperf.log.keys import PARAMETERS_COUNT
+from scalefold.mlperf.log.published import PUBLISHED_RUNS
 from scalefold.report.page import write_report
-from scalefold.report.published import PUBLISHED_RUNS
 from scalefold.scaling.convergence import samples_to_converge
 from scalefold.scaling.from_config import plan_config
-from scalefold.scaling.plan import PARAMETERS, SystemSpec, plan, scaling_rows, states_gib, write_scaling_csv
+from scalefold.scaling.plan import plan, scaling_rows, states_gib, write_scaling_csv
 from scalefold.scaling.replay import replay
 from scalefold.scaling.step_time import EvalTime, gpu_family, read_eval_times, read_step_times
+from scalefold.scaling.system import SystemSpec
 
 EOS = SystemSpec(
     "eos_260x8", nodes=260, gpus_per_node=8, gpu="NVIDIA H100 80GB HBM3", dap_size=8, num_eval_ranks=32,
@@ -203,7 +205,7 @@ def test_the_longest_chain_bounds_an_evaluation():
 
 
 def test_memory_grows_without_dap_and_without_a_fit_it_is_said():
-    assert states_gib() == pytest.approx(22 * PARAMETERS / 1024**3)
+    assert states_gib() == pytest.approx(22 * PARAMETERS_COUNT / 1024**3)
     whole, shared = (
         plan(replace(EOS, dap_size=d, global_batch_size=256 * 8 // d)).value("memory per GPU") for d in (1, 8)
     )

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from scalefold.errors import ConfigError
-from scalefold.scaling.plan import Assumptions, SystemSpec, plan
+from scalefold.scaling.plan import Assumptions, plan
 from scalefold.scaling.simulate import Noise
 from scalefold.scaling.study import study, usual_noise
+from scalefold.scaling.system import SystemSpec
 
 EOS = SystemSpec("eos", nodes=264, gpus_per_node=8, gpu="H100", dap_size=8, num_eval_ranks=64, global_batch_size=256)
 

@@ -24,7 +24,7 @@ from scalefold.data.loading import shared_loader
 from scalefold.data.loading.loader import Batch, TrainLoader
 from scalefold.data.loading.shared_loader import NUM_SLOTS, SharedLoader
 from scalefold.errors import ConfigError
-from scalefold.run.assemble import Run
+from scalefold.run.batches import Batches
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
 
@@ -199,13 +199,13 @@ def _train_and_tell(config: Config, rank: int, port: int, found: "SimpleQueue") 
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    chains, builds, original = [], set(), Run.to_device
+    chains, builds, original = [], set(), Batches.to_device
 
-    def watched(self: Run, batch: Batch) -> dict[str, Tensor]:
+    def watched(self: Batches, batch: Batch) -> dict[str, Tensor]:
         builds.add(isinstance(self.loader, SharedLoader) and isinstance(self.loader._own, TrainLoader))
         chains.append((batch.iteration, batch.chain_ids, hashlib.sha256(batch.buffer.numpy().tobytes()).hexdigest()))
         return original(self, batch)
 
-    Run.to_device = watched  # type: ignore[method-assign]
+    Batches.to_device = watched  # type: ignore[method-assign]
     run_rank(config, RunOptions())
     found.put((rank, (builds == {True}, chains)))

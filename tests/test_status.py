@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlperf_editing import edit, rehearsal, set_value
+from observed_runs import write_slow_ranks
 from scalefold.cli import app
 from scalefold.config import dump_config, load_config
 from scalefold.errors import ConfigError
@@ -149,3 +150,14 @@ def test_the_verb_prints_text_or_json(programs: Path, tmp_path: Path) -> None:
     assert line.count("\n") == 1
     assert line.startswith("run_0    reached   step    5  lddt 0.400@4")
     assert line.endswith("valid closed-division log\n")
+
+
+def test_the_slowest_rank_and_the_energy_are_said_where_they_were_measured(programs: Path, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run_0")
+    assert "rank" not in run_status(folder).text()
+    write_slow_ranks(folder)
+    found = run_status(folder)
+    assert found.gpu_kwh == pytest.approx(1.0)
+    assert found.text().endswith(
+        "GPUs 1.000 kWh  slowest rank 1 on node0: waits 30 ms for data, SM clock 1600 MHz, may cost 28 ms per step"
+    )

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from scalefold.data import residues
-from scalefold.data.features.features import FEATURE_SCHEMA, PER_SLICE_KEYS, FeatureSettings
+from scalefold.data.batch_keys import PER_SLICE_KEYS
+from scalefold.data.features.features import FEATURE_SCHEMA, FeatureSettings
 from scalefold.data.made.synthetic import synthetic_batch, synthetic_chain
 
 SMALL = FeatureSettings(train_sequence_crop_size=40, max_msa_clusters=6, max_extra_msa=16, max_templates=2)

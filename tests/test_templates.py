@@ -5,7 +5,8 @@ import pytest
 
 from raw_files import hhr
 from scalefold.data import residues
-from scalefold.data.store import align, templates
+from scalefold.data.raw import align
+from scalefold.data.store import templates
 from scalefold.data.store.store import gather_template
 from scalefold.errors import DataError
 

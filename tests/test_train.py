@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from runs import tiny_config
 from scalefold.config import Config
 from scalefold.errors import CheckpointError, ConfigError, DataError, TrainingError
+from scalefold.eval.here import EvaluationHere
 from scalefold.mlperf.judge.check import check_log
-from scalefold.report.record import read_metrics
+from scalefold.report.console import Progress
+from scalefold.report.record import Record, read_metrics
 from scalefold.run.begin import RunOptions
+from scalefold.run.header import source_commit
 from scalefold.run.loop import run_rank
 from scalefold.step.checkpoint import RESUMABLE_FILE, STATE_FILE, load_run
 
@@ -33,12 +37,29 @@ def test_a_run_ends_with_a_log_a_record_and_its_configuration(tiny_store: Path, 
     verdict = check_log(tmp_path / "run" / "result_0.txt")
     assert verdict.exit_code == 3, verdict.text()
     assert (tmp_path / "run" / "config.yaml").exists()
+    assert {"torch", "python", "scalefold", "date"} <= metrics.run["environment"].keys()
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     (loader,) = [record for record in records if record.get("name") == "loader"]
     seconds = [sample["seconds"] for sample in loader["slowest"]]
     assert loader["workers"] == 0
     assert 1 <= len(seconds) <= 4  # two iterations of two samples
     assert seconds == sorted(seconds, reverse=True)
+
+
+def test_what_was_assembled_before_an_error_is_let_go_of(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no loader")
+
+    monkeypatch.setattr("scalefold.run.assemble.Batches", broken)
+    for name, kind in (("record", Record), ("evaluator", EvaluationHere), ("screen", Progress)):
+        monkeypatch.setattr(kind, "close", lambda self, name=name: closed.append(name))
+    with pytest.raises(RuntimeError, match="no loader"):
+        run_rank(tiny_config(tiny_store, tmp_path / "run"), RunOptions())
+    assert closed == ["evaluator", "screen", "record"]
 
 
 def test_a_run_that_misses_the_target_is_aborted_not_successful(tiny_store: Path, tmp_path: Path) -> None:
@@ -181,3 +202,22 @@ def test_a_checkpoint_without_its_state_file_is_refused(tiny_store: Path, tmp_pa
     (copy / STATE_FILE).unlink()
     with pytest.raises(CheckpointError, match=r"run_state\.json"):
         load_run(copy, None, None, [])  # type: ignore[arg-type]
+
+
+def test_the_commit_is_that_of_the_checkout_which_holds_the_package_not_of_one_around_it(tmp_path: Path) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    file = tmp_path / "header.py"
+    file.write_text("one")
+    assert source_commit(file) is None, "no checkout"
+    git("init", "-q")
+    assert source_commit(file) is None, "an installed package inside somebody's checkout"
+    git("add", "header.py")
+    git("commit", "-qm", "one")
+    assert source_commit(file) == git("rev-parse", "--short", "HEAD").strip()
+    file.write_text("two")
+    assert source_commit(file) == git("rev-parse", "--short", "HEAD").strip() + "+"

@@ -15,6 +15,10 @@ from scalefold.mlperf.judge.check import check_log
 from scalefold.report.record import read_metrics
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
+from scalefold.step.optimizer import Optimizer
+from scalefold.step.parameters import FlatParameters
+from scalefold.telemetry.stragglers import read_loads
+from scalefold.telemetry.trace import read_anatomies
 
 pytestmark = pytest.mark.distributed
 NO_DROPOUT = [
@@ -90,6 +94,44 @@ def test_asynchronous_evaluation_reports_the_same_values_and_everybody_ends(
     assert run_ranks(ranked, 3, config, join=False) == ["aborted", None, None]
     np.testing.assert_allclose(read_metrics(tmp_path).eval_lddt_ca, read_metrics(alone).eval_lddt_ca, atol=2e-3)
     assert read_metrics(tmp_path).eval_step.tolist() == [2, 4]
+
+
+def test_every_rank_notes_its_cycles_and_those_of_a_group_can_be_profiled(tiny_store: Path, tmp_path: Path) -> None:
+    layout = parallel(3, dap_size=2, num_eval_ranks=1)
+    config = tiny_config(tiny_store, tmp_path, *layout, "run.profile={steps: 2-3, ranks: [0, 1]}")
+    assert run_ranks(ranked, 3, config, join=False) == ["aborted", "aborted", None]
+    assert [file.suffix for file in (tmp_path / "telemetry").iterdir()] == [".jsonl"], "one node, one file"
+    loads = {load.rank: load for load in read_loads(tmp_path).ranks}
+    assert {rank: (load.role, load.steps) for rank, load in loads.items()} == {
+        0: ("train", 4),
+        1: ("train", 4),
+        2: ("evaluate", 0),
+    }
+    first, second = read_anatomies(tmp_path)
+    assert (first.file.name, second.file.name) == ("steps_2-3_rank_0.json", "steps_2-3_rank_1.json")
+    for found in (first, second):
+        assert found.steps == 2
+        assert {"data wait", "forward and backward", "update", "log", "snapshot hand-over"} <= found.host.keys()
+        assert found.work["exchange"] > 0
+
+
+def made(rank: int, config: Config) -> tuple[int, int]:
+    """Optimizers and flat parameters that a rank of a run makes."""
+    counts = {Optimizer: 0, FlatParameters: 0}
+    for kind in counts:
+
+        def counted(self: object, *args, original=kind.__init__, kind=kind, **kwargs) -> None:
+            counts[kind] += 1
+            original(self, *args, **kwargs)
+
+        kind.__init__ = counted  # type: ignore[method-assign]
+    run_rank(config, RunOptions())
+    return counts[Optimizer], counts[FlatParameters]
+
+
+def test_only_training_ranks_hold_an_optimizer(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_store, tmp_path, *parallel(2, num_eval_ranks=1))
+    assert run_ranks(made, 2, config, join=False) == [(1, 1), (0, 0)]
 
 
 def test_the_stop_decision_of_the_evaluation_root_ends_the_run_with_one_run_stop(

@@ -86,3 +86,41 @@ def test_a_kernel_with_a_short_ring_races(tune):
 
     assert tune.races(program(LOOP, slots=2), "", 4)
     assert not tune.races(program(LOOP, slots=3), "", 4)
+
+
+def test_every_kernel_with_launch_parameters_has_candidates_and_no_other_has(tune):
+    from scalefold.kernels import triton_ops, tuning
+    from tune_candidates import CANDIDATES
+
+    assert triton_ops.TRITON.name == "triton"  # all kernels are registered by now
+    assert sorted(CANDIDATES) == tuning.registered()
+
+
+def test_candidates_start_with_the_present_choice_and_do_not_repeat_it(tune, monkeypatch):
+    from scalefold.kernels import tuning
+
+    fields = {"rows": 512, "c": 128, "dtype": "bfloat16"}
+    with tuning.override("layer_norm_forward", {"BLOCK_M": 64, "num_warps": 8}, **fields):
+        found = tune.candidates("layer_norm_forward", **fields)
+    assert found[0] == {"BLOCK_M": 64, "num_warps": 8}
+    assert len(found) == 8
+    assert found.count(found[0]) == 1
+
+
+def test_candidates_have_the_names_of_the_defaults(tune):
+    """A launch parameter that a kernel does not know would be timed in vain."""
+    from scalefold.kernels import tuning
+    from tune_candidates import CANDIDATES
+
+    sizes = {"rows": 4096, "n": 256, "c": 128, "batch": 1, "heads": 4, "d": 32, "bias": 1, "sequences": 1024}
+    fields = {**sizes, "frames": 256, "points": 256, "products": 1, "dtype": "bfloat16"}
+    optional = {"maxnreg", "LIBRARY"}
+    for name, listed in CANDIDATES.items():
+        default = tuning._defaults[name](fields, 90)
+        for config in listed(fields):
+            assert config.keys() - optional <= default.keys() | {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}, name
+
+
+def test_a_sweep_tries_both_forms_of_the_backward_of_transitions(tune):
+    tried = tune.candidates("transition_backward", rows=32768, c=256, n=1024, dtype="bfloat16")
+    assert {bool(config.get("LIBRARY")) for config in tried[: tune.MAX_CANDIDATES]} == {True, False}

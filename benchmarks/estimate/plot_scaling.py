@@ -4,7 +4,8 @@
     benchmarks/estimate/plot_scaling.py python benchmarks/estimate/plot_scaling.py --png --figures /tmp/figures --page
     /tmp/scaling.md     # try it elsewhere
 
-Writes docs/figures/*.svg and everything between ``<!-- table: NAME -->`` and ``<!-- end -->`` of the page.
+Writes docs/figures/*.svg, twins for dark pages (``*_dark.svg``), and everything between ``<!-- table: NAME -->`` and
+``<!-- end -->`` of the page.
 """
 
 import argparse
@@ -33,14 +34,17 @@ from dap_estimate import (
     read,
     shares,
 )
+from pages import fill, markdown
 from scalefold.config import load_config
+from scalefold.mlperf.log.published import Published, read_published
+from scalefold.report.page import DARK, DARK_GROUND
 from scalefold.report.plots import PALETTE, Plot, draw, scaling_curve
-from scalefold.report.published import Published, read_published
 from scalefold.scaling.from_config import system_spec
-from scalefold.scaling.plan import Plan, SystemSpec, plan, scaling_rows
+from scalefold.scaling.plan import Plan, plan, scaling_rows
 from scalefold.scaling.replay import replay
 from scalefold.scaling.step_time import REFERENCE_STEP_TIMES, find_step_time, read_step_times
 from scalefold.scaling.study import Study, study, usual_noise
+from scalefold.scaling.system import SystemSpec
 
 CONFIGS = (
     "h100_1x1", "dgx_h100_1x8", "eos_h100_8x8", "eos_h100_16x8_weak", "eos_h100_32x8", "eos_h100_64x8_dap2",
@@ -196,12 +200,6 @@ def minutes_by_gpus(forecasts: Sequence[Forecast], published: Sequence[Published
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table."""
-    lines = [list(head), ["---"] * len(head), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def spread(low: float | None, high: float | None, digits: int = 0) -> str:
     """``140 to 232``; one number where both are the same, a dash where there is none."""
     if low is None or high is None:
@@ -339,16 +337,18 @@ def replay_table() -> str:
     return markdown(["result", "GPUs", "runs", "published min", "mean error", "worst run"], rows)
 
 
-# --- page -------------------------------------------------------------------------------------------------------------
+# --- figures for dark pages -------------------------------------------------------------------------------------------
 
 
-def fill(page: str, tables: dict[str, Callable[[], str]]) -> str:
-    """The page with every marked table written anew. KeyError for a mark that no function fills."""
+def dark_twin(light: Path) -> Path:
+    """The same drawing in the colours of dark pages, beside it."""
+    text = light.read_text(encoding="utf-8").replace('fill="white"/>', f'fill="{DARK_GROUND}"/>', 1)
+    twin = light.with_name(f"{light.stem}_dark.svg")
+    twin.write_text(re.sub("|".join(PALETTE.values()), lambda found: _DARK_OF[found[0]], text), encoding="utf-8")
+    return twin
 
-    def replaced(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{tables[match[2]]()}\n{match[3]}"
 
-    return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n?(<!-- end -->)", replaced, page, flags=re.DOTALL)
+_DARK_OF = {colour: DARK[name] for name, colour in PALETTE.items()}
 
 
 def main() -> int:
@@ -365,7 +365,7 @@ def main() -> int:
         svg, png = figure.save(arguments.figures)
         if not arguments.png:
             png.unlink()
-        print(svg)
+        print(svg, dark_twin(svg))
     tables: dict[str, Callable[[], str]] = {
         "step": step_table,
         "exchange": exchange_table,

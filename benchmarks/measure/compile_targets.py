@@ -246,7 +246,15 @@ def reports(cases: list[tuple[str, Callable[[], None]]], targets: list[int]) -> 
 
 
 def _text_key(launch: Launch) -> str:
-    return f"{launch.kernel.fn.__name__} {launch.options}"
+    constants = {name: value for name, value in launch.options.items() if _is_constant(value)}
+    return f"{launch.kernel.fn.__name__} {constants}"
+
+
+def _is_constant(value: object) -> bool:
+    """Whether an argument by name is a number, a word or several of them: tensors and views come by name too."""
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return value is None or isinstance(value, int | float | str)
 
 
 def print_races(cases: list[tuple[str, Callable[[], None]]], target: int) -> int:

@@ -23,7 +23,7 @@ from real_chains import BASE, train
 from scalefold.config import Config, load_config
 from scalefold.data.configured import evaluation_lengths
 from scalefold.data.store.store import Store
-from scalefold.run.weights import evaluate_weights
+from scalefold.eval.weights import evaluate_weights
 from scalefold.step.checkpoint import AVERAGED_FILE, Checkpoints, read_state
 from training_curve import settings
 

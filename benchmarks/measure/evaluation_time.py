@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from common import FOLDER, ROOT, Timing, append_rows, facts, print_table
-from scalefold.config import Config, load_config
+from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.eval.model import EvaluationModel
-from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run.begin import prepare_process
+from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import choose_operations
 
 VARIANTS = {

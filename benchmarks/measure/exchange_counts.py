@@ -123,12 +123,10 @@ def counting(size: int) -> Iterator[Tally]:
     torch_distributed = collectives.dist
     try:
         vars(collectives).update(new, dist=group)
-        vars(dap).update(dist=group)
         with tally:
             yield tally
     finally:
         vars(collectives).update(before, dist=torch_distributed)
-        vars(dap).update(dist=torch_distributed)
 
 
 def count(config: Config, size: int) -> list[dict[str, object]]:
@@ -139,7 +137,7 @@ def count(config: Config, size: int) -> list[dict[str, object]]:
     features = synthetic_batch(feature_settings(config), 1, seed=1).features
     batch = {key: value.to("meta") for key, value in features.items()}
     with counting(size) as tally:
-        dap.apply_dap(model, AbsentGroup(size))  # type: ignore[arg-type]
+        dap.apply_dap(model, collectives.Group(AbsentGroup(size)))  # type: ignore[arg-type]
         outputs = model(batch, 1)
         loss, _ = total_of_terms(outputs, select_slice(batch, 0), loss_terms(config.loss))
         tally.direction = "backward"

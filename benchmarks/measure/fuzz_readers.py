@@ -2,6 +2,8 @@
 
 A reader is a function of a folder and of bytes: it puts them where its file belongs and reads it as the product does.
 It may return or raise a ScaleFoldError; anything else is a finding.
+
+Longer than 400 lines, because it has one short function per reader of the program.
 """
 
 import contextlib
@@ -21,7 +23,8 @@ import torch
 from scalefold.config import describe_config, dump_config, load_config
 from scalefold.data.made.demo import generate
 from scalefold.data.raw import download, mmcif, msa, official, rawlayout
-from scalefold.data.store import codec, prepare, selection, store, templates
+from scalefold.data.raw.rawfile import read_bytes
+from scalefold.data.store import alignments, codec, labels, prepare, selection, store, templates
 from scalefold.data.store.manifest import read_manifest, read_rejections
 from scalefold.kernels import tuning
 from scalefold.mlperf.judge import score
@@ -71,7 +74,7 @@ def _read_alignment(suffix: str) -> Read:
 def _read_hhr(folder: Path, data: bytes) -> object:
     (folder / "hits").mkdir(exist_ok=True)
     _write(folder / "hits" / msa.HITS_NAME, data)
-    hits, _ = prepare._read_hits(folder / "hits")
+    hits, _ = alignments.read_hits(folder / "hits")
     sequence = "EMMEQLEQLAEQNGHTVTITGNTVTFT"
     positions = np.arange(len(sequence) * 37 * 3, dtype=np.float32).reshape(-1, 37, 3) / 40
     mask = np.ones((len(sequence), 37), dtype=bool)
@@ -210,12 +213,12 @@ def build(folder: Path) -> dict[str, Reader]:
     clusters, obsolete = made.clusters_file.read_bytes(), made.obsolete_file.read_bytes()
     duplicates = made.duplicates_file.read_bytes()
     readers = [
-        Reader("mmcif", _read_mmcif, [prepare.read_bytes(path) for path in cifs]),
+        Reader("mmcif", _read_mmcif, [read_bytes(path) for path in cifs]),
         Reader("a3m", _read_alignment(".a3m"), a3ms),
         Reader("sto", _read_alignment(".sto"), [_stockholm(text) for text in a3ms]),
         Reader("hhr", _read_hhr, hhrs),
-        Reader("clusters", lambda f, d: prepare.read_clusters(_write(f / "clusters.txt", d)), [clusters]),
-        Reader("obsolete", lambda f, d: prepare.read_obsolete(_write(f / "obsolete.dat", d)), [obsolete]),
+        Reader("clusters", lambda f, d: labels.read_clusters(_write(f / "clusters.txt", d)), [clusters]),
+        Reader("obsolete", lambda f, d: labels.read_obsolete(_write(f / "obsolete.dat", d)), [obsolete]),
         Reader("duplicates", _read_duplicates, [duplicates]),
         Reader(
             "evaluation_list",

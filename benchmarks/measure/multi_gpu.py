@@ -17,8 +17,7 @@ import gc
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,29 +25,21 @@ import torch
 import torch.distributed as dist
 
 from common import FOLDER, ROOT, Timing, append_rows, capture, device_events, facts, print_table, time_calls
-from scalefold.config import Config, load_config
+from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.table import use_operations
 from scalefold.parallel.dap.points import apply_dap
-from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run.begin import prepare_process
+from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
 from scalefold.step.graphs import TrainStep, preserved
+from spans import Span, breakdown
 from step_time import enliven, row, without_dropout
 
 MIB = 2**20
 EXCHANGE_MIB = (0.25, 1.0, 2.0, 4.0, 8.4, 16.8)
 CALLS_PER_GRAPH = 20
-EXCHANGE_KINDS = {  # parts of kernel names: the library's, then those of parallel/dap/direct.py
-    "all_to_all": ("sendrecv", "alltoall"),
-    "all_gather": ("allgather",),
-    "reduce_scatter": ("reducescatter",),
-    "all_reduce": ("allreduce",),
-    "direct": ("_copy_parts", "_sum_parts"),
-    "barrier": ("barrier_kernel",),
-}
 Layout = tuple[int, int]  # GPUs that train together, DAP size
 
 
@@ -257,8 +248,7 @@ def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainS
     model = build_model(config, 0, ranks)
     enliven(model)
     use_operations(model, ops)
-    apply_dap(model, ranks.dap_group)
-    connect_replica(config, ranks)
+    apply_dap(model, connect_replica(config, ranks))
     without_dropout(model)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     step.model = model  # type: ignore[attr-defined]
@@ -323,21 +313,6 @@ def tell(host: Host, text: str) -> None:
 # --- breakdown --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Span:
-    """A kernel on the device, microseconds."""
-
-    name: str
-    start_us: float
-    stop_us: float
-
-    @property
-    def is_exchange(self) -> bool:
-        """Whether it only moves data between GPUs, or waits for them."""
-        words = ("nccl", *EXCHANGE_KINDS["direct"], *EXCHANGE_KINDS["barrier"])
-        return any(word in self.name.lower() for word in words)
-
-
 def profile(host: Host, call: Callable[[], object], wall_ms: float) -> dict[str, object]:
     """Breakdown of one call on rank 0; the others do it too, because it exchanges."""
     if host.rank:
@@ -348,47 +323,6 @@ def profile(host: Host, call: Callable[[], object], wall_ms: float) -> dict[str,
     on_device = device_events(lambda: (host.barrier(), call()))  # all begin once the profiler is ready
     kernels = [e for e in on_device if not e.name.startswith("nccl:")]  # that would be a mark around kernels
     return breakdown([Span(e.name, e.time_range.start, e.time_range.end) for e in kernels], wall_ms)
-
-
-def breakdown(spans: list[Span], wall_ms: float) -> dict[str, object]:
-    """Milliseconds of computing, of exchanges by kind, of exchanges alone, and of nothing at all.
-
-    ``gaps_ms`` uses the step's time without the profiler, which widens gaps. Exchanges beside computing (sums of
-    gradients) count in ``exchange_ms``, not in ``exchange_alone_ms``.
-    """
-    exchanges, others = [s for s in spans if s.is_exchange], [s for s in spans if not s.is_exchange]
-    all_ms, computing_ms = covered_ms(spans), covered_ms(others)
-    found: dict[str, object] = {
-        "wall_ms": round(wall_ms, 2),
-        "computing_ms": round(computing_ms, 2),
-        "exchange_ms": round(summed_ms(exchanges), 2),
-        "exchange_alone_ms": round(all_ms - computing_ms, 2),
-        "gaps_ms": round(max(0.0, wall_ms - all_ms), 2),
-        "kernels": len(others),
-        "exchanges": len(exchanges),
-    }
-    by_kind: Mapping[str, list[Span]] = defaultdict(list)
-    for span in exchanges:
-        name = span.name.lower()
-        by_kind[next((k for k, words in EXCHANGE_KINDS.items() if any(w in name for w in words)), "other")].append(span)
-    return found | {f"{kind}_ms": round(summed_ms(by_kind[kind]), 2) for kind in (*EXCHANGE_KINDS, "other")}
-
-
-def summed_ms(spans: Iterable[Span]) -> float:
-    """Sum of all durations."""
-    return sum(span.stop_us - span.start_us for span in spans) / 1e3
-
-
-def covered_ms(spans: Iterable[Span]) -> float:
-    """Time in which at least one of the spans is under way."""
-    total_us, until = 0.0, float("-inf")
-    for start, stop in sorted((span.start_us, span.stop_us) for span in spans):
-        total_us += max(0.0, stop - max(start, until))
-        until = max(until, stop)
-    return total_us / 1e3
-
-
-# --- results ----------------------------------------------------------------------------------------------------------
 
 
 def summary(means: dict[Layout, dict[int, float]]) -> list[str]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from common import FOLDER, append_rows, facts, print_table
 from scalefold.data.made.synthetic_raw import SyntheticRaw, write_raw
-from scalefold.data.raw.rawlayout import RawLayout
+from scalefold.data.raw.rawlayout import RawLayout, scan
 from scalefold.data.store import codec, prepare, store
 from scalefold.data.store.manifest import Manifest, read_manifest, verify_data, write_manifest
 
@@ -112,7 +112,7 @@ def kill_half_way(layout: RawLayout, out_dir: Path, workers: int) -> None:
     script = out_dir.with_name("prepare_once.py")
     script.write_text(f"{code}prepare({layout!r}, Path({str(out_dir)!r}), {workers})\n")
     process = subprocess.Popen([sys.executable, str(script)], start_new_session=True, stdout=subprocess.DEVNULL)
-    plan = prepare.scan(layout)
+    plan = scan(layout)
     half = (len(plan.structures) + len(plan.alignments)) // 2
     while len(list((out_dir / "work").glob("*-*.json"))) < half and process.poll() is None:
         time.sleep(0.05)

@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from common import FOLDER, ROOT, Timing, append_rows, device_events, facts, print_table, time_calls
-from scalefold.config import Config, load_config
+from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.table import use_operations
 from scalefold.model.alphafold import AlphaFold
-from scalefold.parallel.ranks import RankLayout, Ranks
-from scalefold.run.begin import prepare_process
+from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
 from scalefold.step.graphs import TrainStep
 

@@ -2,7 +2,7 @@
 PAIRS.json``.
 
 PAIRS.json holds pairs of real chains with the aligned rows, decision and residue map of the reference (its external
-aligner). gemmi is what ``scalefold.data.store.align`` uses; kalign-python and parasail are compared if they are
+aligner). gemmi is what ``scalefold.data.raw.align`` uses; kalign-python and parasail are compared if they are
 installed. Rows go to ``benchmarks/results/template_aligners.csv``.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common import FOLDER, append_rows, facts, print_table
-from scalefold.data.store.align import MIN_IDENTITY, global_alignment
+from scalefold.data.raw.align import MIN_IDENTITY, global_alignment
 
 Aligner = Callable[[str, str], tuple[str, str]]
 

@@ -5,8 +5,8 @@
     python benchmarks/measure/training_curve.py STORE --baseline benchmarks/results/curve_plain.jsonl   # ours, compared
 
 STORE needs evaluation chains (``scalefold prepare --evaluation-list``), though none is evaluated. One pass per step.
-Crops are shorter than the benchmark's, so that the plain path takes half a second per step and not 1.6; nothing else
-differs. Exit status 1 if the curves leave the band of ``scalefold compare-runs``.
+Crops are shorter than the benchmark's, so that the plain path takes less long; nothing else differs. Exit status 1 if
+the curves leave the band of ``scalefold compare-runs``.
 """
 
 import argparse

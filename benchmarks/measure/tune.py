@@ -39,6 +39,7 @@ from operation_cases import Case, Inputs, evaluation_cases, outputs_of, training
 from rings import ring_faults, unguarded_refills
 from scalefold.kernels import tuning
 from scalefold.kernels.triton_ops import TRITON
+from tune_candidates import candidates
 
 COMPILE_SHARE = 0.6  # of the time limit
 MAX_CANDIDATES = 20
@@ -136,9 +137,9 @@ def neighbours(config: tuning.Config) -> list[tuning.Config]:
 
 
 def choices(problem: Problem, refine: bool) -> list[tuning.Config]:
-    """The present choice, then its neighbours (``refine``) or history and the kernel's own candidates."""
+    """The present choice, then its neighbours (``refine``) or history and the candidates of ``tune_candidates``."""
     kernel, key = problem.key
-    present, *others = tuning.candidates(kernel, **problem.fields)
+    present, *others = candidates(kernel, **problem.fields)
     if refine:
         others = neighbours(present)
     else:
@@ -373,8 +374,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: launch parameters are chosen where they are used")
-    begin = time.monotonic()
-    limit = 60 * arguments.minutes
+    begin, limit = time.monotonic(), 60 * arguments.minutes
     cases = all_cases(arguments.dap, arguments.evaluation)
     context = multiprocessing.get_context("spawn")
     state = (arguments.dap, arguments.evaluation)

@@ -10,8 +10,8 @@ from scalefold.doctor import Finding
 from scalefold.errors import CheckpointError, LogError
 from scalefold.mlperf.log.keys import REHEARSAL
 from scalefold.mlperf.log.logfile import Log, read_log
+from scalefold.parallel.ending import LAST_WORDS
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
-from scalefold.run.ending import LAST_WORDS
 from scalefold.step.checkpoint import Checkpoints, verified_state
 
 RECENT_S = 60.0

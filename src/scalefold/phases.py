@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from scalefold.config import Config
-from scalefold.step.checkpoint import RunState
 
 EXIT_NEXT_PHASE = 6
 
@@ -68,11 +67,11 @@ class Schedule:
         goal = None if self.is_last else self.base.phases[self.position.phase].until_lddt_ca
         return goal is not None and lddt_ca is not None and lddt_ca >= goal
 
-    def place(self, state: RunState) -> None:
-        """Continue at a checkpoint: in its phase, or in the next one if that ended with it."""
-        self.position = Position(state.phase, state.steps_before, state.samples_before)
-        while state.iteration >= self.last_step and self.follows(state.iteration):
-            self.advance(state.iteration)
+    def place(self, position: Position, step: int) -> None:
+        """Continue after ``step`` iterations: in the phase of ``position``, or in the next one if that ended there."""
+        self.position = position
+        while step >= self.last_step and self.follows(step):
+            self.advance(step)
 
     def follows(self, step: int) -> bool:
         """Whether another phase begins after ``step``, given that this one ends there."""

@@ -2,6 +2,8 @@
 
 Needs the reference material folder; about a minute. The store is prepared once and read back, so every comparison
 covers parsing, packing and reading.
+
+Longer than 400 lines, because it follows the real chains through every stage of the data.
 """
 
 import csv
@@ -15,10 +17,11 @@ import numpy as np
 import pytest
 
 from scalefold.data import residues
-from scalefold.data.raw import mmcif, msa
+from scalefold.data.raw import align, mmcif, msa
 from scalefold.data.raw.rawfile import read_bytes
 from scalefold.data.raw.rawlayout import RawLayout
-from scalefold.data.store import align, prepare, selection, templates
+from scalefold.data.store import prepare, selection, templates
+from scalefold.data.store.alignments import TemplateLookup
 from scalefold.data.store.store import Store
 from scalefold.errors import DataError
 
@@ -288,7 +291,7 @@ def test_alignment_texts_are_accepted_or_refused_like_the_reference(real):
 
 @pytest.fixture(scope="module")
 def lookup(store):
-    return prepare._TemplateLookup(store.path, {})
+    return TemplateLookup(store.path, {})
 
 
 def query_of(name: str, golden: dict) -> templates.Query:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from conftest import REPOSITORY, find_shared
 from scalefold.config import EvoformerConfig, HeadsConfig, ModelConfig, StructureConfig, TemplateConfig
-from scalefold.model import PER_SLICE_KEYS, AlphaFold
+from scalefold.data.batch_keys import PER_SLICE_KEYS
+from scalefold.model import AlphaFold
 
 
 def locate(name: str) -> Path:

@@ -160,7 +160,7 @@ MUTATIONS = (
     Mutation(
         "the end of a run forgets the evaluator",
         "run/assemble.py",
-        '        ending.add("evaluation workers", self.evaluator.close)\n',
+        '    ending.add("evaluation workers", evaluator.close)\n',
         "",
         "test_evaluation.py::test_a_run_lets_go_of_its_evaluator",
     ),
@@ -174,8 +174,8 @@ MUTATIONS = (
     Mutation(
         "dropout seeds count from the start of the process",
         "run/loop.py",
-        "forward_seed(run.seed, run.ranks.dp_index, step)",
-        "forward_seed(run.seed, run.ranks.dp_index, step - run.first_step)",
+        "forward_seed(run.start.seed, run.ranks.dp_index, step)",
+        "forward_seed(run.start.seed, run.ranks.dp_index, step - run.start.first_step)",
         "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit",
     ),
     Mutation(
@@ -187,8 +187,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a stop inside gradient accumulation does not wait for the update",
-        "run/assemble.py",
-        "return step % self.config.training.gradient_accumulation_steps == 0",
+        "run/stops.py",
+        "return step % self.schedule.config.training.gradient_accumulation_steps == 0",
         "return True",
         "test_resume.py::test_a_stop_inside_gradient_accumulation_waits_for_the_update",
     ),

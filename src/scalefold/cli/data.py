@@ -28,8 +28,8 @@ def prepare(
     --obsolete obsolete.dat --out data/store --workers 32
     """
     from scalefold.data.raw.rawlayout import RawLayout
-    from scalefold.data.store.prepare import mpi_team
     from scalefold.data.store.prepare import prepare as prepare_store
+    from scalefold.data.store.units import mpi_team
 
     layout = RawLayout(mmcif_dir, tuple(alignments or ()), clusters, obsolete, evaluation_list)
     summary = prepare_store(layout, out, workers, team=mpi_team() if mpi else None)

@@ -40,7 +40,7 @@ def evaluate(
     Example: scalefold eval configs/tiny.yaml runs/tiny/checkpoints/last/000200/swa_checkpoint.pt
     """
     from scalefold.config import load_config
-    from scalefold.run.weights import evaluate_weights
+    from scalefold.eval.weights import evaluate_weights
 
     settings = load_config(config, overrides or []).config
     result = evaluate_weights(settings, weights, note=lambda text: print(text, file=sys.stderr, flush=True))

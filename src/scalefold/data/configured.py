@@ -1,6 +1,6 @@
 """What a configuration says of data: the features to build, the chains to evaluate."""
 
-from scalefold.config import Config
+from scalefold.config import Config, FeatureConfig
 from scalefold.data.features.features import FeatureSettings
 from scalefold.data.store import selection
 from scalefold.data.store.store import Store
@@ -8,22 +8,8 @@ from scalefold.data.store.store import Store
 
 def feature_settings(config: Config) -> FeatureSettings:
     """The feature pipeline's view of the configuration."""
-    d = config.data
-    return FeatureSettings(
-        train_sequence_crop_size=d.train_sequence_crop_size,
-        max_msa_clusters=d.max_msa_clusters,
-        max_extra_msa=d.max_extra_msa,
-        max_templates=d.max_templates,
-        templates_enabled=config.model.templates_enabled,
-        num_recycling_iters=d.num_recycling_iters,
-        shuffle_top_k_prefiltered=d.shuffle_top_k_prefiltered,
-        masked_msa_replace_fraction=d.masked_msa_replace_fraction,
-        masked_msa_profile_prob=d.masked_msa_profile_prob,
-        masked_msa_same_prob=d.masked_msa_same_prob,
-        masked_msa_uniform_prob=d.masked_msa_uniform_prob,
-        use_clamped_fape_probability=d.use_clamped_fape_probability,
-        eval_length_multiple=d.eval_length_multiple,
-    )
+    configured = {name: getattr(config.data, name) for name in FeatureConfig.model_fields}
+    return FeatureSettings(**configured, templates_enabled=config.model.templates_enabled)
 
 
 def batch_limits_s(config: Config) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from scalefold.config import Config
 from scalefold.eval.evaluator import write_evaluation
@@ -16,7 +17,7 @@ from scalefold.phases import Schedule
 from scalefold.report.console import Progress
 from scalefold.report.record import Record
 from scalefold.step.optimizer import Optimizer
-from scalefold.step.parameters import FlatParameters
+from scalefold.step.parameters import FlatLayout
 
 
 class EvaluationElsewhere:
@@ -103,24 +104,30 @@ def serve_evaluations(
     config: Config,
     ranks: Ranks,
     scorer: ChainScorer,
-    flat: FlatParameters,
+    flat: FlatLayout,
+    weights: Tensor,
     events: Events,
+    note_cycle: Callable[..., None] = lambda step, **facts: None,
     before: Callable[[ChainScorer, int], None] = lambda scorer, step: None,
 ) -> float | None:
-    """An evaluation rank's life after ``run_start``: score snapshots until training ends or the target is reached."""
+    """An evaluation rank's life after ``run_start``: score snapshots until training ends or the target is reached.
+
+    ``weights``: where snapshots arrive, with the layout ``flat``; ``note_cycle`` is told the step of each evaluation
+    and what it took.
+    """
     layout = ranks.layout
     assert ranks.eval_group is not None
     receiver = SnapshotReceiver(run_store(), ranks.hand_over_group, ranks.eval_group, 0, layout.eval_ranks[0])
     target, last = config.training.target_avg_lddt_ca_value, None
     while True:
         ranks.watch.at("waiting for weights")
-        step = receiver.next(flat.master)
+        step = receiver.next(weights)
         if step is None:
             break
         ranks.watch.at("evaluation", step)
         events.eval_start(step)
         before(scorer, step)
-        result = scorer.score(flat, flat.master)
+        result = scorer.score(flat, weights)
         last = result.lddt_ca
         events.eval_accuracy(step, last)
         events.eval_stop(step)
@@ -128,6 +135,7 @@ def serve_evaluations(
         if reached:
             events.run_stop("success")
         receiver.done({"step": step, "chains": result.chains, "seconds": result.seconds}, reached)
+        note_cycle(step, evaluation_s=round(result.seconds, 3))
         if reached:
             break
     return last

@@ -9,7 +9,7 @@ from scalefold.config import Config
 from scalefold.kernels.table import Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, cast_trunk
 from scalefold.model.metrics import prediction_lddt_ca
-from scalefold.step.parameters import FlatParameters, lay_out
+from scalefold.step.parameters import FlatLayout, lay_out
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class EvaluationModel:
         self._stream = torch.cuda.Stream() if device.type == "cuda" else None
 
     @torch.no_grad()
-    def load(self, flat: FlatParameters, weights: Tensor) -> None:
+    def load(self, flat: FlatLayout, weights: Tensor) -> None:
         """Take the weights of a flat fp32 buffer with the layout of ``flat``."""
         parameters = dict(self.model.named_parameters())
         sources = dict(flat.named_views(weights))
@@ -59,7 +59,7 @@ class EvaluationModel:
 
         Called with one chain of the length. It runs once uncaptured, on the stream of the capture: kernels compile,
         constants reach the device, and the libraries' workspaces of that stream lie outside the graphs' memory.
-        Uncaptured, launching 4 passes takes 1.7 s of host time whatever the length (H100, 2026-11-24).
+        Uncaptured, the host needs as long to launch a short chain as a long one.
         """
         assert self._stream is not None, "graphs need a CUDA device"
         pool = next((chain.graph.pool() for chain in self._graphs.values()), None)

@@ -21,7 +21,7 @@ from scalefold.errors import TrainingError
 from scalefold.eval.model import EvaluationModel
 from scalefold.kernels.table import Operations
 from scalefold.parallel.ranks import Ranks
-from scalefold.step.parameters import FlatParameters
+from scalefold.step.parameters import FlatLayout
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class ChainScorer:
         padded = {name: self.settings.padded_length(length) for name, length in lengths.items()}
         self._chains.start(place_chains(padded, size)[rank])
 
-    def score(self, flat: FlatParameters, weights: Tensor) -> Evaluation:
+    def score(self, flat: FlatLayout, weights: Tensor) -> Evaluation:
         """Evaluate ``weights`` on all chains; the same result on every rank of the group."""
         start = time.monotonic()
         self.model.load(flat, weights)

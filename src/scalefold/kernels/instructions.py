@@ -15,12 +15,12 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 _SIGMOID = tl.constexpr(  # -log2(e) x; 2^; + 1; 1 /
     "mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;"
 )
-_WIDEN = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+_TO_FP32 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + exp(-x)), x fp32, by the chip's own power of two and reciprocal: 4 instructions instead of 13."""
+    """1 / (1 + exp(-x)), x fp32, by the chip's own power of two and reciprocal."""
     if INTERPRETED:
         return tl.sigmoid(x)
     else:  # noqa: RET505  (the compiler looks at what follows an untaken return)
@@ -28,16 +28,25 @@ def sigmoid(x):
 
 
 @triton.jit
-def widen(x):
-    """x in fp32: one instruction per bf16 value instead of three per two."""
+def to_fp32(x):
+    """x in fp32: bf16 is the upper half of it, so a shift or a mask per value will do."""
     if INTERPRETED or x.dtype != tl.bfloat16:
         return x.to(tl.float32)
     else:  # noqa: RET505
-        return tl.inline_asm_elementwise(_WIDEN, "=&r,=r,r", [x], tl.float32, True, 2)
+        return tl.inline_asm_elementwise(_TO_FP32, "=&r,=r,r", [x], tl.float32, True, 2)
 
 
 @triton.jit
-def settle(tile):
+def complete(acc):
+    """acc, a product's fp32 result, once the product is complete: it cannot stay unfinished past an instruction."""
+    if INTERPRETED:
+        return acc
+    else:  # noqa: RET505
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, False, 1)
+
+
+@triton.jit
+def to_product_layout(tile):
     """tile in fp32, in the register layout of a product's result, moved there once and as 16-bit values.
 
     The compiler leaves values in the layout in which they were loaded and moves what becomes of them, in fp32, next to

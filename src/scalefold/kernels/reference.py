@@ -86,11 +86,14 @@ def outer_product_project(
     bias_1: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Masked projections a, b of Supplement Algorithm 10. m: [B, S, N, c_m]; mask: [B, S, N] -> [B, S, N, c]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masked projections a, b of Supplement Algorithm 10.
+
+    m: [B, S, N, c_m]; mask: [B, S, N] -> m itself (see ``layer_norm_linear``), a, b: [B, S, N, c].
+    """
     normed = layer_norm(m, norm_weight, norm_bias)
     keep = mask[..., None].to(m.dtype)
-    return F.linear(normed, weight_1, bias_1) * keep, F.linear(normed, weight_2, bias_2) * keep
+    return m, F.linear(normed, weight_1, bias_1) * keep, F.linear(normed, weight_2, bias_2) * keep
 
 
 def outer_product_update(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

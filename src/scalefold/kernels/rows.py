@@ -1,13 +1,15 @@
 """What the row-wise kernels share: tensors of any strides seen as matrices of rows, and layer norm in registers.
 
 A row is one vector of channels; its index runs over the leading dimensions in the memory order of the operation's
-main tensor. Every tensor enters a kernel as a pointer and four strides (three levels of rows, one of channels), so
-transposed, broadcast and channel-first views cost no copy and no kernel of their own.
+main tensor. Every tensor enters a program as a ``View``, a pointer and four strides (three levels of rows, one of
+channels), so transposed, broadcast and channel-first views cost no copy and no kernel of their own. ``launch`` runs
+such a program.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,54 +18,99 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import settle, widen
+from scalefold.kernels.instructions import to_fp32, to_product_layout
 from scalefold.kernels.reference import LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
 LINES = tl.constexpr(16)  # of ones, in products that sum columns: the fewest that the tensor cores take
 
 Strides = tuple[int, int, int, int]
+Rows = Tensor | tuple[Tensor, ...] | None  # what a program may get as views
+
+
+class View(NamedTuple):
+    """A tensor as a Triton program sees it: where it begins, and how many elements apart neighbours lie."""
+
+    pointer: Tensor
+    strides: tuple[int, ...]
+
+
+class Norm(NamedTuple):
+    """Parameters of a layer norm: [c] each."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class Affine(NamedTuple):
+    """Parameters of a linear layer: [n, c] and [n]; None for what is absent."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Extent(NamedTuple):
+    """Rows of a launch: sizes of levels 1 and 2, and how many there are, or None where tiles cover them exactly.
+
+    Then no access is masked: predicates would be a good part of a loop's instructions.
+    """
+
+    dims: tuple[int, int]
+    limit: int | None
 
 
 @triton.jit
-def row_offsets(rows, dims, strides):
+def row_offsets(view, rows, extent):
     """Element offsets of rows: (level 0, level 1, level 2) indices of the row numbers, times the strides."""
-    inner = rows % dims[1]
-    rest = rows // dims[1]
-    middle = rest % dims[0]
-    outer = rest // dims[0]
+    inner = rows % extent.dims[1]
+    rest = rows // extent.dims[1]
+    middle = rest % extent.dims[0]
+    outer = rest // extent.dims[0]
+    strides = view.strides
     return outer.to(tl.int64) * strides[0] + middle.to(tl.int64) * strides[1] + inner.to(tl.int64) * strides[2]
 
 
 @triton.jit
-def load_tile(pointer, rows, columns, dims, strides, count):
-    """Tile [rows, columns] in storage type; rows past ``count`` (see ``row_limit``) read as 0."""
-    pointers = pointer + row_offsets(rows, dims, strides)[:, None] + columns[None, :] * strides[3]
-    if count is None:
+def tile_offsets(view, rows, columns, extent):
+    """Element offsets of a tile [rows, columns], for accesses with a mask of their own."""
+    return row_offsets(view, rows, extent)[:, None] + columns[None, :] * view.strides[3]
+
+
+@triton.jit
+def load_tile(view, rows, columns, extent):
+    """Tile [rows, columns] in storage type; rows past the limit read as 0."""
+    pointers = view.pointer + row_offsets(view, rows, extent)[:, None] + columns[None, :] * view.strides[3]
+    if extent.limit is None:
         return tl.load(pointers)
     else:  # noqa: RET505  (the compiler looks at what follows an untaken return)
-        return tl.load(pointers, mask=(rows < count)[:, None], other=0.0)
+        return tl.load(pointers, mask=(rows < extent.limit)[:, None], other=0.0)
 
 
 @triton.jit
-def load_per_row(pointer, rows, dims, strides, count):
-    """One fp32 value per row: [rows]; 0 past ``count``."""
-    pointers = pointer + row_offsets(rows, dims, strides)
-    if count is None:
+def load_per_row(view, rows, extent):
+    """One fp32 value per row: [rows]; 0 past the limit."""
+    pointers = view.pointer + row_offsets(view, rows, extent)
+    if extent.limit is None:
         return tl.load(pointers).to(tl.float32)
     else:  # noqa: RET505
-        return tl.load(pointers, mask=rows < count, other=0.0).to(tl.float32)
+        return tl.load(pointers, mask=rows < extent.limit, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_tile(pointer, value, rows, columns, dims, strides, count):
-    """Store a tile [rows, columns], rounded to the storage type; rows past ``count`` are left alone."""
-    pointers = pointer + row_offsets(rows, dims, strides)[:, None] + columns[None, :] * strides[3]
-    value = value.to(pointer.dtype.element_ty)
-    if count is None:
+def store_tile(view, value, rows, columns, extent):
+    """Store a tile [rows, columns], rounded to the storage type; rows past the limit are left alone."""
+    pointers = view.pointer + row_offsets(view, rows, extent)[:, None] + columns[None, :] * view.strides[3]
+    value = value.to(view.pointer.dtype.element_ty)
+    if extent.limit is None:
         tl.store(pointers, value)
     else:
-        tl.store(pointers, value, mask=(rows < count)[:, None])
+        tl.store(pointers, value, mask=(rows < extent.limit)[:, None])
+
+
+@triton.jit
+def load_vector(pointer, C: tl.constexpr):
+    """A whole vector in fp32: [C]."""
+    return tl.load(pointer + tl.arange(0, C)).to(tl.float32)
 
 
 @triton.jit
@@ -76,8 +123,8 @@ def dot(a, b, acc):
 def store_column_sums(pointer, tile, columns, keep):
     """Sums over the rows of tile [rows, columns], times ``keep``: [rows] or None, to pointer[columns].
 
-    For 16-bit tiles a product with equal lines of ones. A reduction across lanes and warps instead took a fifth to a
-    quarter of the input gradients of projections (76 us with 128 channels, 114 with 256; H100).
+    For 16-bit tiles a product with equal lines of ones: a reduction across lanes and warps would cost more than the
+    product that the tile is loaded for.
     """
     if tile.dtype == tl.float32:
         if keep is not None:
@@ -94,84 +141,95 @@ def store_column_sums(pointer, tile, columns, keep):
 
 
 @triton.jit
-def normalise(x, C: tl.constexpr):
-    """x [rows, C] fp32 -> (x - mean) / std and 1 / std, [rows, C] and [rows]."""
+def normalise(x, C: tl.constexpr, keep=None):
+    """x [rows, *] fp32 -> (x - mean) / std over its C channels, and 1 / std: [rows, *] and [rows].
+
+    ``keep``: which elements are channels, where the tile is wider than C; the others must be 0.
+    """
     centred = x - tl.sum(x, 1)[:, None] / C
+    if keep is not None:
+        centred = tl.where(keep, centred, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1) / C + EPS)
     return centred * rstd[:, None], rstd
 
 
 @triton.jit
-def load_normed(
-    x, norm_weight, norm_bias, rows, dims, strides, count, C: tl.constexpr, IN_REGISTERS: tl.constexpr = False
-):  # fmt: skip
-    """Layer norm of a tile of x, in its storage type: [rows, C].
-
-    IN_REGISTERS: it stays there as the left operand of products, instead of in shared memory; that pays where little
-    else needs registers (projections of the MSA forward: 68 to 58 us; of triangles 47 to 43; transitions 86 to 92).
-    """
-    columns = tl.arange(0, C)
-    tile = load_tile(x, rows, columns, dims, strides, count)
-    if IN_REGISTERS:
-        hat, _ = normalise(settle(tile), C)
-    else:
-        hat, _ = normalise(tile.to(tl.float32), C)
-    weight = tl.load(norm_weight + columns).to(tl.float32)
-    bias = tl.load(norm_bias + columns).to(tl.float32)
-    return (hat * weight[None, :] + bias[None, :]).to(tile.dtype)
+def scale_and_shift(hat, weight, bias, dtype: tl.constexpr):
+    """Normalised rows [rows, C] times weight [C] plus bias [C], in ``dtype``."""
+    return (hat * weight[None, :] + bias[None, :]).to(dtype)
 
 
 @triton.jit
-def norm_input_gradient(
-    d, x, norm_weight, norm_bias, keep, normed, normed_strides, partials, rows, dims, strides, count, C: tl.constexpr
-):  # fmt: skip
+def normalise_gradient(d, hat, rstd, C: tl.constexpr):
+    """Gradient of the x of ``normalise`` for the gradient d [rows, *] of its first result."""
+    along = tl.sum(d * hat, 1)[:, None] / C
+    mean = tl.sum(d, 1)[:, None] / C
+    return (d - mean - hat * along) * rstd[:, None]
+
+
+@triton.jit
+def load_normed(x, norm, rows, extent, C: tl.constexpr, IN_REGISTERS: tl.constexpr = False):
+    """Layer norm of a tile of x, in its storage type: [rows, C].
+
+    IN_REGISTERS: it stays there as the left operand of products, instead of in shared memory; that pays where little
+    else needs registers, as in projections, and loses where a second product follows, as in transitions.
+    """
+    tile = load_tile(x, rows, tl.arange(0, C), extent)
+    if IN_REGISTERS:
+        hat, _ = normalise(to_product_layout(tile), C)
+    else:
+        hat, _ = normalise(tile.to(tl.float32), C)
+    return scale_and_shift(hat, load_vector(norm.weight, C), load_vector(norm.bias, C), tile.dtype)
+
+
+@triton.jit
+def norm_input_gradient(d, x, norm, keep, normed, partials, rows, extent, C: tl.constexpr):
     """Gradient [rows, C] of a tile of x for the gradient d of its layer norm.
 
     Stores the tile's sums of the gradients of the norm's weight and bias at partials[0:C] and partials[C:2C], and the
     layer norm itself (times ``keep``: [rows] or None) in ``normed``, where the weight gradients read it.
     """
     columns = tl.arange(0, C)
-    tile = load_tile(x, rows, columns, dims, strides, count)
+    tile = load_tile(x, rows, columns, extent)
     if C > 128:  # eight warps: the pinned layout would not be that of d
         hat, rstd = normalise(tile.to(tl.float32), C)
     else:
-        hat, rstd = normalise(settle(tile), C)
-    weight = tl.load(norm_weight + columns).to(tl.float32)
-    value = (hat * weight[None, :] + tl.load(norm_bias + columns).to(tl.float32)[None, :]).to(tile.dtype)
+        hat, rstd = normalise(to_product_layout(tile), C)
+    weight = load_vector(norm.weight, C)
+    value = scale_and_shift(hat, weight, load_vector(norm.bias, C), tile.dtype)
     if keep is not None:
         value = (value.to(tl.float32) * keep[:, None]).to(tile.dtype)
-    store_tile(normed, value, rows, columns, dims, normed_strides, count)
+    store_tile(normed, value, rows, columns, extent)
     store_column_sums(partials, (d * hat).to(tile.dtype), columns, None)
     store_column_sums(partials + C, d.to(tile.dtype), columns, None)
-    scaled = d * weight[None, :]
-    mean = tl.sum(scaled, 1)[:, None] / C
-    along = tl.sum(scaled * hat, 1)[:, None] / C
-    return (scaled - mean - hat * along) * rstd[:, None]
+    return normalise_gradient(d * weight[None, :], hat, rstd, C)
 
 
 @triton.jit
-def _sum_block(partials, out, block, num_partials, stride, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    columns = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, num_partials, ROWS):
-        rows = start + tl.arange(0, ROWS)
+def _sum_block(
+    partials, out, block, num_partials, stride, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    columns = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for start in range(0, num_partials, BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
         keep = (rows < num_partials)[:, None] & (columns < N)[None, :]
         tile = tl.load(partials + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=keep, other=0.0)
-        total += tl.sum(widen(tile), 0)
+        total += tl.sum(to_fp32(tile), 0)
     tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < N)
 
 
 @triton.jit
 def _sum_kernel(
     partials, outs, nums, strides, COUNT: tl.constexpr, SIZES: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program: one block of columns of one of several matrices of partial sums."""
+    """Program: one block of columns of one of several matrices of partial sums, each with tiles of its own."""
     block = tl.program_id(0)
     for i in tl.static_range(COUNT):
         if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
             own = block - FIRST_BLOCKS[i]
-            _sum_block(partials[i], outs[i], own, nums[i], strides[i], SIZES[i], BLOCKS[i], ROWS[i])
+            _sum_block(partials[i], outs[i], own, nums[i], strides[i], SIZES[i], BLOCK_M[i], BLOCK_N[i])
 
 
 SUM_TILE = 8192  # elements in flight per program; 8 columns (a sector of 32 bytes) where there are many partial sums
@@ -199,7 +257,7 @@ def sum_all(partials: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     first = tuple(sum(counts[:n]) for n in range(len(counts) + 1))
     _sum_kernel[(first[-1],)](
         given, results, tuple(p.shape[0] for p in given), tuple(p.stride(0) for p in given), COUNT=len(given),
-        SIZES=sizes, FIRST_BLOCKS=first, BLOCKS=blocks, ROWS=rows, num_warps=8,
+        SIZES=sizes, FIRST_BLOCKS=first, BLOCK_M=rows, BLOCK_N=blocks, num_warps=8,
     )  # fmt: skip
     return outs
 
@@ -234,12 +292,46 @@ def common_rows(*views: Tensor) -> tuple[tuple[int, int], int, list[Strides]]:
     return (levels[1][0], levels[2][0]), shape.numel(), result  # type: ignore[return-value]
 
 
-def row_limit(count: int, config: tuning.Config) -> int | None:
-    """Number of rows for a kernel of tiles; None where tiles of BLOCK_M cover them exactly.
+def row_views(tensors: Mapping[str, Rows]) -> tuple[dict[str, Any], tuple[int, int], int]:
+    """Tensors [*, c_i] over their common rows, by name, sizes of levels 1 and 2, number of rows; see ``common_rows``.
 
-    Then no access is masked: the predicates of one tile cost up to a fifth of a loop's instructions.
+    A tuple of tensors gives a tuple of views, None stays None.
     """
-    return count if count % config["BLOCK_M"] else None
+    groups = {name: value if isinstance(value, tuple) else (value,) for name, value in tensors.items()}
+    present = [tensor for group in groups.values() for tensor in group if tensor is not None]
+    dims, num_rows, strides = common_rows(*present)
+    views = map(View, present, strides)
+    found = {name: tuple(None if t is None else next(views) for t in group) for name, group in groups.items()}
+    return {n: v if isinstance(tensors[n], tuple) else v[0] for n, v in found.items()}, dims, num_rows
+
+
+def launch(
+    program: Any, config: tuning.Config, tensors: Mapping[str, Rows], masked: bool = False, **arguments: Any
+) -> None:
+    """Run ``program`` for every tile of BLOCK_M rows of tensors [*, c_i] with equal (or 1-sized) leading dimensions.
+
+    It gets each of them under its name as a ``View``, rows numbered in the memory order of the first one, the
+    ``extent`` of these rows, the launch parameters and all other ``arguments``. ``masked``: the extent has a limit even
+    where tiles cover the rows, for programs that mask every access anyway.
+    """
+    views, dims, num_rows = row_views(tensors)
+    extent = Extent(dims, num_rows if masked or num_rows % config["BLOCK_M"] else None)
+    program[(triton.cdiv(num_rows, config["BLOCK_M"]),)](**views, **arguments, extent=extent, **config)
+
+
+def launch_with_sums(
+    program: Any, config: tuning.Config, tensors: Mapping[str, Rows], num_sums: int, **arguments: Any
+) -> Tensor:
+    """``launch`` of a program that stores sums over each tile of rows: ``partials`` fp32 [tiles, num_sums].
+
+    They are returned, for ``sum_all``.
+    """
+    first = next(iter(tensors.values()))
+    assert isinstance(first, Tensor)
+    tiles = triton.cdiv(first.shape[:-1].numel(), config["BLOCK_M"])
+    partials = torch.empty(tiles, num_sums, dtype=torch.float32, device=first.device)
+    launch(program, config, tensors, partials=partials, **arguments)
+    return partials
 
 
 def memory_order(x: Tensor) -> tuple[int, ...]:
@@ -247,14 +339,17 @@ def memory_order(x: Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(x.dim() - 1), key=lambda d: -x.stride(d)))
 
 
-def is_tile_width(*widths: int) -> bool:
-    """Whether channel counts suit the kernels: powers of two from 16 to 256."""
-    return all(16 <= width <= 256 and width & (width - 1) == 0 for width in widths)
+def width_obstacle(*widths: int, most: int = 256) -> str | None:
+    """Why kernels of tiles do not take these channel counts, or None: the matrix units want powers of two from 16."""
+    unfit = [width for width in widths if not 16 <= width <= most or width & (width - 1)]
+    return f"width {unfit[0]} is no power of two from 16 to {most}" if unfit else None
 
 
-def has_plain_strides(*tensors: Tensor) -> bool:
-    """Whether tensors [*, c] have at most three leading dimensions, so that ``common_rows`` takes any strides."""
-    return all(tensor.dim() <= 4 for tensor in tensors)
+def layout_obstacle(*tensors: Tensor) -> str | None:
+    """Why kernels of rows do not take tensors [*, c], or None: ``common_rows`` knows three levels of rows."""
+    if any(tensor.dim() > 4 for tensor in tensors):
+        return "more than three dimensions of rows"
+    return "channels are not contiguous" if any(tensor.stride(-1) != 1 for tensor in tensors) else None
 
 
 def fused_view(weights: Sequence[Tensor]) -> Tensor:
@@ -278,45 +373,3 @@ def weight_blocks(weight: Tensor, block: Sequence[int]) -> TensorDescriptor:
     It is copied first if it does not begin at a multiple of 16 bytes (parameters in flat buffers do).
     """
     return TensorDescriptor.from_tensor(weight if weight.data_ptr() % 16 == 0 else weight.clone(), list(block))
-
-
-def row_fields(count: int, dtype: torch.dtype, **sizes: int) -> dict[str, int | str]:
-    """Fields of a row-wise problem for ``tuning.lookup``; row counts between powers of two share an entry."""
-    return {"rows": 1 << (count - 1).bit_length(), "dtype": str(dtype).removeprefix("torch."), **sizes}
-
-
-def tile_config(values: Sequence[int]) -> tuning.Config:
-    """Launch parameters of a kernel of tiles from (rows, columns, warps, stages)."""
-    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
-
-
-def tile_default(default: dict[int, tuple[int, ...]]) -> Callable[[tuning.Fields, int], tuning.Config]:
-    """Default launch parameters by the largest width ``c``, made smaller for fp32 and capabilities below 9.0."""
-
-    def choose(fields: tuning.Fields, capability: int) -> tuning.Config:
-        chosen = tile_config(next(values for width, values in sorted(default.items()) if int(fields["c"]) <= width))
-        if fields["dtype"] == "float32":  # twice the bytes per element: smaller tiles
-            chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 32)
-            chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 32)
-        if capability < 90:  # 163 KB of shared memory instead of 227, and no operands in registers
-            chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 64)
-            chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 64)
-            chosen["num_stages"] = min(chosen["num_stages"], 2)
-        return chosen
-
-    return choose
-
-
-def register_tiles(name: str, default: dict[int, tuple[int, ...]], *candidates: tuple[int, ...]) -> None:
-    """Register a kernel of tiles: tuples are (rows, columns, warps, stages), defaults by the largest width ``c``."""
-    choices = [tile_config(values) for values in candidates]
-    tuning.register(name, default=tile_default(default), candidates=lambda fields: choices)
-
-
-def chosen_tiles(name: str, x: Tensor, n: int, limit: int, c: int | None = None) -> tuning.Config:
-    """Launch parameters of kernel ``name`` for the rows of x: [*, c] and products of width n.
-
-    ``limit``: most columns that a tile may have; ``c``: where another width than that of x is the larger one.
-    """
-    config = tuning.lookup(name, **row_fields(x.shape[:-1].numel(), x.dtype, c=c or x.shape[-1], n=n))
-    return {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}

@@ -2,10 +2,10 @@
 
 Modules of the model hold an attribute ``ops`` (the plain table unless told otherwise) and call ``self.ops.attention``
 and so on. ``use_operations`` swaps the table of a finished model from outside, so two configurations can live in one
-process and the model never names a GPU.
+process and the model never names a GPU. This module knows no implementation but the plain one: ``choice`` finds the
+others.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,6 @@ from typing import Any
 from torch import nn
 
 from scalefold.kernels import reference
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,21 +46,3 @@ def use_operations(model: nn.Module, ops: Operations) -> None:
     for module in model.modules():
         if hasattr(module, "ops"):
             module.ops = ops  # type: ignore[assignment]
-
-
-def operations(name: str) -> Operations:
-    """The table ``reference``, ``triton``, or ``auto``: Triton where it can be imported, else the plain definitions.
-
-    Raises:
-        ImportError: ``triton`` is asked for by name and missing.
-    """
-    if name == "reference":
-        return REFERENCE
-    try:
-        from scalefold.kernels.triton_ops import TRITON
-    except ImportError as error:
-        if name == "triton":
-            raise
-        log.warning("kernels: plain PyTorch operations, because Triton cannot be imported: %s", error)
-        return REFERENCE
-    return TRITON

@@ -1,9 +1,8 @@
 """Launch parameters of the Triton kernels: defaults in code, tuned tables per GPU kind, overrides for a sweep.
 
-A kernel module registers each kernel once, with a function from the problem to its default launch parameters and one
-that lists candidates worth timing::
+A kernel module registers each kernel once, with a function from the problem to its default launch parameters::
 
-    tuning.register("layer_norm_forward", default=_forward_default, candidates=_forward_candidates)
+    tuning.register("layer_norm_forward", default=_forward_default)
     config = tuning.lookup("layer_norm_forward", rows=65536, c=128, dtype="bfloat16")
     kernel[grid](..., BLOCK=config["BLOCK"], num_warps=config["num_warps"], num_stages=config["num_stages"])
 
@@ -11,11 +10,11 @@ Fields name everything that the best choice depends on (shape class and storage 
 appear as shapes). ``lookup`` takes the first of: an active ``override``, the table of this GPU
 (``tuned/<name of the device>.json``), the table of its compute capability (``tuned/sm_90.json``), the entry of the
 nearest problem in those tables (the same but for its SIZES, see ``nearest``), the default. Nothing is timed here, so
-nothing is tuned on the clock. A sweep times each candidate under ``override`` and calls ``save``::
+nothing is tuned on the clock. A sweep (``benchmarks/measure/tune.py``, which knows what is worth timing) times each
+candidate under ``override`` and calls ``save``::
 
-    for config in tuning.candidates("layer_norm_forward", **fields):
-        with tuning.override("layer_norm_forward", config, **fields):
-            milliseconds = time(...)
+    with tuning.override("layer_norm_forward", config, **fields):
+        milliseconds = time(...)
 
 Modules with kernels also expose ``compile_cases() -> list[tuple[str, Callable[[], None]]]``: named calls of their
 operations, forward and backward, on tensors of ``device="meta"`` at the benchmark's shapes.
@@ -28,13 +27,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from scalefold.errors import ConfigError
 from scalefold.textfile import parse_json, read_text
@@ -53,25 +52,16 @@ _DIGITS = re.compile(r"[0-9]{1,18}")
 _REPAIR = "remove it or tune again (benchmarks/measure/tune.py)"
 
 
-@dataclass(frozen=True)
-class Tunable:
-    """One kernel with tunable launch parameters; ``default(fields, capability)``, ``candidates(fields)``."""
-
-    name: str
-    default: Callable[[Fields, int], Config]
-    candidates: Callable[[Fields], list[Config]]
-
-
-_tunables: dict[str, Tunable] = {}
+_defaults: dict[str, Callable[[Fields, int], Config]] = {}
 _overrides: dict[str, Config] = {}
 _assumed_capability: list[int] = []
 
 
-def register(name: str, default: Callable[[Fields, int], Config], candidates: Callable[[Fields], list[Config]]) -> None:
+def register(name: str, default: Callable[[Fields, int], Config]) -> None:
     """Declare kernel ``name``. default: problem fields and capability (80, 90) -> launch parameters."""
-    if name in _tunables:
+    if name in _defaults:
         raise ValueError(f"kernel {name!r} is registered twice")
-    _tunables[name] = Tunable(name, default, candidates)
+    _defaults[name] = default
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -86,7 +76,7 @@ def power_of_two(n: int) -> int:
 
 def registered() -> list[str]:
     """Names of all registered kernels."""
-    return sorted(_tunables)
+    return sorted(_defaults)
 
 
 def problem_key(fields: Fields) -> str:
@@ -101,14 +91,14 @@ def lookup(name: str, **fields: int | str) -> Config:
         found = _overrides.get(f"{name} {key}") or _overrides.get(name)
         if found is not None:
             return found
-    return _settled(name, key, tuple(sorted(fields.items())), capability())
+    return _resolved(name, key, tuple(sorted(fields.items())), capability())
 
 
 @functools.lru_cache(maxsize=4096)
-def _settled(name: str, key: str, items: tuple[tuple[str, int | str], ...], target: int) -> Config:
+def _resolved(name: str, key: str, items: tuple[tuple[str, int | str], ...], target: int) -> Config:
     entries = table(target).get(name, {})
     entry = entries.get(key) or nearest(entries, dict(items))
-    return dict(entry) if entry else _tunables[name].default(dict(items), target)
+    return dict(entry) if entry else _defaults[name](dict(items), target)
 
 
 def nearest(entries: Mapping[str, Config], fields: Fields) -> Config | None:
@@ -135,16 +125,10 @@ def _distance(other: Mapping[str, str], fields: Fields) -> float:
     return total
 
 
-def candidates(name: str, **fields: int | str) -> list[Config]:
-    """What a sweep should time for a problem: the present choice first, then the kernel's candidates."""
-    present = lookup(name, **fields)
-    return [present] + [c for c in _tunables[name].candidates(fields) if c != present]
-
-
 @contextmanager
 def override(name: str, config: Config, **fields: int | str) -> Iterator[None]:
     """Use ``config`` for kernel ``name`` inside the block: for one problem, or for all if no field is given."""
-    if name not in _tunables:
+    if name not in _defaults:
         raise KeyError(f"no kernel {name!r}; registered: {', '.join(registered())}")
     key = f"{name} {problem_key(fields)}" if fields else name
     previous = _overrides.get(key)
@@ -245,5 +229,46 @@ def save(stem: str, entries: Mapping[str, Mapping[str, Config]]) -> Path:
     partial.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
     table.cache_clear()
-    _settled.cache_clear()
+    _resolved.cache_clear()
     return path
+
+
+def row_fields(count: int, dtype: torch.dtype, **sizes: int) -> dict[str, int | str]:
+    """Fields of a row-wise problem for ``tuning.lookup``; row counts between powers of two share an entry."""
+    return {"rows": 1 << (count - 1).bit_length(), "dtype": str(dtype).removeprefix("torch."), **sizes}
+
+
+def tile_config(values: Sequence[int]) -> Config:
+    """Launch parameters of a kernel of tiles from (rows, columns, warps, stages)."""
+    return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))
+
+
+def tile_default(default: dict[int, tuple[int, ...]]) -> Callable[[Fields, int], Config]:
+    """Default launch parameters by the largest width ``c``, made smaller for fp32 and capabilities below 9.0."""
+
+    def choose(fields: Fields, capability: int) -> Config:
+        chosen = tile_config(next(values for width, values in sorted(default.items()) if int(fields["c"]) <= width))
+        if fields["dtype"] == "float32":  # twice the bytes per element: smaller tiles
+            chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 32)
+            chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 32)
+        if capability < 90:  # 163 KB of shared memory instead of 227, and no operands in registers
+            chosen["BLOCK_M"] = min(chosen["BLOCK_M"], 64)
+            chosen["BLOCK_N"] = min(chosen["BLOCK_N"], 64)
+            chosen["num_stages"] = min(chosen["num_stages"], 2)
+        return chosen
+
+    return choose
+
+
+def register_tiles(name: str, default: dict[int, tuple[int, ...]]) -> None:
+    """Register a kernel of tiles: tuples are (rows, columns, warps, stages), defaults by the largest width ``c``."""
+    register(name, tile_default(default))
+
+
+def chosen_tiles(name: str, x: Tensor, n: int, limit: int, c: int | None = None) -> Config:
+    """Launch parameters of kernel ``name`` for the rows of x: [*, c] and products of width n.
+
+    ``limit``: most columns that a tile may have; ``c``: where another width than that of x is the larger one.
+    """
+    config = lookup(name, **row_fields(x.shape[:-1].numel(), x.dtype, c=c or x.shape[-1], n=n))
+    return {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}

@@ -3,8 +3,9 @@
 dW[n, c] = sum over rows of d[row, n] * a[row, c] with up to 10^6 rows and small n, c. A single product of such a shape
 fills few multiprocessors, so the rows are split: the library takes the ranges as a batch of products, the kernel here
 gives each range to a program. Either way the partial products are summed in fixed order afterwards, together with the
-other partial sums of the operation (``rows.sum_all``), so results repeat bit for bit. The kernel also takes operands
-that are no matrices in the common order of rows, and very narrow ones.
+other partial sums of the operation (``rows.sum_all``), so results repeat bit for bit. Of the two kernels one fetches
+matrices by the copy engine, which leaves its threads little but products; the other also takes operands that are no
+matrices in the common order of rows.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -16,41 +17,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.rows import (
-    common_rows,
-    dot,
-    load_tile,
-    row_fields,
-    row_limit,
-    row_offsets,
-    tile_config,
-    tile_default,
-)
+from scalefold.kernels.rows import Extent, Strides, common_rows, dot, load_tile, row_views, tile_offsets
 
 NUM_PROGRAMS = 264  # two per multiprocessor of an H200
+NUM_COPYING_PROGRAMS = 132  # one, whose ring of tiles fills the shared memory
+LARGEST_RING = 216 * 1024  # bytes of shared memory
+MOST_COPIED = 4  # wide products in a launch of the copying kernel: a descriptor cannot be an element of a tuple
 NARROWEST = 16  # the library is not asked for narrower products
 SHORTEST_RANGE = 64  # rows that a product of the library should at least see
-_tiles_default = tile_default({64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 128, 8, 2)})
+_tiles_default = tuning.tile_default({64: (64, 64, 4, 3), 128: (64, 128, 8, 3), 256: (64, 128, 8, 2)})
 
 
 def _default(fields: tuning.Fields, capability: int) -> tuning.Config:
-    """LIBRARY: into how many ranges the library's batch splits the rows; 0: the kernel, with its tiles."""
+    """LIBRARY: into how many ranges the library's batch splits the rows; 0: a kernel, with its tiles.
+
+    COPY_ENGINE: the one that copies, where operands allow it.
+    """
     if int(fields["n"]) < NARROWEST:
         return {"LIBRARY": 0, **_tiles_default(fields, capability)}
     tiles = tuning.ceil_div(int(fields["n"]), 128) * tuning.ceil_div(int(fields["c"]), 128)
     return {"LIBRARY": tuning.power_of_two(max(1, 128 // tiles))}
 
 
-def _candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    tiles = [(64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)]
-    kernels = [{"LIBRARY": 0, **tile_config(values)} for values in tiles]
-    libraries = [{"LIBRARY": splits} for splits in (1, 8, 16, 32, 64, 128, 256)]
-    return kernels if int(fields["n"]) < NARROWEST else libraries + kernels
-
-
-tuning.register("weight_gradient", _default, _candidates)
+tuning.register("weight_gradient", _default)
 
 
 @dataclass(frozen=True)
@@ -77,29 +69,29 @@ class Product:
 
 @triton.jit
 def _accumulate(
-    d, d_strides, a, a_strides, dims, block, start, end,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
+    d, a, dims, block, start, end, WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """Product of one block of columns of d with a over rows start..end: [BLOCK_N, C]."""
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_N, C], tl.float32)
-    limit = end
+    extent = Extent(dims, end)
     if EVEN:
-        limit = None
+        extent = Extent(dims, None)
     for first in range(start, end, BLOCK_M):
         rows = first + tl.arange(0, BLOCK_M)
         if WIDTH % BLOCK_N == 0:
-            tile = load_tile(d, rows, n, dims, d_strides, limit)
+            tile = load_tile(d, rows, n, extent)
         else:
-            offsets = row_offsets(rows, dims, d_strides)[:, None] + n[None, :] * d_strides[3]
-            tile = tl.load(d + offsets, mask=(rows < end)[:, None] & (n < WIDTH)[None, :], other=0.0)
-        acc = dot(tl.trans(tile), load_tile(a, rows, tl.arange(0, C), dims, a_strides, limit), acc)
+            inside = (rows < end)[:, None] & (n < WIDTH)[None, :]
+            tile = tl.load(d.pointer + tile_offsets(d, rows, n, extent), mask=inside, other=0.0)
+        acc = dot(tl.trans(tile), load_tile(a, rows, tl.arange(0, C), extent), acc)
     return acc
 
 
 @triton.jit
 def _kernel(
-    ds, d_strides, operands, a_strides, dims, count, partials, rows_per_split,
+    ds, operands, dims, num_rows, partials, rows_per_split,
     COUNT: tl.constexpr, WIDTHS: tl.constexpr, TRANSPOSED: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
     FIRST_COLUMNS: tl.constexpr, TOTAL: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     EVEN: tl.constexpr,
@@ -107,22 +99,58 @@ def _kernel(
     """Program (block of columns over all products, range of rows) -> partials[range, TOTAL * C]."""
     block = tl.program_id(0)
     start = tl.program_id(1) * rows_per_split
-    end = tl.minimum(start + rows_per_split, count)
+    end = tl.minimum(start + rows_per_split, num_rows)
     partials += tl.program_id(1).to(tl.int64) * (TOTAL * C)
     c = tl.arange(0, C)
     for i in tl.static_range(COUNT):
         if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
             own = block - FIRST_BLOCKS[i]
-            acc = _accumulate(
-                ds[i], d_strides[i], operands[i], a_strides[i], dims, own, start, end, WIDTHS[i], C, BLOCK_M, BLOCK_N,
-                EVEN,
-            )  # fmt: skip
+            acc = _accumulate(ds[i], operands[i], dims, own, start, end, WIDTHS[i], C, BLOCK_M, BLOCK_N, EVEN)
             n = own * BLOCK_N + tl.arange(0, BLOCK_N)
             if TRANSPOSED[i]:
                 offsets = n[:, None] + c[None, :] * WIDTHS[i]
             else:
                 offsets = n[:, None] * C + c[None, :]
             tl.store(partials + FIRST_COLUMNS[i] * C + offsets, acc, mask=(n < WIDTHS[i])[:, None])
+
+
+@triton.jit
+def _copied_kernel(
+    d0, d1, d2, d3, narrow, a0, a1, a2, a3, partials, num_rows, rows_per_split,
+    COUNT: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, TRANSPOSED: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same for COUNT products of one width, and a narrow one, [NARROW, rows], after them; all by descriptors.
+
+    They read zeros past the rows, and past the columns of the narrow one, whose block is as large as the others.
+    """
+    ds, operands = (d0, d1, d2, d3), (a0, a1, a2, a3)
+    block = tl.program_id(0)
+    start = tl.program_id(1) * rows_per_split
+    end = tl.minimum(start + rows_per_split, num_rows)
+    partials += tl.program_id(1).to(tl.int64) * ((COUNT * WIDTH + NARROW) * C)
+    c = tl.arange(0, C)
+    blocks: tl.constexpr = WIDTH // BLOCK_N
+    for i in tl.static_range(COUNT):
+        if block // blocks == i:
+            first = (block % blocks) * BLOCK_N
+            acc = tl.zeros([BLOCK_N, C], tl.float32)
+            for row in range(start, end, BLOCK_M):
+                acc = dot(tl.trans(ds[i].load([row, first])), operands[i].load([row, 0]), acc)
+            n = first + tl.arange(0, BLOCK_N)
+            if TRANSPOSED[i]:
+                offsets = n[:, None] + c[None, :] * WIDTH
+            else:
+                offsets = n[:, None] * C + c[None, :]
+            tl.store(partials + i * WIDTH * C + offsets, acc)
+    if NARROW > 0:  # noqa: SIM102  (known when it is compiled, unlike the block)
+        if block == COUNT * blocks:
+            acc = tl.zeros([BLOCK_N, C], tl.float32)
+            for row in range(start, end, BLOCK_M):
+                acc = dot(narrow.load([0, row]), a0.load([row, 0]), acc)
+            n = tl.arange(0, BLOCK_N)
+            offsets = n[:, None] * C + c[None, :]
+            tl.store(partials + COUNT * WIDTH * C + offsets, acc, mask=(n < NARROW)[:, None])
 
 
 def _cumulative(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -136,13 +164,13 @@ def weight_partials(products: Sequence[Product]) -> list[Tensor]:
     """
     done: list[Tensor | None] = [_library_product(product, len(products)) for product in products]
     rest = [product for product, partial in zip(products, done, strict=True) if partial is None]
-    tiled = iter(_tiled_products(rest) if rest else [])
-    return [next(tiled) if partial is None else partial for partial in done]
+    own = iter(_copied_products(rest, len(products)) or _tiled_products(rest) if rest else [])
+    return [next(own) if partial is None else partial for partial in done]
 
 
 def _fields(product: Product, num_products: int) -> dict[str, int | str]:
     count, c = product.a.shape[:-1].numel(), product.a.shape[-1]
-    return row_fields(count, product.d.dtype, c=c, n=product.width, products=num_products)
+    return tuning.row_fields(count, product.d.dtype, c=c, n=product.width, products=num_products)
 
 
 def _library_product(product: Product, num_products: int) -> Tensor | None:
@@ -163,31 +191,92 @@ def _library_product(product: Product, num_products: int) -> Tensor | None:
     return torch.bmm(left.transpose(1, 2), right).flatten(1)
 
 
-def _tiled_products(products: Sequence[Product]) -> list[Tensor]:
-    """The products by the kernel, in one launch; views of one buffer of fp32 partial gradients."""
-    ds, operands = [p.d for p in products], [p.a for p in products]
-    dims, count, strides = common_rows(operands[0], *ds, *operands)
-    c, widths, num = operands[0].shape[-1], tuple(p.width for p in products), len(products)
-    config = _tiles(max(products, key=lambda product: product.width), num)
-    config["BLOCK_N"] = min(config["BLOCK_N"], max(16, triton.next_power_of_2(max(widths))))
-    first_blocks = _cumulative([triton.cdiv(width, config["BLOCK_N"]) for width in widths])
-    tiles = triton.cdiv(count, config["BLOCK_M"])
-    rows_per_split = triton.cdiv(tiles, max(1, NUM_PROGRAMS // first_blocks[-1])) * config["BLOCK_M"]
-    num_splits, total = triton.cdiv(count, rows_per_split), sum(widths)
-    partials = torch.empty(num_splits, total * c, dtype=torch.float32, device=ds[0].device)
-    _kernel[(first_blocks[-1], num_splits)](
-        tuple(ds), tuple(strides[1 : 1 + num]), tuple(operands), tuple(strides[1 + num :]), dims, count, partials,
-        rows_per_split, COUNT=num, WIDTHS=widths, TRANSPOSED=tuple(p.transposed for p in products),
-        FIRST_BLOCKS=first_blocks, FIRST_COLUMNS=_cumulative(widths), TOTAL=total, C=c,
-        EVEN=row_limit(count, config) is None, **config,
+def _copied_products(products: Sequence[Product], num_products: int) -> list[Tensor] | None:
+    """The products by the copying kernel; None where it was not chosen, or where their operands do not allow it."""
+    wide = [product for product in products if product.width >= NARROWEST]
+    config = _chosen(wide[0], num_products) if wide else {}
+    if not config.pop("COPY_ENGINE", 0) or not _fit_one_launch(products, len(wide), config):
+        return None
+    matrices = _matrices(products, len(wide))
+    if matrices is None:
+        return None
+    a, d = matrices[: len(products)], matrices[len(products) :]
+    c, widths, tile = a[0].shape[1], [product.width for product in products], [config["BLOCK_M"], config["BLOCK_N"]]
+    operands = [TensorDescriptor.from_tensor(m, [tile[0], c]) for m in a[: len(wide)]]
+    ds = [TensorDescriptor.from_tensor(m, tile) for m in d[: len(wide)]]
+    narrow = [TensorDescriptor.from_tensor(m, tile[::-1]) for m in d[len(wide) :]]
+    absent, num_rows = MOST_COPIED - len(wide), a[0].shape[0]
+    blocks = len(wide) * (widths[0] // tile[1]) + len(narrow)
+    rows_per_split = triton.cdiv(triton.cdiv(num_rows, tile[0]), max(1, NUM_COPYING_PROGRAMS // blocks)) * tile[0]
+    num_splits = triton.cdiv(num_rows, rows_per_split)
+    partials = torch.empty(num_splits, sum(widths) * c, dtype=torch.float32, device=a[0].device)
+    _copied_kernel[(blocks, num_splits)](
+        *ds, *ds[:1] * absent, narrow[0] if narrow else None, *operands, *operands[:1] * absent, partials, num_rows,
+        rows_per_split, COUNT=len(wide), WIDTH=widths[0], NARROW=sum(widths[len(wide) :]), C=c,
+        TRANSPOSED=tuple(p.transposed for p in wide), **config,
     )  # fmt: skip
     return list(partials.split([width * c for width in widths], 1))
 
 
+def _fit_one_launch(products: Sequence[Product], num_wide: int, config: tuning.Config) -> bool:
+    """Whether these are wide products of one width, in whole blocks, and then at most one narrow one of the same a."""
+    wide, narrow, first = products[:num_wide], products[num_wide:], products[0]
+    ring = (config["BLOCK_N"] + first.a.shape[-1]) * config["BLOCK_M"] * config["num_stages"] * first.d.element_size()
+    return (
+        num_wide <= MOST_COPIED
+        and len(narrow) <= 1
+        and all(p.width == first.width >= NARROWEST for p in wide)
+        and all(p.a is first.a and not p.transposed and p.width < NARROWEST for p in narrow)
+        and first.width % config["BLOCK_N"] == 0
+        and ring <= LARGEST_RING
+    )
+
+
+def _matrices(products: Sequence[Product], num_wide: int) -> list[Tensor] | None:
+    """Operands a, then d, as matrices [rows, n], a narrow d as [n, rows]; None if the copy engine cannot read one."""
+    tensors = [*(p.a for p in products), *(p.d for p in products)]
+    dims, num_rows, strides = common_rows(*tensors)
+    if dims != (1, 1):
+        return None
+    matrices = [_matrix(tensor, num_rows, own) for tensor, own in zip(tensors, strides, strict=True)]
+    matrices[len(products) + num_wide :] = [narrow.t() for narrow in matrices[len(products) + num_wide :]]
+    readable = all(m.stride(1) == 1 and m.stride(0) % 8 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+    return matrices if readable else None
+
+
+def _matrix(tensor: Tensor, num_rows: int, strides: Strides) -> Tensor:
+    """View of tensor [*, n] as [num_rows, n], where its rows are equally far apart."""
+    return tensor.as_strided((num_rows, tensor.shape[-1]), (strides[0], strides[3]))
+
+
+def _tiled_products(products: Sequence[Product]) -> list[Tensor]:
+    """The products by the kernel, in one launch; views of one buffer of fp32 partial gradients."""
+    widths, num, c = tuple(p.width for p in products), len(products), products[0].a.shape[-1]
+    views, dims, num_rows = row_views({"operands": tuple(p.a for p in products), "ds": tuple(p.d for p in products)})
+    config = _tiles(max(products, key=lambda product: product.width), num)
+    config["BLOCK_N"] = min(config["BLOCK_N"], max(16, triton.next_power_of_2(max(widths))))
+    first_blocks = _cumulative([triton.cdiv(width, config["BLOCK_N"]) for width in widths])
+    tiles = triton.cdiv(num_rows, config["BLOCK_M"])
+    rows_per_split = triton.cdiv(tiles, max(1, NUM_PROGRAMS // first_blocks[-1])) * config["BLOCK_M"]
+    num_splits, total = triton.cdiv(num_rows, rows_per_split), sum(widths)
+    partials = torch.empty(num_splits, total * c, dtype=torch.float32, device=products[0].d.device)
+    _kernel[(first_blocks[-1], num_splits)](
+        **views, dims=dims, num_rows=num_rows, partials=partials, rows_per_split=rows_per_split, COUNT=num,
+        WIDTHS=widths, TRANSPOSED=tuple(p.transposed for p in products), FIRST_BLOCKS=first_blocks,
+        FIRST_COLUMNS=_cumulative(widths), TOTAL=total, C=c, EVEN=num_rows % config["BLOCK_M"] == 0, **config,
+    )  # fmt: skip
+    return list(partials.split([width * c for width in widths], 1))
+
+
+def _chosen(product: Product, num_products: int) -> tuning.Config:
+    """Launch parameters of the kernel that was chosen; none where the library was."""
+    chosen = tuning.lookup("weight_gradient", **_fields(product, num_products))
+    return {} if chosen["LIBRARY"] else {name: value for name, value in chosen.items() if name != "LIBRARY"}
+
+
 def _tiles(product: Product, num_products: int) -> tuning.Config:
-    """Launch parameters of the kernel: the tuned ones where it was chosen, else its defaults."""
-    fields = _fields(product, num_products)
-    chosen = tuning.lookup("weight_gradient", **fields)
-    if chosen["LIBRARY"]:
-        return _tiles_default(fields, tuning.capability())
-    return {name: value for name, value in chosen.items() if name != "LIBRARY"}
+    """Launch parameters of the kernel that takes any operands: the tuned ones where it was chosen, else defaults."""
+    chosen = _chosen(product, num_products)
+    if not chosen or "COPY_ENGINE" in chosen:
+        return _tiles_default(_fields(product, num_products), tuning.capability())
+    return chosen

@@ -1,7 +1,7 @@
 """All-reduce over all ranks before a run: are the sums right, and how fast is the network?
 
 ``python -m scalefold.launch.network_check --min-gb-per-s 100`` under srun or torchrun. Exit status 0: fine; 1: a wrong
-sum or too slow. On GPUs the buffer is as large as the gradients: 93,229,082 parameters in bf16.
+sum or too slow. On GPUs the buffer is as large as the gradients of the model in bf16.
 """
 
 import argparse
@@ -13,9 +13,10 @@ import time
 import torch
 import torch.distributed as dist
 
+from scalefold.mlperf.log.keys import PARAMETERS_COUNT
 from scalefold.parallel.ranks import read_environment
 
-NUM_ELEMENTS = {"cuda": 93_229_082, "cpu": 1_000_000}
+NUM_ELEMENTS = {"cuda": PARAMETERS_COUNT, "cpu": 1_000_000}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from scalefold.config import RankLayout
 from scalefold.errors import ConfigError
-from scalefold.parallel.ranks import RankLayout, Ranks
+from scalefold.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True)

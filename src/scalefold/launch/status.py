@@ -24,6 +24,7 @@ from scalefold.report.console import format_duration
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 from scalefold.scaling.from_config import system_spec
 from scalefold.scaling.plan import plan
+from scalefold.telemetry.stragglers import Loads, read_loads
 
 State = Literal["starting", "running", "silent", "reached", "missed", "stopped"]
 DONE: tuple[State, ...] = ("reached", "missed")
@@ -51,6 +52,8 @@ class RunStatus:
     at_most: bool
     silent_s: float
     verdict: str | None
+    slowest: str | None = None
+    gpu_kwh: float | None = None
 
     def text(self) -> str:
         """One line."""
@@ -64,6 +67,8 @@ class RunStatus:
             planned = f" of {self.planned:.1f} planned" if self.planned is not None else " by its step budget"
             parts.append(f"{'at most' if self.at_most else 'about'} {self.minutes_left:.1f} min left{planned}")
         parts += [f"no sign for {format_duration(self.silent_s)}"] if self.state == "silent" else []
+        parts += [f"GPUs {self.gpu_kwh:.3f} kWh"] if self.gpu_kwh is not None else []
+        parts += [self.slowest] if self.slowest is not None else []
         parts += [self.verdict] if self.verdict is not None else []
         return "  ".join(parts)
 
@@ -205,6 +210,7 @@ def run_status(folder: Path, check: bool = False, alive: bool | None = None) -> 
     config = _config(folder)
     minutes, planned, left, at_most = _times(metrics, config, state)
     evaluated = metrics is not None and len(metrics.eval_step) > 0
+    loads = read_loads(folder, log.name.split(".")[0] if log is not None else None)
     return RunStatus(
         folder,
         state,
@@ -218,7 +224,18 @@ def run_status(folder: Path, check: bool = False, alive: bool | None = None) -> 
         at_most=at_most,
         silent_s=silent_s,
         verdict=_verdict(log, check) if log is not None and state in (*DONE, "stopped") else None,
+        slowest=_slowest(loads),
+        gpu_kwh=loads.energy_kwh,
     )
+
+
+def _slowest(loads: Loads) -> str | None:
+    """The rank that holds the others up, if one does, and how."""
+    if (load := loads.slowest) is None:
+        return None
+    clock = f", SM clock {load.clock_mhz:.0f} MHz" if load.clock_mhz is not None else ""
+    waits = f"waits {load.data_ms or 0.0:.0f} ms for data{clock}"
+    return f"slowest rank {load.rank} on {load.node}: {waits}, may cost {load.lag_ms:.0f} ms per step"
 
 
 def _state(metrics: Metrics | None, log: Path | None, alive: bool | None, silent_s: float) -> State:

@@ -1,7 +1,6 @@
 """The model, as the paper writes it: AlphaFold 2 (Jumper et al. 2021, Supplementary Information)."""
 
 from scalefold.model.alphafold import (
-    PER_SLICE_KEYS,
     AlphaFold,
     Recycled,
     cast_trunk,
@@ -9,4 +8,4 @@ from scalefold.model.alphafold import (
     select_slice,
 )
 
-__all__ = ["PER_SLICE_KEYS", "AlphaFold", "Recycled", "cast_trunk", "is_fp32_parameter", "select_slice"]
+__all__ = ["AlphaFold", "Recycled", "cast_trunk", "is_fp32_parameter", "select_slice"]

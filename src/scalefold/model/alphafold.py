@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefold.config import ModelConfig
+from scalefold.data.batch_keys import PER_SLICE_KEYS
 from scalefold.model.embedders import ExtraMSAEmbedder, InputEmbedder, RecyclingEmbedder, extra_msa_features
 from scalefold.model.evoformer import EvoformerStack, ExtraMSAStack
 from scalefold.model.heads import AuxiliaryHeads
@@ -23,10 +24,6 @@ from scalefold.model.templates import (
     template_pair_features,
 )
 
-# Features that are drawn anew for every recycling pass; they alone have a trailing dimension R.
-PER_SLICE_KEYS = frozenset(
-    {"msa_feat", "true_msa", "bert_mask", "extra_msa", "extra_has_deletion", "extra_deletion_value"}
-)
 FP32_PREFIXES = ("structure_module.", "auxiliary_heads.")
 
 Features = dict[str, Tensor]
@@ -58,7 +55,7 @@ def cast_trunk(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class AlphaFold(nn.Module):
-    """AlphaFold 2, initial-training configuration of the benchmark (93,229,082 parameters at the default sizes).
+    """AlphaFold 2, initial-training configuration of the benchmark at the default sizes.
 
     Parameter names, shapes and order are those of the benchmark's checkpoint. The type of the trunk's weights decides
     the type in which it computes; coordinates, distances, masks, the structure module and the heads are fp32.

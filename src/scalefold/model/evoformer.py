@@ -49,12 +49,16 @@ OUTER_PRODUCT_EPS = 1e-3
 
 
 class StackMasks(NamedTuple):
-    """Masks of a stack in the layouts in which they are used, all fp32."""
+    """Masks of a stack in the layouts in which they are used, all fp32.
+
+    Attention down the columns walks along a column of its mask, so there the elements of a column are neighbours.
+    """
 
     msa_rows: Tensor  # [B, S, N], rows
     msa_columns: Tensor  # [B, S, N], columns
+    msa_down: Tensor  # the same values, dense along S
     pair_rows: Tensor  # [B, N, N], rows
-    pair_columns: Tensor  # [B, N, N], columns
+    pair_down: Tensor  # [B, N, N], columns, dense along the first N
     num_rows: Tensor  # [B, N, N], rows: sequences that cover both residues, plus OUTER_PRODUCT_EPS
 
 
@@ -89,13 +93,13 @@ class EvoformerBlockCore(nn.Module):
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, z, both rows."""
         m = self.msa_transition(m)
-        z = self.outer_product_mean(z, m, masks.msa_columns, masks.num_rows)
+        z, m = self.outer_product_mean(z, m, masks.msa_columns, masks.num_rows)
         m = self.begin_columns_to_rows(m)
         z = self.tri_mul_out(z, masks.pair_rows, dropout.tri_mul_out)
         z = self.tri_mul_in(z, masks.pair_rows, dropout.tri_mul_in)
         z = self.tri_att_start(z, masks.pair_rows, dropout.tri_att_start)
         z = self.rows_to_columns(z)
-        z = around_ending_node(self.tri_att_end, z, masks.pair_columns, dropout.tri_att_end)
+        z = around_ending_node(self.tri_att_end, z, masks.pair_down, dropout.tri_att_end)
         z = self.pair_transition(z)
         z = self.columns_to_rows(z)
         return self.end_columns_to_rows(m), z
@@ -115,9 +119,9 @@ class EvoformerBlock(nn.Module):
 
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], z: [B, N, N, c_z], both rows -> the same."""
-        m = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row)
+        m, z = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row)
         m = self.rows_to_columns(m)
-        m = self.msa_att_col(m, masks.msa_columns)
+        m = self.msa_att_col(m, masks.msa_down)
         return self.core(m, z, masks, dropout)
 
 
@@ -154,13 +158,20 @@ class BlockStack(nn.Module):
     def prepare_masks(self, msa_mask: Tensor, pair_mask: Tensor) -> StackMasks:
         """Everything that blocks derive from masks, once per stack. msa_mask: [B, S, N]; pair_mask: [B, N, N]."""
         num_rows = torch.einsum("bsi,bsj->bij", msa_mask, msa_mask)
+        msa_columns = self.shard_columns(msa_mask)
         return StackMasks(
             msa_rows=self.shard_rows(msa_mask),
-            msa_columns=self.shard_columns(msa_mask),
+            msa_columns=msa_columns,
+            msa_down=dense_down(msa_columns),
             pair_rows=self.shard_rows(pair_mask),
-            pair_columns=self.shard_columns(pair_mask),
+            pair_down=dense_down(self.shard_columns(pair_mask)),
             num_rows=self.shard_rows(num_rows) + OUTER_PRODUCT_EPS,
         )
+
+
+def dense_down(mask: Tensor) -> Tensor:
+    """The same mask [B, rows, columns], with the elements of a column next to each other in memory."""
+    return mask.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class ExtraMSAStack(BlockStack):

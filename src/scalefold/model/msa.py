@@ -26,13 +26,14 @@ class MSARowAttentionWithPairBias(nn.Module):
         self.mha = AttentionProjections(c_m, c_m, c_hidden, num_heads)
         self.gather_bias = nn.Identity()
 
-    def forward(self, m: Tensor, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """m + dropout(update). m: [B, S, N, c_m]; z: [B, I, J, c_z]; mask: [B, S, N] -> [B, S, N, c_m].
+    def forward(self, m: Tensor, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """m + dropout(update), and z as it is. m: [B, S, N, c_m]; z: [B, I, J, c_z]; mask: [B, S, N] -> m, z.
 
+        Whoever needs z afterwards takes the returned one: its gradients then meet in one operation.
         ``dropout``: a mask drawn ahead, or None to draw it here.
         """
         ops, mha, norm = self.ops, self.mha, self.layer_norm_m
-        _, bias = ops.layer_norm_linear(
+        z, bias = ops.layer_norm_linear(
             z, self.layer_norm_z.weight, self.layer_norm_z.bias, (self.linear_z.weight,), (None,)
         )
         bias = self.gather_bias(bias).permute(0, 3, 1, 2)
@@ -46,7 +47,7 @@ class MSARowAttentionWithPairBias(nn.Module):
         o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)
         if dropout is None:
             dropout = shared_row_dropout(ops, m, self.dropout, self.training)
-        return ops.gated_output(m, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout)
+        return ops.gated_output(m, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout), z
 
 
 class MSAColumnAttention(nn.Module):
@@ -131,14 +132,15 @@ class OuterProductMean(nn.Module):
         self.linear_out = Linear(c_hidden**2, c_z, init="final")
         self.gather_columns = nn.Identity()
 
-    def forward(self, z: Tensor, m: Tensor, mask: Tensor, num_rows: Tensor) -> Tensor:
-        """z + update. z: [B, I, J, c_z]; m: [B, S, I, c_m]; mask: [B, S, I]; num_rows: [B, I, J], fp32 -> like z.
+    def forward(self, z: Tensor, m: Tensor, mask: Tensor, num_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """z + update, and m as it is. z: [B, I, J, c_z]; m: [B, S, I, c_m]; mask: [B, S, I] -> z, m.
 
-        ``num_rows`` counts the sequences that cover both residues, plus a small constant; the output's bias is
-        divided by it too.
+        Whoever needs m afterwards takes the returned one: its gradients then meet in one operation. num_rows [B, I, J],
+        fp32:
+        the sequences that cover both residues, plus a small constant; the output's bias is divided by it too.
         """
         norm, one, two, out = self.layer_norm, self.linear_1, self.linear_2, self.linear_out
-        a, b = self.ops.outer_product_project(
+        m, a, b = self.ops.outer_product_project(
             m, mask, norm.weight, norm.bias, one.weight, one.bias, two.weight, two.bias
         )
-        return self.ops.outer_product_update(z, a, self.gather_columns(b), num_rows, out.weight, out.bias)
+        return self.ops.outer_product_update(z, a, self.gather_columns(b), num_rows, out.weight, out.bias), m

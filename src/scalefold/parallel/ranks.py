@@ -1,7 +1,7 @@
 """Who does what: training and evaluation ranks, data-parallel replicas and axial-parallel groups.
 
-``RankLayout`` is arithmetic only and can be tested for 2080 ranks on a laptop. ``start`` turns it into process groups,
-under Slurm (``srun``), ``torchrun`` or ``mpirun`` alike.
+``start`` turns a configuration's ``RankLayout`` into process groups, under Slurm (``srun``), ``torchrun`` or ``mpirun``
+alike.
 """
 
 import datetime
@@ -18,55 +18,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from scalefold.config import Config
+from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError, RankLostError
 from scalefold.parallel.watch import GRACE_S, Watch
-
-
-@dataclass(frozen=True)
-class RankLayout:
-    """Ranks 0..T-1 train, in groups of ``dap_size`` neighbours; the last ``num_eval_ranks`` evaluate."""
-
-    world_size: int
-    dap_size: int = 1
-    num_eval_ranks: int = 0
-
-    @property
-    def num_train_ranks(self) -> int:
-        """Ranks that train."""
-        return self.world_size - self.num_eval_ranks
-
-    @property
-    def dp_size(self) -> int:
-        """Data-parallel replicas; a replica is one axial-parallel group."""
-        return self.num_train_ranks // self.dap_size
-
-    @property
-    def train_ranks(self) -> list[int]:
-        """All training ranks."""
-        return list(range(self.num_train_ranks))
-
-    @property
-    def eval_ranks(self) -> list[int]:
-        """Ranks that only evaluate; empty if the training ranks evaluate themselves."""
-        return list(range(self.num_train_ranks, self.world_size))
-
-    def trains(self, rank: int) -> bool:
-        """Whether ``rank`` trains."""
-        return rank < self.num_train_ranks
-
-    def dp_index(self, rank: int) -> int:
-        """Replica of a training rank: the index that data order and dropout seeds depend on."""
-        return rank // self.dap_size
-
-    def dap_index(self, rank: int) -> int:
-        """Place of a training rank inside its replica."""
-        return rank % self.dap_size
-
-    def dap_group(self, rank: int) -> list[int]:
-        """The ranks that share the sample of training rank ``rank``."""
-        first = rank - rank % self.dap_size
-        return list(range(first, first + self.dap_size))
 
 
 @dataclass(frozen=True)
@@ -161,6 +115,18 @@ class Ranks:
         return f"rank {self.rank} of {self.layout.world_size} on {self.host}"
 
 
+def prepare_process(config: Config) -> None:
+    """Settings that must precede the first use of a device: threads, matrix precision, determinism."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the watch names the collective that does not end
+    if config.execution.cpu_threads:
+        torch.set_num_threads(config.execution.cpu_threads)
+    torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = config.execution.precision != "fp32"
+    if config.execution.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
 def choose_device(config: Config, local_rank: int) -> torch.device:
     """The device of this process: CUDA device ``local_rank`` or the CPU.
 
@@ -193,7 +159,7 @@ def start(config: Config) -> Ranks:
             f"{environment.launcher} started {environment.world_size} processes, but parallel: nodes {p.nodes} x "
             f"{p.world_size // p.nodes} per node = {p.world_size}; start {p.world_size} or change the configuration"
         )
-    layout = RankLayout(p.world_size, p.dap_size, p.num_eval_ranks)
+    layout = p.layout
     device = choose_device(config, environment.local_rank)
     ranks = Ranks(layout, environment.rank, environment.local_rank, device, launcher=environment.launcher)
     if layout.world_size > 1:

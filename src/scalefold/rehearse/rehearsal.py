@@ -93,7 +93,7 @@ def _freeze(_: Any) -> None:
 
 
 def _workers(run: Any) -> list[int]:
-    return [worker.pid for worker in run.loader.processes()]
+    return [worker.pid for worker in run.batches.loader.processes()]
 
 
 def _kill_worker(run: Any) -> None:
@@ -112,7 +112,7 @@ def _stall_workers(run: Any) -> None:
 
 
 def _nan_loss(run: Any) -> None:
-    _change_objective(run.step, lambda loss: loss * float("nan"))
+    _change_objective(run.training.step, lambda loss: loss * float("nan"))
 
 
 def _nan_gradient(run: Any) -> None:
@@ -120,7 +120,7 @@ def _nan_gradient(run: Any) -> None:
         loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss
 
-    _change_objective(run.step, spoil)
+    _change_objective(run.training.step, spoil)
 
 
 def _change_objective(step: Any, change: Callable[[Tensor], Tensor]) -> None:
@@ -134,7 +134,7 @@ def _change_objective(step: Any, change: Callable[[Tensor], Tensor]) -> None:
 
 
 def _refuse_checkpoints(run: Any) -> None:
-    run.checkpoints.newest()  # the one under way is complete
+    run.saves.writer.newest()  # the one under way is complete
     largest = max(file.stat().st_size for file in (run.record.path, run.events.file))
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest + SPARE_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 

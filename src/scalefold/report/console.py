@@ -24,6 +24,13 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+def format_minutes(minutes: float) -> str:
+    """``7.51 min`` for minutes, ``42.0 s`` below one, ``4h18m`` from two hours on."""
+    if minutes < 1:
+        return f"{minutes * 60:.1f} s"
+    return f"{minutes:.2f} min" if minutes < 120 else format_duration(minutes * 60)
+
+
 def step_line(
     row: StepRow,
     last_eval: EvalRow | None = None,

@@ -12,23 +12,22 @@ from typing import Any
 import numpy as np
 
 from scalefold.errors import LogError
+from scalefold.mlperf.log.keys import KEYS
+from scalefold.mlperf.log.published import REFERENCE_CONVERGENCE
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 from scalefold.textfile import is_finite_number, parse_json
 
 TOKEN = ":::MLLOG "
 #: Logged values that make a run the MLPerf HPC v3.0 OpenFold benchmark and its results comparable.
 BENCHMARK_FACTS = {
-    "submission_benchmark": "openfold",
-    "train_samples": 594595,
-    "eval_samples": 180,
-    "model_parameters_count": 93229082,
-    "val_every_iters": 40,
-    "target_avg_lddt_ca_value": 0.8,
+    key: KEYS[key].expected
+    for key in (
+        *("submission_benchmark", "train_samples", "eval_samples", "model_parameters_count"),
+        *("val_every_iters", "target_avg_lddt_ca_value"),
+    )
 }
 _NUMBERS = ("eval_accuracy", "target_avg_lddt_ca_value")
 _TRACKED = ("throughput", "avg_perf_next_batch")
-#: Reference convergence, 20 runs per point: batch size -> samples to converge, mean and standard deviation.
-REFERENCE_BANDS = {128: (88832.0, 8760.0), 256: (133120.0, 13738.0)}
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,12 @@ class Run:
         return float(value) if isinstance(value, int | float) else None
 
     @property
+    def folder(self) -> Path | None:
+        """Where the run left its files."""
+        found = self.metrics or self.log
+        return found.path.parent if found is not None else None
+
+    @property
     def minutes(self) -> float | None:
         """Time to train: ``run_stop`` - ``run_start``."""
         return None if self.log is None or self.log.run_s is None else self.log.run_s / 60
@@ -128,7 +133,7 @@ def reference_band(run: Run) -> tuple[float, float] | None:
     batch = run.facts.get("global_batch_size")
     if not run.is_benchmark or not isinstance(batch, int) or batch > 256:
         return None
-    low, high = REFERENCE_BANDS[128], REFERENCE_BANDS[256]
+    low, high = REFERENCE_CONVERGENCE[128], REFERENCE_CONVERGENCE[256]
     weight = max(0.0, (batch - 128) / 128)
     return low[0] + weight * (high[0] - low[0]), low[1] + weight * (high[1] - low[1])
 

@@ -6,7 +6,7 @@ Everything is read from files, so the page can be made from any submitter's ``re
 import csv
 import html
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -16,14 +16,18 @@ from typing import Any
 import numpy as np
 
 from scalefold.errors import LogError
+from scalefold.mlperf.log.published import Published, read_published
 from scalefold.report import plots
 from scalefold.report.anatomy import anatomy
-from scalefold.report.console import format_duration
+from scalefold.report.console import format_minutes
 from scalefold.report.logs import Run, read_runs, reference_band
-from scalefold.report.published import Published, read_published
-from scalefold.report.systems import System, by_system
+from scalefold.report.systems import System, Verdict, by_system, closed_only, parse_check
+from scalefold.telemetry.stragglers import HEAD, read_loads
+from scalefold.telemetry.trace import read_anatomies
 
-_DARK = {
+#: Dark twins of ``plots.PALETTE``, and the ground that they stand on.
+DARK_GROUND = "#0f1419"
+DARK = {
     "ink": "#e6edf3",
     "quiet": "#93a0ad",
     "grid": "#303a45",
@@ -37,22 +41,9 @@ _DARK = {
     "c7": "#a3adb8",
 }
 
-
-_NUM_SLOWEST = 5
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Outcome of a log check: one headline and the text behind it.
-
-    ``ok``: a valid closed-division log, the only one that gets a green tick; ``well_formed``: not the benchmark, but
-    nothing wrong with it.
-    """
-
-    ok: bool
-    headline: str
-    details: str = ""
-    well_formed: bool = False
+_NUM_SLOWEST, _NUM_RANKS = 5, 8
+_LAG = "May cost: wait for data beyond the median rank's, and the time that a lower clock than the median rank's adds."
+_GROUPS = "The GPU works while the host goes on, and groups of kernels may overlap: shares do not add up to 100 %."
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ def write_report(
     text = _page(
         systems,
         figures,
-        _closed_only(parse_check(check), systems),
+        closed_only(parse_check(check), systems),
         published,
         {"Scaling": scaling, "Step times": _read_table(step_time_csv)},
         title,
@@ -104,29 +95,6 @@ def write_report(
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(out)
     return ReportFiles(out, files)
-
-
-def parse_check(check: Verdict | Mapping[str, Any] | str | None) -> Verdict | None:
-    """A verdict from what the caller has: the official checker prints SUCCESS or FAILED as its last word."""
-    if check is None or isinstance(check, Verdict):
-        return check
-    if isinstance(check, Mapping):
-        details = check.get("details", "")
-        lines = details if isinstance(details, str) else "\n".join(map(str, details))
-        headline = str(check.get("headline", "passed" if check["ok"] else "failed"))
-        return Verdict(bool(check["ok"]), headline, lines, bool(check.get("well_formed", False)))
-    words = [word for line in check.splitlines() for word in ("SUCCESS", "FAILED") if word in line]
-    ok = bool(words) and words[-1] == "SUCCESS"
-    headline = "The compliance checker accepts the log" if ok else "The compliance checker does not accept the log"
-    return Verdict(ok, headline, check)
-
-
-def _closed_only(verdict: Verdict | None, systems: Sequence[System]) -> Verdict | None:
-    """A check that passes what is not the closed division's benchmark found it well-formed, no more."""
-    closed = [s.first.is_benchmark and s.first.facts.get("submission_division", "closed") == "closed" for s in systems]
-    if verdict is None or not verdict.ok or all(closed):
-        return verdict
-    return replace(verdict, ok=False, well_formed=True)
 
 
 def _figures(systems: list[System], scaling: list[dict[str, str]], published: list[Published]) -> list[plots.Plot]:
@@ -163,7 +131,7 @@ def _page(
         title=html.escape(title or _title(systems)),
         subtitle=html.escape(_subtitle(systems)),
         light=_variables(plots.PALETTE),
-        dark=_variables(_DARK),
+        dark=_variables(DARK),
         verdict=_verdict(verdict),
         tiles="\n".join(_system_tiles(i, system, len(systems)) for i, system in enumerate(systems)),
         figures="\n".join(map(_figure, figures)),
@@ -244,13 +212,6 @@ def _metric_tiles(run: Run | None) -> dict[str, str]:
     return tiles
 
 
-def format_minutes(minutes: float) -> str:
-    """``7.51 min`` for minutes, ``42.0 s`` below one, ``4h18m`` from two hours on."""
-    if minutes < 1:
-        return f"{minutes * 60:.1f} s"
-    return f"{minutes:.2f} min" if minutes < 120 else format_duration(minutes * 60)
-
-
 def _sections(
     systems: list[System],
     verdict: Verdict | None,
@@ -263,9 +224,8 @@ def _sections(
     for name, rows in tables.items():
         parts.append(_section(name, _table(list(rows[0]), [list(r.values()) for r in rows]) if rows else ""))
     first = systems[0].first
-    parts.append(
-        _section("Slowest samples", _slowest_table(first) if len(systems) == len(systems[0].runs) == 1 else "")
-    )
+    if len(systems) == len(systems[0].runs) == 1:
+        parts += _measured_sections(first)
     environment = first.facts.get("environment")
     if isinstance(environment, Mapping):
         parts.append(_section("Environment", _facts_table(environment)))
@@ -326,9 +286,32 @@ def _system_anatomy(system: System, named: bool) -> str:
         rows.append([name, f"{seconds:.1f}", f"{100 * seconds / total:.1f} %"])
     rows.append(["sum", f"{total:.1f}", "100.0 %"])
     steady = np.mean([parts.steady_cycle_s for parts in found])
-    note = f'<p class="quiet">Mean of {len(found)} run{"s" * (len(found) > 1)}. Steady cycle: {steady:.2f} s.</p>'
+    note = _note(f"Mean of {len(found)} run{'s' * (len(found) > 1)}. Steady cycle: {steady:.2f} s.")
     head = f"<h3>{html.escape(system.label)}</h3>" if named else ""
     return head + _table(["part", "seconds", "share"], rows) + note
+
+
+def _measured_sections(run: Run) -> list[str]:
+    """What ranks, GPUs and profiler measured during one run, where they did."""
+    folder, result = run.folder, run.log.path.name.split(".")[0] if run.log else None
+    parts = [_section("Slowest samples", _slowest_table(run))]
+    if folder is None:
+        return parts
+    loads = read_loads(folder, result)
+    energy = f" GPUs used {loads.energy_kwh:.3f} kWh from the clock's start on." if loads.energy_kwh is not None else ""
+    table = _table(HEAD, loads.rows(_NUM_RANKS)) + _note(f"{_LAG}{energy}") if loads.ranks else ""
+    parts.append(_section(f"Stragglers: {len(loads.ranks)} ranks", table))
+    for trace in read_anatomies(folder):
+        name = f"Anatomy of a step: {trace.file.stem.replace('_', ' ')}"
+        longest = [[name[:60], f"{calls:.1f}", f"{ms:.2f}"] for name, calls, ms in trace.longest]
+        note = _note(f"Mean of {trace.steps} steps of {trace.step_ms:.1f} ms. {_GROUPS if trace.on_gpu else ''}")
+        tables = _table(["part", "ms per step", "share"], trace.rows()) + note
+        parts.append(_section(name, tables + _table(["longest", "calls per step", "ms per step"], longest)))
+    return parts
+
+
+def _note(text: str) -> str:
+    return f'<p class="quiet">{html.escape(text)}</p>'
 
 
 def _slowest_table(run: Run) -> str:
@@ -339,7 +322,7 @@ def _slowest_table(run: Run) -> str:
     if not rows:
         return ""
     note = f"Built by rank 0: {noted['workers']} loader workers, {noted['prefetch']} batches ahead each."
-    return _table(["chain", "time to build"], rows) + f'<p class="quiet">{note}</p>'
+    return _table(["chain", "time to build"], rows) + _note(note)
 
 
 def _published_table(published: list[Published]) -> str:

@@ -2,6 +2,8 @@
 
 Figures are drawn small (a phone's width), with text as text, and with the colours of :data:`PALETTE`, which the page
 replaces by CSS variables so that one drawing serves light and dark.
+
+Longer than 400 lines, because it has one function per figure.
 """
 
 import io
@@ -18,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 
+from scalefold.mlperf.log.published import Published
 from scalefold.report.anatomy import anatomy, evaluates_synchronously, hand_over_delays
 from scalefold.report.logs import Run, reference_band
-from scalefold.report.published import Published
 from scalefold.report.systems import Line, System, lines
 
 #: Light colours by role; ``page`` holds the dark twins.

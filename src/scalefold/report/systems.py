@@ -1,11 +1,12 @@
 """Runs that belong together: those of one system, told apart by what they state about themselves.
 
 Minutes and samples of a system are those of the same runs: of three or more the fastest and the slowest are left out,
-and one run that missed the target counts as the slowest, as the rules of MLPerf score.
+and one run that missed the target counts as the slowest, as the rules of MLPerf score. The verdict of a check speaks
+for all systems at once.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
@@ -141,3 +142,40 @@ def lines(systems: Sequence[System], keep: Callable[[Run], Any] = lambda run: Tr
         for number, run in enumerate(runs):
             named = system.label if len(systems) > 1 and number == 0 else run.name if by_run and len(runs) > 1 else None
             yield Line(run, number if by_run else index, named, len(runs) > 3 and not by_run)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of a log check: one headline and the text behind it.
+
+    ``ok``: a valid closed-division log, the only one that gets a green tick; ``well_formed``: not the benchmark, but
+    nothing wrong with it.
+    """
+
+    ok: bool
+    headline: str
+    details: str = ""
+    well_formed: bool = False
+
+
+def parse_check(check: Verdict | Mapping[str, Any] | str | None) -> Verdict | None:
+    """A verdict from what the caller has: the official checker prints SUCCESS or FAILED as its last word."""
+    if check is None or isinstance(check, Verdict):
+        return check
+    if isinstance(check, Mapping):
+        details = check.get("details", "")
+        lines = details if isinstance(details, str) else "\n".join(map(str, details))
+        headline = str(check.get("headline", "passed" if check["ok"] else "failed"))
+        return Verdict(bool(check["ok"]), headline, lines, bool(check.get("well_formed", False)))
+    words = [word for line in check.splitlines() for word in ("SUCCESS", "FAILED") if word in line]
+    ok = bool(words) and words[-1] == "SUCCESS"
+    headline = "The compliance checker accepts the log" if ok else "The compliance checker does not accept the log"
+    return Verdict(ok, headline, check)
+
+
+def closed_only(verdict: Verdict | None, systems: Sequence[System]) -> Verdict | None:
+    """A check that passes what is not the closed division's benchmark found it well-formed, no more."""
+    closed = [s.first.is_benchmark and s.first.facts.get("submission_division", "closed") == "closed" for s in systems]
+    if verdict is None or not verdict.ok or all(closed):
+        return verdict
+    return replace(verdict, ok=False, well_formed=True)

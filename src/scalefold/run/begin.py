@@ -4,6 +4,8 @@ import os
 import resource
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +15,17 @@ from scalefold.config import Config
 from scalefold.data.configured import feature_settings
 from scalefold.data.features.features import BatchShape, buffer_bytes
 from scalefold.errors import CheckpointError, ConfigError
-from scalefold.launch.placement import Placement, check_placement
+from scalefold.launch.placement import Placement, check_placement, find_seat
 from scalefold.mlperf.log.events import Events
+from scalefold.parallel.ending import Ending, LastWords, forget_last_words
 from scalefold.parallel.ranks import Ranks
 from scalefold.phases import Position, Schedule
 from scalefold.report.console import Progress
-from scalefold.run.ending import Ending, LastWords, forget_last_words
 from scalefold.run.resume import RunOptions, Start, agree_on_start, check_phase
 from scalefold.step.checkpoint import Checkpoints, read_state
 from scalefold.step.checkpoint_writer import CheckpointWriter
+from scalefold.telemetry.gpu import is_readable
+from scalefold.telemetry.nodes import NodeLog
 
 
 def check_places(config: Config) -> None:
@@ -99,18 +103,6 @@ def check_kernel_cache(folder: Path) -> None:
         ) from None
 
 
-def prepare_process(config: Config) -> None:
-    """Settings that must precede the first use of a device: threads, matrix precision, determinism."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the watch names the collective that does not end
-    if config.execution.cpu_threads:
-        torch.set_num_threads(config.execution.cpu_threads)
-    torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
-    torch.backends.cudnn.allow_tf32 = config.execution.precision != "fp32"
-    if config.execution.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-
-
 @dataclass(frozen=True)
 class Beginning:
     """What every rank of a run does first: where it starts, and the log of this rank."""
@@ -157,6 +149,26 @@ def make_progress(config: Config, ranks: Ranks) -> Progress:
     return Progress(config.training.target_avg_lddt_ca_value, config.training.num_train_iters, stream)
 
 
+def open_node_log(
+    config: Config, ranks: Ranks, result_file: Path, note: Callable[[str], None]
+) -> AbstractContextManager[NodeLog | None]:
+    """What this rank says of each cycle beside the run, for ``report`` and ``status``; None if it is switched off."""
+    if not config.run.telemetry:
+        return nullcontext()
+    seat, role = find_seat(ranks), "train" if ranks.trains else "evaluate"
+    if seat.gpu and not is_readable():
+        note("telemetry without clock, power and temperature of GPUs: pip install 'scalefold[telemetry]' adds them")
+    return NodeLog(config.run.run_dir, seat.node, ranks.rank, role, result_file.name.split(".")[0], seat.gpu)
+
+
+def begin_counting(node_log: NodeLog | None) -> Callable[..., None]:
+    """At the start of the clock: energy counts from here. Returns what notes a cycle."""
+    if node_log is None:
+        return lambda step, **facts: None
+    node_log.begin()
+    return node_log.cycle
+
+
 def open_events(result_file: Path, ranks: Ranks, options: RunOptions) -> Events:
     """The log of this rank: rank 0 and, with separate evaluation ranks, the first of those write."""
     separate = ranks.layout.num_eval_ranks > 0
@@ -183,6 +195,6 @@ def open_schedule(config: Config, resume: bool) -> Schedule:
         except CheckpointError:  # whether an older one will do is decided later, and said then
             continue
         check_phase(config, folder, state)
-        schedule.place(state)
+        schedule.place(state.position, state.iteration)
         break
     return schedule

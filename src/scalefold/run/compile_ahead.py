@@ -86,7 +86,9 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     """One update: with and without recycling, and with as many parts as differ."""
     from scalefold.data.configured import feature_settings
     from scalefold.data.made.synthetic import synthetic_batch
-    from scalefold.kernels.table import operations, use_operations
+    from scalefold.kernels.choice import operations
+    from scalefold.kernels.table import use_operations
+    from scalefold.parallel.dap.collectives import Group
     from scalefold.parallel.dap.points import apply_dap
     from scalefold.step.build import build_model, build_optimizer, build_step
 
@@ -94,7 +96,7 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     ranks = _ranks(config)
     ops, model = operations("triton"), build_model(config, 0, ranks)
     use_operations(model, ops)
-    apply_dap(model, ranks.dap_group)
+    apply_dap(model, None if ranks.dap_group is None else Group(ranks.dap_group))
     optimizer = build_optimizer(config, model, ranks, ops)
     step = build_step(config, model, optimizer, ranks)
     parts = min(2, config.local_batch_size // config.micro_batch_size)
@@ -111,7 +113,7 @@ def run_evaluations(config: Config, note: Callable[[str], None]) -> None:
     from scalefold.data.configured import feature_settings
     from scalefold.data.made.synthetic import synthetic_batch
     from scalefold.eval.model import EvaluationModel
-    from scalefold.kernels.table import operations
+    from scalefold.kernels.choice import operations
 
     settings, device = feature_settings(config), torch.device("meta")
     model = EvaluationModel(config, device, operations("triton"))
@@ -127,7 +129,8 @@ def _ranks(config: Config) -> "Ranks":
     import torch
     import torch.distributed as dist
 
-    from scalefold.parallel.ranks import RankLayout, Ranks
+    from scalefold.config import RankLayout
+    from scalefold.parallel.ranks import Ranks
 
     size, group = config.parallel.dap_size, None
     if size > 1:

@@ -1,16 +1,23 @@
 """What a run states about itself before its clock starts: the MLPerf log's header, the record's, the configuration."""
 
+import importlib.metadata
 import os
+import platform
+import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.cuda.nccl
 
+from scalefold import __version__
 from scalefold.config import Config, dump_config
-from scalefold.kernels.table import Operations
 from scalefold.mlperf.log.events import Events, Hyperparameters, SubmissionInfo
 from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.ranks import Ranks
+from scalefold.step.build import Training
+from scalefold.telemetry.gpu import driver_version
 
 
 def log_header(events: Events, config: Config, ranks: Ranks, seed: int, model: AlphaFold, digest: str | None) -> None:
@@ -66,10 +73,8 @@ def hyperparameters(config: Config, model_parameters_count: int) -> Hyperparamet
     )
 
 
-def run_header(
-    config: Config, ranks: Ranks, seed: int, model: AlphaFold, ops: Operations, exchange: str
-) -> dict[str, Any]:
-    """Facts for the record: what ran where; ``exchange``: how DAP groups do."""
+def run_header(config: Config, ranks: Ranks, seed: int, training: Training) -> dict[str, Any]:
+    """Facts for the record: what ran where."""
     device = ranks.device
     return {
         "config_name": config.system,
@@ -80,15 +85,53 @@ def run_header(
         "host": ranks.host,
         "launcher": ranks.launcher,
         "torch": torch.__version__,
-        "kernels": ops.name,
-        "dap_exchange": exchange,
+        "kernels": training.optimizer.ops.name,
+        "dap_exchange": training.exchange,
         "precision": config.execution.precision,
         "seed": seed,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
         "global_batch_size": config.training.global_batch_size,
         "val_every_iters": config.training.val_every_iters,
         "target": config.training.target_avg_lddt_ca_value,
+        "environment": software(),
     }
+
+
+def software() -> dict[str, str]:
+    """Versions of everything that a result depends on and no configuration states; what is not there is left out."""
+    found = {
+        "GPU driver": driver_version(),
+        "CUDA": torch.version.cuda,
+        "NCCL": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "python": platform.python_version(),
+        "scalefold": f"{__version__}{f', commit {commit}' if (commit := source_commit()) else ''}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def source_commit(file: Path = Path(__file__)) -> str | None:
+    """Short commit of the checkout that ``file`` belongs to, ``+`` if something differs from it; None without one."""
+    if _git(file.parent, "ls-files", "--error-unmatch", file.name) is None:  # a checkout that only surrounds us
+        return None
+    return _git(file.parent, "describe", "--always", "--dirty=+", "--exclude=*")
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def write_resolved(path: Path, config: Config) -> None:

@@ -121,7 +121,7 @@ def choose_start(base: Config, options: RunOptions, checkpoints: Checkpoints) ->
         )
     check_phase(base, folder, state)
     schedule = Schedule(base)
-    schedule.place(state)
+    schedule.place(state.position, state.iteration)
     if changes and before is not None:
         log.warning("%s: accepted changes: %s", run_dir, "; ".join(changes))
         schedule.position = Position(schedule.position.phase, state.iteration, samples_until(before, state))
@@ -205,7 +205,7 @@ def consequence(key: str) -> str:
 
 def samples_until(before: Config, state: RunState) -> int:
     """Samples that the run had used when the checkpoint was taken, by the settings it had then."""
-    return Schedule(before, Position(state.phase, state.steps_before, state.samples_before)).samples(state.iteration)
+    return Schedule(before, state.position).samples(state.iteration)
 
 
 def load_state(config: Config, start: Start, optimizer: Optimizer, names: list[str], ranks: Ranks) -> str | None:
@@ -228,8 +228,8 @@ def load_state(config: Config, start: Start, optimizer: Optimizer, names: list[s
 
 def check_phase(config: Config, folder: Path, state: RunState) -> None:
     """Refuse a checkpoint of a phase that the configuration does not have."""
-    if state.phase > max(0, len(config.phases) - 1):
+    if state.position.phase > max(0, len(config.phases) - 1):
         raise CheckpointError(
-            f"{folder}: was written in phase {state.phase}, but the configuration has phases 0 to "
+            f"{folder}: was written in phase {state.position.phase}, but the configuration has phases 0 to "
             f"{len(config.phases) - 1}; resume with the configuration beside it"
         )

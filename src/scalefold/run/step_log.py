@@ -1,10 +1,12 @@
 """What a run writes of its steps and cycles: one step late, so that reading never stops the device."""
 
+import heapq
 import logging
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,11 @@ from scalefold.data.loading.loader import Batch
 from scalefold.errors import TrainingError
 from scalefold.report.record import StepRow
 from scalefold.run.assemble import Run
+from scalefold.step.optimizer import learning_rate
 
 log = logging.getLogger(__name__)
+
+NUM_SLOWEST = 3  # chains of a cycle
 
 
 class Cycle:
@@ -23,7 +28,8 @@ class Cycle:
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._samples, self._wait_ms, self._start_s = 0, 0.0, 0.0
+        self._samples, self._waits_ms, self._start_s = 0, [0.0], 0.0
+        self._built: list[tuple[str, float]] = []
         self._open = False
 
     def begin(self, step: int) -> None:
@@ -31,21 +37,34 @@ class Cycle:
         if not self._open:
             every = self.run.config.training.val_every_iters
             self.run.events.epoch_start(-(-step // every) * every)
-            self._samples, self._wait_ms, self._start_s = 0, 0.0, time.monotonic()
+            self._samples, self._waits_ms, self._start_s, self._built = 0, [], time.monotonic(), []
             self._open = True
 
     def count(self, batch: Batch) -> None:
         """Add one iteration."""
         self._samples += self.run.config.training.global_batch_size
-        self._wait_ms += batch.wait_ms
+        self._waits_ms.append(batch.wait_ms)
+        self._built += zip(batch.chain_ids, batch.build_s, strict=False)  # not all ranks of a DAP group build
 
-    def end(self, step: int) -> None:
-        """Close the cycle and log its speed and mean wait for a batch."""
+    def end(self, step: int, times_ms: Sequence[float]) -> dict[str, Any]:
+        """Close the cycle and log its speed and mean wait for a batch; ``times_ms`` are those of its steps.
+
+        Returns what telemetry notes of it on this rank.
+        """
         seconds = time.monotonic() - self._start_s
         iterations = self._samples // self.run.config.training.global_batch_size
         self.run.events.epoch_stop(step)
-        self.run.events.throughput(step, self._samples / seconds, self._wait_ms / 1e3 / iterations)
+        self.run.events.throughput(step, self._samples / seconds, sum(self._waits_ms) / 1e3 / iterations)
         self._open = False
+        slowest = heapq.nlargest(NUM_SLOWEST, self._built, key=lambda built: built[1])
+        return {
+            "steps": iterations,
+            "step_ms": round(sum(times_ms) / len(times_ms), 3),
+            "step_max_ms": round(max(times_ms), 3),
+            "data_ms": round(sum(self._waits_ms) / iterations, 3),
+            "data_max_ms": round(max(self._waits_ms), 3),
+            "slowest": [[chain, round(built_s, 4)] for chain, built_s in slowest],
+        }
 
 
 @dataclass(frozen=True)
@@ -92,11 +111,12 @@ class StepLog:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._pending: Pending | None = None
+        self._times_ms: list[float] = []
         self._previous = Stamp(run.ranks.device)
 
     def push(self, step: int, batch: Batch, values: Tensor) -> None:
         """Start the copy of this step's values to the host and write the previous step."""
-        if (own := self.run.step.own) is not None:
+        if (own := self.run.training.step.own) is not None:
             values = torch.cat([values, own])
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         host.copy_(values, non_blocking=True)
@@ -109,6 +129,16 @@ class StepLog:
         """The next step begins now: what came before (an evaluation) is not its time."""
         self._previous = Stamp(self.run.ranks.device)
 
+    def take_times(self) -> list[float]:
+        """Milliseconds of the steps written since the last call."""
+        times, self._times_ms = self._times_ms, []
+        return times
+
+    def pause(self) -> None:
+        """What lies between the last step and the next is nobody's time."""
+        self.flush()
+        self.restart()
+
     def flush(self) -> None:
         """Write the pending step, if there is one.
 
@@ -119,9 +149,10 @@ class StepLog:
         if pending is None:
             return
         pending.stamp.wait()
-        values, own = pending.named(self.run.step.names)
+        values, own = pending.named(self.run.training.step.names)
         step_ms = pending.stamp.ms_since(self._previous)
         self._previous = pending.stamp
+        self._times_ms.append(step_ms)
         self._check(pending, values, own)
         if pending.step % self.run.config.run.log_every_iters == 0:
             self._write(pending, values, step_ms)
@@ -133,7 +164,7 @@ class StepLog:
             step=pending.step,
             loss=loss,
             terms=values,
-            lr=run.learning_rate(pending.step),
+            lr=learning_rate(pending.step, run.config.training),
             grad_norm=norm,
             step_ms=step_ms,
             data_ms=pending.data_ms,
@@ -150,7 +181,7 @@ class StepLog:
             raise TrainingError(self._who_broke(pending, broken, own))
         terms = values.get("non_finite_terms", 0.0)
         if terms:
-            mine = own[self.run.step.names.index("non_finite_terms")] if own else terms
+            mine = own[self.run.training.step.names.index("non_finite_terms")] if own else terms
             if mine:
                 where = f"{self.run.ranks.describe()}, step {pending.step}, chains {', '.join(pending.chain_ids)}"
                 log.warning("%s: %g loss terms were not finite and left out", where, mine)
@@ -160,7 +191,7 @@ class StepLog:
     def _who_broke(self, pending: Pending, broken: list[str], own: list[float]) -> str:
         """What is not finite, and whose it was: every rank sees the sum, so the ranks tell each other."""
         ranks, what = self.run.ranks, f"not finite: {', '.join(broken)}"
-        good = f"Last good checkpoint: {self.run.checkpoints.newest() or 'none'}"
+        good = f"Last good checkpoint: {self.run.saves.writer.newest() or 'none'}"
         look = "look at these chains, or try execution.precision: fp32"
         mine = f"{ranks.describe()}, step {pending.step}, chains {', '.join(pending.chain_ids)}: {what}. {good}; {look}"
         if not own:

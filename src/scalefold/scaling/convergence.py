@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from scalefold.errors import ConfigError
+from scalefold.mlperf.log.published import REFERENCE_CONVERGENCE
 
 Basis = Literal["reference", "published"]
 
 #: Effective batch -> mean and standard deviation of samples to converge. Reference: 20 runs each (MLPerf RCP records,
 #: fp32, learning rate 1e-3). Published: all runs of NVIDIA's logs, 16 at 128 and 10 at 256.
 POINTS: dict[Basis, dict[int, tuple[float, float]]] = {
-    "reference": {128: (88832.0, 8760.0), 256: (133120.0, 13738.0)},
+    "reference": REFERENCE_CONVERGENCE,
     "published": {128: (87680.0, 10555.0), 256: (125952.0, 14522.0)},
 }
 

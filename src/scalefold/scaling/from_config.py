@@ -7,9 +7,10 @@ from typing import Any, get_args
 from scalefold.config import Config, DataConfig, ModelConfig, load_config
 from scalefold.errors import ConfigError
 from scalefold.scaling.convergence import Basis
-from scalefold.scaling.plan import Plan, SystemSpec, plan
+from scalefold.scaling.plan import Plan, plan
 from scalefold.scaling.step_time import Kind
 from scalefold.scaling.study import Study, study, usual_noise
+from scalefold.scaling.system import SystemSpec
 
 #: Keys of ``data`` that change the size of a sample, and with it step time and memory.
 _SIZES = (

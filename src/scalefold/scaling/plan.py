@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scalefold.errors import ConfigError
+from scalefold.mlperf.log.keys import PARAMETERS_COUNT
 from scalefold.scaling.convergence import Basis, samples_to_converge
 from scalefold.scaling.simulate import RunTimes, simulate
 from scalefold.scaling.step_time import (
@@ -25,64 +26,10 @@ from scalefold.scaling.step_time import (
     read_eval_times,
     read_step_times,
 )
+from scalefold.scaling.system import SystemSpec
 
-PARAMETERS = 93_229_082
 #: Usable memory as drivers report it, GiB.
 GPU_MEMORY_GIB = {"H100": 79.6, "H200": 139.8, "A100": 79.2}
-
-
-@dataclass(frozen=True)
-class SystemSpec:
-    """The facts of a system file that a plan depends on. ``global_batch_size`` excludes gradient accumulation.
-
-    ``is_benchmark`` False (another model or other data) leaves step time, memory and time to train open; ``in_phases``
-    (training from scratch with changing batches) leaves time to train open.
-    """
-
-    name: str
-    nodes: int
-    gpus_per_node: int
-    gpu: str
-    dap_size: int = 1
-    num_eval_ranks: int = 0
-    global_batch_size: int = 128
-    gradient_accumulation_steps: int = 1
-    num_workers: int = 4
-    cores_per_node: int | None = None
-    precision: str = "bf16"
-    activation_checkpointing: bool = False
-    val_every_iters: int = 40
-    ranks_per_node: int | None = None
-    gpu_memory_gib: float | None = None
-    is_benchmark: bool = True
-    in_phases: bool = False
-
-    @property
-    def world_size(self) -> int:
-        """Ranks of one run."""
-        return self.nodes * (self.ranks_per_node or max(self.gpus_per_node, 1))
-
-    @property
-    def dp_size(self) -> int:
-        """Data-parallel replicas."""
-        return (self.world_size - self.num_eval_ranks) // self.dap_size
-
-    @property
-    def local_batch_size(self) -> int:
-        """Samples per replica and iteration, processed one after another."""
-        return self.global_batch_size // self.dp_size
-
-    def __post_init__(self) -> None:
-        train_ranks = self.world_size - self.num_eval_ranks
-        if self.nodes < 1 or train_ranks < 1 or train_ranks % self.dap_size:
-            raise ConfigError(
-                f"{self.name}: {self.world_size} ranks minus {self.num_eval_ranks} for evaluation must be a positive "
-                f"multiple of dap_size {self.dap_size}"
-            )
-        if self.global_batch_size < 1 or self.global_batch_size % self.dp_size:
-            raise ConfigError(
-                f"{self.name}: global_batch_size {self.global_batch_size} must be a multiple of {self.dp_size} replicas"
-            )
 
 
 @dataclass(frozen=True)
@@ -399,7 +346,7 @@ def shown_gpu(name: str) -> str:
 
 def states_gib() -> float:
     """Weights, both Adam moments and averaged weights in fp32, a bf16 copy and fp32 gradients: 22 bytes a parameter."""
-    return 22 * PARAMETERS / 2**30
+    return 22 * PARAMETERS_COUNT / 2**30
 
 
 def _minutes(times: RunTimes, steps: float) -> float:

@@ -12,9 +12,9 @@ from pathlib import Path
 from statistics import mean
 
 from scalefold.errors import ConfigError
+from scalefold.mlperf.log.published import PUBLISHED_RUNS, olympic_mean
 from scalefold.scaling.simulate import RunTimes, simulate
 
-PUBLISHED_RUNS = Path(__file__).parents[1] / "mlperf" / "log" / "published_runs.csv"
 INPUT_COLUMNS = (
     "time_to_first_epoch_start_s",
     "first_cycle_s",
@@ -138,5 +138,4 @@ def _replay_row(row: dict[str, str]) -> ReplayRow:
 
 def _score(minutes: list[float], scaling: str) -> float:
     """Strong: mean without fastest and slowest; weak instances: plain mean."""
-    ordered = sorted(minutes)
-    return mean(ordered[1:-1] if scaling == "strong" and len(ordered) > 2 else ordered)
+    return olympic_mean(minutes) if scaling == "strong" else mean(minutes)

@@ -7,8 +7,9 @@ import numpy as np
 
 from scalefold.errors import ConfigError
 from scalefold.scaling.convergence import Basis, Convergence, samples_to_converge
-from scalefold.scaling.plan import Assumptions, Plan, SystemSpec
+from scalefold.scaling.plan import Assumptions, Plan
 from scalefold.scaling.simulate import Loader, Noise, Simulation, draw_cycles, simulate_many
+from scalefold.scaling.system import SystemSpec
 
 
 @dataclass(frozen=True)

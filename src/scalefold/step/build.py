@@ -1,21 +1,25 @@
 """A training step from its configuration: operations, model, optimizer, loss, reducer."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from scalefold.config import Config
+from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError
-from scalefold.kernels.table import Operations, operations
+from scalefold.kernels.choice import operations
+from scalefold.kernels.table import Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.model.loss import loss_terms, total_of_terms
-from scalefold.parallel.dap.points import gradient_scale
+from scalefold.parallel.dap.collectives import Group
+from scalefold.parallel.dap.points import apply_dap, gradient_scale
 from scalefold.parallel.ranks import Ranks
 from scalefold.step.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.step.graphs import GraphedTrainStep, TrainStep
 from scalefold.step.optimizer import Optimizer
-from scalefold.step.parameters import FlatParameters
+from scalefold.step.parameters import FlatLayout, FlatParameters
 from scalefold.step.reducer import GradientReducer
 
 
@@ -28,18 +32,20 @@ def choose_operations(config: Config, ranks: Ranks) -> Operations:
     return operations(wanted if on_device else "reference")
 
 
-def connect_replica(config: Config, ranks: Ranks) -> str:
-    """How the ranks of a DAP group exchange: ``none``, ``library``, or ``direct`` where they may and can."""
+def connect_replica(config: Config, ranks: Ranks) -> Group | None:
+    """The DAP group of this rank, whose GPUs read each other's memory where they may and can; None without one."""
     if ranks.dap_group is None:
-        return "none"
+        return None
+    group = Group(ranks.dap_group)
     if ranks.device.type != "cuda" or config.execution.dap_exchange == "library":
-        return "library"
+        return group
     try:
         from scalefold.parallel.dap.direct import connect
     except ImportError:  # no Triton: the operations have said so
-        return "library"
+        return group
     assert ranks.dap_control_group is not None
-    return "direct" if connect(ranks.dap_group, ranks.dap_control_group, ranks.device) else "library"
+    connect(group, ranks.dap_control_group, ranks.device)
+    return group
 
 
 def build_model(config: Config, seed: int, ranks: Ranks) -> AlphaFold:
@@ -60,6 +66,16 @@ def adds_gradients(config: Config) -> bool:
     return config.local_batch_size > config.micro_batch_size or config.training.gradient_accumulation_steps > 1
 
 
+def flat_layout(config: Config, model: nn.Module, layout: RankLayout) -> FlatLayout:
+    """Where each parameter of ``model`` lies in a flat buffer; the same on all ranks of a run."""
+    return FlatLayout(model, partial(compute_dtype, config), scale_of(layout))
+
+
+def scale_of(layout: RankLayout) -> Callable[[str], float]:
+    """Factor on a parameter's summed gradient, by name."""
+    return lambda name: gradient_scale(name, layout.dp_size, layout.dap_size)
+
+
 def build_optimizer(
     config: Config, model: AlphaFold, ranks: Ranks, ops: Operations, in_parts: bool | None = None
 ) -> Optimizer:
@@ -68,13 +84,12 @@ def build_optimizer(
     Gradients are collected in fp32 if ``in_parts`` (by default: if this configuration adds some up), else in their
     own type.
     """
-    layout = ranks.layout
     in_parts = adds_gradients(config) if in_parts is None else in_parts
     flat = FlatParameters(
         model,
         ranks.device,
-        compute_dtype=lambda name: compute_dtype(config, name),
-        gradient_scale=lambda name: gradient_scale(name, layout.dp_size, layout.dap_size),
+        compute_dtype=partial(compute_dtype, config),
+        gradient_scale=scale_of(ranks.layout),
         gradient_dtype=torch.float32 if in_parts else None,
     )
     return Optimizer(flat, config.training, ops)
@@ -106,6 +121,45 @@ def build_step(
         config.training.gradient_accumulation_steps,
         group,
     )
+
+
+@dataclass
+class Training:
+    """What learns on a training rank: the model, the optimizer on its parameters, and the step that moves both."""
+
+    model: AlphaFold
+    optimizer: Optimizer
+    step: TrainStep
+    dap_group: Group | None
+
+    @property
+    def exchange(self) -> str:
+        """How the ranks of a DAP group exchange: ``none``, ``library`` or ``direct``."""
+        if self.dap_group is None:
+            return "none"
+        return "library" if self.dap_group.direct is None else "direct"
+
+    def change(self, config: Config, ranks: Ranks, ops: Operations) -> None:
+        """Go on with the operations, rate and batch of another phase."""
+        use_operations(self.model, ops)
+        self.optimizer.config, self.optimizer.ops = config.training, ops
+        self.step.close()
+        self.step = build_step(config, self.model, self.optimizer, ranks, self.step.reducer)
+
+    def disconnect(self) -> None:
+        """Let go of memory that GPUs share; an orderly end only."""
+        if self.dap_group is not None:
+            self.dap_group.disconnect()
+
+
+def build_training(config: Config, ranks: Ranks, ops: Operations, seed: int, in_parts: bool) -> Training:
+    """Model (its initial weights from ``seed``), optimizer and step of a training rank; see ``build_optimizer``."""
+    model = build_model(config, seed, ranks)
+    use_operations(model, ops)
+    group = connect_replica(config, ranks)
+    apply_dap(model, group)
+    optimizer = build_optimizer(config, model, ranks, ops, in_parts)
+    return Training(model, optimizer, build_step(config, model, optimizer, ranks), group)
 
 
 def parameter_names(model: nn.Module) -> list[str]:

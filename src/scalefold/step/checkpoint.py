@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from scalefold.errors import CheckpointError
+from scalefold.phases import Position
 from scalefold.step.optimizer import Optimizer
-from scalefold.step.parameters import FlatParameters
+from scalefold.step.parameters import FlatLayout, FlatParameters
 
 RESUMABLE_FILE = "resumable_checkpoint.pt"
 AVERAGED_FILE = "swa_checkpoint.pt"
@@ -36,19 +37,31 @@ AVERAGED_PREFIX = "averaged_model.module."
 class RunState:
     """Where a run stands: completed iterations, applied optimizer updates in the average, its seed, and its phase.
 
-    ``steps_before`` and ``samples_before`` had been done when phase number ``phase`` began. ``left_over`` are places of
-    the stream of samples that a loader passed over because they were not ready. ``sha256`` holds the hash of each file
-    beside it; checkpoints of earlier versions have none.
+    ``left_over`` are places of the stream of samples that a loader passed over because they were not ready. ``sha256``
+    holds the hash of each file beside it; checkpoints of earlier versions have none. In ``run_state.json`` the numbers
+    of ``position`` stand beside the others.
     """
 
     iteration: int
     seed: int
     num_averaged: int
-    phase: int = 0
-    steps_before: int = 0
-    samples_before: int = 0
+    position: Position = field(default_factory=Position)
     left_over: Sequence[int] = ()
     sha256: Mapping[str, str] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What ``run_state.json`` holds."""
+        flat: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            flat |= vars(value) if name == "position" else {name: value}
+        return flat
+
+    @classmethod
+    def of(cls, facts: dict[str, Any]) -> "RunState":
+        """The reverse of ``facts``; TypeError where a name is unknown or missing."""
+        placed = {f.name for f in fields(Position)}
+        position = Position(**{name: value for name, value in facts.items() if name in placed})
+        return cls(position=position, **{name: value for name, value in facts.items() if name not in placed})
 
 
 def sha256_of(file: Path) -> str:
@@ -132,14 +145,13 @@ def read_state(folder: Path) -> RunState:
     """
     file = folder / STATE_FILE
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
-        state = RunState(**facts)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        state = RunState.of(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot read: {error}") from None
     hashes = state.sha256
     if not isinstance(hashes, dict) or not all(isinstance(text, str) for text in hashes.values()):
         raise CheckpointError(f"{file}: sha256 must be a dictionary of file names and hashes")
-    counts = {f.name: getattr(state, f.name) for f in fields(RunState) if f.type in (int, "int")}
+    counts = {name: value for name, value in state.facts().items() if name not in ("left_over", "sha256")}
     if not isinstance(state.left_over, list | tuple):
         raise CheckpointError(f"{file}: left_over must be a list of whole numbers")
     for name, value in (*counts.items(), *(("left_over", value) for value in state.left_over)):
@@ -192,7 +204,7 @@ def load_weights(file: Path) -> dict[str, Any]:
     return _without_prefix(content) or content
 
 
-def load_into(file: Path, flat: FlatParameters, buffer: Tensor) -> None:
+def load_into(file: Path, flat: FlatLayout, buffer: Tensor) -> None:
     """Weights of any of our files into a flat buffer with the layout of ``flat``.
 
     Raises:
@@ -246,7 +258,7 @@ def _agree(file: Path, what: str, found: Any, stated: int) -> None:
 
 
 @torch.no_grad()
-def _copy_into(file: Path, flat: FlatParameters, buffer: Tensor, tensors: dict[str, Any], what: str = "") -> None:
+def _copy_into(file: Path, flat: FlatLayout, buffer: Tensor, tensors: dict[str, Any], what: str = "") -> None:
     """Tensors by name into a flat buffer; ``what`` says which of a parameter's tensors they are."""
     known = {slot.name for slot in flat.slots}
     missing, extra = sorted(known - tensors.keys()), sorted(tensors.keys() - known, key=str)
@@ -277,7 +289,7 @@ def _fault(value: Any, shape: torch.Size) -> str | None:
     return None
 
 
-def first_not_finite(flat: FlatParameters, buffer: Tensor) -> str | None:
+def first_not_finite(flat: FlatLayout, buffer: Tensor) -> str | None:
     """Name of the first parameter with a NaN or an infinity in a flat buffer, or None.
 
     The sum of all elements tells: in fp64 finite fp32 numbers cannot overflow, and no temporary is needed.

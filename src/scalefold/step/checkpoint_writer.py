@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,7 @@ class CheckpointWriter(Checkpoints):
                 name: write_tensors(temporary / name, content)
                 for name, content in ((RESUMABLE_FILE, copy.resumable), (AVERAGED_FILE, copy.averaged))
             }
-            write_text(temporary / STATE_FILE, json.dumps(asdict(replace(state, sha256=hashes))) + "\n")
+            write_text(temporary / STATE_FILE, json.dumps(replace(state, sha256=hashes).facts()) + "\n")
             put_in_place(temporary, target)
         except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
             shutil.rmtree(temporary, ignore_errors=True)

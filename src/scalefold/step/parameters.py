@@ -10,7 +10,12 @@ from torch import Tensor, nn
 ALIGNMENT = 16
 
 
-FUSED_PROJECTIONS = ("linear_q.weight", "linear_k.weight", "linear_v.weight", "linear_g.weight")
+# Parameters of one module that kernels read as one tensor.
+NEIGHBOURS = (
+    ("linear_q.weight", "linear_k.weight", "linear_v.weight", "linear_g.weight"),
+    ("outer_product_mean.linear_1.weight", "outer_product_mean.linear_2.weight"),
+    ("outer_product_mean.linear_1.bias", "outer_product_mean.linear_2.bias"),
+)
 
 
 @torch.no_grad()
@@ -57,39 +62,33 @@ class Segment:
 
 
 def storage_order(names: list[str]) -> list[str]:
-    """Registration order, except that the q, k, v, gate projections of one attention lie next to each other.
+    """Registration order, except that ``NEIGHBOURS`` lie next to each other, where the first of them is.
 
-    One matrix product then serves all four without copying weights together.
+    One matrix product then serves all of them without copying weights together.
     """
-    known, order = set(names), []
+    known, order = set(names), {}
     for name in names:
-        prefix, _, tail = name.rpartition("linear_")
-        if f"linear_{tail}" not in FUSED_PROJECTIONS:
-            order.append(name)
-        elif name.endswith(FUSED_PROJECTIONS[0]):
-            order += [prefix + member for member in FUSED_PROJECTIONS if prefix + member in known]
-    missed = known.difference(order)
-    return order + [name for name in names if name in missed]
+        group = next((group for group in NEIGHBOURS if name.endswith(group)), (name,))
+        first = next(member for member in group if name.endswith(member))
+        prefix = name.removesuffix(first)
+        order |= dict.fromkeys(prefix + member for member in group if prefix + member in known)
+    return list(order)
 
 
-class FlatParameters:
-    """The parameters of ``model`` as views of flat buffers.
+class FlatLayout:
+    """Where each parameter of a model lies in a flat buffer; parameters of one kind lie together.
 
     Args:
-        model: its parameters are re-pointed to the buffers; values are kept.
-        device: where the buffers live.
+        model: names and shapes of its parameters count, nothing else.
         compute_dtype: type in which parameters compute, by name.
         gradient_scale: factor on a parameter's gradient summed over all training ranks, by name.
-        gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
     """
 
     def __init__(
         self,
         model: nn.Module,
-        device: torch.device,
         compute_dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
         gradient_scale: Callable[[str], float] = lambda name: 1.0,
-        gradient_dtype: torch.dtype | None = None,
     ) -> None:
         parameters = dict(model.named_parameters())
         kinds = {name: (compute_dtype(name), gradient_scale(name)) for name in parameters}
@@ -103,6 +102,41 @@ class FlatParameters:
                 position += _aligned(parameters[name].numel())
             self.segments.append(Segment(start, position, *kind))
         self.size = position
+
+    def segment_of(self, slot: Slot) -> Segment:
+        """The segment that holds ``slot``."""
+        return next(s for s in self.segments if s.start <= slot.start < s.stop)
+
+    def view(self, flat: Tensor, slot: Slot, offset: int = 0) -> Tensor:
+        """The parameter's part of a flat buffer that begins at element ``offset`` of the layout, in its own shape."""
+        return flat[slot.start - offset : slot.stop - offset].view(slot.shape)
+
+    def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of every parameter of a flat fp32 buffer, in storage order."""
+        for slot in self.slots:
+            yield slot.name, self.view(flat, slot)
+
+
+class FlatParameters(FlatLayout):
+    """The parameters of ``model`` as views of flat buffers.
+
+    Args:
+        model: its parameters are re-pointed to the buffers; values are kept.
+        device: where the buffers live.
+        compute_dtype, gradient_scale: see ``FlatLayout``.
+        gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        compute_dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
+        gradient_scale: Callable[[str], float] = lambda name: 1.0,
+        gradient_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, compute_dtype, gradient_scale)
+        parameters = dict(model.named_parameters())
         self.master = torch.zeros(self.size, dtype=torch.float32, device=device)
         self.parameters = [parameters[slot.name] for slot in self.slots]
         self._copies = {
@@ -120,14 +154,6 @@ class FlatParameters:
         self.refresh()
         for slot, parameter in zip(self.slots, self.parameters, strict=True):
             parameter.data = self._compute_view(slot)
-
-    def segment_of(self, slot: Slot) -> Segment:
-        """The segment that holds ``slot``."""
-        return next(s for s in self.segments if s.start <= slot.start < s.stop)
-
-    def view(self, flat: Tensor, slot: Slot, offset: int = 0) -> Tensor:
-        """The parameter's part of a flat buffer that begins at element ``offset`` of the layout, in its own shape."""
-        return flat[slot.start - offset : slot.stop - offset].view(slot.shape)
 
     def compute_copy(self, segment: Segment) -> Tensor | None:
         """The low-precision buffer of a segment, or None where the master itself computes."""
@@ -167,11 +193,6 @@ class FlatParameters:
         first = bisect.bisect_left(self.slots, start, key=lambda slot: slot.start)
         last = bisect.bisect_left(self.slots, stop, key=lambda slot: slot.start)
         return list(zip(self.slots[first:last], self.parameters[first:last], strict=True))
-
-    def named_views(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, view) of every parameter of a flat fp32 buffer, in storage order."""
-        for slot in self.slots:
-            yield slot.name, self.view(flat, slot)
 
     def _compute_view(self, slot: Slot) -> Tensor:
         segment = self.segment_of(slot)

@@ -3,6 +3,8 @@
 A batch lies in one flat byte buffer, so that it crosses a process boundary, gets pinned and reaches the device in one
 piece; the features are views of it. What differs between recycling slices is stored slice after slice and shown with
 the slice as last dimension: ``feature[..., e]`` is contiguous, and the first slices are a prefix of the buffer.
+
+Longer than 400 lines, because the schema of a batch, its memory layout and the steps that fill it belong together.
 """
 
 import math
@@ -14,7 +16,9 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from scalefold.config import FeatureConfig
 from scalefold.data import residues
+from scalefold.data.batch_keys import PER_SLICE_KEYS
 from scalefold.data.features import structure
 from scalefold.data.features.transforms import (
     NUM_MSA_CLASSES,
@@ -70,24 +74,14 @@ class Chain(Protocol):
     def templates(self) -> Sequence[Template]: ...
 
 
-@dataclass(frozen=True)
-class FeatureSettings:
-    """Sizes and rates of the feature pipeline; the defaults are the benchmark's."""
+class FeatureSettings(FeatureConfig):
+    """Everything the feature pipeline is told: what ``data`` configures, and what other places do.
 
-    train_sequence_crop_size: int = 256
-    max_msa_clusters: int = 124
-    max_extra_msa: int = 1024
-    max_templates: int = 4
-    max_template_hits: int = 4  # hits featurised per sample; a training sample keeps a random part of them
+    ``max_template_hits`` are featurised per sample; a training sample keeps a random part of them.
+    """
+
     templates_enabled: bool = True
-    num_recycling_iters: int = 3
-    shuffle_top_k_prefiltered: int = 20
-    masked_msa_replace_fraction: float = 0.15
-    masked_msa_profile_prob: float = 0.1
-    masked_msa_same_prob: float = 0.1
-    masked_msa_uniform_prob: float = 0.1
-    use_clamped_fape_probability: float = 0.9
-    eval_length_multiple: int = 64
+    max_template_hits: int = 4
 
     def padded_length(self, num_res: int) -> int:
         """Length of an evaluation batch: with few different ones nothing compiles on the clock."""
@@ -108,10 +102,6 @@ class FeatureSettings:
             same_prob=self.masked_msa_same_prob,
         )
 
-
-PER_SLICE_KEYS = frozenset(
-    {"msa_feat", "true_msa", "bert_mask", "extra_msa", "extra_has_deletion", "extra_deletion_value"}
-)
 
 _F, _I = "float32", "int64"
 #: key -> (dimensions without batch and slice, dtype); names stand for sizes of the sample (see ``BatchShape``)

@@ -3,6 +3,8 @@
 A worker writes a batch once, into shared memory; the trainer maps it, pins it and copies it to the device in one piece.
 No process opens the data set before ``start``, which belongs after ``run_start`` of the MLPerf clock; worker processes
 may be running before that.
+
+Longer than 400 lines, because both loaders rest on the same workers, whose end is told apart in one place.
 """
 
 import heapq

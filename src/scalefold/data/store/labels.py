@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from scalefold.data.raw import official
 from scalefold.data.raw.official import ChainFacts
+from scalefold.data.raw.rawfile import read_bytes
+from scalefold.data.raw.rawlayout import Plan, RawLayout
 from scalefold.data.raw.rejection import Rejection
-from scalefold.data.store import selection, store
+from scalefold.data.store import selection, store, templates
 from scalefold.data.store.manifest import (
     REJECTED_FILE,
     Manifest,
@@ -24,6 +27,7 @@ from scalefold.data.store.manifest import (
     write_rejections,
 )
 from scalefold.errors import DataError
+from scalefold.textfile import decode
 
 #: Entities of every chain in table order; what clusters are looked up by.
 ENTITIES_FILE = "index/entities.json"
@@ -46,6 +50,57 @@ class Inputs:
     def has_clusters(self) -> bool:
         """Whether chains get clusters from anywhere."""
         return self.cluster_of is not None or bool(self.known)
+
+
+def read_inputs(layout: RawLayout, plan: Plan, report: Callable[[str], None]) -> Inputs:
+    """Read every list that the later stages need. Raises DataError naming file and line."""
+    if layout.obsolete_file:
+        read_obsolete(layout.obsolete_file)
+    known = official.read_chain_table(layout.mmcif_dir) if official.holds_structures(layout.mmcif_dir) else {}
+    cluster_of = read_clusters(layout.clusters_file) if layout.clusters_file else None
+    targets = selection.read_evaluation_file(layout.evaluation_file) if layout.evaluation_file else None
+    inputs = Inputs(cluster_of, known, targets, layout.evaluation_file)
+    if not inputs.has_clusters:
+        report(f"WARNING: {NO_CLUSTERS}")
+    if targets is not None and not known:
+        _check_targets(targets, plan, layout, report)
+    return inputs
+
+
+def _check_targets(
+    targets: list[selection.Target] | list[str], plan: Plan, layout: RawLayout, report: Callable[[str], None]
+) -> None:
+    """Compare the evaluation list with the names of the structure files, as far as these are PDB ids."""
+    present = {Path(file.path).name.split(".")[0].lower() for unit in plan.structures for file in unit}
+    wanted = [t.pdb_id if isinstance(t, selection.Target) else t[:4] for t in targets]
+    absent = [pdb_id for pdb_id in dict.fromkeys(wanted) if pdb_id not in present]
+    if not absent or any(len(name) != 4 for name in present):
+        return
+    text = f"{layout.evaluation_file}: no structure file for {len(absent)} of its entries: {', '.join(absent[:8])}"
+    if len(absent) == len(set(wanted)):
+        raise DataError(f"{text}; the store would have nothing to evaluate")
+    report(f"WARNING: {text}")
+
+
+def read_clusters(path: Path) -> dict[str, int]:
+    """Zero-based line of each ``PDBID_entity`` in a cluster file, PDB id in upper case; a later line wins.
+
+    Raises DataError if the file is no text or names nothing of that form.
+    """
+    cluster_of: dict[str, int] = {}
+    for line_number, line in enumerate(decode(read_bytes(path), path, DataError).splitlines()):
+        cluster_of.update((name[:4].upper() + name[4:], line_number) for name in line.split())
+    if not any(name[4:5] == "_" for name in cluster_of):
+        raise DataError(f"{path}: names no PDBID_entity; a cluster file has one cluster of such names per line")
+    return cluster_of
+
+
+def read_obsolete(path: Path) -> dict[str, str]:
+    """Successors of obsolete entries. Raises DataError if the file is no text or has lines but none of that kind."""
+    text = decode(read_bytes(path), path, DataError)
+    if text.strip() and "OBSLTE" not in text:
+        raise DataError(f"{path}: has no OBSLTE line; is it PDB's obsolete.dat?")
+    return templates.parse_obsolete(text)
 
 
 def label(

@@ -11,6 +11,8 @@ Layout of a store folder::
 A shard holds one one-dimensional uint8 dataset ``records``; the index says where each record begins and ends, so a
 sample costs one contiguous read for the structure, one for the alignment and one per template it uses. Everything in
 a store is a deterministic function of the raw files: no crop, mask, sample or shuffle is stored.
+
+Longer than 400 lines, because whoever changes the format changes writer and reader, which stand side by side.
 """
 
 import contextlib

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from scalefold.data import residues
+from scalefold.data.raw import align
 from scalefold.data.raw.msa import HHBLITS_OF_BYTE
-from scalefold.data.store import align
 from scalefold.data.store.store import TemplateHit
 from scalefold.errors import DataError
 

@@ -1,4 +1,8 @@
-"""Triton programs of the attention; what they do together is described in ``attention``."""
+"""Triton programs of the attention; what they do together is described in ``attention``.
+
+Tensors come as views: q, k, v, outputs and their gradients with strides over batch b, rows s, positions n and heads h
+(partial sums with one over slices c in front), scores over b, h, keys or queries, channels side by side.
+"""
 # pyright: reportGeneralTypeIssues=false
 # The type checker does not see Triton's ranges.
 
@@ -7,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from scalefold.kernels.instructions import INTERPRETED, settle, widen
+from scalefold.kernels.instructions import INTERPRETED, to_fp32, to_product_layout
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -16,6 +20,25 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 def _head(h, stride, ALIGN: tl.constexpr):
     """Offset of head h. ALIGN tells the compiler what it cannot know of heads of 8 channels: 16-byte alignment."""
     return tl.multiple_of(h * stride, ALIGN)
+
+
+@triton.jit
+def _of_head(view, b, h, ALIGN: tl.constexpr):
+    """Where head h of sample b begins."""
+    return view.pointer + (b * view.strides[0] + _head(h, view.strides[3], ALIGN))
+
+
+@triton.jit
+def _of_row(view, b, s, h, ALIGN: tl.constexpr):
+    """Where head h of row s of sample b begins."""
+    return view.pointer + (b * view.strides[0] + s * view.strides[1] + _head(h, view.strides[3], ALIGN))
+
+
+@triton.jit
+def _of_slice(view, c, b, s, h, ALIGN: tl.constexpr):
+    """``_of_row`` in slice c of partial sums."""
+    strides = view.strides
+    return view.pointer + (c * strides[0] + b * strides[1] + s * strides[2] + _head(h, strides[4], ALIGN))
 
 
 @triton.jit
@@ -43,8 +66,8 @@ def _store_rows(base, offsets, stride, n, values, D: tl.constexpr, BLOCK_D: tl.c
 def _load_shift(base, offsets, stride, n, inf_log2, EVEN: tl.constexpr):
     """Additive mask in base 2 per key: 0 or -inf_log2, and minus infinity beyond n."""
     if EVEN:
-        return widen(tl.load(base + offsets * stride)) * inf_log2 - inf_log2
-    keep = widen(tl.load(base + offsets * stride, mask=offsets < n, other=0.0))
+        return to_fp32(tl.load(base + offsets * stride)) * inf_log2 - inf_log2
+    keep = to_fp32(tl.load(base + offsets * stride, mask=offsets < n, other=0.0))
     return tl.where(offsets < n, keep * inf_log2 - inf_log2, float("-inf"))
 
 
@@ -108,11 +131,11 @@ def _bias_tiles(
         for pair in tl.static_range((STEPS + 1) // 2):
             start = pair * 2 * BLOCK_K
             first = _load_bias(base, offs_q, start + offs_k, stride_q, stride_k, n, EVEN)
-            first = settle(first)
+            first = to_product_layout(first)
             second = first
             if pair * 2 + 1 < STEPS:
                 second = _load_bias(base, offs_q, start + BLOCK_K + offs_k, stride_q, stride_k, n, EVEN)
-                second = settle(second)
+                second = to_product_layout(second)
             tiles += (_pack(first, second),)
     else:
         for step in tl.static_range(STEPS):
@@ -154,101 +177,90 @@ def _store_statistics(lse, rest, offset, offs_q, n, maximum, total):
 
 @triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
 def forward_rows(
-    q, k, v, mask, bias, o, lse, rest,
-    q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h,
-    mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
-    rows, n, heads, rows_per_program, inf_log2,
+    q, k, v, mask, bias, o, lse, rest, rows, n, heads, rows_per_program, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Short rows in STEPS unrolled key tiles; the bias of all of them stays in registers while rows pass by."""
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
-    q += b * q_b + _head(h, q_h, ALIGN)
-    k += b * k_b + _head(h, k_h, ALIGN)
-    v += b * v_b + _head(h, v_h, ALIGN)
-    o += b * o_b + _head(h, o_h, ALIGN)
-    mask += b * mask_b
+    own_q, own_k, own_v = _of_head(q, b, h, ALIGN), _of_head(k, b, h, ALIGN), _of_head(v, b, h, ALIGN)
+    own_o, own_mask = _of_head(o, b, h, ALIGN), mask.pointer + b * mask.strides[0]
     offs_k = tl.arange(0, BLOCK_K)
     tiles = ()
-    if HAS_BIAS:
-        tiles = _bias_tiles(bias + b * bias_b + h * bias_h, offs_q, bias_q, bias_k, n, BLOCK_Q, BLOCK_K, STEPS, EVEN)
+    if bias is not None:
+        base = bias.pointer + b * bias.strides[0] + h * bias.strides[1]
+        tiles = _bias_tiles(base, offs_q, bias.strides[2], bias.strides[3], n, BLOCK_Q, BLOCK_K, STEPS, EVEN)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     for row in tl.range(first, last, num_stages=STAGES):
         s = tl.cast(row, tl.int64)
-        queries = _load_rows(q + s * q_s, offs_q, q_n, n, D, BLOCK_D, EVEN)
+        queries = _load_rows(own_q + s * q.strides[1], offs_q, q.strides[2], n, D, BLOCK_D, EVEN)
         maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for step in tl.static_range(STEPS):
             start = step * BLOCK_K  # in the base, not in the offsets, which all steps then share
-            keys = _load_rows(k + s * k_s + start * k_n, offs_k, k_n, n - start, D, BLOCK_D, EVEN)
-            values = _load_rows(v + s * v_s + start * v_n, offs_k, v_n, n - start, D, BLOCK_D, EVEN)
-            shift = _load_shift(mask + s * mask_s + start * mask_n, offs_k, mask_n, n - start, inf_log2, EVEN)
+            k_n, v_n, mask_n = k.strides[2], v.strides[2], mask.strides[2]
+            keys = _load_rows(own_k + s * k.strides[1] + start * k_n, offs_k, k_n, n - start, D, BLOCK_D, EVEN)
+            values = _load_rows(own_v + s * v.strides[1] + start * v_n, offs_k, v_n, n - start, D, BLOCK_D, EVEN)
+            base = own_mask + s * mask.strides[1] + start * mask_n
+            shift = _load_shift(base, offs_k, mask_n, n - start, inf_log2, EVEN)
             products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-            if HAS_BIAS and bias.dtype.element_ty == tl.bfloat16:
-                logits = _biased_logits(products, _unpack(tiles[step // 2], step % 2 == 1), shift, SCALE)
-            elif HAS_BIAS:
-                logits = _biased_logits(products, tiles[step], shift, SCALE)
+            if bias is not None:
+                if bias.pointer.dtype.element_ty == tl.bfloat16:
+                    logits = _biased_logits(products, _unpack(tiles[step // 2], step % 2 == 1), shift, SCALE)
+                else:
+                    logits = _biased_logits(products, tiles[step], shift, SCALE)
             else:
                 logits = _logits(products, shift, SCALE)
             maximum, total, result = _accumulate(logits, values, maximum, total, result, PRECISION)
-        _store_rows(o + s * o_s, offs_q, o_n, n, result / total[:, None], D, BLOCK_D, EVEN)
+        _store_rows(own_o + s * o.strides[1], offs_q, o.strides[2], n, result / total[:, None], D, BLOCK_D, EVEN)
         if SAVE:
             _store_statistics(lse, rest, ((b * rows + s) * heads + h) * n, offs_q, n, maximum, total)
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def forward_tiled(
-    q, k, v, mask, bias, o, lse, rest,
-    q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h,
-    mask_b, mask_s, mask_n, bias_b, bias_h, bias_q, bias_k,
-    rows, n, heads, inf_log2,
+    q, k, v, mask, bias, o, lse, rest, rows, n, heads, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SAVE: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any length in key tiles with a running maximum; one row and query tile per program."""
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
     s = tl.program_id(1).to(tl.int64)
-    k += b * k_b + s * k_s + _head(h, k_h, ALIGN)
-    v += b * v_b + s * v_s + _head(h, v_h, ALIGN)
-    mask += b * mask_b + s * mask_s
-    queries = _load_rows(q + b * q_b + s * q_s + _head(h, q_h, ALIGN), offs_q, q_n, n, D, BLOCK_D, EVEN)
+    own_k, own_v = _of_row(k, b, s, h, ALIGN), _of_row(v, b, s, h, ALIGN)
+    own_mask = mask.pointer + (b * mask.strides[0] + s * mask.strides[1])
+    queries = _load_rows(_of_row(q, b, s, h, ALIGN), offs_q, q.strides[2], n, D, BLOCK_D, EVEN)
     maximum = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
     result = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in tl.range(0, n, BLOCK_K, num_stages=STAGES):
         offs_k = start + tl.arange(0, BLOCK_K)
-        keys = _load_rows(k, offs_k, k_n, n, D, BLOCK_D, EVEN)
+        keys = _load_rows(own_k, offs_k, k.strides[2], n, D, BLOCK_D, EVEN)
         products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        shift = _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)
-        if HAS_BIAS:
-            tile = _load_bias(bias + b * bias_b + h * bias_h, offs_q, offs_k, bias_q, bias_k, n, EVEN)
-            logits = _biased_logits(products, widen(tile), shift, SCALE)
+        shift = _load_shift(own_mask, offs_k, mask.strides[2], n, inf_log2, EVEN)
+        if bias is not None:
+            base = bias.pointer + b * bias.strides[0] + h * bias.strides[1]
+            tile = _load_bias(base, offs_q, offs_k, bias.strides[2], bias.strides[3], n, EVEN)
+            logits = _biased_logits(products, to_fp32(tile), shift, SCALE)
         else:
             logits = _logits(products, shift, SCALE)
-        values = _load_rows(v, offs_k, v_n, n, D, BLOCK_D, EVEN)
+        values = _load_rows(own_v, offs_k, v.strides[2], n, D, BLOCK_D, EVEN)
         maximum, total, result = _accumulate(logits, values, maximum, total, result, PRECISION)
-    _store_rows(o + b * o_b + s * o_s + _head(h, o_h, ALIGN), offs_q, o_n, n, result / total[:, None], D, BLOCK_D, EVEN)
+    _store_rows(_of_row(o, b, s, h, ALIGN), offs_q, o.strides[2], n, result / total[:, None], D, BLOCK_D, EVEN)
     if SAVE:
         _store_statistics(lse, rest, ((b * rows + s) * heads + h) * n, offs_q, n, maximum, total)
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def backward_rows(
-    q, k, v, mask, o, do, lse, rest, dq, dk, dv,
-    q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h, do_b, do_s, do_n, do_h,
-    dq_b, dq_s, dq_n, dq_h, dk_c, dk_b, dk_s, dk_n, dk_h, dv_c, dv_b, dv_s, dv_n, dv_h,
-    mask_b, mask_s, mask_n,
-    rows, n, heads, inf_log2,
+    q, k, v, mask, o, do, lse, rest, dq, dk, dv, rows, n, heads, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -262,45 +274,39 @@ def backward_rows(
     b = tl.program_id(2).to(tl.int64)
     s = (tl.program_id(0) // heads).to(tl.int64)
     h = tl.program_id(0) % heads
-    k += b * k_b + s * k_s + _head(h, k_h, ALIGN)
-    v += b * v_b + s * v_s + _head(h, v_h, ALIGN)
-    dk += chunk * dk_c + b * dk_b + s * dk_s + _head(h, dk_h, ALIGN)
-    dv += chunk * dv_c + b * dv_b + s * dv_s + _head(h, dv_h, ALIGN)
-    mask += b * mask_b + s * mask_s
+    own_k, own_v = _of_row(k, b, s, h, ALIGN), _of_row(v, b, s, h, ALIGN)
+    own_dk, own_dv = _of_slice(dk, chunk, b, s, h, ALIGN), _of_slice(dv, chunk, b, s, h, ALIGN)
+    own_mask = mask.pointer + (b * mask.strides[0] + s * mask.strides[1])
     statistics = ((b * rows + s) * heads + h) * n
     row_lse = _load_statistic(lse + statistics, offs_q, n, float("inf"), EVEN)
     row_rest = _load_statistic(rest + statistics, offs_q, n, 0.0, EVEN)
-    outputs = _load_rows(o + b * o_b + s * o_s + _head(h, o_h, ALIGN), offs_q, o_n, n, D, BLOCK_D, EVEN)
-    grads = _load_rows(do + b * do_b + s * do_s + _head(h, do_h, ALIGN), offs_q, do_n, n, D, BLOCK_D, EVEN)
-    row_delta = tl.sum(widen(outputs) * widen(grads), 1)
-    grads = (widen(grads) * row_rest[:, None]).to(grads.dtype)
+    outputs = _load_rows(_of_row(o, b, s, h, ALIGN), offs_q, o.strides[2], n, D, BLOCK_D, EVEN)
+    grads = _load_rows(_of_row(do, b, s, h, ALIGN), offs_q, do.strides[2], n, D, BLOCK_D, EVEN)
+    row_delta = tl.sum(to_fp32(outputs) * to_fp32(grads), 1)
+    grads = (to_fp32(grads) * row_rest[:, None]).to(grads.dtype)
     row_delta *= row_rest
-    queries = _load_rows(q + b * q_b + s * q_s + _head(h, q_h, ALIGN), offs_q, q_n, n, D, BLOCK_D, EVEN)
+    queries = _load_rows(_of_row(q, b, s, h, ALIGN), offs_q, q.strides[2], n, D, BLOCK_D, EVEN)
     dq_sum = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for start in tl.range(0, n, BLOCK_K, num_stages=STAGES):
         offs_k = start + tl.arange(0, BLOCK_K)
-        keys = _load_rows(k, offs_k, k_n, n, D, BLOCK_D, EVEN)
-        values = _load_rows(v, offs_k, v_n, n, D, BLOCK_D, EVEN)
+        keys = _load_rows(own_k, offs_k, k.strides[2], n, D, BLOCK_D, EVEN)
+        values = _load_rows(own_v, offs_k, v.strides[2], n, D, BLOCK_D, EVEN)
         products = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-        shift = _load_shift(mask, offs_k, mask_n, n, inf_log2, EVEN)
+        shift = _load_shift(own_mask, offs_k, mask.strides[2], n, inf_log2, EVEN)
         weights = tl.exp2(_logits(products, shift, SCALE) - row_lse[:, None])
         dv_tile = tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision=PRECISION)
-        _store_rows(dv, offs_k, dv_n, n, dv_tile, D, BLOCK_D, EVEN)
+        _store_rows(own_dv, offs_k, dv.strides[3], n, dv_tile, D, BLOCK_D, EVEN)
         d_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
         d_logits = (weights * (d_weights - row_delta[:, None])).to(keys.dtype)
         dk_tile = tl.dot(tl.trans(d_logits), queries, input_precision=PRECISION) * SCALE
-        _store_rows(dk, offs_k, dk_n, n, dk_tile, D, BLOCK_D, EVEN)
+        _store_rows(own_dk, offs_k, dk.strides[3], n, dk_tile, D, BLOCK_D, EVEN)
         dq_sum = tl.dot(d_logits, keys, dq_sum, input_precision=PRECISION)
-    _store_rows(dq + b * dq_b + s * dq_s + _head(h, dq_h, ALIGN), offs_q, dq_n, n, dq_sum * SCALE, D, BLOCK_D, EVEN)
+    _store_rows(_of_row(dq, b, s, h, ALIGN), offs_q, dq.strides[2], n, dq_sum * SCALE, D, BLOCK_D, EVEN)
 
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def backward_keys(
-    q, k, v, mask, bias, o, do, lse, rest, ds, dk, dv,
-    q_b, q_s, q_n, q_h, k_b, k_s, k_n, k_h, v_b, v_s, v_n, v_h, o_b, o_s, o_n, o_h, do_b, do_s, do_n, do_h,
-    ds_b, ds_s, ds_h, ds_k, dk_b, dk_s, dk_n, dk_h, dv_b, dv_s, dv_n, dv_h,
-    mask_b, mask_s, mask_n, bias_b, bias_h, bias_k, bias_q,
-    rows, n, heads, inf_log2,
+    q, k, v, mask, bias, o, do, lse, rest, ds, dk, dv, rows, n, heads, inf_log2,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -315,44 +321,40 @@ def backward_keys(
     b = tl.program_id(2).to(tl.int64)
     s = tl.program_id(1).to(tl.int64)
     h = tl.program_id(0) // tiles
-    q += b * q_b + s * q_s + _head(h, q_h, ALIGN)
-    o += b * o_b + s * o_s + _head(h, o_h, ALIGN)
-    do += b * do_b + s * do_s + _head(h, do_h, ALIGN)
-    bias += b * bias_b + h * bias_h
+    own_q, own_o, own_do = _of_row(q, b, s, h, ALIGN), _of_row(o, b, s, h, ALIGN), _of_row(do, b, s, h, ALIGN)
+    own_bias = bias.pointer + (b * bias.strides[0] + h * bias.strides[1])
     statistics = ((b * rows + s) * heads + h) * n
-    ds += b * ds_b + s * ds_s + h * ds_h
-    keys = _load_rows(k + b * k_b + s * k_s + _head(h, k_h, ALIGN), offs_k, k_n, n, D, BLOCK_D, EVEN)
-    values = _load_rows(v + b * v_b + s * v_s + _head(h, v_h, ALIGN), offs_k, v_n, n, D, BLOCK_D, EVEN)
-    shift = _load_shift(mask + b * mask_b + s * mask_s, offs_k, mask_n, n, inf_log2, EVEN)
+    own_ds = ds.pointer + (b * ds.strides[0] + s * ds.strides[1] + h * ds.strides[2])
+    keys = _load_rows(_of_row(k, b, s, h, ALIGN), offs_k, k.strides[2], n, D, BLOCK_D, EVEN)
+    values = _load_rows(_of_row(v, b, s, h, ALIGN), offs_k, v.strides[2], n, D, BLOCK_D, EVEN)
+    own_mask = mask.pointer + b * mask.strides[0] + s * mask.strides[1]
+    shift = _load_shift(own_mask, offs_k, mask.strides[2], n, inf_log2, EVEN)
     dk_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     dv_sum = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     for start in tl.range(0, n, BLOCK_Q, num_stages=STAGES):
         offs_q = start + tl.arange(0, BLOCK_Q)
-        queries = _load_rows(q, offs_q, q_n, n, D, BLOCK_D, EVEN)
-        grads = widen(_load_rows(do, offs_q, do_n, n, D, BLOCK_D, EVEN))
+        queries = _load_rows(own_q, offs_q, q.strides[2], n, D, BLOCK_D, EVEN)
+        grads = to_fp32(_load_rows(own_do, offs_q, do.strides[2], n, D, BLOCK_D, EVEN))
         row_lse = _load_statistic(lse + statistics, offs_q, n, float("inf"), EVEN)
         grads *= _load_statistic(rest + statistics, offs_q, n, 0.0, EVEN)[:, None]
-        delta = tl.sum(widen(_load_rows(o, offs_q, o_n, n, D, BLOCK_D, EVEN)) * grads, 1)
-        grads = grads.to(do.dtype.element_ty)
+        delta = tl.sum(to_fp32(_load_rows(own_o, offs_q, o.strides[2], n, D, BLOCK_D, EVEN)) * grads, 1)
+        grads = grads.to(do.pointer.dtype.element_ty)
         products = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
-        tile = _load_bias(bias, offs_k, offs_q, bias_k, bias_q, n, EVEN)
-        logits = (products * SCALE + widen(tile)) * LOG2_E + shift[:, None]
+        tile = _load_bias(own_bias, offs_k, offs_q, bias.strides[2], bias.strides[3], n, EVEN)
+        logits = (products * SCALE + to_fp32(tile)) * LOG2_E + shift[:, None]
         weights = tl.exp2(logits - row_lse[None, :])
         dv_sum = tl.dot(weights.to(grads.dtype), grads, dv_sum, input_precision=PRECISION)
         d_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)
         d_logits = (weights * (d_weights - delta[None, :])).to(queries.dtype)
         dk_sum = tl.dot(d_logits, queries, dk_sum, input_precision=PRECISION)
-        _store_scores(ds, d_logits, offs_k, offs_q, ds_k, n, EVEN)
-    _store_rows(dk + b * dk_b + s * dk_s + _head(h, dk_h, ALIGN), offs_k, dk_n, n, dk_sum * SCALE, D, BLOCK_D, EVEN)
-    _store_rows(dv + b * dv_b + s * dv_s + _head(h, dv_h, ALIGN), offs_k, dv_n, n, dv_sum, D, BLOCK_D, EVEN)
+        _store_scores(own_ds, d_logits, offs_k, offs_q, ds.strides[3], n, EVEN)
+    _store_rows(_of_row(dk, b, s, h, ALIGN), offs_k, dk.strides[2], n, dk_sum * SCALE, D, BLOCK_D, EVEN)
+    _store_rows(_of_row(dv, b, s, h, ALIGN), offs_k, dv.strides[2], n, dv_sum, D, BLOCK_D, EVEN)
 
 
 @triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
 def backward_queries(
-    k, ds, dq, partial,
-    k_b, k_s, k_n, k_h, ds_b, ds_s, ds_h, ds_k, dq_c, dq_b, dq_s, dq_n, dq_h,
-    partial_g, partial_b, partial_h, partial_k,
-    rows, n, heads, rows_per_program,
+    k, ds, dq, partial, rows, n, heads, rows_per_program,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -367,18 +369,20 @@ def backward_queries(
     offs_k = part * BLOCK_K + tl.arange(0, BLOCK_K)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
-    k += b * k_b + _head(h, k_h, ALIGN)
-    ds += b * ds_b + h * ds_h
-    dq += part * dq_c + b * dq_b + _head(h, dq_h, ALIGN)
+    own_k = _of_head(k, b, h, ALIGN)
+    own_ds = ds.pointer + (b * ds.strides[0] + h * ds.strides[2])
+    own_dq = dq.pointer + (part * dq.strides[0] + b * dq.strides[1] + _head(h, dq.strides[4], ALIGN))
     total = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     for row in tl.range(first, last, num_stages=STAGES):
         s = tl.cast(row, tl.int64)
-        tile = _load_bias(ds + s * ds_s, offs_k, offs_q, ds_k, 1, n, EVEN)
-        keys = _load_rows(k + s * k_s, offs_k, k_n, n, D, BLOCK_D, EVEN)
+        tile = _load_bias(own_ds + s * ds.strides[1], offs_k, offs_q, ds.strides[3], 1, n, EVEN)
+        keys = _load_rows(own_k + s * k.strides[1], offs_k, k.strides[2], n, D, BLOCK_D, EVEN)
         gradient = tl.dot(tl.trans(tile), keys, input_precision=PRECISION) * SCALE
-        _store_rows(dq + s * dq_s, offs_q, dq_n, n, gradient, D, BLOCK_D, EVEN)
-        total += widen(tile)
-    partial += tl.program_id(1).to(tl.int64) * partial_g + b * partial_b + h * partial_h
-    _store_scores(partial, total, offs_k, offs_q, partial_k, n, EVEN)
+        _store_rows(own_dq + s * dq.strides[2], offs_q, dq.strides[3], n, gradient, D, BLOCK_D, EVEN)
+        total += to_fp32(tile)
+    group = tl.program_id(1).to(tl.int64)
+    strides = partial.strides
+    own_partial = partial.pointer + (group * strides[0] + b * strides[1] + h * strides[2])
+    _store_scores(own_partial, total, offs_k, offs_q, strides[3], n, EVEN)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import tuning
 from scalefold.kernels.ops.attention import LOG2_E, matmul_precision
 from scalefold.kernels.ops.global_attention_programs import (
     attend_columns,
@@ -32,8 +32,22 @@ from scalefold.kernels.ops.global_attention_programs import (
     project_columns,
     rows_backward,
 )
+from scalefold.kernels.rows import Affine, Norm, width_obstacle
 
-COLUMNS = 16  # columns per program of the kernels that sum over sequences: the smallest side of a product
+BLOCK_R = 16  # columns per program of the kernels that sum over sequences: the smallest side of a product
+
+
+def obstacle(
+    m: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    *_: object,
+) -> str | None:
+    """Why ``global_attention`` does not take these arguments, or None."""
+    return width_obstacle(m.shape[-1], weight_q.shape[0], 2 * weight_k.shape[0], most=128)
 
 
 def global_attention(
@@ -54,20 +68,15 @@ def global_attention(
 ) -> Tensor:
     """Triton version of ``reference.global_attention``, once differentiable.
 
-    Widths must suit the matrix units: c, H * D and 2 D powers of two of at least 16 and at most 128; other widths take
-    the plain definition.
+    Widths must suit the matrix units: c, H * D and 2 D powers of two of at least 16 and at most 128.
     """
     arguments = (m, mask, norm_weight, norm_bias, weight_q, weight_k, weight_v, weight_g, bias_g, weight_o, bias_o)
-    if not _widths_fit(m.shape[-1], weight_q.shape[0], 2 * weight_k.shape[0]):
-        return reference.global_attention(*arguments, num_heads, inf, eps)
     return _GlobalAttention.apply(*arguments, num_heads, inf, eps)
 
 
-def _widths_fit(*widths: int) -> bool:
-    return all(16 <= width <= 128 and width & (width - 1) == 0 for width in widths)
-
-
 class _GlobalAttention(torch.autograd.Function):
+    """Arguments: those of ``global_attention``."""
+
     @staticmethod
     def forward(ctx: Any, m: Tensor, mask: Tensor, *rest: Any) -> Tensor:
         *weights, num_heads, inf, eps = rest
@@ -75,15 +84,12 @@ class _GlobalAttention(torch.autograd.Function):
         norm_weight, norm_bias, weight_q, weight_k, weight_v, weight_g, bias_g, weight_o, bias_o = (
             weight.contiguous() for weight in weights
         )
-        weight_kv = torch.cat((weight_k, weight_v))
-        kv, partial = _projected(m, mask, norm_weight, norm_bias, weight_kv)
+        norm, gate, weight_kv = Norm(norm_weight, norm_bias), Affine(weight_g, bias_g), torch.cat((weight_k, weight_v))
+        kv, partial = _projected(m, mask, norm, weight_kv)
         mean, q, o, statistics = _attended(m, mask, weight_q, kv, partial, num_heads, inf, eps)
-        out = _gated(m, norm_weight, norm_bias, weight_g, bias_g, weight_o, bias_o, o)
+        out = _gated(m, norm, gate, Affine(weight_o, bias_o), o)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(
-                m, mask, norm_weight, norm_bias, weight_q, weight_kv, weight_g, bias_g, weight_o, kv, mean, q, o,
-                statistics,
-            )  # fmt: skip
+            ctx.save_for_backward(m, mask, *norm, weight_q, weight_kv, *gate, weight_o, kv, mean, q, o, statistics)
             ctx.num_heads, ctx.inf = num_heads, inf
             ctx.types = [weight.dtype for weight in weights]
         return out
@@ -91,30 +97,13 @@ class _GlobalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        (
-            m,
-            mask,
-            norm_weight,
-            norm_bias,
-            weight_q,
-            weight_kv,
-            weight_g,
-            bias_g,
-            weight_o,
-            kv,
-            mean,
-            q,
-            o,
-            statistics,
-        ) = ctx.saved_tensors
-        d_out = d_out.contiguous()
-        partial, gate_sums = _output_gradient(m, norm_weight, norm_bias, weight_g, bias_g, weight_o, o, d_out)
+        m, mask, *norm, weight_q, weight_kv, weight_g, bias_g, weight_o, kv, mean, q, o, statistics = ctx.saved_tensors
+        norm, gate, d_out = Norm(*norm), Affine(weight_g, bias_g), d_out.contiguous()
+        partial, gate_sums = _output_gradient(m, norm, gate, weight_o, o, d_out)
         d_kv, d_q, d_mean = _attended_backward(
             mask, weight_q, kv, q, o, statistics, partial, m.shape[-1], ctx.num_heads, ctx.inf
         )
-        d_m, row_sums = _rows_gradient(
-            m, mask, norm_weight, norm_bias, weight_g, bias_g, weight_o, weight_kv, o, d_out, d_kv, d_mean
-        )
+        d_m, row_sums = _rows_gradient(m, mask, norm, gate, weight_o, weight_kv, o, d_out, d_kv, d_mean)
         c, hd, pair = m.shape[-1], weight_q.shape[0], weight_kv.shape[0]
         d_weight_o, d_weight_g, d_bias_o, d_bias_g = gate_sums.split([c * hd, hd * c, c, hd])
         d_weight_kv, d_scale, d_offset = row_sums.split([pair * c, c, c])
@@ -140,12 +129,10 @@ def _fields(m: Tensor) -> dict[str, int | str]:
 
 def _column_grid(m: Tensor, sequences_per_program: int) -> tuple[int, int, int]:
     batch, sequences, n, _ = m.shape
-    return tuning.ceil_div(n, COLUMNS), tuning.ceil_div(sequences, sequences_per_program), batch
+    return tuning.ceil_div(n, BLOCK_R), tuning.ceil_div(sequences, sequences_per_program), batch
 
 
-def _projected(
-    m: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_kv: Tensor
-) -> tuple[Tensor, Tensor]:
+def _projected(m: Tensor, mask: Tensor, norm: Norm, weight_kv: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values [B, N, S, 2 D] and partial sums for the mean, fp32 [chunks, B, N, c]."""
     batch, sequences, n, c = m.shape
     config = tuning.lookup("global_attention_columns", **_fields(m))
@@ -153,8 +140,8 @@ def _projected(
     kv = m.new_empty(batch, n, sequences, weight_kv.shape[0])
     partial = m.new_empty(grid[1], batch, n, c, dtype=torch.float32)
     project_columns[grid](
-        m, mask, norm_weight, norm_bias, weight_kv, kv, partial, sequences, n, config["SEQUENCES"],
-        C=c, KV=weight_kv.shape[0], BLOCK_S=config["BLOCK_S"], COLUMNS=COLUMNS, PRECISION=matmul_precision(m),
+        m, mask, norm, weight_kv, kv, partial, sequences, n, config["SEQUENCES"],
+        C=c, KV=weight_kv.shape[0], BLOCK_S=config["BLOCK_S"], BLOCK_R=BLOCK_R, PRECISION=matmul_precision(m),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return kv, partial
@@ -181,37 +168,33 @@ def _attended(
     return mean, q, o, statistics
 
 
-def _gated(
-    m: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_g: Tensor, bias_g: Tensor, weight_o: Tensor,
-    bias_o: Tensor, o: Tensor,
-) -> Tensor:  # fmt: skip
+def _gated(m: Tensor, norm: Norm, gate: Affine, output: Affine, o: Tensor) -> Tensor:
+    """m + W_o (sigmoid(gate) * o) + b_o."""
     _, sequences, n, c = m.shape
     rows = m.numel() // c
     config = tuning.lookup("global_attention_gate", **_fields(m))
     out = torch.empty_like(m)
     gate_rows[(tuning.ceil_div(rows, config["BLOCK"]),)](
-        m, norm_weight, norm_bias, weight_g, bias_g, weight_o, bias_o, o, out, rows, sequences, n,
-        C=c, HD=o.shape[-1], BLOCK=config["BLOCK"], PRECISION=matmul_precision(m), num_warps=config["num_warps"],
+        m, norm, gate, output, o, out, rows, sequences, n,
+        C=c, HD=o.shape[-1], BLOCK_M=config["BLOCK"], PRECISION=matmul_precision(m), num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )  # fmt: skip
     return out
 
 
 def _output_gradient(
-    m: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_g: Tensor, bias_g: Tensor, weight_o: Tensor, o: Tensor,
-    d_out: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    m: Tensor, norm: Norm, gate: Affine, weight_o: Tensor, o: Tensor, d_out: Tensor
+) -> tuple[Tensor, Tensor]:
     """Partial sums of the gradient of o, fp32 [chunks, B, N, H * D]; gradients of W_o, W_g, b_o, b_g in one vector."""
     batch, sequences, n, c = m.shape
-    hd = weight_g.shape[0]
+    hd = o.shape[-1]
     config = tuning.lookup("global_attention_columns_backward", **_fields(m))
     grid = _column_grid(m, config["SEQUENCES"])
     partial = m.new_empty(grid[1], batch, n, hd, dtype=torch.float32)
     weight_sums = m.new_empty(grid[0] * grid[1] * grid[2], 2 * c * hd + c + hd, dtype=torch.float32)
     gate_columns_backward[grid](
-        m, norm_weight, norm_bias, weight_g, bias_g, weight_o, o, d_out, partial, weight_sums, sequences, n,
-        config["SEQUENCES"],
-        C=c, HD=hd, BLOCK_S=config["BLOCK_S"], COLUMNS=COLUMNS, PRECISION=matmul_precision(m),
+        m, norm, gate, weight_o, o, d_out, partial, weight_sums, sequences, n, config["SEQUENCES"],
+        C=c, HD=hd, BLOCK_S=config["BLOCK_S"], BLOCK_R=BLOCK_R, PRECISION=matmul_precision(m),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     return partial, weight_sums.sum(0)
@@ -243,79 +226,49 @@ def _attended_backward(
 
 
 def _rows_gradient(
-    m: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_g: Tensor, bias_g: Tensor,
-    weight_o: Tensor, weight_kv: Tensor, o: Tensor, d_out: Tensor, d_kv: Tensor, d_mean: Tensor,
+    m: Tensor, mask: Tensor, norm: Norm, gate: Affine, weight_o: Tensor, weight_kv: Tensor, o: Tensor, d_out: Tensor,
+    d_kv: Tensor, d_mean: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradient of m; gradients of W_kv, norm weight and norm bias in one vector."""
     _, sequences, n, c = m.shape
-    rows, hd, pair = m.numel() // c, weight_g.shape[0], weight_kv.shape[0]
+    rows, hd, pair = m.numel() // c, o.shape[-1], weight_kv.shape[0]
     config = tuning.lookup("global_attention_rows_backward", **_fields(m))
     programs = min(config["PROGRAMS"], tuning.ceil_div(rows, config["BLOCK"]))
     d_m = torch.empty_like(m)
     weight_sums = m.new_empty(programs, pair * c + 2 * c, dtype=torch.float32)
     rows_backward[(programs,)](
-        m, mask, norm_weight, norm_bias, weight_g, bias_g, weight_o, weight_kv, o, d_out, d_kv, d_mean, d_m,
-        weight_sums, rows, sequences, n, C=c, HD=hd, KV=pair, BLOCK=config["BLOCK"], PRECISION=matmul_precision(m),
-        num_warps=config["num_warps"], num_stages=config["num_stages"],
+        m, mask, norm, gate, weight_o, weight_kv, o, d_out, d_kv, d_mean, d_m, weight_sums, rows, sequences, n,
+        C=c, HD=hd, KV=pair, BLOCK_M=config["BLOCK"], PRECISION=matmul_precision(m), num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
     )  # fmt: skip
     return d_m, weight_sums.sum(0)
 
 
 def _columns_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     """About two programs per multiprocessor of an H200 (132), so that a DAP share still fills the GPU."""
-    tiles = max(1, int(fields["n"]) // COLUMNS)
+    tiles = max(1, int(fields["n"]) // BLOCK_R)
     chunk = int(fields["sequences"]) * tiles // 256
     return {"BLOCK_S": 4, "SEQUENCES": min(64, max(8, chunk)), "num_warps": 4, "num_stages": 2}
-
-
-def _columns_candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    return [
-        {"BLOCK_S": block, "SEQUENCES": sequences, "num_warps": warps, "num_stages": stages}
-        for block, warps in ((4, 4), (8, 4), (8, 8))
-        for sequences in (16, 32, 64, 128)
-        for stages in (1, 2, 3)
-    ]
 
 
 def _attend_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     return {"BLOCK_S": 64, "num_warps": 4, "num_stages": 1}
 
 
-def _attend_candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    return [
-        {"BLOCK_S": block, "num_warps": warps, "num_stages": stages}
-        for block, warps in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
-        for stages in (1, 2)
-    ]
-
-
 def _gate_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     return {"BLOCK": 64, "num_warps": 4, "num_stages": 1}
-
-
-def _gate_candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    return [{"BLOCK": block, "num_warps": warps, "num_stages": 1} for block in (64, 128, 256) for warps in (4, 8)]
 
 
 def _rows_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     return {"BLOCK": 32, "PROGRAMS": 264, "num_warps": 4, "num_stages": 2}
 
 
-def _rows_candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    return [
-        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
-        for block, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
-        for programs in (132, 264, 396, 528)
-        for stages in (1, 2)
-    ]
-
-
-tuning.register("global_attention_columns", _columns_default, _columns_candidates)
-tuning.register("global_attention_columns_backward", _columns_default, _columns_candidates)
-tuning.register("global_attention_attend", _attend_default, _attend_candidates)
-tuning.register("global_attention_attend_backward", _attend_default, _attend_candidates)
-tuning.register("global_attention_gate", _gate_default, _gate_candidates)
-tuning.register("global_attention_rows_backward", _rows_default, _rows_candidates)
+tuning.register("global_attention_columns", _columns_default)
+tuning.register("global_attention_columns_backward", _columns_default)
+tuning.register("global_attention_attend", _attend_default)
+tuning.register("global_attention_attend_backward", _attend_default)
+tuning.register("global_attention_gate", _gate_default)
+tuning.register("global_attention_rows_backward", _rows_default)
 
 
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:

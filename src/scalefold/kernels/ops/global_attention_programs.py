@@ -1,6 +1,8 @@
 """Triton programs of the global column attention; what they do together is described in ``global_attention``.
 
-Row index and column tiles stay in 32 bits because 64-bit division is slow; offsets of elements are 64 bits wide.
+Tiles are BLOCK_M rows (b, s, n), or BLOCK_S sequences of BLOCK_R residue columns. Row index and column tiles stay in
+32 bits because 64-bit division is slow; offsets of elements are 64 bits wide. Gates are ``tl.sigmoid``, rounded
+otherwise than ``instructions.sigmoid``, which would change the bits of runs.
 """
 # pyright: reportGeneralTypeIssues=false
 # The type checker does not see Triton's ranges.
@@ -8,23 +10,7 @@ Row index and column tiles stay in 32 bits because 64-bit division is slow; offs
 import triton
 import triton.language as tl
 
-from scalefold.kernels.reference import LAYER_NORM_EPS
-
-EPS_NORM = tl.constexpr(LAYER_NORM_EPS)
-
-
-@triton.jit
-def _normalise(x, C: tl.constexpr):
-    """Rows without mean and with unit variance, and the reciprocal deviation. x: fp32 [rows, C]."""
-    mean = tl.sum(x, 1) / C
-    centred = x - mean[:, None]
-    reciprocal = tl.rsqrt(tl.sum(centred * centred, 1) / C + EPS_NORM)
-    return centred * reciprocal[:, None], reciprocal
-
-
-@triton.jit
-def _vector(pointer, C: tl.constexpr):
-    return tl.load(pointer + tl.arange(0, C)).to(tl.float32)
+from scalefold.kernels.rows import load_vector, normalise, normalise_gradient, scale_and_shift
 
 
 @triton.jit
@@ -33,45 +19,52 @@ def _matrix(pointer, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def _column_tile(start, last, rows_s, n, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr):
-    """Indices of a tile of BLOCK_S sequences x COLUMNS columns: sequence, column, row of m, and which rows exist."""
-    index = tl.arange(0, BLOCK_S * COLUMNS)
-    s = start + index // COLUMNS
-    column = tl.program_id(0) * COLUMNS + index % COLUMNS
+def _gates(normed, weight, bias, PRECISION: tl.constexpr):
+    """sigmoid(W_g normed + b_g), fp32 [rows, HD]; weight: [HD, C]; bias: fp32 [HD]."""
+    logits = tl.dot(normed, tl.trans(weight), input_precision=PRECISION)
+    return tl.sigmoid(logits + bias[None, :])
+
+
+@triton.jit
+def _column_tile(start, last, rows_s, n, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Indices of a tile of BLOCK_S sequences x BLOCK_R columns: sequence, column, row of m, and which rows exist."""
+    index = tl.arange(0, BLOCK_S * BLOCK_R)
+    s = start + index // BLOCK_R
+    column = tl.program_id(0) * BLOCK_R + index % BLOCK_R
     row = (tl.program_id(2) * rows_s + s).to(tl.int64) * n + column
     return s, column, row, (s < last) & (column < n)
 
 
 @triton.jit(do_not_specialize=["rows_s", "n", "rows_per_program"])
 def project_columns(
-    m, mask, norm_weight, norm_bias, weight_kv, kv, partial, rows_s, n, rows_per_program,
-    C: tl.constexpr, KV: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    m, mask, norm, weight_kv, kv, partial, rows_s, n, rows_per_program,
+    C: tl.constexpr, KV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys and values, and partial sums over sequences of keep * LN(m): fp32 [chunks, B, n, C]."""
     b = tl.program_id(2)
     channels = tl.arange(0, C)
-    scale, offset = _vector(norm_weight, C), _vector(norm_bias, C)
+    scale, offset = load_vector(norm.weight, C), load_vector(norm.bias, C)
     weight = _matrix(weight_kv, KV, C)
-    total = tl.zeros([COLUMNS, C], tl.float32)
-    member = tl.arange(0, BLOCK_S * COLUMNS)[None, :] % COLUMNS == tl.arange(0, COLUMNS)[:, None]
+    total = tl.zeros([BLOCK_R, C], tl.float32)
+    member = tl.arange(0, BLOCK_S * BLOCK_R)[None, :] % BLOCK_R == tl.arange(0, BLOCK_R)[:, None]
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows_s)
     for start in tl.range(first, last, BLOCK_S):
-        s, column, row, exists = _column_tile(start, last, rows_s, n, BLOCK_S, COLUMNS)
+        s, column, row, exists = _column_tile(start, last, rows_s, n, BLOCK_S, BLOCK_R)
         x = tl.load(m + row[:, None] * C + channels[None, :], mask=exists[:, None], other=0.0).to(tl.float32)
-        normed, _ = _normalise(x, C)
-        normed = (normed * scale[None, :] + offset[None, :]).to(m.dtype.element_ty)
+        hat, _ = normalise(x, C)
+        normed = scale_and_shift(hat, scale, offset, m.dtype.element_ty)
         keep = tl.load(mask + row, mask=exists, other=0.0).to(m.dtype.element_ty)
         total = tl.dot(tl.where(member, keep[None, :], 0.0), normed, total, input_precision=PRECISION)
         pair = tl.dot(normed, tl.trans(weight), input_precision=PRECISION)
         where = ((b * n + column).to(tl.int64) * rows_s + s)[:, None] * KV + tl.arange(0, KV)[None, :]
         tl.store(kv + where, pair.to(kv.dtype.element_ty), mask=exists[:, None])
-    _store_column_sums(partial, total, n, C, COLUMNS)
+    _store_column_sums(partial, total, n, C, BLOCK_R)
 
 
 @triton.jit
-def _store_column_sums(partial, total, n, C: tl.constexpr, COLUMNS: tl.constexpr):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+def _store_column_sums(partial, total, n, C: tl.constexpr, BLOCK_R: tl.constexpr):
+    column = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     slot = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * n + column
     tl.store(partial + slot[:, None] * C + tl.arange(0, C)[None, :], total, mask=(column < n)[:, None])
 
@@ -151,65 +144,63 @@ def attend_columns(
 
 @triton.jit(do_not_specialize=["rows", "rows_s", "n"])
 def gate_rows(
-    m, norm_weight, norm_bias, weight_g, bias_g, weight_o, bias_o, o, out, rows, rows_s, n,
-    C: tl.constexpr, HD: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    m, norm, gate, output, o, out, rows, rows_s, n,
+    C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = m + W_o (sigmoid(W_g LN(m) + b_g) * o) + b_o for a tile of rows (b, s, n)."""
     channels = tl.arange(0, C)
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < rows
     where = row.to(tl.int64)[:, None] * C + channels[None, :]
     x = tl.load(m + where, mask=exists[:, None], other=0.0).to(tl.float32)
-    normed, _ = _normalise(x, C)
-    normed = (normed * _vector(norm_weight, C)[None, :] + _vector(norm_bias, C)[None, :]).to(m.dtype.element_ty)
-    gate = tl.dot(normed, tl.trans(_matrix(weight_g, HD, C)), input_precision=PRECISION)
-    gate = tl.sigmoid(gate + _vector(bias_g, HD)[None, :])
+    hat, _ = normalise(x, C)
+    normed = scale_and_shift(hat, load_vector(norm.weight, C), load_vector(norm.bias, C), m.dtype.element_ty)
+    opening = _gates(normed, _matrix(gate.weight, HD, C), load_vector(gate.bias, HD), PRECISION)
     column = row // (rows_s * n) * n + row % n
-    gated = (gate * _attended_tile(o, column, exists, HD)).to(m.dtype.element_ty)
-    update = tl.dot(gated, tl.trans(_matrix(weight_o, C, HD)), input_precision=PRECISION)
-    update += x + _vector(bias_o, C)[None, :]
+    gated = (opening * _attended_tile(o, column, exists, HD)).to(m.dtype.element_ty)
+    update = tl.dot(gated, tl.trans(_matrix(output.weight, C, HD)), input_precision=PRECISION)
+    update += x + load_vector(output.bias, C)[None, :]
     tl.store(out + where, update.to(out.dtype.element_ty), mask=exists[:, None])
 
 
 @triton.jit(do_not_specialize=["rows_s", "n", "rows_per_program"])
 def gate_columns_backward(
-    m, norm_weight, norm_bias, weight_g, bias_g, weight_o, o, d_out, partial, weight_sums, rows_s, n, rows_per_program,
-    C: tl.constexpr, HD: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+    m, norm, gate, weight_o, o, d_out, partial, weight_sums, rows_s, n, rows_per_program,
+    C: tl.constexpr, HD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums over sequences of the gradient of o, fp32 [chunks, B, n, HD], and of gate and output weights.
 
     weight_sums: fp32 [programs, C * HD + HD * C + C + HD] for W_o, W_g, b_o, b_g.
     """
     channels, width = tl.arange(0, C), tl.arange(0, HD)
-    scale, offset, shift = _vector(norm_weight, C), _vector(norm_bias, C), _vector(bias_g, HD)
-    gate_weight, output_weight = _matrix(weight_g, HD, C), _matrix(weight_o, C, HD)
+    scale, offset, shift = load_vector(norm.weight, C), load_vector(norm.bias, C), load_vector(gate.bias, HD)
+    gate_weight, output_weight = _matrix(gate.weight, HD, C), _matrix(weight_o, C, HD)
     storage = m.dtype.element_ty
-    member = tl.arange(0, BLOCK_S * COLUMNS)[None, :] % COLUMNS == tl.arange(0, COLUMNS)[:, None]
+    member = tl.arange(0, BLOCK_S * BLOCK_R)[None, :] % BLOCK_R == tl.arange(0, BLOCK_R)[:, None]
     member = tl.where(member, 1.0, 0.0).to(storage)
-    total = tl.zeros([COLUMNS, HD], tl.float32)
+    total = tl.zeros([BLOCK_R, HD], tl.float32)
     d_weight_o = tl.zeros([C, HD], tl.float32)
     d_weight_g = tl.zeros([HD, C], tl.float32)
-    d_bias_o = tl.zeros([COLUMNS, C], tl.float32)  # per column of the tile, added up at the end
-    d_bias_g = tl.zeros([COLUMNS, HD], tl.float32)
+    d_bias_o = tl.zeros([BLOCK_R, C], tl.float32)  # per column of the tile, added up at the end
+    d_bias_g = tl.zeros([BLOCK_R, HD], tl.float32)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows_s)
     for start in tl.range(first, last, BLOCK_S):
-        _, column, row, exists = _column_tile(start, last, rows_s, n, BLOCK_S, COLUMNS)
+        _, column, row, exists = _column_tile(start, last, rows_s, n, BLOCK_S, BLOCK_R)
         where = row[:, None] * C + channels[None, :]
-        normed, _ = _normalise(tl.load(m + where, mask=exists[:, None], other=0.0).to(tl.float32), C)
-        normed = (normed * scale[None, :] + offset[None, :]).to(storage)
-        gate = tl.dot(normed, tl.trans(gate_weight), input_precision=PRECISION)
-        gate = tl.sigmoid(gate + shift[None, :])
+        hat, _ = normalise(tl.load(m + where, mask=exists[:, None], other=0.0).to(tl.float32), C)
+        normed = scale_and_shift(hat, scale, offset, storage)
+        opening = _gates(normed, gate_weight, shift, PRECISION)
         grad = tl.load(d_out + where, mask=exists[:, None], other=0.0)
         d_gated = tl.dot(grad, output_weight, input_precision=PRECISION)
-        total = tl.dot(member, (d_gated * gate).to(storage), total, input_precision=PRECISION)
+        total = tl.dot(member, (d_gated * opening).to(storage), total, input_precision=PRECISION)
         attended = _attended_tile(o, tl.program_id(2) * n + column, exists, HD)
-        d_weight_o = tl.dot(tl.trans(grad), (gate * attended).to(storage), d_weight_o, input_precision=PRECISION)
-        d_gate = (d_gated * attended * gate * (1.0 - gate)).to(storage)
+        d_weight_o = tl.dot(tl.trans(grad), (opening * attended).to(storage), d_weight_o, input_precision=PRECISION)
+        d_gate = (d_gated * attended * opening * (1.0 - opening)).to(storage)
         d_weight_g = tl.dot(tl.trans(d_gate), normed, d_weight_g, input_precision=PRECISION)
         d_bias_o = tl.dot(member, grad, d_bias_o, input_precision=PRECISION)
         d_bias_g = tl.dot(member, d_gate, d_bias_g, input_precision=PRECISION)
-    _store_column_sums(partial, total, n, HD, COLUMNS)
+    _store_column_sums(partial, total, n, HD, BLOCK_R)
     program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     weight_sums += program * (2 * C * HD + C + HD)
     tl.store(weight_sums + channels[:, None] * HD + width[None, :], d_weight_o)
@@ -268,33 +259,31 @@ def attend_columns_backward(
 
 @triton.jit(do_not_specialize=["rows", "rows_s", "n"])
 def rows_backward(
-    m, mask, norm_weight, norm_bias, weight_g, bias_g, weight_o, weight_kv, o, d_out, d_kv, d_mean, d_m, weight_sums,
-    rows, rows_s, n,
-    C: tl.constexpr, HD: tl.constexpr, KV: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    m, mask, norm, gate, weight_o, weight_kv, o, d_out, d_kv, d_mean, d_m, weight_sums, rows, rows_s, n,
+    C: tl.constexpr, HD: tl.constexpr, KV: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of m, tile by tile, and sums over this program's tiles for W_kv and the layer norm.
 
     weight_sums: fp32 [programs, KV * C + 2 * C] for W_kv, norm weight and bias.
     """
     channels, pair = tl.arange(0, C), tl.arange(0, KV)
-    scale, offset, shift = _vector(norm_weight, C), _vector(norm_bias, C), _vector(bias_g, HD)
+    scale, offset, shift = load_vector(norm.weight, C), load_vector(norm.bias, C), load_vector(gate.bias, HD)
     storage = m.dtype.element_ty
-    ones = tl.full([16, BLOCK], 1.0, tl.float32).to(storage)
+    ones = tl.full([16, BLOCK_M], 1.0, tl.float32).to(storage)
     d_weight_kv = tl.zeros([KV, C], tl.float32)
     d_scale = tl.zeros([16, C], tl.float32)
     d_offset = tl.zeros([16, C], tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK), tl.num_programs(0)):
-        row = tile * BLOCK + tl.arange(0, BLOCK)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0)):
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         exists = row < rows
         where = row.to(tl.int64)[:, None] * C + channels[None, :]
-        standard, reciprocal = _normalise(tl.load(m + where, mask=exists[:, None], other=0.0).to(tl.float32), C)
-        normed = (standard * scale[None, :] + offset[None, :]).to(storage)
+        hat, rstd = normalise(tl.load(m + where, mask=exists[:, None], other=0.0).to(tl.float32), C)
+        normed = scale_and_shift(hat, scale, offset, storage)
         grad = tl.load(d_out + where, mask=exists[:, None], other=0.0)
-        gate = tl.dot(normed, tl.trans(_matrix(weight_g, HD, C)), input_precision=PRECISION)
-        gate = tl.sigmoid(gate + shift[None, :])
+        opening = _gates(normed, _matrix(gate.weight, HD, C), shift, PRECISION)
         d_gated = tl.dot(grad, _matrix(weight_o, C, HD), input_precision=PRECISION)
         column = row // (rows_s * n) * n + row % n
-        d_gate = (d_gated * _attended_tile(o, column, exists, HD) * gate * (1.0 - gate)).to(storage)
+        d_gate = (d_gated * _attended_tile(o, column, exists, HD) * opening * (1.0 - opening)).to(storage)
         s = row // n % rows_s
         where_kv = (column.to(tl.int64) * rows_s + s)[:, None] * KV + pair[None, :]
         d_pair = tl.load(d_kv + where_kv, mask=exists[:, None], other=0.0)
@@ -302,12 +291,10 @@ def rows_backward(
         keep = tl.load(mask + row, mask=exists, other=0.0).to(tl.float32)
         average = tl.load(d_mean + column[:, None] * C + channels[None, :], mask=exists[:, None], other=0.0)
         d_normed = tl.dot(d_pair, _matrix(weight_kv, KV, C), average * keep[:, None], input_precision=PRECISION)
-        d_normed = tl.dot(d_gate, _matrix(weight_g, HD, C), d_normed, input_precision=PRECISION)
+        d_normed = tl.dot(d_gate, _matrix(gate.weight, HD, C), d_normed, input_precision=PRECISION)
         d_offset = tl.dot(ones, d_normed.to(storage), d_offset, input_precision=PRECISION)
-        d_scale = tl.dot(ones, (d_normed * standard).to(storage), d_scale, input_precision=PRECISION)
-        inner = d_normed * scale[None, :]
-        along = tl.sum(inner * standard, 1) / C
-        d_x = (inner - (tl.sum(inner, 1) / C)[:, None] - standard * along[:, None]) * reciprocal[:, None]
+        d_scale = tl.dot(ones, (d_normed * hat).to(storage), d_scale, input_precision=PRECISION)
+        d_x = normalise_gradient(d_normed * scale[None, :], hat, rstd, C)
         tl.store(d_m + where, (d_x + grad.to(tl.float32)).to(storage), mask=exists[:, None])
     weight_sums += tl.program_id(0) * (KV * C + 2 * C)
     tl.store(weight_sums + pair[:, None] * C + channels[None, :], d_weight_kv)

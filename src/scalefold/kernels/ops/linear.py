@@ -15,142 +15,130 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference
-from scalefold.kernels.instructions import widen
+from scalefold.kernels import tuning
+from scalefold.kernels.instructions import complete, to_fp32
 from scalefold.kernels.rows import (
-    Strides,
-    chosen_tiles,
-    common_rows,
+    Affine,
+    Norm,
+    View,
     dot,
     fused_view,
-    has_plain_strides,
-    is_tile_width,
+    launch,
+    launch_with_sums,
+    layout_obstacle,
     load_normed,
     load_per_row,
     load_tile,
     memory_order,
     norm_input_gradient,
-    register_tiles,
-    row_limit,
-    row_offsets,
     store_column_sums,
     store_tile,
     sum_all,
+    tile_offsets,
     weight_blocks,
+    width_obstacle,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
-WIDEST_BY_POINTER = tl.constexpr(128)  # wider weights come by the copy engine: 76 -> 68 us for 256; 49 -> 52 for 128
+WIDEST_BY_POINTER = 128  # wider weights come by the copy engine; narrower ones lose by it
 NARROW_WIDTH = 16  # narrower outputs (attention biases) go channels first, as their reader wants them
-register_tiles(
-    "norm_linear_forward",
-    {64: (64, 64, 4, 3), 128: (64, 128, 4, 2), 256: (128, 64, 8, 3)},
-    *((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (64, 128, 8, 2)),
-    *((128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
-)
-register_tiles(
-    "norm_linear_backward",
-    {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)},
-    *((32, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3)),
-    *((64, 128, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
-)
+tuning.register_tiles("norm_linear_forward", {64: (64, 64, 4, 3), 128: (64, 128, 4, 2), 256: (128, 64, 8, 3)})
+tuning.register_tiles("norm_linear_backward", {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)})
 
 
 @triton.jit
 def _forward_kernel(
-    x, x_strides, norm_weight, norm_bias, weight, bias, out, out_strides, segment_stride,
-    narrow_weight, narrow_bias, narrow_out, narrow_strides, row_mask, mask_strides, dims, count, bias_start,
+    x, norm, blocks, linear, out, segment_stride, narrow, narrow_out, row_mask, extent, bias_start,
     N: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of rows: layer norm once, then all output columns. weight: [N, C]; out: [N / WIDTH][rows, WIDTH]."""
+    """Tile of rows: layer norm once, then all output columns. Weight: [N, C]; out: [N / WIDTH][rows, WIDTH].
+
+    ``blocks``: the weight for the copy engine, instead of ``linear.weight``.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C, IN_REGISTERS=True)
+    normed = load_normed(x, norm, rows, extent, C, IN_REGISTERS=True)
     c = tl.arange(0, C)
     if row_mask is not None:
-        keep = load_per_row(row_mask, rows, dims, mask_strides, count)
+        keep = load_per_row(row_mask, rows, extent)
     if N > 0:
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
-            if C > WIDEST_BY_POINTER:
-                block = weight.load([first, 0])
+            if blocks is not None:
+                block = blocks.load([first, 0])
             else:
-                block = tl.load(weight + n[:, None] * C + c[None, :])
+                block = tl.load(linear.weight + n[:, None] * C + c[None, :])
             acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-            if bias is not None:
-                acc += tl.load(bias + n - bias_start, mask=n >= bias_start, other=0.0).to(tl.float32)[None, :]
+            if linear.bias is not None:
+                bias = tl.load(linear.bias + n - bias_start, mask=n >= bias_start, other=0.0)
+                acc += bias.to(tl.float32)[None, :]
             if row_mask is not None:
                 acc *= keep[:, None]
             segment = first // WIDTH
-            columns = n - segment * WIDTH
-            store_tile(out + segment * tl.cast(segment_stride, tl.int64), acc, rows, columns, dims, out_strides, count)
+            start = out.pointer + segment * tl.cast(segment_stride, tl.int64)
+            store_tile(View(start, out.strides), acc, rows, n - segment * WIDTH, extent)
     if NARROW > 0:
         n = tl.arange(0, 16)
-        block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
+        block = tl.load(narrow.weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
         acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, 16], tl.float32))
-        if narrow_bias is not None:
-            acc += tl.load(narrow_bias + n, mask=n < NARROW, other=0.0).to(tl.float32)[None, :]
-        offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
-        tl.store(narrow_out + offsets, acc.to(narrow_out.dtype.element_ty), mask=_inside(rows, count, n, NARROW))
+        if narrow.bias is not None:
+            acc += tl.load(narrow.bias + n, mask=n < NARROW, other=0.0).to(tl.float32)[None, :]
+        pointers = narrow_out.pointer + tile_offsets(narrow_out, rows, n, extent)
+        value = acc.to(narrow_out.pointer.dtype.element_ty)
+        tl.store(pointers, value, mask=_inside(rows, extent, n, NARROW))
 
 
 @triton.jit
-def _inside(rows, count, n, NARROW: tl.constexpr):
+def _inside(rows, extent, n, NARROW: tl.constexpr):
     """Which elements of a narrow tile [rows, n] exist: [rows or 1, n]."""
     inside = (n < NARROW)[None, :]
-    if count is not None:
-        inside = inside & (rows < count)[:, None]
+    if extent.limit is not None:
+        inside = inside & (rows < extent.limit)[:, None]
     return inside
 
 
 @triton.jit
-def _chosen(options, i, COUNT: tl.constexpr):
-    """options[i] for an i that only the running program knows."""
-    chosen = options[0]
+def _chosen(views, i, COUNT: tl.constexpr, ALIGN: tl.constexpr):
+    """views[i] for an i that only the running program knows. ALIGN: a power of two that divides all strides."""
+    pointer = views[0].pointer
+    outer, middle, inner = views[0].strides[0], views[0].strides[1], views[0].strides[2]
     for other in tl.static_range(1, COUNT):
-        chosen = tl.where(i == other, options[other], chosen)
-    return chosen
-
-
-@triton.jit
-def _load_gradient(ds, d_strides, i, rows, n, dims, count, COUNT: tl.constexpr, ALIGN: tl.constexpr):
-    """Tile of ds[i]: [rows, n]. ALIGN: a power of two that divides all its strides."""
-    strides = (
-        tl.multiple_of(_chosen(d_strides[0], i, COUNT), ALIGN),
-        tl.multiple_of(_chosen(d_strides[1], i, COUNT), ALIGN),
-        tl.multiple_of(_chosen(d_strides[2], i, COUNT), ALIGN),
-        1,
-    )
-    return load_tile(tl.multiple_of(_chosen(ds, i, COUNT), 2 * ALIGN), rows, n, dims, strides, count)
+        outer = tl.where(i == other, views[other].strides[0], outer)
+        middle = tl.where(i == other, views[other].strides[1], middle)
+        inner = tl.where(i == other, views[other].strides[2], inner)
+        pointer = tl.where(i == other, views[other].pointer, pointer)
+    strides = (tl.multiple_of(outer, ALIGN), tl.multiple_of(middle, ALIGN), tl.multiple_of(inner, ALIGN), 1)
+    return View(tl.multiple_of(pointer, 2 * ALIGN), strides)
 
 
 @triton.jit
 def _add_products(
-    acc, ds, d_strides, weights, sums, keep, rows, dims, count,
+    acc, ds, weights, sums, keep, rows, extent,
     FIRST: tl.constexpr, LAST: tl.constexpr, SUMMED: tl.constexpr, COUNT: tl.constexpr, ALIGN: tl.constexpr,
     WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """acc + d W of projections FIRST..LAST, in one loop, so that loads run ahead from one to the next.
 
-    SUMMED: column sums of d are stored in ``sums``, from projection FIRST on, and no load runs ahead: the compiler
-    gives a tile that feeds a product and something else a ring with one slot too few, and refills the slot that the
-    product of the iteration before still reads (triton-lang/triton#6691; fewer stages or more warps only hide it). The
-    limit may go once ``benchmarks/measure/compile_targets.py --rings`` is clean without it in every supported release.
+    SUMMED: column sums of d are stored in ``sums``, from projection FIRST on, once the product is complete: the
+    compiler gives a tile that feeds a product and something else a ring with one slot too few, and refills the slot
+    that an unfinished product still reads (triton-lang/triton#6691; fewer stages or more warps only hide it).
+    ``complete`` may go once ``benchmarks/measure/compile_targets.py --rings`` is clean without it in every supported
+    release.
     """
-    for start in tl.range(FIRST * WIDTH, LAST * WIDTH, BLOCK_N, num_stages=1 if SUMMED else None):
+    for start in range(FIRST * WIDTH, LAST * WIDTH, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         i = start // WIDTH
-        d = _load_gradient(ds, d_strides, i, rows, n - i * WIDTH, dims, count, COUNT, ALIGN)
+        d = load_tile(_chosen(ds, i, COUNT, ALIGN), rows, n - i * WIDTH, extent)
         acc = dot(d, tl.load(weights + n[:, None] * C + tl.arange(0, C)[None, :]), acc)
         if SUMMED:
+            acc = complete(acc)
             store_column_sums(sums, d, n - FIRST * WIDTH, keep)
     return acc
 
 
 @triton.jit
 def _input_gradient_kernel(
-    x, x_strides, norm_weight, norm_bias, weights, ds, d_strides, narrow_weight, narrow_d, narrow_strides,
-    row_mask, mask_strides, through, through_strides, dx, dx_strides, normed, normed_strides, partials, dims, count,
+    x, norm, weights, ds, narrow_weight, narrow_d, row_mask, through, dx, normed, partials, extent,
     COUNT: tl.constexpr, BIASED: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, NARROW_BIAS: tl.constexpr,
     C: tl.constexpr, ALIGN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -166,36 +154,33 @@ def _input_gradient_kernel(
     own = partials + tl.program_id(0).to(tl.int64) * (2 * C + BIASED * WIDTH + NARROW_BIAS * NARROW)
     keep = None
     if row_mask is not None:
-        keep = load_per_row(row_mask, rows, dims, mask_strides, count)
+        keep = load_per_row(row_mask, rows, extent)
     if COUNT > BIASED:
         acc = _add_products(
-            acc, ds, d_strides, weights, own, keep, rows, dims, count, 0, COUNT - BIASED, False, COUNT, ALIGN, WIDTH, C,
-            BLOCK_N,
-        )  # fmt: skip
+            acc, ds, weights, own, keep, rows, extent, 0, COUNT - BIASED, False, COUNT, ALIGN, WIDTH, C, BLOCK_N
+        )
     if BIASED > 0:
         acc = _add_products(
-            acc, ds, d_strides, weights, own + 2 * C, keep, rows, dims, count, COUNT - BIASED, COUNT, True, COUNT,
-            ALIGN, WIDTH, C, BLOCK_N,
+            acc, ds, weights, own + 2 * C, keep, rows, extent, COUNT - BIASED, COUNT, True, COUNT, ALIGN, WIDTH, C,
+            BLOCK_N,
         )  # fmt: skip
     if NARROW > 0:
         n = tl.arange(0, 16)
-        offsets = row_offsets(rows, dims, narrow_strides)[:, None] + n[None, :] * narrow_strides[3]
-        d = tl.load(narrow_d + offsets, mask=_inside(rows, count, n, NARROW), other=0.0)
+        pointers = narrow_d.pointer + tile_offsets(narrow_d, rows, n, extent)
+        d = tl.load(pointers, mask=_inside(rows, extent, n, NARROW), other=0.0)
         block = tl.load(narrow_weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
         acc = dot(d, block, acc)
         if NARROW_BIAS:
-            value = widen(d)
+            value = to_fp32(d)
             if keep is not None:
                 value *= keep[:, None]
             tl.store(own + 2 * C + BIASED * WIDTH + n, tl.sum(value, 0), mask=n < NARROW)
     if keep is not None:
         acc *= keep[:, None]
-    gradient = norm_input_gradient(
-        acc, x, norm_weight, norm_bias, keep, normed, normed_strides, own, rows, dims, x_strides, count, C
-    )
+    gradient = norm_input_gradient(acc, x, norm, keep, normed, own, rows, extent, C)
     if through is not None:
-        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
-    store_tile(dx, gradient, rows, c, dims, dx_strides, count)
+        gradient += load_tile(through, rows, c, extent).to(tl.float32)
+    store_tile(dx, gradient, rows, c, extent)
 
 
 def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | None, int]:
@@ -203,7 +188,7 @@ def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | N
     present = [bias for bias in biases if bias is not None]
     if not present:
         return None, 0
-    return (present[0] if len(present) == 1 else torch.cat(present)), (len(biases) - len(present)) * width
+    return fused_view([bias[:, None] for bias in present])[:, 0], (len(biases) - len(present)) * width
 
 
 def _in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tensor:
@@ -248,28 +233,27 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     c, count = x.shape[-1], x.shape[:-1].numel()
     wide, narrow = weights[:num_wide], weights[num_wide:]
     width = wide[0].shape[0] if wide else NARROW_WIDTH
-    config = chosen_tiles("norm_linear_forward", x, num_wide * width, width)
+    config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)
     order = memory_order(x)
     out = x.new_empty(num_wide, count, width)
     outs = [_in_order(order, part, x.shape) for part in out.unbind(0)]
     narrow_out = None
     if narrow:
         narrow_out = x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1)
-    dims, count, strides = common_rows(
-        x,
-        outs[0] if wide else x,
-        x if narrow_out is None else narrow_out,
-        x if row_mask is None else row_mask[..., None],
-    )
+    tensors = {
+        "x": x,
+        "out": outs[0] if wide else None,
+        "narrow_out": narrow_out,
+        "row_mask": None if row_mask is None else row_mask[..., None],
+    }
     bias, bias_start = _fused_bias(biases[:num_wide], width)
-    weight = fused_view(wide) if wide else None
-    if weight is not None and c > WIDEST_BY_POINTER.value:
-        weight = weight_blocks(weight, (config["BLOCK_N"], c))
-    _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-        x, strides[0], norm_weight, norm_bias, weight, bias, out, strides[1],
-        count * width, narrow[0] if narrow else None, biases[num_wide] if narrow else None, narrow_out, strides[2],
-        row_mask, strides[3], dims, row_limit(count, config), bias_start, N=num_wide * width, WIDTH=width,
-        NARROW=narrow[0].shape[0] if narrow else 0, C=c, **config,
+    weight, blocks = fused_view(wide) if wide else None, None
+    if weight is not None and c > WIDEST_BY_POINTER:
+        weight, blocks = None, weight_blocks(weight, (config["BLOCK_N"], c))
+    launch(
+        _forward_kernel, config, tensors, norm=Norm(norm_weight, norm_bias), linear=Affine(weight, bias),
+        blocks=blocks, narrow=Affine(narrow[0], biases[num_wide]) if narrow else None, segment_stride=count * width,
+        bias_start=bias_start, N=num_wide * width, WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, C=c,
     )  # fmt: skip
     return tuple(outs if narrow_out is None else [*outs, narrow_out])
 
@@ -296,26 +280,30 @@ def input_gradient(
     dx, normed = torch.empty_like(x), _in_order(memory_order(x), x.new_empty(x.shape[:-1].numel(), c), x.shape)
     narrow_d = ds[num_wide] if narrow else None
     width = wide[0].shape[0] if wide else NARROW_WIDTH
-    config = chosen_tiles("norm_linear_backward", x, num_wide * width, width)
-    mask_view = x if row_mask is None else row_mask[..., None]
-    views = (x, dx, x if narrow_d is None else narrow_d, mask_view, normed, x if through is None else through)
-    dims, count, strides = common_rows(*views, *ds[:num_wide])
-    tiles = triton.cdiv(count, config["BLOCK_M"])
+    config = tuning.chosen_tiles("norm_linear_backward", x, num_wide * width, width)
+    tensors = {
+        "x": x,
+        "dx": dx,
+        "narrow_d": narrow_d,
+        "row_mask": None if row_mask is None else row_mask[..., None],
+        "normed": normed,
+        "through": through,
+        "ds": tuple(ds[:num_wide]),
+    }
     num_sums = sum(weight.shape[0] for weight, has in zip(weights, has_bias, strict=True) if has)
-    partials = torch.empty(tiles, 2 * c + num_sums, dtype=torch.float32, device=x.device)
-    _input_gradient_kernel[(tiles,)](
-        x, strides[0], norm_weight, norm_bias, fused_view(wide) if wide else None, tuple(ds[:num_wide]),
-        tuple(zip(*strides[6:], strict=True))[:3], narrow[0] if narrow else None, narrow_d, strides[2], row_mask,
-        strides[3], through, strides[5], dx, strides[1], normed, strides[4], partials, dims, row_limit(count, config),
-        COUNT=num_wide, BIASED=sum(has_bias[:num_wide]), WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0,
-        NARROW_BIAS=bool(narrow) and has_bias[-1], C=c, ALIGN=_alignment(ds[:num_wide], strides[6:]), **config,
+    partials = launch_with_sums(
+        _input_gradient_kernel, config, tensors, 2 * c + num_sums, norm=Norm(norm_weight, norm_bias),
+        weights=fused_view(wide) if wide else None, narrow_weight=narrow[0] if narrow else None, COUNT=num_wide,
+        BIASED=sum(has_bias[:num_wide]), WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0,
+        NARROW_BIAS=bool(narrow) and has_bias[-1], C=c, ALIGN=_alignment(ds[:num_wide]),
     )  # fmt: skip
     return dx, normed, partials
 
 
-def _alignment(tensors: Sequence[Tensor], strides: Sequence[Strides]) -> int:
+def _alignment(tensors: Sequence[Tensor]) -> int:
     """8 if all rows start at multiples of 8 elements and 16 bytes, else 1."""
-    even = all(stride % 8 == 0 for levels in strides for stride in levels[:3])
+    steps = [s for t in tensors for s, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size != 1]
+    even = all(step % 8 == 0 for step in steps)
     return 8 if even and all(tensor.data_ptr() % 16 == 0 for tensor in tensors) else 1
 
 
@@ -328,11 +316,16 @@ def _in_rows_of(x: Tensor, d: Tensor) -> Tensor:
     return d.permute(-1, *order).contiguous().permute(*inverse, 0)
 
 
-def _is_supported(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    wide = [w.shape[0] for w in weights if w.shape[0] >= NARROW_WIDTH]
-    narrow = [w.shape[0] for w in weights if w.shape[0] < NARROW_WIDTH]
-    widths_fit = len(set(wide)) <= 1 and is_tile_width(x.shape[-1], *wide) and len(narrow) <= 1
-    return widths_fit and x.stride(-1) == 1 and has_plain_strides(x) and x.numel() > 0
+def obstacle(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> str | None:
+    """Why ``layer_norm_linear`` does not take these arguments, or None."""
+    wide = [weight.shape[0] for weight in weights if weight.shape[0] >= NARROW_WIDTH]
+    if len(set(wide)) > 1 or len(weights) - len(wide) > 1:
+        return f"widths {', '.join(str(weight.shape[0]) for weight in weights)} in one call"
+    if not x.numel():
+        return "nothing to project"
+    return width_obstacle(x.shape[-1], *wide) or layout_obstacle(x)
 
 
 def layer_norm_linear(
@@ -341,11 +334,8 @@ def layer_norm_linear(
     """``reference.layer_norm_linear`` for equally wide weights and at most one narrower than 16.
 
     Each wide output is dense in the memory order of x; the narrow one is stored channels first in the order of its
-    dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view. Other widths take
-    the plain definition.
+    dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view.
     """
-    if not _is_supported(x, weights):
-        return reference.layer_norm_linear(x, norm_weight, norm_bias, weights, biases)
     return _ordered_projections(x, norm_weight, norm_bias, None, weights, biases)
 
 
@@ -357,8 +347,8 @@ def masked_projections(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
-    """The outputs of ``layer_norm_linear``, without x, whose rows are multiplied by row_mask: [*]."""
-    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases)[1:]
+    """``layer_norm_linear`` whose projections' rows are multiplied by row_mask: [*]."""
+    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases)
 
 
 def _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases) -> tuple[Tensor, ...]:

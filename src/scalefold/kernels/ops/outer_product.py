@@ -13,20 +13,15 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference
+from scalefold.kernels import tuning
 from scalefold.kernels.ops.linear import masked_projections
-from scalefold.kernels.rows import chosen_tiles, dot, has_plain_strides, is_tile_width, register_tiles, sum_all
+from scalefold.kernels.rows import dot, layout_obstacle, sum_all, width_obstacle
 from scalefold.kernels.weight_gradient import NUM_PROGRAMS
 
 KEEP_FROM_SEQUENCES = 512  # 2 S N^2 c^2 FLOP against 4 N^2 c^2 bytes: storing wins well above S ~ 200
 SCALE_ROWS = 64  # pairs per program of the scaling; 16 KiB at 128 channels
 for _name in ("outer_product_forward", "outer_product_backward", "outer_product_weight"):
-    register_tiles(
-        _name,
-        {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
-        *((64, 32, 4, 4), (64, 64, 4, 3), (64, 64, 8, 4), (64, 128, 4, 2), (64, 128, 8, 3)),
-        *((128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
-    )
+    tuning.register_tiles(_name, {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)})
 
 
 @triton.jit
@@ -132,7 +127,7 @@ class _Update(torch.autograd.Function):
         outer, out = _outer(a, b), torch.empty_like(z)
         ctx.save_for_backward(a, b, norm, weight, outer if a.shape[0] >= KEEP_FROM_SEQUENCES else None)
         ctx.bias_dtype = bias.dtype
-        config = chosen_tiles("outer_product_forward", z, k, k)
+        config = tuning.chosen_tiles("outer_product_forward", z, k, k)
         grid = (triton.cdiv(j, config["BLOCK_M"]), i)
         _forward_kernel[grid](z, outer, norm, weight, bias, out, j, K=k, CO=co, C=c, **config)
         return out
@@ -147,7 +142,7 @@ class _Update(torch.autograd.Function):
         del outer
         (i, j, c), k, co = d.shape, weight.shape[1], a.shape[-1]
         d_outer = a.new_empty(i * co, j * co)
-        config = chosen_tiles("outer_product_backward", d, k, k)
+        config = tuning.chosen_tiles("outer_product_backward", d, k, k)
         grid = (triton.cdiv(j, config["BLOCK_M"]), i)
         _outer_gradient_kernel[grid](scaled, weight, d_outer, j, K=k, CO=co, C=c, **config)
         d_a = (b.flatten(1) @ d_outer.t()).view_as(a)
@@ -167,7 +162,7 @@ def _scaled(d: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
 def _weight_partials(scaled: Tensor, outer: Tensor) -> Tensor:
     """Partial gradients [ranges of i, c_z * c * c] of the output weight [c_z, c * c]."""
     (i, j, c), k = scaled.shape, outer.numel() // (scaled.shape[0] * scaled.shape[1])
-    config = chosen_tiles("outer_product_weight", scaled, k, k)
+    config = tuning.chosen_tiles("outer_product_weight", scaled, k, k)
     num_blocks = k // config["BLOCK_N"]
     rows_per_split = triton.cdiv(i, max(1, NUM_PROGRAMS // num_blocks))
     num_splits = triton.cdiv(i, rows_per_split)
@@ -176,6 +171,22 @@ def _weight_partials(scaled: Tensor, outer: Tensor) -> Tensor:
         scaled, outer, partials, i, j, rows_per_split, K=k, CO=int(k**0.5), C=c, **config
     )
     return partials
+
+
+def project_obstacle(
+    m: Tensor,
+    mask: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight_1: Tensor,
+    bias_1: Tensor,
+    weight_2: Tensor,
+    *_: object,
+) -> str | None:
+    """Why ``outer_product_project`` does not take these arguments, or None."""
+    if weight_1.shape != weight_2.shape:
+        return f"widths {weight_1.shape[0]} and {weight_2.shape[0]} in one call"
+    return width_obstacle(m.shape[-1], weight_1.shape[0]) or layout_obstacle(m)
 
 
 def outer_product_project(
@@ -187,21 +198,22 @@ def outer_product_project(
     bias_1: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.outer_product_project``: one kernel forward, two and library products backward."""
-    widths_fit = is_tile_width(m.shape[-1], weight_1.shape[0]) and weight_1.shape == weight_2.shape
-    if not (widths_fit and m.stride(-1) == 1 and has_plain_strides(m)):
-        return reference.outer_product_project(m, mask, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
     weights, biases = (weight_1, weight_2), (bias_1, bias_2)
     return masked_projections(m, mask, norm_weight, norm_bias, weights, biases)  # type: ignore[return-value]
+
+
+def update_obstacle(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, *_: object) -> str | None:
+    """Why ``outer_product_update`` does not take these arguments, or None."""
+    if a.shape[-1] != b.shape[-1]:
+        return f"widths {a.shape[-1]} and {b.shape[-1]} in one call"
+    return width_obstacle(z.shape[-1], a.shape[-1]) or (None if weight.is_contiguous() else "weight is not contiguous")
 
 
 def outer_product_update(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``reference.outer_product_update``: a library product and one kernel forward; backward three products, three
     kernels and a sum. Saved: a, b, norm, and the outer product from 512 sequences on."""
-    fits = is_tile_width(z.shape[-1], a.shape[-1]) and a.shape[-1] == b.shape[-1] and weight.is_contiguous()
-    if not fits:
-        return reference.outer_product_update(z, a, b, norm, weight, bias)
     dense = norm.float().contiguous()
     samples = [
         _Update.apply(z_n, a_n, b_n, norm_n, weight, bias)

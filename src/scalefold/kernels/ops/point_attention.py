@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference, tuning
-from scalefold.kernels.rows import sum_partials
+from scalefold.kernels import tuning
+from scalefold.kernels.rows import View, sum_partials
 
 LONGEST = 2048  # residues: a row of scores stays in registers
 TILE = 2048  # scores per program: 16 per thread of four warps
@@ -37,36 +37,31 @@ Split = tuple[Tensor, Tensor]  # channels [B, N, H, D], points [B, N, H, P, 3]
 
 
 @triton.jit
-def _pack_one(
-    channels, points, packed, channel_strides, point_strides, packed_strides, b, i, h, n,
-    D: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """packed[b, i, h] = D channels, then C - D coordinates; WIDTH is C rounded up."""
-    c = tl.arange(0, WIDTH)[None, :]
+def _pack_one(channels, points, packed, b, i, h, n, D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """packed[b, i, h] = D channels, then C - D coordinates; BLOCK_C is C rounded up."""
+    c = tl.arange(0, BLOCK_C)[None, :]
     exists = (i < n)[:, None]
-    channels += b * channel_strides[0] + h * channel_strides[2]
-    points += b * point_strides[0] + h * point_strides[2]
-    packed += b * packed_strides[0] + h * packed_strides[2]
+    own_channels = channels.pointer + (b * channels.strides[0] + h * channels.strides[2])
+    own_points = points.pointer + (b * points.strides[0] + h * points.strides[2])
+    own_packed = packed.pointer + (b * packed.strides[0] + h * packed.strides[2])
     i = i[:, None]
-    value = tl.load(channels + i * channel_strides[1] + c * channel_strides[3], mask=exists & (c < D), other=0.0)
-    where = i * point_strides[1] + (c - D) // 3 * point_strides[3] + (c - D) % 3 * point_strides[4]
-    value += tl.load(points + where, mask=exists & (c >= D) & (c < C), other=0.0)
-    tl.store(packed + i * packed_strides[1] + c * packed_strides[3], value, mask=exists & (c < C))
+    where = i * channels.strides[1] + c * channels.strides[3]
+    value = tl.load(own_channels + where, mask=exists & (c < D), other=0.0)
+    where = i * points.strides[1] + (c - D) // 3 * points.strides[3] + (c - D) % 3 * points.strides[4]
+    value += tl.load(own_points + where, mask=exists & (c >= D) & (c < C), other=0.0)
+    tl.store(own_packed + i * packed.strides[1] + c * packed.strides[3], value, mask=exists & (c < C))
 
 
 @triton.jit
 def _pack_kernel(
-    channels, points, packed, channel_strides, point_strides, packed_strides, n, COUNT: tl.constexpr, D: tl.constexpr,
-    C: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    channels, points, packed, n, COUNT: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Program (block of residues, head, sample) of each of COUNT tensors."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     for t in tl.static_range(COUNT):
-        _pack_one(
-            channels[t], points[t], packed[t], channel_strides[t], point_strides[t], packed_strides[t], b, i, h, n,
-            D[t], C[t], WIDTH[t],
-        )  # fmt: skip
+        _pack_one(channels[t], points[t], packed[t], b, i, h, n, D[t], C[t], BLOCK_C[t])
 
 
 @triton.jit
@@ -77,31 +72,31 @@ def _component(packed, c, at, n):
 
 @triton.jit
 def _forward_kernel(
-    q, k, bias, bias_strides, point_weights, mask, mask_strides, weights, n, scale, inf,
-    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
+    q, k, bias, point_weights, mask, weights, n, scale, inf,
+    D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, block of i, sample): weights [B, H, n, n]. q, k: [B, H, C, n]; LENGTH is n rounded up."""
+    """Program (head, block of i, sample): weights [B, H, n, n]. q, k: [B, H, C, n]; BLOCK_N is n rounded up."""
     h, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = b * tl.num_programs(0) + h
     q += head * C * n
     k += head * C * n
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.arange(0, LENGTH)
-    logits = tl.zeros([BLOCK, LENGTH], tl.float32)
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for c in tl.static_range(D):
         logits += _component(q, c, i, n)[:, None] * _component(k, c, j, n)[None, :]
     inside = (i < n)[:, None] & (j < n)[None, :]
-    bias += b * bias_strides[0] + h * bias_strides[3]
-    where = i[:, None] * bias_strides[1] + j[None, :] * bias_strides[2]
-    logits = logits * scale + tl.load(bias + where, mask=inside, other=0.0) * SQRT_THIRD
-    distance_sq = tl.zeros([BLOCK, LENGTH], tl.float32)
+    own_bias = bias.pointer + (b * bias.strides[0] + h * bias.strides[3])
+    where = i[:, None] * bias.strides[1] + j[None, :] * bias.strides[2]
+    logits = logits * scale + tl.load(own_bias + where, mask=inside, other=0.0) * SQRT_THIRD
+    distance_sq = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for c in tl.static_range(D, C):
         difference = _component(q, c, i, n)[:, None] - _component(k, c, j, n)[None, :]
         distance_sq += difference * difference
     logits -= 0.5 * (distance_sq * tl.load(point_weights + h))
-    mask += b * mask_strides[0]
-    keep_i = tl.load(mask + i * mask_strides[1], mask=i < n, other=0.0)
-    keep_j = tl.load(mask + j * mask_strides[1], mask=j < n, other=0.0)
+    own_mask = mask.pointer + b * mask.strides[0]
+    keep_i = tl.load(own_mask + i * mask.strides[1], mask=i < n, other=0.0)
+    keep_j = tl.load(own_mask + j * mask.strides[1], mask=j < n, other=0.0)
     logits += (keep_i[:, None] * keep_j[None, :] - 1.0) * inf
     logits = tl.where((j < n)[None, :], logits, float("-inf"))
     exponentials = tl.exp(logits - tl.max(logits, 1)[:, None])
@@ -133,7 +128,7 @@ def _own_gradient(
 @triton.jit
 def _rows_kernel(
     q, k, point_weights, weights, d_weights, d_q, partials, n, scale,
-    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, block of i, sample): d_weights [B, H, n, n] becomes the gradient of the bias; gradient of q.
 
@@ -141,8 +136,8 @@ def _rows_kernel(
     """
     h = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + h
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.arange(0, LENGTH)
+    i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
     inside = (i < n)[:, None] & (j < n)[None, :]
     where = head * n * n + i[:, None] * n + j[None, :]
     p = tl.load(weights + where, mask=inside, other=0.0)
@@ -159,13 +154,13 @@ def _rows_kernel(
 @triton.jit
 def _columns_kernel(
     q, k, point_weights, d_bias, d_k, n, scale,
-    D: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, LENGTH: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, block of j, sample): gradient of k. d_bias: [B, H, n, n], from the rows kernel."""
     h = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + h
-    j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i = tl.arange(0, LENGTH)
+    j = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = tl.arange(0, BLOCK_N)
     inside = (j < n)[:, None] & (i < n)[None, :]
     d = tl.load(d_bias + head * n * n + j[:, None] + i[None, :] * n, mask=inside, other=0.0)
     first = head * C * n
@@ -186,14 +181,18 @@ def full_fp32() -> Iterator[None]:
 
 def _pack(splits: Sequence[Split], packed: Sequence[Tensor]) -> None:
     """Write channels and flattened points side by side, several tensors in one launch. packed: [B, N, H, C] each."""
-    channels, points = zip(*splits, strict=True)
+    channels, points = (tuple(map(_view, group)) for group in zip(*splits, strict=True))
     batch, n, heads, _ = packed[0].shape
     widths = tuple(tensor.shape[-1] for tensor in packed)
     _pack_kernel[(tuning.ceil_div(n, PACKED_RESIDUES), heads, batch)](
-        channels, points, tuple(packed), *(tuple(t.stride() for t in group) for group in (channels, points, packed)), n,
-        COUNT=len(packed), D=tuple(tensor.shape[-1] for tensor in channels), C=widths,
-        WIDTH=tuple(map(tuning.power_of_two, widths)), BLOCK=PACKED_RESIDUES, num_warps=4,
+        channels, points, tuple(map(_view, packed)), n, COUNT=len(packed),
+        D=tuple(tensor.shape[-1] for tensor, _ in splits), C=widths, BLOCK_C=tuple(map(tuning.power_of_two, widths)),
+        BLOCK_M=PACKED_RESIDUES, num_warps=4,
     )  # fmt: skip
+
+
+def _view(x: Tensor) -> View:
+    return View(x, x.stride())
 
 
 def _components(packed: Tensor) -> Tensor:
@@ -210,8 +209,9 @@ def _rows_launch(name: str, weights: Tensor) -> tuple[tuple[int, int, int], dict
     """Grid and options of a kernel whose programs hold whole rows of weights [B, H, N, N]."""
     batch, heads, n, _ = weights.shape
     length = tuning.power_of_two(n)
-    config = tuning.lookup(name, batch=batch, heads=heads, n=length)
-    return (heads, tuning.ceil_div(n, config["BLOCK"]), batch), {"LENGTH": length, **config}
+    config = dict(tuning.lookup(name, batch=batch, heads=heads, n=length))
+    block = config.pop("BLOCK")
+    return (heads, tuning.ceil_div(n, block), batch), {"BLOCK_M": block, "BLOCK_N": length, **config}
 
 
 class _PointAttention(torch.autograd.Function):
@@ -227,8 +227,8 @@ class _PointAttention(torch.autograd.Function):
         weights = q.new_empty(batch, heads, n, n)
         grid, options = _rows_launch("point_attention_forward", weights)
         _forward_kernel[grid](
-            qk[0], qk[1], bias, bias.stride(), point_weights, mask, mask.stride(), weights, n, (3.0 * width) ** -0.5,
-            inf, D=width, C=qk.shape[3], **options,
+            qk[0], qk[1], _view(bias), point_weights, _view(mask), weights, n, (3.0 * width) ** -0.5, inf,
+            D=width, C=qk.shape[3], **options,
         )  # fmt: skip
         out, pair = torch.empty_like(values), q.new_empty(batch, n, heads, z.shape[-1])
         for weights_n, values_n, z_n, out_n, pair_n in zip(weights, values, z, out, pair, strict=True):
@@ -287,6 +287,17 @@ def _logits_gradient(
     return d_qk, sum_partials(partials, point_weights.dtype)
 
 
+def obstacle(*arguments: Any) -> str | None:
+    """Why ``invariant_point_attention`` does not take these arguments, or None."""
+    *tensors, _ = arguments
+    if any(x.dtype != torch.float32 for x in tensors):
+        return "not everything is float32"
+    if not all(x.numel() for x in tensors):
+        return "an argument is empty"
+    num_res = tensors[0].shape[1]
+    return f"{num_res} residues, at most {LONGEST}" if num_res > LONGEST else None
+
+
 def invariant_point_attention(
     q: Tensor,
     k: Tensor,
@@ -302,25 +313,19 @@ def invariant_point_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.invariant_point_attention``, once differentiable: four launches forward, eight backward at B = 1.
 
-    Inputs of any strides. The plain definition where a tensor is not fp32, is empty, or has more than 2048 residues.
+    Inputs of any strides, fp32, of at most LONGEST residues.
     Saved: z, the point weights, packed copies of q, k, v and points, and the attention weights [B, H, N, N].
     """
     tensors = (q, k, v, q_points, k_points, v_points, bias, z, point_weights, mask)
-    fits = all(x.dtype == torch.float32 and x.numel() > 0 for x in tensors) and q.shape[1] <= LONGEST
-    return (_PointAttention.apply if fits else reference.invariant_point_attention)(*tensors, inf)
+    return _PointAttention.apply(*tensors, inf)  # type: ignore[return-value]
 
 
 def _default(fields: tuning.Fields, capability: int) -> tuning.Config:
     return {"BLOCK": max(1, min(16, TILE // int(fields["n"]))), "num_warps": 4}
 
 
-def _candidates(fields: tuning.Fields) -> list[tuning.Config]:
-    blocks = [tile // int(fields["n"]) for tile in (1024, 2048, 4096, 8192)]
-    return [{"BLOCK": block, "num_warps": warps} for block in blocks if 1 <= block <= 32 for warps in (2, 4, 8)]
-
-
 for _name in ("point_attention_forward", "point_attention_rows", "point_attention_columns"):
-    tuning.register(_name, _default, _candidates)
+    tuning.register(_name, _default)
 
 
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:

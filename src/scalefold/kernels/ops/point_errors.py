@@ -9,6 +9,7 @@ each gradient has a single writer and results repeat bit for bit. Saved: the inp
 
 from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import tuning
 from scalefold.kernels.reference import POINT_ERROR_EPS
 
 EPS = tl.constexpr(POINT_ERROR_EPS)
@@ -27,15 +28,8 @@ def _tile(frames: int, points: int) -> tuning.Config:
 
 
 # Few frames or few points per program, so that 256 frames of eight iterations still fill a GPU.
-for _name, _default in {
-    "point_errors_frames": _tile(8, 64),
-    "point_errors_points": _tile(32, 16),
-}.items():
-    tuning.register(
-        _name,
-        default=lambda fields, capability, config=_default: config,
-        candidates=lambda fields: [_tile(f, p) for f, p in ((8, 64), (8, 128), (16, 64), (16, 32), (32, 16), (64, 8))],
-    )
+tuning.register("point_errors_frames", lambda fields, capability: _tile(8, 64))
+tuning.register("point_errors_points", lambda fields, capability: _tile(32, 16))
 
 
 @triton.jit
@@ -243,6 +237,18 @@ def _config(name: str, num_frames: int, num_points: int) -> tuning.Config:
     return tuning.lookup(name, frames=num_frames, points=num_points)
 
 
+def obstacle(*arguments: Any) -> str | None:
+    """Why ``point_errors`` does not take these arguments, or None."""
+    rotation, _, target_rotation, target_translation, frames_mask, points, target_points, points_mask, *_ = arguments
+    lead, shared = rotation.shape[:-3], target_rotation.shape[:-3]
+    leads = {target_translation.shape[:-2], frames_mask.shape[:-1], target_points.shape[:-2], points_mask.shape[:-1]}
+    if shared not in (lead, (*lead[:-1], 1)) or leads != {shared}:
+        return "leading dimensions of the targets are not those of the prediction, or 1 in place of the last"
+    if any(x.dtype != torch.float32 for x in arguments[:-1]):
+        return "not everything is float32"
+    return None if rotation.numel() and points.numel() else "no frames or no points"
+
+
 def point_errors(
     rotation: Tensor,
     translation: Tensor,
@@ -256,16 +262,10 @@ def point_errors(
     clamp: float,
 ) -> Tensor:
     """``reference.point_errors`` in fp32, where targets and masks have the leading dimensions of the prediction, or 1
-    in place of the last of them. Everything else takes the plain definition."""
+    in place of the last of them."""
     own, true = (rotation, translation), (target_rotation, target_translation)
     arguments = (*own, *true, frames_mask, points, target_points, points_mask)
-    lead, shared = rotation.shape[:-3], target_rotation.shape[:-3]
-    leads = {shared, target_translation.shape[:-2], frames_mask.shape[:-1], target_points.shape[:-2]}
-    fits = shared in (lead, (*lead[:-1], 1)) and leads | {points_mask.shape[:-1]} == {shared}
-    single = all(x.dtype == torch.float32 for x in (*arguments, clamp_weight))
-    if not (fits and single and rotation.numel() and points.numel()):
-        return reference.point_errors(*arguments, clamp_weight, clamp)
-    weights = clamp_weight.expand(lead).contiguous()
+    weights = clamp_weight.expand(rotation.shape[:-3]).contiguous()
     return _PointErrors.apply(*(x.contiguous() for x in arguments), weights, clamp)  # type: ignore[return-value]
 
 

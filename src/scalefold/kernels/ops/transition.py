@@ -21,86 +21,70 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from scalefold.kernels import reference, tuning
+from scalefold.kernels import tuning
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
-    chosen_tiles,
-    common_rows,
+    Norm,
+    View,
     dot,
-    has_plain_strides,
-    is_tile_width,
+    launch,
+    launch_with_sums,
+    layout_obstacle,
     load_normed,
     load_tile,
+    load_vector,
     memory_order,
     norm_input_gradient,
-    register_tiles,
-    row_limit,
     store_column_sums,
     store_tile,
     sum_all,
-    tile_config,
-    tile_default,
     weight_blocks,
+    width_obstacle,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
-register_tiles(
-    "transition_forward",
-    {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
-    *((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2)),
-    *((128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
-)
-_FUSED_TILES = (
-    *((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 3)),
-    *((64, 64, 8, 1), (64, 64, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 2)),
-)
-_LIBRARY_TILES = ((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2))
-tuning.register(
-    "transition_backward",
-    default=tile_default({64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)}),
-    candidates=lambda fields: [
-        *({"LIBRARY": 1, **tile_config(tile)} for tile in _LIBRARY_TILES),
-        *(tile_config(tile) for tile in _FUSED_TILES),
-    ],
-)
+tuning.register_tiles("transition_forward", {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)})
+tuning.register_tiles("transition_backward", {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)})
 
 
 @triton.jit
 def _forward_kernel(
-    x, x_strides, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, out, out_strides, dims, count,
+    x, norm, weight_1, bias_1, weight_2, bias_2, out, extent,
     HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """Tile of rows: norm, both linears block by block of the hidden layer, residual. The weights come as blocks."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
-    normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
+    normed = load_normed(x, norm, rows, extent, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
     for first in range(0, HIDDEN, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         hidden = dot(normed, tl.trans(weight_1.load([first, 0])), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         hidden += tl.load(bias_1 + n).to(tl.float32)[None, :]
         acc = dot(tl.maximum(hidden, 0.0).to(normed.dtype), tl.trans(weight_2.load([0, first])), acc)
-    acc += tl.load(bias_2 + c).to(tl.float32)[None, :]
-    acc += load_tile(x, rows, c, dims, x_strides, count).to(tl.float32)
-    store_tile(out, acc, rows, c, dims, out_strides, count)
+    acc += load_vector(bias_2, C)[None, :]
+    acc += load_tile(x, rows, c, extent).to(tl.float32)
+    store_tile(out, acc, rows, c, extent)
 
 
 @triton.jit
 def _backward_kernel(
-    x, x_strides, norm_weight, norm_bias, weight_1, bias_1, weight_2, d_out, d_strides, hidden_rows, d_hidden_out,
-    hidden_strides, normed_out, normed_strides, dx, dx_strides, partials, dims, count,
+    x, norm, weight_1, bias_1, weight_2, d_out, hidden_rows, d_hidden_out, normed_out, dx, partials, extent,
     FUSED: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: gradients of the hidden layer and sums for the biases, block by block.
 
     FUSED: the hidden layer and the norm are computed and stored too, and dx with the sums for the norm follows. Else
-    the hidden layer is read, and neither x nor anything of its norm is looked at.
+    the hidden layer is read, and neither x nor anything of its norm is looked at. ``d_hidden_out`` lies as the hidden
+    layer does, so that one set of strides takes registers.
     """
+    d_hidden_view = View(d_hidden_out, hidden_rows.strides)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
-    d = load_tile(d_out, rows, c, dims, d_strides, count)
+    d = load_tile(d_out, rows, c, extent)
     own = partials + tl.program_id(0).to(tl.int64) * (3 * C + HIDDEN)
     if FUSED:
-        normed = load_normed(x, norm_weight, norm_bias, rows, dims, x_strides, count, C)
+        normed = load_normed(x, norm, rows, extent, C)
         acc = tl.zeros([BLOCK_M, C], tl.float32)
     for first in range(0, HIDDEN, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
@@ -108,23 +92,21 @@ def _backward_kernel(
             block_1 = weight_1.load([first, 0])
             hidden = dot(normed, tl.trans(block_1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             hidden = tl.maximum(hidden + tl.load(bias_1 + n).to(tl.float32)[None, :], 0.0)
-            store_tile(hidden_rows, hidden, rows, n, dims, hidden_strides, count)
+            store_tile(hidden_rows, hidden, rows, n, extent)
         else:
-            hidden = load_tile(hidden_rows, rows, n, dims, hidden_strides, count)
+            hidden = load_tile(hidden_rows, rows, n, extent)
         block_2 = weight_2.load([0, first])
         d_hidden = dot(d, block_2, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(d.dtype)
-        store_tile(d_hidden_out, d_hidden, rows, n, dims, hidden_strides, count)
+        store_tile(d_hidden_view, d_hidden, rows, n, extent)
         store_column_sums(own + 3 * C, d_hidden, n, None)
         if FUSED:
             acc = dot(d_hidden, block_1, acc)
-    d = load_tile(d_out, rows, c, dims, d_strides, count)
+    d = load_tile(d_out, rows, c, extent)
     store_column_sums(own + 2 * C, d, c, None)
     if FUSED:
-        gradient = d.to(tl.float32) + norm_input_gradient(
-            acc, x, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, x_strides, count, C
-        )
-        store_tile(dx, gradient, rows, c, dims, dx_strides, count)
+        gradient = d.to(tl.float32) + norm_input_gradient(acc, x, norm, None, normed_out, own, rows, extent, C)
+        store_tile(dx, gradient, rows, c, extent)
 
 
 def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -141,12 +123,11 @@ class _Transition(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
         out = torch.empty_like(x)
         hidden, c = weight_1.shape
-        config = chosen_tiles("transition_forward", x, hidden, hidden)
-        dims, count, strides = common_rows(x, out)
+        config = tuning.chosen_tiles("transition_forward", x, hidden, hidden)
         blocks = _blocks(weight_1, weight_2, config)
-        _forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-            x, strides[0], norm_weight, norm_bias, blocks[0], bias_1, blocks[1], bias_2, out, strides[1], dims,
-            row_limit(count, config), HIDDEN=hidden, C=c, **config,
+        launch(
+            _forward_kernel, config, {"x": x, "out": out}, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
+            bias_1=bias_1, weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
         )  # fmt: skip
         return out
 
@@ -155,7 +136,7 @@ class _Transition(torch.autograd.Function):
     def backward(ctx, d_out):
         x, norm_weight, norm_bias, weight_1, bias_1, weight_2 = ctx.saved_tensors
         width, c = weight_1.shape
-        config = chosen_tiles("transition_backward", x, width, width)
+        config = tuning.chosen_tiles("transition_backward", x, width, width)
         by_library = bool(config.pop("LIBRARY", 0))
         order, places = memory_order(x), tuple(range(x.dim() - 1))
         x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
@@ -167,14 +148,11 @@ class _Transition(torch.autograd.Function):
         else:
             dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
         d_hidden = torch.empty_like(hidden)
-        dims, count, strides = common_rows(x, d_out, hidden, normed, dx)
-        tiles = triton.cdiv(count, config["BLOCK_M"])
-        partials = torch.empty(tiles, 3 * c + width, dtype=torch.float32, device=x.device)
         blocks = _blocks(weight_1, weight_2, config)
-        _backward_kernel[(tiles,)](
-            x, strides[0], norm_weight, norm_bias, blocks[0], bias_1, blocks[1], d_out, strides[1], hidden, d_hidden,
-            strides[2], normed, strides[3], dx, strides[4], partials, dims, row_limit(count, config),
-            FUSED=not by_library, HIDDEN=width, C=c, **config,
+        tensors = {"x": x, "d_out": d_out, "hidden_rows": hidden, "normed_out": normed, "dx": dx}
+        partials = launch_with_sums(
+            _backward_kernel, config, tensors, 3 * c + width, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
+            bias_1=bias_1, weight_2=blocks[1], d_hidden_out=d_hidden, FUSED=not by_library, HIDDEN=width, C=c,
         )  # fmt: skip
         norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
         if by_library:
@@ -187,6 +165,18 @@ class _Transition(torch.autograd.Function):
         return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
 
 
+def obstacle(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, *_: object
+) -> str | None:
+    """Why ``transition`` does not take these arguments, or None."""
+    hidden, c = weight_1.shape
+    if hidden < 16 or hidden & (hidden - 1):
+        return f"hidden width {hidden} is no power of two from 16"
+    if not (weight_1.is_contiguous() and weight_2.is_contiguous()):
+        return "weights are not contiguous"
+    return width_obstacle(c) or layout_obstacle(x)
+
+
 def transition(
     x: Tensor,
     norm_weight: Tensor,
@@ -196,9 +186,5 @@ def transition(
     weight_2: Tensor,
     bias_2: Tensor,
 ) -> Tensor:
-    """``reference.transition``; the result lies in the memory order of x. Other widths take the plain definition."""
-    hidden, c = weight_1.shape
-    dense = weight_1.is_contiguous() and weight_2.is_contiguous() and x.stride(-1) == 1
-    if not (is_tile_width(c) and hidden >= 16 and hidden & (hidden - 1) == 0 and dense and has_plain_strides(x)):
-        return reference.transition(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+    """``reference.transition``; the result lies in the memory order of x."""
     return _Transition.apply(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)  # type: ignore[return-value]

@@ -12,145 +12,136 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels import reference
+from scalefold.kernels import tuning
 from scalefold.kernels.instructions import sigmoid
 from scalefold.kernels.ops.linear import input_gradient
 from scalefold.kernels.rows import (
-    chosen_tiles,
-    common_rows,
+    Affine,
+    Norm,
     dot,
-    has_plain_strides,
-    is_tile_width,
+    launch,
+    launch_with_sums,
+    layout_obstacle,
     load_normed,
     load_per_row,
     load_tile,
     norm_input_gradient,
-    register_tiles,
-    row_limit,
     store_column_sums,
     store_tile,
     sum_all,
+    width_obstacle,
 )
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
-_CANDIDATES = (
-    *((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 16, 4, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3)),
-    *((64, 32, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
-)
 for _name, _default in {
     "triangle_project_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
     "triangle_project_backward": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
     "triangle_output_forward": {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
     "triangle_output_backward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }.items():
-    register_tiles(_name, _default, *_CANDIDATES)
+    tuning.register_tiles(_name, _default)
 
 
 @triton.jit
-def _projected(normed, weight, bias, n, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _projected(normed, linear, n, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """normed W^T + b for the output channels n; returns [BLOCK_M, BLOCK_N] fp32 and the block of W [BLOCK_N, C]."""
-    block = tl.load(weight + n[:, None] * C + tl.arange(0, C)[None, :])
+    block = tl.load(linear.weight + n[:, None] * C + tl.arange(0, C)[None, :])
     acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
-    return acc + tl.load(bias + n).to(tl.float32)[None, :], block
+    return acc + tl.load(linear.bias + n).to(tl.float32)[None, :], block
 
 
 @triton.jit
 def _project_forward_kernel(
-    z, z_strides, mask, mask_strides, norm_weight, norm_bias, weights, biases, outs, out_strides, dims, count,
+    z, mask, norm, linears, outs, extent,
     WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C, IN_REGISTERS=True)
-    keep = load_per_row(mask, rows, dims, mask_strides, count)
+    normed = load_normed(z, norm, rows, extent, C, IN_REGISTERS=True)
+    keep = load_per_row(mask, rows, extent)
     for side in tl.static_range(2):
         for first in range(0, WIDTH, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
-            gate, _ = _projected(normed, weights[2 * side + 1], biases[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
-            value, _ = _projected(normed, weights[2 * side], biases[2 * side], n, C, BLOCK_M, BLOCK_N)
+            gate, _ = _projected(normed, linears[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
+            value, _ = _projected(normed, linears[2 * side], n, C, BLOCK_M, BLOCK_N)
             product = sigmoid(gate) * value * keep[:, None]
-            store_tile(outs[side], product, rows, n, dims, out_strides[side], count)
+            store_tile(outs[side], product, rows, n, extent)
 
 
 @triton.jit
 def _project_backward_kernel(
-    z, z_strides, mask, mask_strides, norm_weight, norm_bias, weights, biases, through, through_strides, ds, d_strides,
-    projected, p_strides, dz, dz_strides, normed_out, normed_strides, partials, dims, count,
+    z, mask, norm, linears, through, ds, projected, dz, normed_out, partials, extent,
     WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward, plus the
     gradient of z that came ``through`` the output's residual connection (None: there was none). The norm is stored too.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    normed = load_normed(z, norm_weight, norm_bias, rows, dims, z_strides, count, C)
-    keep = load_per_row(mask, rows, dims, mask_strides, count)
+    normed = load_normed(z, norm, rows, extent, C)
+    keep = load_per_row(mask, rows, extent)
     own = partials + tl.program_id(0).to(tl.int64) * (2 * C + 4 * WIDTH)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
     for side in tl.static_range(2):
         for first in range(0, WIDTH, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
-            logits, gate_block = _projected(normed, weights[2 * side + 1], biases[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
-            value, value_block = _projected(normed, weights[2 * side], biases[2 * side], n, C, BLOCK_M, BLOCK_N)
+            logits, gate_block = _projected(normed, linears[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
+            value, value_block = _projected(normed, linears[2 * side], n, C, BLOCK_M, BLOCK_N)
             gate = sigmoid(logits)
-            d = load_tile(ds[side], rows, n, dims, d_strides[side], count).to(tl.float32) * keep[:, None] * gate
+            d = load_tile(ds[side], rows, n, extent).to(tl.float32) * keep[:, None] * gate
             d_logits = d * value * (1.0 - gate)
             d_value, d_logits = d.to(normed.dtype), d_logits.to(normed.dtype)
             store_column_sums(own + 2 * C + 2 * side * WIDTH, d_value, n, None)
             store_column_sums(own + 2 * C + (2 * side + 1) * WIDTH, d_logits, n, None)
-            store_tile(projected, d_value, rows, 2 * side * WIDTH + n, dims, p_strides, count)
-            store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, dims, p_strides, count)
+            store_tile(projected, d_value, rows, 2 * side * WIDTH + n, extent)
+            store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, extent)
             acc = dot(d_value, value_block, acc)
             acc = dot(d_logits, gate_block, acc)
-    gradient = norm_input_gradient(
-        acc, z, norm_weight, norm_bias, None, normed_out, normed_strides, own, rows, dims, z_strides, count, C
-    )
+    gradient = norm_input_gradient(acc, z, norm, None, normed_out, own, rows, extent, C)
     if through is not None:
-        gradient += load_tile(through, rows, c, dims, through_strides, count).to(tl.float32)
-    store_tile(dz, gradient, rows, c, dims, dz_strides, count)
+        gradient += load_tile(through, rows, c, extent).to(tl.float32)
+    store_tile(dz, gradient, rows, c, extent)
 
 
 @triton.jit
 def _output_forward_kernel(
-    z, z_strides, x, x_strides, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z,
-    weight_g, bias_g, dropout, dropout_strides, out, out_strides, dims, count,
+    z, x, norm_in, norm_out, linear_z, linear_g, dropout, out, extent,
     C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: both norms once, then gate * value, dropout and residual per block of channels."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    normed_z = load_normed(z, norm_in_weight, norm_in_bias, rows, dims, z_strides, count, C)
-    normed_x = load_normed(x, norm_out_weight, norm_out_bias, rows, dims, x_strides, count, CX)
+    normed_z = load_normed(z, norm_in, rows, extent, C)
+    normed_x = load_normed(x, norm_out, rows, extent, CX)
     for first in range(0, C, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        gate, _ = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
-        value, _ = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
+        gate, _ = _projected(normed_z, linear_g, n, C, BLOCK_M, BLOCK_N)
+        value, _ = _projected(normed_x, linear_z, n, CX, BLOCK_M, BLOCK_N)
         update = sigmoid(gate) * value
         if dropout is not None:
-            update *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
-        update += load_tile(z, rows, n, dims, z_strides, count).to(tl.float32)
-        store_tile(out, update, rows, n, dims, out_strides, count)
+            update *= load_tile(dropout, rows, n, extent).to(tl.float32)
+        update += load_tile(z, rows, n, extent).to(tl.float32)
+        store_tile(out, update, rows, n, extent)
 
 
 @triton.jit
 def _output_gradient_kernel(
-    z, z_strides, x, x_strides, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z,
-    weight_g, bias_g, dropout, dropout_strides, d_out, d_strides, projected, p_strides, dims, count,
+    z, x, norm_in, norm_out, linear_z, linear_g, dropout, d_out, projected, extent,
     C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: value and gate again, and their gradients, stored as [rows, 2 C]."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    normed_z = load_normed(z, norm_in_weight, norm_in_bias, rows, dims, z_strides, count, C)
-    normed_x = load_normed(x, norm_out_weight, norm_out_bias, rows, dims, x_strides, count, CX)
+    normed_z = load_normed(z, norm_in, rows, extent, C)
+    normed_x = load_normed(x, norm_out, rows, extent, CX)
     for first in range(0, C, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        logits, _ = _projected(normed_z, weight_g, bias_g, n, C, BLOCK_M, BLOCK_N)
-        value, _ = _projected(normed_x, weight_z, bias_z, n, CX, BLOCK_M, BLOCK_N)
+        logits, _ = _projected(normed_z, linear_g, n, C, BLOCK_M, BLOCK_N)
+        value, _ = _projected(normed_x, linear_z, n, CX, BLOCK_M, BLOCK_N)
         gate = sigmoid(logits)
-        d = load_tile(d_out, rows, n, dims, d_strides, count).to(tl.float32) * gate
+        d = load_tile(d_out, rows, n, extent).to(tl.float32) * gate
         if dropout is not None:
-            d *= load_tile(dropout, rows, n, dims, dropout_strides, count).to(tl.float32)
-        store_tile(projected, d, rows, n, dims, p_strides, count)
-        store_tile(projected, d * value * (1.0 - gate), rows, C + n, dims, p_strides, count)
+            d *= load_tile(dropout, rows, n, extent).to(tl.float32)
+        store_tile(projected, d, rows, n, extent)
+        store_tile(projected, d * value * (1.0 - gate), rows, C + n, extent)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -167,11 +158,12 @@ class _Project(torch.autograd.Function):
         ctx.save_for_backward(z, mask, norm_weight, norm_bias, *parameters)
         (batch, i, j, c), width = z.shape, weights[0].shape[0]
         outs = tuple(z.new_empty(batch, width, i, j) for _ in range(2))
-        dims, count, strides = common_rows(z, mask[..., None], *map(_channels_last, outs))
-        config = chosen_tiles("triangle_project_forward", z, width, width)
-        _project_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-            z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, outs, tuple(strides[2:]),
-            dims, row_limit(count, config), WIDTH=width, C=c, **config,
+        config = tuning.chosen_tiles("triangle_project_forward", z, width, width)
+        tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, outs))}
+        linears = tuple(map(Affine, weights, biases))
+        launch(
+            _project_forward_kernel, config, tensors, norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width,
+            C=c,
         )  # fmt: skip
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
         return z.view_as(z), *outs
@@ -182,18 +174,14 @@ class _Project(torch.autograd.Function):
         z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
         c, width = z.shape[-1], weights[0].shape[0]
-        config = chosen_tiles("triangle_project_backward", z, width, width)
+        config = tuning.chosen_tiles("triangle_project_backward", z, width, width)
         projected, dz, normed = z.new_empty(*z.shape[:-1], 4 * width), torch.empty_like(z), torch.empty_like(z)
         ds = tuple(z.new_zeros(z.shape[0], width, *z.shape[1:3]) if d is None else d for d in ds)
-        dims, count, strides = common_rows(
-            z, mask[..., None], *map(_channels_last, ds), projected, dz, normed, z if through is None else through
-        )
-        tiles = triton.cdiv(count, config["BLOCK_M"])
-        partials = torch.empty(tiles, 2 * c + 4 * width, dtype=torch.float32, device=z.device)
-        _project_backward_kernel[(tiles,)](
-            z, strides[0], mask, strides[1], norm_weight, norm_bias, weights, biases, through, strides[7], ds,
-            tuple(strides[2:4]), projected, strides[4], dz, strides[5], normed, strides[6], partials, dims,
-            row_limit(count, config), WIDTH=width, C=c, **config,
+        inputs = {"z": z, "mask": mask[..., None], "ds": tuple(map(_channels_last, ds)), "through": through}
+        outputs = {"projected": projected, "dz": dz, "normed_out": normed}
+        partials = launch_with_sums(
+            _project_backward_kernel, config, inputs | outputs, 2 * c + 4 * width, norm=Norm(norm_weight, norm_bias),
+            linears=tuple(map(Affine, weights, biases)), WIDTH=width, C=c,
         )  # fmt: skip
         sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
         d_norm_weight, d_norm_bias, bias = sums.split([c, c, 4 * width])
@@ -207,7 +195,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, a, b, outgoing):
         ctx.save_for_backward(a, b)
         ctx.outgoing = outgoing
-        return reference.triangle_product(a, b, outgoing)
+        return a @ b.transpose(-1, -2) if outgoing else a.transpose(-1, -2) @ b
 
     @staticmethod
     @once_differentiable
@@ -227,12 +215,9 @@ class _Output(torch.autograd.Function):
         ctx.save_for_backward(z, x, *rest)
         c, cx = z.shape[-1], x.shape[1]
         out = torch.empty_like(z)
-        dims, count, strides = common_rows(z, _channels_last(x), z if dropout is None else dropout, out)
-        config = chosen_tiles("triangle_output_forward", z, cx, c)
-        _output_forward_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-            z, strides[0], x, strides[1], *parameters, dropout, strides[2], out, strides[3], dims,
-            row_limit(count, config), C=c, CX=cx, **config,
-        )  # fmt: skip
+        config = tuning.chosen_tiles("triangle_output_forward", z, cx, c)
+        tensors = {"z": z, "x": _channels_last(x), "dropout": dropout, "out": out}
+        launch(_output_forward_kernel, config, tensors, **_output_parameters(*parameters), C=c, CX=cx)
         return out
 
     @staticmethod
@@ -241,13 +226,10 @@ class _Output(torch.autograd.Function):
         z, x, *parameters, dropout = ctx.saved_tensors
         norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = parameters
         c, cx, x = z.shape[-1], x.shape[1], _channels_last(x)
-        config = chosen_tiles("triangle_output_backward", z, cx, c)
+        config = tuning.chosen_tiles("triangle_output_backward", z, cx, c)
         projected = z.new_empty(*z.shape[:-1], 2 * c)
-        dims, count, strides = common_rows(z, x, z if dropout is None else dropout, d_out, projected)
-        _output_gradient_kernel[(triton.cdiv(count, config["BLOCK_M"]),)](
-            z, strides[0], x, strides[1], *parameters, dropout, strides[2], d_out, strides[3], projected, strides[4],
-            dims, row_limit(count, config), C=c, CX=cx, **config,
-        )  # fmt: skip
+        tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
+        launch(_output_gradient_kernel, config, tensors, **_output_parameters(*parameters), C=c, CX=cx)
         d_value, d_logits = projected.chunk(2, -1)
         norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
         dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
@@ -260,11 +242,33 @@ class _Output(torch.autograd.Function):
         return dz, dx.permute(0, 3, 1, 2), *d_norm_in, *d_norm_out, *linears, None
 
 
+def _output_parameters(
+    norm_in_weight: Tensor,
+    norm_in_bias: Tensor,
+    norm_out_weight: Tensor,
+    norm_out_bias: Tensor,
+    weight_z: Tensor,
+    bias_z: Tensor,
+    weight_g: Tensor,
+    bias_g: Tensor,
+) -> dict[str, Norm | Affine]:
+    """Parameters of ``triangle_output`` under their names in the programs."""
+    norms = {"norm_in": Norm(norm_in_weight, norm_in_bias), "norm_out": Norm(norm_out_weight, norm_out_bias)}
+    return norms | {"linear_z": Affine(weight_z, bias_z), "linear_g": Affine(weight_g, bias_g)}
+
+
 def _output_weights(value: Product, gate: Product) -> list[Tensor]:
     """Partial gradients of the two linears: together if x and z are equally wide."""
     if value.a.shape[-1] == gate.a.shape[-1]:
         return weight_partials([value, gate])
     return [*weight_partials([value]), *weight_partials([gate])]
+
+
+def project_obstacle(
+    z: Tensor, mask: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_a: Tensor, *_: object
+) -> str | None:
+    """Why ``triangle_project`` does not take these arguments, or None."""
+    return width_obstacle(z.shape[-1], weight_a.shape[0]) or layout_obstacle(z)
 
 
 def triangle_project(
@@ -284,15 +288,17 @@ def triangle_project(
     """``reference.triangle_project``: one kernel forward, two and library products backward."""
     weights = (weight_a, weight_a_gate, weight_b, weight_b_gate)
     biases = (bias_a, bias_a_gate, bias_b, bias_b_gate)
-    if not is_tile_width(z.shape[-1], weight_a.shape[0]) or z.stride(-1) != 1 or not has_plain_strides(z):
-        pairs = [tensor for pair in zip(weights, biases, strict=True) for tensor in pair]
-        return reference.triangle_project(z, mask, norm_weight, norm_bias, *pairs)
     return _Project.apply(z, mask, norm_weight, norm_bias, *weights, *biases)  # type: ignore[return-value]
 
 
 def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
     """``reference.triangle_product``: batched products of the library, one forward and two backward, no copies."""
     return _Product.apply(a, b, outgoing)  # type: ignore[return-value]
+
+
+def output_obstacle(z: Tensor, x: Tensor, *_: object) -> str | None:
+    """Why ``triangle_output`` does not take these arguments, or None."""
+    return width_obstacle(z.shape[-1], x.shape[1]) or layout_obstacle(z)
 
 
 def triangle_output(
@@ -310,6 +316,4 @@ def triangle_output(
 ) -> Tensor:
     """``reference.triangle_output``: one kernel forward, three and library products backward."""
     parameters = (norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, bias_z, weight_g, bias_g)
-    if not is_tile_width(z.shape[-1], x.shape[1]) or z.stride(-1) != 1:
-        return reference.triangle_output(z, x, *parameters, dropout)
     return _Output.apply(z, x, *parameters, dropout)  # type: ignore[return-value]

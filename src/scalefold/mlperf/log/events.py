@@ -16,6 +16,8 @@ at any time: the parts stay).
 
 Steps and samples. Callers count iterations (``step``); the log's ``epoch_num`` is the number of training samples seen,
 ``step * global_batch_size``, and only this package says so.
+
+Longer than 400 lines, because it has one short method per fact of the log, in the order of a run.
 """
 
 import contextlib

@@ -10,8 +10,16 @@ from the same logs and available through :func:`published_rows`.
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
+from pathlib import Path
+from statistics import mean
+
+from scalefold.errors import LogError
+
+PUBLISHED_RUNS = Path(__file__).with_name("published_runs.csv")
+#: Reference convergence, 20 runs per point: batch size -> samples to converge, mean and standard deviation.
+REFERENCE_CONVERGENCE = {128: (88832.0, 8760.0), 256: (133120.0, 13738.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +59,7 @@ class PublishedRun:
 
 def published_rows() -> list[dict[str, str]]:
     """All rows and columns of the table, as text."""
-    text = resources.files("scalefold.mlperf.log").joinpath("published_runs.csv").read_text(encoding="utf-8")
-    return list(csv.DictReader(text.splitlines()))
+    return list(csv.DictReader(PUBLISHED_RUNS.read_text(encoding="utf-8").splitlines()))
 
 
 def published_runs(*, submitter: str | None = None, scaling: str | None = None) -> list[PublishedRun]:
@@ -92,4 +99,65 @@ def _run(row: dict[str, str]) -> PublishedRun:
         batch_wait_s=float(row["batch_wait_s_per_step_median"] or 0.0),
         run_start_ms=int(row["run_start_ms"]),
         run_stop_ms=int(row["run_stop_ms"]),
+    )
+
+
+@dataclass(frozen=True)
+class Published:
+    """One submitter's result on one system: scored minutes and what a scaling plot needs."""
+
+    submitter: str
+    system: str
+    scaling: str
+    accelerator: str
+    num_accelerators: int
+    global_batch_size: int
+    dap_size: int
+    num_runs: int
+    minutes: float
+    step_s: float
+
+    @property
+    def label(self) -> str:
+        """``NVIDIA 2080 × H100``."""
+        return f"{self.submitter} {self.num_accelerators} × {self.accelerator.split('-')[0]}"
+
+
+def olympic_mean(values: Sequence[float]) -> float:
+    """Mean without the smallest and the largest value (MLPerf scoring); plain mean below three values."""
+    ordered = sorted(values)
+    return mean(ordered[1:-1] if len(ordered) > 2 else ordered)
+
+
+def read_published(path: Path | str = PUBLISHED_RUNS) -> list[Published]:
+    """Published results, strong (time to solution) and weak (throughput instances), in the file's order.
+
+    Raises LogError if the file is missing or lacks a column.
+    """
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    try:
+        with Path(path).open(newline="", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                groups.setdefault((row["submitter"], row["system"], row["scaling"]), []).append(row)
+        return [_published(key, rows) for key, rows in groups.items()]
+    except OSError as error:
+        raise LogError(f"{path}: cannot read published results ({error.strerror})") from None
+    except KeyError as error:
+        raise LogError(f"{path}: column {error} is missing") from None
+
+
+def _published(key: tuple[str, str, str], rows: list[dict[str, str]]) -> Published:
+    first = rows[0]
+    minutes = [float(row["ttt_seconds"]) / 60 for row in rows]
+    return Published(
+        submitter=key[0],
+        system=key[1],
+        scaling=key[2],
+        accelerator=first["accelerator"],
+        num_accelerators=int(first["accelerators_used"]),
+        global_batch_size=int(first["global_batch"]),
+        dap_size=int(first["dap_size_implied"]),
+        num_runs=len(rows),
+        minutes=olympic_mean(minutes) if key[2] == "strong" else mean(minutes),
+        step_s=mean(float(row["step_s_median"]) for row in rows),
     )

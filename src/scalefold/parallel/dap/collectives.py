@@ -8,60 +8,79 @@ shapes that are too odd for it, and exchanges that go on beside other work by th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from scalefold.parallel.dap.direct import DirectExchanges
 
-Group = dist.ProcessGroup
-_direct: dict[Group, "DirectExchanges"] = {}
+class DirectReads(Protocol):
+    """Exchanges by reading peers' memory, of what ``takes`` accepts; dimensions count from the front."""
+
+    def takes(self, xs: Sequence[Tensor], dim: int, other: int | None = None) -> bool: ...
+
+    def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int) -> list[Tensor]: ...
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor: ...
 
 
-def use_direct(group: Group, exchanges: "DirectExchanges | None") -> None:
-    """Let ``group`` exchange by reading its GPUs' memory from now on, or (None) by its library again."""
-    if exchanges is None:
-        _direct.pop(group, None)
-    else:
-        _direct[group] = exchanges
+@dataclass(eq=False)
+class Group:
+    """The P ranks that share a sample, and how they exchange: directly where ``direct`` is there and takes it."""
+
+    processes: dist.ProcessGroup
+    direct: DirectReads | None = None
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return dist.get_world_size(self.processes)
+
+    @property
+    def rank(self) -> int:
+        """This process's place among the P."""
+        return dist.get_rank(self.processes)
+
+    def disconnect(self) -> None:
+        """Let go of memory that GPUs share; the library exchanges from now on."""
+        self.direct = None
 
 
 def local_part(x: Tensor, dim: int, group: Group) -> Tensor:
     """This rank's slice of a tensor that every rank holds."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
-    width = _share(x.shape[dim], size)
-    return x.narrow(dim, rank * width, width).contiguous()
+    width = _share(x.shape[dim], group.size)
+    return x.narrow(dim, group.rank * width, width).contiguous()
 
 
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
     """Concatenate the ranks' slices along ``dim``."""
-    dim, mapped = dim % x.dim(), _direct.get(group)
+    dim, mapped = dim % x.dim(), group.direct
     if mapped is not None and mapped.takes([x], dim):
         return mapped.all_gather(x, dim)
-    size = dist.get_world_size(group)
+    size = group.size
     front = x.movedim(dim, 0).contiguous()
     out = front.new_empty((size * front.shape[0], *front.shape[1:]))
-    dist.all_gather_into_tensor(out, front, group=group)
+    dist.all_gather_into_tensor(out, front, group=group.processes)
     return out.movedim(0, dim)
 
 
 def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """Sum over ranks; each keeps its slice along ``dim``. Gloo has no such exchange: there it sums, then slices."""
-    dim, mapped = dim % x.dim(), _direct.get(group)
-    size = dist.get_world_size(group)
+    dim, mapped = dim % x.dim(), group.direct
+    size = group.size
     share = _share(x.shape[dim], size)
     if mapped is not None and mapped.takes([x], dim):
         return mapped.reduce_scatter(x, dim)
     front = x.movedim(dim, 0).contiguous()
     if x.is_cuda:
         out = front.new_empty((share, *front.shape[1:]))
-        dist.reduce_scatter_tensor(out, front, group=group)
+        dist.reduce_scatter_tensor(out, front, group=group.processes)
         return out.movedim(0, dim)
     front = front.clone()
-    dist.all_reduce(front, group=group)
+    dist.all_reduce(front, group=group.processes)
     return local_part(front, 0, group).movedim(0, dim)
 
 
@@ -71,8 +90,8 @@ def all_to_all(xs: Sequence[Tensor], split_dim: int, concat_dim: int, group: Gro
     xs: equally shaped, [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each.
     """
     dims, shape = xs[0].dim(), xs[0].shape
-    split_dim, concat_dim, mapped = split_dim % dims, concat_dim % dims, _direct.get(group)
-    size = dist.get_world_size(group)
+    split_dim, concat_dim, mapped = split_dim % dims, concat_dim % dims, group.direct
+    size = group.size
     _share(shape[split_dim], size)
     if mapped is not None and mapped.takes(xs, split_dim, concat_dim):
         return mapped.all_to_all(xs, split_dim, concat_dim)
@@ -81,7 +100,7 @@ def all_to_all(xs: Sequence[Tensor], split_dim: int, concat_dim: int, group: Gro
     else:
         parts = torch.stack([_parts(x, split_dim, size) for x in xs], 1)
     received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=group)
+    dist.all_to_all_single(received, parts, group=group.processes)
     return [_joined(own, concat_dim) for own in received.unbind(1)]
 
 
@@ -96,9 +115,9 @@ class Flight:
 
 def begin_all_to_all(x: Tensor, split_dim: int, group: Group) -> Flight:
     """Send the P parts of x along ``split_dim``; other work goes on until ``end_all_to_all``."""
-    parts = _parts(x, split_dim, dist.get_world_size(group)).contiguous()
+    parts = _parts(x, split_dim, group.size).contiguous()
     received = torch.empty_like(parts)
-    return Flight(received, parts, dist.all_to_all_single(received, parts, group=group, async_op=True))
+    return Flight(received, parts, dist.all_to_all_single(received, parts, group=group.processes, async_op=True))
 
 
 def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from scalefold.parallel.dap.collectives import use_direct
+from scalefold.parallel.dap.collectives import Group
 from scalefold.parallel.dap.peer_memory import LANE, copy_parts, sum_parts
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class DirectExchanges:
         return [[peer[place] for peer in self.views[dtype][turn]] for place in places]
 
 
-def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.device) -> bool:
+def connect(group: Group, control: dist.ProcessGroup, device: torch.device) -> bool:
     """Let the GPUs of ``group``, all of one host, exchange directly from now on, if all of them can.
 
     Every rank of ``control`` (the same ranks or more, on the CPU) takes part; they go one way together. Where a rank
@@ -106,7 +106,7 @@ def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.
     """
     exchanges, reason = None, ""
     try:
-        exchanges = mapped(group, device)
+        exchanges = mapped(group.processes, device)
     except Exception as error:  # whatever driver, container or another version of PyTorch says: the library goes on
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
     reasons = [""] * dist.get_world_size(control)
@@ -114,9 +114,9 @@ def connect(group: dist.ProcessGroup, control: dist.ProcessGroup, device: torch.
     failed = next((f"rank {rank} of the group: {text}" for rank, text in enumerate(reasons) if text), None)
     if failed is not None:
         exchanges = None
-        if dist.get_rank(group) == 0:
+        if group.rank == 0:
             log.warning("exchanges by NCCL, because GPUs cannot read each other's memory: %s", failed)
-    use_direct(group, exchanges)
+    group.direct = exchanges
     return exchanges is not None
 
 

@@ -10,7 +10,6 @@ Lengths that P does not divide are padded at a stack's entry: masks with zeros, 
 positions, and cut off at its exit.
 """
 
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from scalefold.config import ModelConfig
 from scalefold.errors import ConfigError
 from scalefold.parallel.dap.collectives import (
     Flights,
+    Group,
     begin_exchange,
     end_exchange,
     exchange,
@@ -58,13 +58,13 @@ class Paddings:
 class ShardRows(nn.Module):
     """full -> rows (dimension 1)."""
 
-    def __init__(self, group: dist.ProcessGroup, paddings: Paddings) -> None:
+    def __init__(self, group: Group, paddings: Paddings) -> None:
         super().__init__()
         self.group, self.paddings = group, paddings
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, I, J, ...] -> [B, I / P, J, ...], both padded to multiples of P."""
-        return scatter(self.paddings.pad(x, dist.get_world_size(self.group)), 1, self.group)
+        return scatter(self.paddings.pad(x, self.group.size), 1, self.group)
 
 
 class ShardColumns(ShardRows):
@@ -72,7 +72,7 @@ class ShardColumns(ShardRows):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, I, J, ...] -> [B, I, J / P, ...], both padded to multiples of P."""
-        return scatter(self.paddings.pad(x, dist.get_world_size(self.group)), 2, self.group)
+        return scatter(self.paddings.pad(x, self.group.size), 2, self.group)
 
 
 class GatherRows(ShardRows):
@@ -86,7 +86,7 @@ class GatherRows(ShardRows):
 class GatherShared(nn.Module):
     """Slices along ``dim`` -> full, for work that the ranks share."""
 
-    def __init__(self, group: dist.ProcessGroup, dim: int) -> None:
+    def __init__(self, group: Group, dim: int) -> None:
         super().__init__()
         self.group, self.dim = group, dim
 
@@ -98,7 +98,7 @@ class GatherShared(nn.Module):
 class Exchange(nn.Module):
     """Shards move from ``concat_dim`` to ``split_dim``."""
 
-    def __init__(self, group: dist.ProcessGroup, split_dim: int, concat_dim: int) -> None:
+    def __init__(self, group: Group, split_dim: int, concat_dim: int) -> None:
         super().__init__()
         self.group, self.split_dim, self.concat_dim = group, split_dim, concat_dim
 
@@ -118,7 +118,7 @@ class ExchangeAll(Exchange):
 class BeginExchange(Exchange):
     """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
 
-    def __init__(self, group: dist.ProcessGroup, split_dim: int, concat_dim: int, flights: Flights) -> None:
+    def __init__(self, group: Group, split_dim: int, concat_dim: int, flights: Flights) -> None:
         super().__init__(group, split_dim, concat_dim)
         self.flights = flights
 
@@ -135,7 +135,7 @@ class EndExchange(BeginExchange):
         return end_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights)
 
 
-def apply_dap(model: nn.Module, group: dist.ProcessGroup | None) -> None:
+def apply_dap(model: nn.Module, group: Group | None) -> None:
     """Shard the trunk of ``model`` over the ranks of ``group``; None leaves it whole."""
     if group is None:
         return
@@ -145,7 +145,7 @@ def apply_dap(model: nn.Module, group: dist.ProcessGroup | None) -> None:
                 setattr(module, name, point)
 
 
-def _points(group: dist.ProcessGroup) -> dict[str, nn.Module]:
+def _points(group: Group) -> dict[str, nn.Module]:
     paddings, flights = Paddings(), {}
     return {
         "shard_rows": ShardRows(group, paddings),

@@ -2,9 +2,8 @@
 
 Used when a template hit's sequence is not found verbatim in the structure's entry. The reference calls an external
 program with a wall-clock limit, so a slow host silently drops templates; here the result depends on the sequences
-alone. gemmi's affine-gap aligner with BLOSUM62 was chosen after ``benchmarks/measure/template_aligners.py``: on 60 real
-pairs it takes the same accept decision as the reference's aligner for all 60 and the same residue mapping for all 31
-that are accepted, like kalign-python and parasail, and it needs no further dependency.
+alone. gemmi's affine-gap aligner with BLOSUM62 decides and maps real pairs as the reference's aligner does
+(``benchmarks/measure/template_aligners.py``), and it needs no further dependency.
 """
 
 import gemmi

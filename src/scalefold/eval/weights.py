@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from scalefold.config import Config
+import torch
+
+from scalefold.config import Config, RankLayout
 from scalefold.data.configured import evaluation_lengths, feature_settings
 from scalefold.data.store.store import Store
 from scalefold.eval.score import ChainScorer, Evaluation
-from scalefold.model.alphafold import AlphaFold
-from scalefold.parallel.ranks import RankLayout, Ranks, choose_device
-from scalefold.run.begin import prepare_process
+from scalefold.parallel.ranks import Ranks, choose_device, prepare_process
 from scalefold.step.build import choose_operations
 from scalefold.step.checkpoint import load_into
-from scalefold.step.parameters import FlatParameters
+from scalefold.step.parameters import FlatLayout
 
 
 def evaluate_weights(config: Config, weights_file: Path, note: Callable[[str], None]) -> Evaluation:
@@ -24,13 +24,14 @@ def evaluate_weights(config: Config, weights_file: Path, note: Callable[[str], N
     prepare_process(config)
     ranks = Ranks(RankLayout(1), 0, 0, choose_device(config, 0))
     scorer = ChainScorer(config, ranks, feature_settings(config), choose_operations(config, ranks), None)
-    flat = FlatParameters(AlphaFold(config.model), ranks.device)
-    load_into(weights_file, flat, flat.master)
+    flat = FlatLayout(scorer.model.model)
+    weights = torch.zeros(flat.size, device=ranks.device)
+    load_into(weights_file, flat, weights)
     scorer.warm_up(note)
     store = Store(config.data.store_dir)
     scorer.open_data(evaluation_lengths(config, store))
     try:
-        return scorer.score(flat, flat.master)
+        return scorer.score(flat, weights)
     finally:
         scorer.close()
         store.close()

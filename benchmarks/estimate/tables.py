@@ -1,0 +1,249 @@
+"""Tables of README.md and docs/performance.md, from ``benchmarks/results/*.csv``: the newest row of each card.
+
+    python benchmarks/estimate/tables.py                                        # prints all of them
+    python benchmarks/estimate/tables.py --write README.md docs/performance.md  # after new rows
+
+Newer rows stand further down in a file. Of steps and operations the newest commit counts that was measured most fully,
+so that no table mixes the numbers of passes of two commits.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import mean
+
+from pages import fill, markdown
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PASSES = ("1", "2", "3", "4")
+NONE = "–"
+STEP_VARIANTS = {
+    "ours": "ours",
+    "ours_ckpt": "ours, activation checkpointing",
+    "plain_ckpt": "plain PyTorch, the same in a CUDA graph",
+}
+OPERATIONS = (  # name in the table, operation and shape in kernels.csv
+    ("attention with bias, 256 × 4 heads × 256 × 32", "attention", "1x256x256x4h32_bias"),
+    ("attention with bias, 128 × 8 × 256 × 32 (MSA row)", "attention", "1x128x256x8h32_bias"),
+    ("attention with bias, 1024 × 8 × 256 × 8 (extra MSA row)", "attention", "1x1024x256x8h8_bias"),
+    ("attention, 256 × 8 × 128 × 32 (MSA column)", "attention", "1x256x128tx8h32_plain"),
+    ("triangle multiplication, 256², c 128", "triangle_multiplication", "1x256x256x128_outgoing"),
+    ("transition, 256², c 128", "transition", "1x256x256x128by4"),
+    ("transition of the MSA, c 256", "transition", "1x128x256x256by4"),
+    ("projections, pair", "layer_norm_linear", "1x256x256x128to128+128+128+128+4"),
+    ("projections, MSA", "layer_norm_linear", "1x128x256x256to256+256+256+256"),
+    ("gated output, pair", "gated_output", "1x256x256x128from128"),
+    ("gated output, MSA column", "gated_output", "1x256x128tx256from256"),
+    ("outer product update, 128 rows", "outer_product_update", "128x256x256"),
+    ("global column attention, 1024 × 256 × 64", "global_attention", "1x1024x256x64"),
+    ("invariant point attention, 256 × 12 heads", "invariant_point_attention", "256x12"),
+)
+LAYOUTS = {
+    "one_gpu": "one GPU",
+    "dap2": "DAP 2",
+    "dp2": "data parallel 2",
+    "train_eval": "one trains, one evaluates",
+    "target": "target reached",
+    "stop_one_gpu": "SIGTERM, one GPU",
+    "stop_one_gpu resumed": "and `--resume`",
+    "stop_dap2": "SIGTERM, DAP 2",
+    "stop_dap2 resumed": "and `--resume`",
+    "killed": "one rank killed",
+}
+Row = dict[str, str]
+
+
+def read(name: str) -> list[Row]:
+    """Rows of a result file, oldest first."""
+    with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def card(row: Row) -> str:
+    """``H100`` of ``NVIDIA H100 80GB HBM3``."""
+    return row.get("device", row.get("card", "")).removeprefix("NVIDIA ").split(" ")[0]
+
+
+def newest(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], Row]:
+    """The last row of each combination of ``keys``, in the order of their first appearance."""
+    found: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        found[tuple(row[key] for key in keys)] = row
+    return found
+
+
+def newest_commit(rows: Sequence[Row], parts: str) -> list[Row]:
+    """The rows of the newest commit that has most of the different values of ``parts``; of each value the last one."""
+    by_commit: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_commit.setdefault(row["commit"], {})[row[parts]] = row
+    last = {row["commit"]: place for place, row in enumerate(rows)}
+    best = max(by_commit, key=lambda commit: (len(by_commit[commit]), last[commit]), default=None)
+    return [] if best is None else list(by_commit[best].values())
+
+
+def steps(device: str, variant: str = "ours", gpus: str = "1", dap: str = "1") -> dict[str, Row]:
+    """Passes -> row of the newest step of one card that was measured for most numbers of passes."""
+    wanted = {"device": device, "variant": variant, "gpus": gpus, "dap": dap}
+    rows = [row for row in read("step_time") if all(row[key] == value for key, value in wanted.items())]
+    return {row["passes"]: row for row in newest_commit(rows, "passes")}
+
+
+def mean_ms(found: dict[str, Row]) -> str:
+    """Mean over one to four passes; a dash where one is missing."""
+    return f"{mean(float(found[r]['median_ms']) for r in PASSES):.1f}" if set(PASSES) <= set(found) else NONE
+
+
+def devices(name: str) -> list[str]:
+    """Cards of a result file, the last measured one first."""
+    return list(dict.fromkeys(row["device"] for row in reversed(read(name))))
+
+
+def headline_table() -> str:
+    """What README and docs say first."""
+    rows: list[Sequence[object]] = []
+    for device in devices("step_time"):
+        for gpus, dap, what in (
+            ("1", "1", "training step"),
+            ("2", "2", "training step, two GPUs share a sample (DAP 2)"),
+        ):
+            if found := steps(device, gpus=gpus, dap=dap):
+                row = next(iter(found.values()))
+                rows.append([f"{what}, mean over 1 to 4 passes", f"{mean_ms(found)} ms", card(row), row["commit"]])
+    peer = next(row for row in read("peer_figures") if row["what"] == "training step, mean over R = 1 to 4")
+    rows.append(
+        ["the same of the published program at its best", f"{peer['value']} ms", card(peer), "`peer_figures.csv`"]
+    )
+    runs = list(newest(read("gpu_runs"), "layout").values())
+    for column, what, unit in (
+        ("start_to_first_step_s", "`run_start` to the end of the first step, at most", ".1f s"),
+        ("stop_to_exit_s", "`run_stop` to the end of the last process, at most", ".1f s"),
+        ("checkpoint_stall_ms", "stall of a step at a checkpoint, at most", ".0f ms"),
+    ):
+        judged = [row for row in runs if row[column] and row["layout"] != "killed"]
+        worst = max(judged, key=lambda row: float(row[column]))
+        digits, name = unit.split(" ")
+        rows.append([what, f"{float(worst[column]):{digits}} {name}", card(worst), worst["commit"]])
+    every = read("reproducibility")
+    bits = list(newest([r for r in every if r["commit"] == every[-1]["commit"]], "what", "dap", "passes").values())
+    differ = sum(int(row["differing"]) > 0 for row in bits)
+    what = f"operations and whole steps whose bits differ in {bits[0]['repeats']} repeats"
+    rows.append([what, f"{differ} of {len(bits)}", card(bits[0]), bits[0]["commit"]])
+    return markdown(["what", "figure", "card", "commit"], rows)
+
+
+def step_table() -> str:
+    """Steps of one GPU by number of passes."""
+    rows = []
+    for device in devices("step_time"):
+        for variant, name in STEP_VARIANTS.items():
+            if found := steps(device, variant):
+                row = next(iter(found.values()))
+                times = [f"{float(found[r]['median_ms']):.0f}" if r in found else NONE for r in PASSES]
+                peak = max(float(own["peak_gib"]) for own in found.values())
+                rows.append([card(row), name, row["commit"], *times, f"**{mean_ms(found)}**", f"{peak:.1f}"])
+    return markdown(["card", "variant", "commit", *(f"R = {r}" for r in PASSES), "mean", "peak GiB"], rows)
+
+
+def history_table() -> str:
+    """Means of all commits that were measured on one GPU for all numbers of passes, oldest first."""
+    rows = []
+    for device in devices("step_time"):
+        means: dict[str, str] = {}
+        own = [r for r in read("step_time") if (r["device"], r["variant"], r["gpus"]) == (device, "ours", "1")]
+        for commit in dict.fromkeys(row["commit"] for row in own):
+            means[commit] = mean_ms({row["passes"]: row for row in own if row["commit"] == commit})
+        text = " → ".join(f"{ms} ({commit})" for commit, ms in means.items() if ms != NONE)
+        rows.append([card({"device": device}), text])
+    return markdown(["card", "mean step, ms (commit)"], rows)
+
+
+def operation_table() -> str:
+    """Operations on the card that was measured last; figures of an older commit than ours' in italics."""
+    device = devices("kernels")[0]
+    own = newest([row for row in read("kernels") if row["device"] == device], "operation", "shape", "variant")
+    rows = []
+    for name, operation, shape in OPERATIONS:
+        ours = own[operation, shape, "ours"]
+        cells = []
+        for variant in ("ours", "compiled", "cuequivariance", "plain"):
+            row = own.get((operation, shape, variant))
+            text = "" if row is None else f"{float(row['forward_us']):.0f} / {float(row['backward_us']):.0f}"
+            cells.append(f"*{text}*" if row is not None and row["commit"] != ours["commit"] else text)
+        rows.append([name, *cells, ours["commit"]])
+    return markdown(
+        [f"µs on {card({'device': device})}", "ours", "compiled", "cuEquivariance", "plain", "commit"], rows
+    )
+
+
+def kernel_table(largest: int = 6) -> str:
+    """The kernels that take most of a step with one pass, on the card that was profiled last."""
+    device = devices("step_kernels")[0]
+    rows = [row for row in read("step_kernels") if row["device"] == device and row["passes"] == "1"]
+    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+    ours = sorted((row for row in rows if "::" not in row["kernel"]), key=lambda row: -float(row["total_ms"]))
+    whole = next(
+        r for r in reversed(read("step_profile")) if r["device"] == device and r["commit"] == rows[0]["commit"]
+    )
+    cells = [[f"`{row['kernel']}`", f"{float(row['total_ms']):.1f}", row["calls"]] for row in ours[:largest]]
+    cells.append(["all", f"{float(whole['busy_ms']):.1f} of {float(whole['step_ms']):.1f}", whole["kernels"]])
+    return markdown([f"kernel ({card(rows[0])}, {rows[0]['commit']}, R = 1)", "ms", "calls"], cells)
+
+
+def evaluation_table() -> str:
+    """One evaluation chain by its padded length."""
+    found = newest(read("evaluation_time"), "device", "variant", "length")
+    lengths = sorted({int(length) for _, _, length in found})
+    rows = []
+    for device, variant in dict.fromkeys((device, variant) for device, variant, _ in reversed(found)):
+        own = [found.get((device, variant, str(length))) for length in lengths]
+        commits = ", ".join(dict.fromkeys(row["commit"] for row in own if row))
+        times = [f"{float(row['median_ms']):.0f}" if row else NONE for row in own]
+        name = "one CUDA graph per length" if variant == "ours" else "uncaptured"
+        rows.append([card({"device": device}), name, *times, commits])
+    return markdown(["card", "launched", *map(str, lengths), "commit"], rows)
+
+
+def run_table() -> str:
+    """The newest start of the program in every layout, with what became of its second start."""
+    found = newest(read("gpu_runs"), "layout")
+    columns = ("stop_to_exit_s", "start_to_first_step_s", "checkpoint_stall_ms", "step_over_ruler_percent")
+    rows = []
+    for layout, name in LAYOUTS.items():
+        if (row := found.get((layout,))) is not None:
+            numbers = [f"{float(row[column]):.1f}" if row[column] else NONE for column in columns]
+            bits = row["losses_equal"] or found.get((f"{layout} again",), row)["losses_equal"] or NONE
+            rows.append([name, row["exit_status"], *numbers, bits, row["left_behind"], row["commit"]])
+    head = ["start", "statuses", "stop to exit, s", "start to step, s", "stall, ms", "over ruler, %"]
+    return markdown([*head, "same bits", "left", "commit"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "headline": headline_table,
+    "steps": step_table,
+    "history": history_table,
+    "operations": operation_table,
+    "kernels": kernel_table,
+    "evaluation": evaluation_table,
+    "runs": run_table,
+}
+
+
+def main() -> int:
+    """Print the tables, or write the pages that show them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE", help="pages to bring up to date")
+    arguments = parser.parse_args()
+    for page in arguments.write or []:
+        page.write_text(fill(page.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
+        print(page)
+    if not arguments.write:
+        print("\n\n".join(table() for table in TABLES.values()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

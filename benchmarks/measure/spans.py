@@ -1,0 +1,70 @@
+"""What a device did in a step, from the spans of its kernels: computing, exchanging, both, neither."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+EXCHANGE_KINDS = {  # parts of kernel names: the library's, then those of parallel/dap/direct.py
+    "all_to_all": ("sendrecv", "alltoall"),
+    "all_gather": ("allgather",),
+    "reduce_scatter": ("reducescatter",),
+    "all_reduce": ("allreduce",),
+    "direct": ("_copy_parts", "_sum_parts"),
+    "barrier": ("barrier_kernel",),
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A kernel on the device, microseconds."""
+
+    name: str
+    start_us: float
+    stop_us: float
+
+    @property
+    def is_exchange(self) -> bool:
+        """Whether it only moves data between GPUs, or waits for them."""
+        words = ("nccl", *EXCHANGE_KINDS["direct"], *EXCHANGE_KINDS["barrier"])
+        return any(word in self.name.lower() for word in words)
+
+
+def breakdown(spans: list[Span], wall_ms: float) -> dict[str, object]:
+    """Milliseconds of computing, of exchanges by kind, of exchanges alone, and of nothing at all.
+
+    ``gaps_ms`` uses the step's time without the profiler, which widens gaps. Exchanges beside computing (sums of
+    gradients) count in ``exchange_ms``, not in ``exchange_alone_ms``.
+    """
+    exchanges, others = [s for s in spans if s.is_exchange], [s for s in spans if not s.is_exchange]
+    all_ms, computing_ms = covered_ms(spans), covered_ms(others)
+    found: dict[str, object] = {
+        "wall_ms": round(wall_ms, 2),
+        "computing_ms": round(computing_ms, 2),
+        "exchange_ms": round(summed_ms(exchanges), 2),
+        "exchange_alone_ms": round(all_ms - computing_ms, 2),
+        "gaps_ms": round(max(0.0, wall_ms - all_ms), 2),
+        "kernels": len(others),
+        "exchanges": len(exchanges),
+    }
+    by_kind: Mapping[str, list[Span]] = defaultdict(list)
+    for span in exchanges:
+        name = span.name.lower()
+        by_kind[next((k for k, words in EXCHANGE_KINDS.items() if any(w in name for w in words)), "other")].append(span)
+    return found | {f"{kind}_ms": round(summed_ms(by_kind[kind]), 2) for kind in (*EXCHANGE_KINDS, "other")}
+
+
+def summed_ms(spans: Iterable[Span]) -> float:
+    """Sum of all durations."""
+    return sum(span.stop_us - span.start_us for span in spans) / 1e3
+
+
+def covered_ms(spans: Iterable[Span]) -> float:
+    """Time in which at least one of the spans is under way."""
+    total_us, until = 0.0, float("-inf")
+    for start, stop in sorted((span.start_us, span.stop_us) for span in spans):
+        total_us += max(0.0, stop - max(start, until))
+        until = max(until, stop)
+    return total_us / 1e3
+
+
+# --- results ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,193 @@
+"""What a sweep of launch parameters tries, per kernel of ``scalefold.kernels.tuning`` (see ``tune.py``).
+
+The lists hold what has won or come close on some GPU at some shape; a kernel without a list here is not swept.
+"""
+
+from collections.abc import Callable, Iterable
+
+from scalefold.kernels import tuning
+from scalefold.kernels.tuning import Config, Fields, tile_config
+from scalefold.kernels.weight_gradient import NARROWEST
+
+Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
+
+NORM_LINEAR_FORWARD: tuple[Tile, ...] = (
+    *((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (64, 128, 8, 2)),
+    *((128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+)
+NORM_LINEAR_BACKWARD: tuple[Tile, ...] = (
+    *((32, 64, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 64, 8, 3)),
+    *((64, 128, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
+)
+GATED_OUTPUT: tuple[Tile, ...] = (
+    *((32, 32, 4, 3), (32, 64, 4, 2), (32, 64, 4, 3), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2)),
+    *((64, 128, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3)),
+)
+TRIANGLE: tuple[Tile, ...] = (
+    *((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 16, 4, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3)),
+    *((64, 32, 8, 2), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+)
+OUTER_PRODUCT: tuple[Tile, ...] = (
+    *((64, 32, 4, 4), (64, 64, 4, 3), (64, 64, 8, 4), (64, 128, 4, 2), (64, 128, 8, 3)),
+    *((128, 32, 4, 3), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+)
+TRANSITION_FORWARD: tuple[Tile, ...] = (
+    *((64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2)),
+    *((128, 32, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+)
+TRANSITION_FUSED: tuple[Tile, ...] = (
+    *((32, 32, 4, 2), (32, 64, 4, 2), (32, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 8, 2), (64, 32, 8, 3)),
+    *((64, 64, 8, 1), (64, 64, 8, 2), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 2)),
+)
+TRANSITION_BY_LIBRARY: tuple[Tile, ...] = (
+    *((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
+)
+WEIGHT_GRADIENT: tuple[Tile, ...] = (
+    *((64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)),
+)
+
+
+WEIGHT_GRADIENT_COPIED: tuple[Tile, ...] = (
+    *((64, 64, 4, 4), (64, 64, 4, 5), (64, 64, 8, 5), (128, 64, 4, 3), (128, 64, 4, 4), (64, 128, 4, 4)),
+    *((64, 128, 8, 5), (128, 128, 4, 3)),
+)
+
+
+def _tiles(tiles: Iterable[Tile]) -> Callable[[Fields], list[Config]]:
+    """The same tiles for every problem."""
+    return lambda fields: [tile_config(tile) for tile in tiles]
+
+
+def _transition_backward(fields: Fields) -> list[Config]:
+    by_library: list[Config] = [{"LIBRARY": 1, **tile_config(tile)} for tile in TRANSITION_BY_LIBRARY]
+    return by_library + [tile_config(tile) for tile in TRANSITION_FUSED]
+
+
+def _weight_gradient(fields: Fields) -> list[Config]:
+    kernels: list[Config] = [{"LIBRARY": 0, **tile_config(tile)} for tile in WEIGHT_GRADIENT]
+    copied: list[Config] = [{"LIBRARY": 0, "COPY_ENGINE": 1, **tile_config(tile)} for tile in WEIGHT_GRADIENT_COPIED]
+    libraries: list[Config] = [{"LIBRARY": splits} for splits in (1, 8, 16, 32, 64, 128, 256)]
+    return kernels if int(fields["n"]) < NARROWEST else libraries + kernels + copied
+
+
+def _layer_norm(fields: Fields) -> list[Config]:
+    return [{"BLOCK_M": rows, "num_warps": warps} for rows in (8, 16, 32, 64) for warps in (4, 8)]
+
+
+def _attention(block_q: int, block_k: int, num_warps: int, stages: int, **extra: int) -> Config:
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": num_warps, "STAGES": stages, **extra}
+
+
+def _attention_forward(fields: Fields) -> list[Config]:
+    tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (128, 64, 4)]
+    tiled = [_attention(*tile, stages, ROWS=1, UNROLLED=0) for tile in tiles for stages in (2, 3)]
+    if int(fields["n"]) > 256:
+        return tiled
+    walked = [(stages, rows) for stages in (1, 2) for rows in (2, 4, 8, 16)]
+    unrolled = [_attention(*tile, stages, ROWS=rows, UNROLLED=256) for tile in tiles for stages, rows in walked]
+    denser = [
+        _attention(64, block_k, 4, stages, ROWS=rows, UNROLLED=256, maxnreg=168)
+        for block_k in (32, 64)
+        for stages, rows in walked
+    ]
+    return tiled + unrolled + denser
+
+
+def _attention_backward(fields: Fields) -> list[Config]:
+    return [_attention(q, k, w, s) for q in (256, 128) for k in (32, 64, 128) for w in (4, 8) for s in (1, 2)]
+
+
+def _attention_keys(fields: Fields) -> list[Config]:
+    tiles = [(64, 64, 4, None), (64, 64, 4, 168), (64, 64, 4, 128), (32, 64, 4, 128), (32, 64, 4, None)]
+    tiles += [(64, 128, 8, None), (64, 128, 8, 128), (32, 128, 8, 128), (32, 128, 4, 168)]
+    return [
+        _attention(block_q, block_k, warps, stages, **({} if limit is None else {"maxnreg": limit}))
+        for block_q, block_k, warps, limit in tiles
+        for stages in (1, 2)
+    ]
+
+
+def _attention_queries(fields: Fields) -> list[Config]:
+    tiles = [(64, 256, 8), (32, 256, 8), (32, 256, 4), (16, 256, 4)]
+    return [_attention(*tile, s, GROUPS=g) for tile in tiles for s in (2, 3, 4) for g in (8, 16)]
+
+
+def _global_columns(fields: Fields) -> list[Config]:
+    return [
+        {"BLOCK_S": block, "SEQUENCES": sequences, "num_warps": warps, "num_stages": stages}
+        for block, warps in ((4, 4), (8, 4), (8, 8))
+        for sequences in (16, 32, 64, 128)
+        for stages in (1, 2, 3)
+    ]
+
+
+def _global_attend(fields: Fields) -> list[Config]:
+    return [
+        {"BLOCK_S": block, "num_warps": warps, "num_stages": stages}
+        for block, warps in ((32, 4), (64, 4), (64, 8), (128, 4), (128, 8))
+        for stages in (1, 2)
+    ]
+
+
+def _global_gate(fields: Fields) -> list[Config]:
+    return [{"BLOCK": block, "num_warps": warps, "num_stages": 1} for block in (64, 128, 256) for warps in (4, 8)]
+
+
+def _global_rows(fields: Fields) -> list[Config]:
+    return [
+        {"BLOCK": block, "PROGRAMS": programs, "num_warps": warps, "num_stages": stages}
+        for block, warps in ((32, 4), (64, 4), (64, 8), (128, 8))
+        for programs in (132, 264, 396, 528)
+        for stages in (1, 2)
+    ]
+
+
+def _point_attention(fields: Fields) -> list[Config]:
+    blocks = [tile // int(fields["n"]) for tile in (1024, 2048, 4096, 8192)]
+    return [{"BLOCK": block, "num_warps": warps} for block in blocks if 1 <= block <= 32 for warps in (2, 4, 8)]
+
+
+def _point_errors(fields: Fields) -> list[Config]:
+    tiles = ((8, 64), (8, 128), (16, 64), (16, 32), (32, 16), (64, 8))
+    return [{"BLOCK_F": frames, "BLOCK_P": points, "num_warps": 4} for frames, points in tiles]
+
+
+CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
+    "attention_backward": _attention_backward,
+    "attention_backward_keys": _attention_keys,
+    "attention_backward_queries": _attention_queries,
+    "attention_forward": _attention_forward,
+    "gated_output_backward": _tiles(GATED_OUTPUT),
+    "gated_output_forward": _tiles(GATED_OUTPUT),
+    "global_attention_attend": _global_attend,
+    "global_attention_attend_backward": _global_attend,
+    "global_attention_columns": _global_columns,
+    "global_attention_columns_backward": _global_columns,
+    "global_attention_gate": _global_gate,
+    "global_attention_rows_backward": _global_rows,
+    "layer_norm_backward": _layer_norm,
+    "layer_norm_forward": _layer_norm,
+    "norm_linear_backward": _tiles(NORM_LINEAR_BACKWARD),
+    "norm_linear_forward": _tiles(NORM_LINEAR_FORWARD),
+    "outer_product_backward": _tiles(OUTER_PRODUCT),
+    "outer_product_forward": _tiles(OUTER_PRODUCT),
+    "outer_product_weight": _tiles(OUTER_PRODUCT),
+    "point_attention_columns": _point_attention,
+    "point_attention_forward": _point_attention,
+    "point_attention_rows": _point_attention,
+    "point_errors_frames": _point_errors,
+    "point_errors_points": _point_errors,
+    "transition_backward": _transition_backward,
+    "transition_forward": _tiles(TRANSITION_FORWARD),
+    "triangle_output_backward": _tiles(TRIANGLE),
+    "triangle_output_forward": _tiles(TRIANGLE),
+    "triangle_project_backward": _tiles(TRIANGLE),
+    "triangle_project_forward": _tiles(TRIANGLE),
+    "weight_gradient": _weight_gradient,
+}
+
+
+def candidates(name: str, **fields: int | str) -> list[Config]:
+    """What a sweep should time for a problem: the present choice first, then the kernel's candidates."""
+    present = tuning.lookup(name, **fields)
+    return [present] + [config for config in CANDIDATES[name](fields) if config != present]

@@ -1,0 +1,62 @@
+"""Tables of README.md and docs/performance.md: up to date, and made of the newest rows of each card."""
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+PAGES = ("README.md", "docs/performance.md")
+COLUMNS = "date,device,torch,commit,variant,gpus,dap,precision,passes,median_ms,p10_ms,p90_ms,peak_gib"
+
+
+@pytest.fixture
+def tables(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "estimate"))
+    return __import__("tables")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_what_its_csv_files_say(tables: ModuleType, repository: Path, page: str) -> None:
+    text = (repository / page).read_text(encoding="utf-8")
+    assert "<!-- table: headline -->" in text
+    remedy = f"run python benchmarks/estimate/tables.py --write {' '.join(PAGES)}"
+    assert tables.fill(text, tables.TABLES) == text, remedy
+
+
+def steps(*rows: tuple[str, str, str, float]) -> str:
+    """A table of steps: device, commit, passes, ms."""
+    lines = [f"2026-01-01,{d},t,{c},ours,1,1,bf16,{r},{ms},1,1,{ms / 10}" for d, c, r, ms in rows]
+    return "\n".join([COLUMNS, *lines]) + "\n"
+
+
+def test_a_new_row_of_one_card_changes_that_card_alone(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = [("NVIDIA H200", "aaa", str(r), 100.0 * r) for r in (1, 2, 3, 4)]
+    other = [("NVIDIA H100 80GB HBM3", "aaa", str(r), 200.0 * r) for r in (1, 2, 3, 4)]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "step_time.csv").write_text(steps(*old, *other, *((d, "bbb", r, ms / 2) for d, _, r, ms in old)))
+    lines = tables.step_table().splitlines()[2:]
+    assert lines[0].startswith("| H200 | ours | bbb | 50 | 100 | 150 | 200 | **125.0** |")
+    assert lines[1].startswith("| H100 | ours | aaa | 200 | 400 | 600 | 800 | **500.0** |")
+
+
+def test_no_mean_mixes_the_passes_of_two_commits(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = [("NVIDIA H200", "aaa", str(r), 100.0 * r) for r in (1, 2, 3, 4)]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "step_time.csv").write_text(steps(*old, ("NVIDIA H200", "bbb", "1", 50.0)))
+    assert "| aaa | 100 | 200 | 300 | 400 | **250.0** |" in tables.step_table()
+    (tmp_path / "step_time.csv").write_text(steps(("NVIDIA H200", "bbb", "1", 50.0)))
+    assert "| bbb | 50 | – | – | – | **–** |" in tables.step_table()
+
+
+def test_the_figures_of_others_have_a_source(repository: Path, tables: ModuleType) -> None:
+    peers = tables.read("peer_figures")
+    assert all(row["source"] and row["card"] and float(row["value"]) > 0 for row in peers)
+    known = {row["value"] for row in peers}
+    for page in PAGES:
+        text = (repository / page).read_text(encoding="utf-8")
+        assert set(re.findall(r"\b(\d{3,4}) ms(?: \||;)", text)) <= known
