@@ -2,7 +2,7 @@
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,3 +54,16 @@ def test_this_process_is_seen_with_its_memory_and_files(soak: ModuleType) -> Non
     assert soak.proportional_kib(os.getpid()) > 1024
     assert soak.open_files(os.getpid()) > 2
     assert soak.cpu_seconds(os.getpid()) > 0
+
+
+def test_rows_hold_what_was_seen_during_their_steps(soak: ModuleType) -> None:
+    nan = np.full(40, np.nan)
+    metrics = SimpleNamespace(step=np.arange(1, 41), step_ms=np.full(40, 500.0), peak_gib=nan)
+    samples = [soak.Sample(t / 4, 1 + t // 2, 100.0 + t, 10, 3, t / 8) for t in range(80)]  # two looks a step
+    found = soak.rows_of("tiny", samples, metrics)
+    assert found[-1]["step"] == 40
+    assert found[-1]["memory_mib"] == 178.5
+    assert {row["step_cpu_ms"] for row in found[1:]} == {250.0}
+    assert {(row["files"], row["processes"], row["step_ms"], row["device_gib"]) for row in found} == {
+        (10, 3, 500.0, "")
+    }

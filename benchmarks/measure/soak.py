@@ -148,6 +148,7 @@ def rows_of(kind: str, samples: list[Sample], metrics: Metrics) -> list[dict[str
     """At most ``POINTS`` rows: medians of what was seen during as many equal parts of the run."""
     steps = np.array([sample.step for sample in samples])
     edges = np.unique(np.linspace(0, metrics.step[-1], POINTS + 1).astype(int))
+    reached, when = np.unique(steps, return_index=True)
     columns = {f.name: np.array([getattr(s, f.name) for s in samples]) for f in fields(Sample)}
     found = []
     for first, last in pairwise(edges):
@@ -158,7 +159,7 @@ def rows_of(kind: str, samples: list[Sample], metrics: Metrics) -> list[dict[str
         row["seconds"] = round(float(columns["seconds"][seen].max()), 1)
         row["memory_mib"] = round(float(np.median(columns["memory_mib"][seen])), 1)
         row |= {name: round(float(np.median(columns[name][seen]))) for name in ("files", "processes")}
-        cpu_ms = 1e3 * np.interp([first, last], steps, columns["cpu_s"])
+        cpu_ms = 1e3 * np.interp([first, last], reached, columns["cpu_s"][when])
         row["step_cpu_ms"] = round(float(cpu_ms[1] - cpu_ms[0]) / int(last - first), 2)
         row["step_ms"] = round(float(np.median(metrics.step_ms[own])), 2)
         peak = metrics.peak_gib[own]

@@ -13,7 +13,7 @@ from scalefold.data.store.store import Store
 STEP_TIMEOUT_S = 120
 SOON = ("parallel.step_timeout_s=12",)  # where nothing but a timeout tells
 KILLED, LOST, STOPPED, ERROR = -9, 5, 4, 2
-TWO = ("parallel.ranks_per_node=2",)
+TWO = ("parallel.ranks_per_node=2", "parallel.step_timeout_s=16")
 APART = (*TWO, "parallel.num_eval_ranks=1")
 WORKERS = ("data.num_workers=1",)
 #: a small store is in memory once it is open: the workers of the second phase open it again

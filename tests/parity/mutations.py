@@ -305,11 +305,11 @@ MUTATIONS = (
         "test_sampler.py::test_whatever_is_passed_over_comes_first_after_the_next_start",
     ),
     Mutation(
-        "a worker that stands still is waited for",
-        "data/loading/workers.py",
-        "if late or not wanted():",
-        "if late and not wanted():",
-        "test_loader.py::test_a_worker_that_stands_still_at_the_start_is_named",
+        "workers that are alive and slow are called dead",
+        "data/loading/waiting.py",
+        "    if standing:",
+        "    if not standing:",
+        "test_loader.py::test_workers_that_are_alive_and_slow_are_not_called_dead",
     ),
 )
 
