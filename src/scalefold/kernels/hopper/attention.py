@@ -9,7 +9,7 @@ Triton's interpreter cannot run Gluon. What can be tested without a GPU is that 
 are found; what they compute is tested on a GPU.
 """
 
-# pyright: reportCallIssue=false, reportIndexIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 import math
 import os
@@ -202,17 +202,20 @@ def _programs(fields: tuning.Fields, lines: int) -> int:
 
 
 def _forward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
-    return _config(0, _programs(fields, PART * CONSUMERS), 2, 240, BLOCK_K=256, WIDE_BIAS=1)
+    return _forward_candidates(fields)[0] | {"HOPPER": 0}
 
 
 def _forward_candidates(fields: tuning.Fields) -> list[tuning.Config]:
     groups = _programs(fields, PART * CONSUMERS)
+    if not fields["bias"]:
+        tiles = [(keys, stages) for keys in (128, 64) for stages in (2, 3, 4)]
+        return [_config(1, groups, stages, 240, BLOCK_K=keys, WIDE_BIAS=0) for keys, stages in tiles]
     wide = [_config(1, groups, 2, 240, BLOCK_K=keys, WIDE_BIAS=1) for keys in (256, 128, 64)]
     return wide + [_config(1, groups, stages, 240, BLOCK_K=128, WIDE_BIAS=0) for stages in (2, 3)]
 
 
 def _keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
-    return _config(0, _programs(fields, PART * CONSUMERS), 2, 232, BLOCK_Q=64)
+    return _keys_candidates(fields)[0] | {"HOPPER": 0}
 
 
 def _keys_candidates(fields: tuning.Fields) -> list[tuning.Config]:
@@ -223,7 +226,7 @@ def _keys_candidates(fields: tuning.Fields) -> list[tuning.Config]:
 
 
 def _queries_default(fields: tuning.Fields, capability: int) -> tuning.Config:
-    return _config(0, _programs(fields, PART), 4, 216)
+    return _queries_candidates(fields)[0] | {"HOPPER": 0}
 
 
 def _queries_candidates(fields: tuning.Fields) -> list[tuning.Config]:

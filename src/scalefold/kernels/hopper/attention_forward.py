@@ -4,7 +4,9 @@ A program owns 128 queries of a head and walks over rows; the bias of its querie
 shared memory. In fp32 and divided by SCALE (one rounding of 2^-24) it starts the accumulators of the scores.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# The type checker takes Gluon's programs for Python.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -6,7 +6,9 @@ The producer, which would idle, sums o * do of every query (delta) on its way. G
 engine.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# The type checker takes Gluon's programs for Python.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -116,7 +118,9 @@ def _keep_bias(bias, strides, tiles, place, n, line, FIRST: gl.constexpr, STEPS:
     for step in gl.static_range(STEPS):
         queries = step * BLOCK_Q + gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, READ))
         inside = (keys < n)[:, None] & (queries < n)[None, :]
-        tiles.index(FIRST + step).store(gl.load(base + queries[None, :] * strides[2] + keys[:, None], mask=inside, other=0.0))
+        tiles.index(FIRST + step).store(
+            gl.load(base + queries[None, :] * strides[2] + keys[:, None], mask=inside, other=0.0)
+        )
     group_barrier()
 
 

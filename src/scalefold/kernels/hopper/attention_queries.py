@@ -5,7 +5,9 @@ row, [keys, queries], and its keys, several rows ahead. Each of two consumers ad
 the bias gradient, in fp32 registers; they take turns with the product that gives the gradients of queries.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# The type checker takes Gluon's programs for Python.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -10,7 +10,9 @@ slots in shared memory. Each slot has two barriers:
   (n & 1) ^ 1; a barrier that nobody has completed counts as one whose odd phase is over, and the first uses pass.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# The type checker takes Gluon's programs for Python.
 
 import math
 from typing import Any, NamedTuple
@@ -26,7 +28,7 @@ group_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # newer Trito
 
 
 class Place(NamedTuple):
-    """What one program does: ``count`` rows from ``first`` on, of batch entry b and head h; its lines from ``line`` on."""
+    """What a program does: ``count`` rows from ``first`` on, batch entry b, head h; scores from ``line`` on."""
 
     b: Any
     h: Any
@@ -81,9 +83,7 @@ def new_barriers(STAGES: gl.constexpr, FILLERS: gl.constexpr):
 @gluon.jit
 def tiles_for(descriptor, COUNT: gl.constexpr):
     """COUNT tiles in shared memory, as a descriptor of the copy engine fills or reads them."""
-    return gl.allocate_shared_memory(
-        descriptor.dtype, [COUNT] + descriptor.block_type.shape, descriptor.layout
-    )
+    return gl.allocate_shared_memory(descriptor.dtype, [COUNT] + descriptor.block_type.shape, descriptor.layout)
 
 
 @gluon.jit
