@@ -254,6 +254,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=2.4, help="later jobs are not started")
     parser.add_argument("--csv", type=Path, help="also append rows here")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        parser.error("needs a GPU of compute capability 9.0")
     start = time.monotonic()
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
     jobs = [job for job in jobs_of(cases) if not arguments.passes or job.pass_ in arguments.passes]
