@@ -96,6 +96,15 @@ def test_without_an_entry_in_the_tables_triton_is_preferred(compiled, monkeypatc
     assert found[kernel] == "the table prefers the Triton program"
 
 
+@pytest.mark.parametrize(
+    ("rows", "heads", "width", "preferred"),
+    [(256, 4, 32, True), (128, 4, 32, True), (124, 8, 32, True), (64, 8, 32, True), (1024, 8, 8, False)],
+)
+def test_key_gradients_are_preferred_where_they_were_found_faster(compiled, rows, heads, width, preferred):
+    x, bias = rows_of(rows=rows, heads=heads, width=width), torch.empty(1, heads, 256, 256, device="meta")
+    assert (hopper.keys_obstacle(x, x, x, x, bias, 1e9) is None) == preferred
+
+
 @pytest.mark.parametrize("rows", [1, 5, 124, 128, 256])
 @pytest.mark.parametrize("wanted", [1, 4, 16, 33])
 def test_no_group_of_rows_is_empty(rows, wanted):

@@ -110,16 +110,15 @@ def forward(
     batch, rows, n, heads, width = q.shape
     config = tuning.lookup("attention_hopper_forward", **_fields(q, bias))
     keys = tuning.power_of_two(n)
-    block_k = min(config["BLOCK_K"], keys)
     o = torch.empty_like(q)
     lse, rest = q.new_empty((2, batch, rows, heads, n) if save else (2, 1), dtype=torch.float32).unbind()
     groups, per_program = _groups(rows, config)
     hopper_forward[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
-        _tiles(q, PART), _tiles(k, block_k), _tiles(v, block_k), _tiles(o, PART),
+        _tiles(q, PART), _tiles(k, keys), _tiles(v, keys), _tiles(o, PART),
         bias, None if bias is None else bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
         rows, per_program, groups,
-        SCALE=width**-0.5, KEYS=keys, SAVE=save, WIDE_BIAS=bool(config["WIDE_BIAS"]), STAGES=config["STAGES"],
-        REGISTERS=config["REGISTERS"], num_warps=4,
+        SCALE=width**-0.5, SAVE=save, WIDE_BIAS=bool(config["WIDE_BIAS"]), AHEAD=config["AHEAD"],
+        TURNS=config["TURNS"], STAGES=config["STAGES"], REGISTERS=config["REGISTERS"], num_warps=4,
     )  # fmt: skip
     return (o, lse, rest) if save else (o, None, None)
 
@@ -208,10 +207,10 @@ def _forward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
 def _forward_candidates(fields: tuning.Fields) -> list[tuning.Config]:
     groups = _programs(fields, PART * CONSUMERS)
     if not fields["bias"]:
-        tiles = [(keys, stages) for keys in (128, 64) for stages in (2, 3, 4)]
-        return [_config(1, groups, stages, 240, BLOCK_K=keys, WIDE_BIAS=0) for keys, stages in tiles]
-    wide = [_config(1, groups, 2, 240, BLOCK_K=keys, WIDE_BIAS=1) for keys in (256, 128, 64)]
-    return wide + [_config(1, groups, stages, 240, BLOCK_K=128, WIDE_BIAS=0) for stages in (2, 3)]
+        return [_config(1, groups, 4, 240, WIDE_BIAS=0, AHEAD=2, TURNS=turns) for turns in (1, 0)]
+    orders = [(2, 2), (2, 1), (2, 0), (1, 1), (0, 0)]
+    wide = [_config(1, groups, 2, 240, WIDE_BIAS=1, AHEAD=ahead, TURNS=turns) for ahead, turns in orders]
+    return wide + [_config(1, groups, 3, 240, WIDE_BIAS=0, AHEAD=1, TURNS=1)]
 
 
 def _keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
@@ -220,9 +219,7 @@ def _keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
 
 def _keys_candidates(fields: tuning.Fields) -> list[tuning.Config]:
     groups = _programs(fields, PART * CONSUMERS)
-    return [_config(1, groups, 2, registers, BLOCK_Q=64) for registers in (232, 224, 240)] + [
-        _config(1, groups, 2, 216, BLOCK_Q=32)
-    ]
+    return [_config(1, groups, 2, registers, BLOCK_Q=64) for registers in (224, 232)]
 
 
 def _queries_default(fields: tuning.Fields, capability: int) -> tuning.Config:

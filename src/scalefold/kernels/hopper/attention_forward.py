@@ -2,11 +2,16 @@
 
 A program owns 128 queries of a head and walks over rows; the bias of its queries, the same for all rows, stays in
 shared memory. In fp32 and divided by SCALE (one rounding of 2^-24) it starts the accumulators of the scores.
+
+While a consumer finishes a row, the scores of its next row are already computed (AHEAD). Exponentials are the narrowest
+part of the machine: with TURNS the consumers take them in turn, and one computes its products while the other has them.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 # The type checker takes Gluon's programs for Python.
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,149 +27,176 @@ from scalefold.kernels.hopper.pieces import (
     CONSUMERS,
     LOG2_E,
     PART,
-    any_masked,
     flat,
     group_barrier,
-    mask_shift,
+    load_keep,
     new_barriers,
+    new_turns,
+    pass_turn,
     place_of,
     row_of,
     tiles_for,
+    wait_for_turn,
 )
 
 
+class Tiles(NamedTuple):
+    """Shared memory: slots of rows (q, k, v, additive mask in base 2, whether it masks), then one tile per consumer."""
+
+    q: Any
+    k: Any
+    v: Any
+    shift: Any
+    masked: Any
+    o: Any
+    bias: Any
+
+
+class Barriers(NamedTuple):
+    """``full`` and ``empty`` of each slot, whose ``turn`` it is among the consumers."""
+
+    full: Any
+    empty: Any
+    turn: Any
+
+
 @gluon.jit
-def _fetch(descriptors, tiles, full, empty, place, STAGES: gl.constexpr, STEPS: gl.constexpr):
-    """The producer: for each row the queries of all consumers and all keys and values, up to STAGES rows ahead."""
+def _fetch(descriptors, tiles, barriers, place, mask, STAGES: gl.constexpr):
+    """The producer: for each row the queries of all consumers, keys, values and mask, up to STAGES rows ahead."""
     q_desc, k_desc, v_desc = descriptors
-    q_s, k_s, v_s = tiles
-    BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
-    BYTES: gl.constexpr = (CONSUMERS * PART + 2 * STEPS * BLOCK_K) * k_desc.block_type.shape[4] * 2
+    BYTES: gl.constexpr = (CONSUMERS * PART + 2 * k_desc.block_type.shape[2]) * k_desc.block_type.shape[4] * 2
     for i in range(place.count):
         stage = i % STAGES
         s = place.first + i
-        mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-        arrived = full.index(stage)
+        mbarrier.wait(barriers.empty.index(stage), ((i // STAGES) & 1) ^ 1)
+        arrived = barriers.full.index(stage)
         mbarrier.expect(arrived, BYTES)
-        for step in gl.static_range(STEPS):
-            at = [place.b, s, step * BLOCK_K, place.h, 0]
-            tma.async_copy_global_to_shared(k_desc, at, arrived, k_s.index(stage * STEPS + step))
+        tma.async_copy_global_to_shared(k_desc, [place.b, s, 0, place.h, 0], arrived, tiles.k.index(stage))
         for part in gl.static_range(CONSUMERS):
             at = [place.b, s, place.line + part * PART, place.h, 0]
-            tma.async_copy_global_to_shared(q_desc, at, arrived, q_s.index(stage * CONSUMERS + part))
-        for step in gl.static_range(STEPS):
-            at = [place.b, s, step * BLOCK_K, place.h, 0]
-            tma.async_copy_global_to_shared(v_desc, at, arrived, v_s.index(stage * STEPS + step))
+            tma.async_copy_global_to_shared(q_desc, at, arrived, tiles.q.index(stage * CONSUMERS + part))
+        tma.async_copy_global_to_shared(v_desc, [place.b, s, 0, place.h, 0], arrived, tiles.v.index(stage))
+        _store_mask(tiles.shift.index(stage), tiles.masked.index(stage), mask, place.b, s)
+        group_barrier()
+        mbarrier.arrive(arrived, count=1)
 
 
 @gluon.jit
-def _bias_tiles(bias, BLOCK_K: gl.constexpr, COUNT: gl.constexpr, WIDE: gl.constexpr):
+def _store_mask(shift, masked, mask, b, s):
+    """Additive mask of all keys in base 2: 0 or -inf, and minus infinity beyond n; 1 if any of them is not 0."""
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    offsets = gl.arange(0, shift.shape[0], layout=LINE)
+    keep = load_keep(mask, b, s, offsets)
+    shift.store(gl.where(offsets < mask.n, keep * mask.inf - mask.inf, float("-inf")))
+    masked.store(gl.full([1], gl.min(keep, 0), gl.float32, LINE))
+
+
+@gluon.jit
+def _bias_tiles(bias, KEYS: gl.constexpr, WIDE: gl.constexpr):
     if WIDE:  # 4 lanes read 32 bytes of a line: the next line has its 32 bytes in the next banks
         SWAPPED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 4, [1, 0])
-        return gl.allocate_shared_memory(gl.float32, [COUNT, PART, BLOCK_K], SWAPPED)
+        return gl.allocate_shared_memory(gl.float32, [CONSUMERS, PART, KEYS], SWAPPED)
     else:  # noqa: RET505  (the compiler looks at what follows an untaken return)
-        SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART, BLOCK_K], gl.bfloat16)
-        return gl.allocate_shared_memory(bias.dtype.element_ty, [COUNT, PART, BLOCK_K], SQUARE)
+        SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART, KEYS], gl.bfloat16)
+        return gl.allocate_shared_memory(bias.dtype.element_ty, [CONSUMERS, PART, KEYS], SQUARE)
 
 
 @gluon.jit
-def _keep_bias(bias, strides, tiles, place, n, line, SCALE: gl.constexpr, FIRST: gl.constexpr, STEPS: gl.constexpr):
-    """Bias of this consumer's queries and all keys into its tiles: in fp32 ready for use, in 16 bits as it is."""
-    BLOCK_K: gl.constexpr = tiles.shape[2]
-    READ: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (BLOCK_K // 8), BLOCK_K // 8], [4, 1], [1, 0])
+def _keep_bias(bias, strides, tile, place, n, line, SCALE: gl.constexpr):
+    """Bias of this consumer's queries and all keys into its tile: in fp32 ready for use, in 16 bits as it is."""
+    KEYS: gl.constexpr = tile.shape[1]
+    READ: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (KEYS // 8), KEYS // 8], [4, 1], [1, 0])
     queries = line + gl.arange(0, PART, layout=gl.SliceLayout(1, READ))
+    keys = gl.arange(0, KEYS, layout=gl.SliceLayout(0, READ))
     base = bias + place.b.to(gl.int64) * strides[0] + place.h * strides[1]
-    for step in gl.static_range(STEPS):
-        keys = step * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, READ))
-        inside = (queries < n)[:, None] & (keys < n)[None, :]
-        values = gl.load(base + queries[:, None] * strides[2] + keys[None, :], mask=inside, other=0.0)
-        if tiles.dtype == gl.float32:
-            values = values.to(gl.float32) * (1.0 / SCALE)
-        tiles.index(FIRST + step).store(values)
+    inside = (queries < n)[:, None] & (keys < n)[None, :]
+    values = gl.load(base + queries[:, None] * strides[2] + keys[None, :], mask=inside, other=0.0)
+    if tile.dtype == gl.float32:
+        values = values.to(gl.float32) * (1.0 / SCALE)
+    tile.store(values)
     group_barrier()
 
 
 @gluon.jit
-def _start(tile, SCALE: gl.constexpr, SCORES: gl.constexpr):
-    """A tile of the bias in units of products."""
-    values = tile.load(SCORES)
-    if tile.dtype != gl.float32:
-        values = values.to(gl.float32) * (1.0 / SCALE)
-    return values
+def _products(tiles, barriers, bias, i, GROUP: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr):
+    """Scores of row i in units of products, on their way."""
+    KEYS: gl.constexpr = tiles.k.shape[3]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, KEYS, 16])
+    stage = i % STAGES
+    if bias is None:
+        start = gl.zeros([PART, KEYS], gl.float32, SCORES)
+    else:
+        start = tiles.bias.index(GROUP).load(SCORES)
+        if tiles.bias.dtype != gl.float32:
+            start = start.to(gl.float32) * (1.0 / SCALE)
+    mbarrier.wait(barriers.full.index(stage), (i // STAGES) & 1)
+    query = flat(tiles.q.index(stage * CONSUMERS + GROUP))
+    key = flat(tiles.k.index(stage)).permute((1, 0))
+    return warpgroup_mma(query, key, start, use_acc=bias is not None, is_async=True)
 
 
 @gluon.jit
-def _attend(
-    shared, GROUP: gl.constexpr, SCALE: gl.constexpr, SAVE: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr
+def _masked(tiles, stage):
+    """Whether a key of the row is masked or does not exist."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(tiles.masked.index(stage).load(ONE), 0) < 1.0
+
+
+@gluon.jit
+def _weights(
+    scores, masked, tiles, turn, i, GROUP: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr
 ):  # fmt: skip
-    """A consumer: softmax over all keys of its PART queries, row by row."""
-    o_desc, tiles, full, empty, place, bias, bias_strides, mask, statistics = shared
-    q_s, k_s, v_s, o_s, bias_s = tiles
-    BLOCK_K: gl.constexpr = k_s.shape[3]
-    D: gl.constexpr = k_s.shape[5]
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_K, 16])
+    """Weights before their division by their sum, the largest score in base 2 and the sum."""
+    factor = SCALE * LOG2_E
+    if masked:  # in base 2 before the mask is added: it swallows scores as it does elsewhere
+        shift = tiles.shift.index(i % STAGES).load(gl.SliceLayout(0, scores.type.layout))
+        scores = scores * factor + shift[None, :]
+        factor = 1.0
+    top = gl.max(scores, 1) * factor
+    if TURNS:
+        wait_for_turn(turn, i, GROUP)
+    weights = gl.exp2(scores * factor - top[:, None])
+    return weights, top, gl.sum(weights, 1)
+
+
+@gluon.jit
+def _result(weights, total, tiles, turn, stage, DTYPE: gl.constexpr, GROUP: gl.constexpr, TURNS: gl.constexpr):
+    """Weighted values, on their way."""
+    D: gl.constexpr = tiles.v.shape[5]
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
-    line = place.line + GROUP * PART
-    queries = line + gl.arange(0, PART, layout=gl.SliceLayout(1, SCORES))
-    if bias is not None:
-        _keep_bias(bias, bias_strides, bias_s, place, mask.n, line, SCALE, GROUP * STEPS, STEPS)
-    for i in range(place.count):
-        stage = i % STAGES
-        s = place.first + i
-        masked = any_masked(mask, place.b, s, STEPS * BLOCK_K)
-        mbarrier.wait(full.index(stage), (i // STAGES) & 1)
-        query = flat(q_s.index(stage * CONSUMERS + GROUP))
-        products = ()
-        for step in gl.static_range(STEPS):
-            start = gl.zeros([PART, BLOCK_K], gl.float32, SCORES)
-            if bias is not None:
-                start = _start(bias_s.index(GROUP * STEPS + step), SCALE, SCORES)
-            key = flat(k_s.index(stage * STEPS + step)).permute((1, 0))
-            products += (warpgroup_mma(query, key, start, use_acc=bias is not None, is_async=True),)
-        scores = ()
-        factor = SCALE * LOG2_E
-        for step in gl.static_range(STEPS):
-            tile = warpgroup_mma_wait(STEPS - 1 - step, deps=[products[step]])
-            scores += (tile,)
-        if masked:  # in base 2 before the mask is added: it swallows scores as it does elsewhere
-            shifted = ()
-            for step in gl.static_range(STEPS):
-                keys = step * BLOCK_K + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, SCORES))
-                shifted += (scores[step] * factor + mask_shift(mask, place.b, s, keys)[None, :],)
-            scores = shifted
-            factor = 1.0
-        top = gl.max(scores[0], 1)
-        for step in gl.static_range(1, STEPS):
-            top = gl.maximum(top, gl.max(scores[step], 1))
-        top = top * factor
-        total = gl.zeros([PART], gl.float32, gl.SliceLayout(1, SCORES))
-        result = gl.zeros([PART, D], gl.float32, RESULT)
-        for step in gl.static_range(STEPS):
-            weights = gl.exp2(scores[step] * factor - top[:, None])
-            total += gl.sum(weights, 1)
-            weights = gl.convert_layout(weights.to(o_desc.dtype), WEIGHTS)
-            value = flat(v_s.index(stage * STEPS + step))
-            result = warpgroup_mma(weights, value, result, use_acc=step > 0, is_async=True)
-        result = warpgroup_mma_wait(0, deps=[result])
-        group_barrier()  # all four warps have read the slot
-        mbarrier.arrive(empty.index(stage), count=1)
-        result = result * gl.convert_layout(1.0 / total, gl.SliceLayout(1, RESULT))[:, None]
-        tma.store_wait(0)  # the copy engine has read the last row's result ...
-        group_barrier()  # ... and every warp knows
-        own = o_s.index(GROUP)
-        flat(own).store(result.to(o_desc.dtype))
-        fence_async_shared()
-        group_barrier()
-        tma.async_copy_shared_to_global(o_desc, [place.b, s, line, place.h, 0], own)
-        if SAVE:
-            _store_statistics(statistics, place, s, queries, top, total)
-    tma.store_wait(0)
+    weights = gl.convert_layout(weights.to(DTYPE), WEIGHTS)
+    zeros = gl.zeros([PART, D], gl.float32, RESULT)
+    if TURNS == 2:  # always true, which is known only after the last exponential
+        pass_turn(turn, gl.max(total, 0) != -1.0, GROUP)
+    result = warpgroup_mma(weights, flat(tiles.v.index(stage)), zeros, use_acc=False, is_async=True)
+    if TURNS == 1:  # the product cannot begin before the last exponential, and this not before the product
+        pass_turn(turn, True, GROUP)
+    return result
 
 
 @gluon.jit
-def _store_statistics(statistics, place, s, queries, top, total):
+def _finish(
+    result, top, total, o_desc, own, empty, statistics, place, i, line, SAVE: gl.constexpr
+):  # fmt: skip
+    """Give the slot of row i back, bring its result and its statistics to memory."""
+    tma.store_wait(0)  # the copy engine has read the last row's result
+    group_barrier()  # every warp knows, and all have read the slot
+    mbarrier.arrive(empty, count=1)
+    s = place.first + i
+    inverse = gl.convert_layout(1.0 / total, gl.SliceLayout(1, result.type.layout))
+    flat(own).store((result * inverse[:, None]).to(o_desc.dtype))
+    fence_async_shared()
+    group_barrier()
+    tma.async_copy_shared_to_global(o_desc, [place.b, s, line, place.h, 0], own)
+    if SAVE:
+        _store_statistics(statistics, place, s, line, top, total)
+
+
+@gluon.jit
+def _store_statistics(statistics, place, s, line, top, total):
     """lse and rest, as ``ops.attention`` defines them."""
+    queries = line + gl.arange(0, PART, layout=top.type.layout)
     offsets = row_of(statistics, place, s) * statistics.n + queries
     log_total = gl.log2(total)
     lse = top + log_total
@@ -172,34 +204,79 @@ def _store_statistics(statistics, place, s, queries, top, total):
     gl.store(statistics.rest + offsets, gl.exp2((lse - top) - log_total), mask=queries < statistics.n)
 
 
+@gluon.jit
+def _attend(
+    shared, GROUP: gl.constexpr, SCALE: gl.constexpr, SAVE: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """A consumer: softmax over all keys of its PART queries, row by row."""
+    o_desc, tiles, barriers, place, bias, bias_strides, statistics = shared
+    line = place.line + GROUP * PART
+    own = tiles.o.index(GROUP)
+    if bias is not None:
+        _keep_bias(bias, bias_strides, tiles.bias.index(GROUP), place, statistics.n, line, SCALE)
+    products = _products(tiles, barriers, bias, 0, GROUP, SCALE, STAGES)
+    masked = _masked(tiles, 0)
+    scores = warpgroup_mma_wait(0, deps=[products])
+    for i in range(place.count - 1):
+        empty = barriers.empty.index(i % STAGES)
+        weights, top, total = _weights(scores, masked, tiles, barriers.turn, i, GROUP, SCALE, STAGES, TURNS)
+        result = _result(weights, total, tiles, barriers.turn, i % STAGES, o_desc.dtype, GROUP, TURNS)
+        if AHEAD == 0:
+            result = warpgroup_mma_wait(0, deps=[result])
+            _finish(result, top, total, o_desc, own, empty, statistics, place, i, line, SAVE)
+            products = _products(tiles, barriers, bias, i + 1, GROUP, SCALE, STAGES)
+            masked = _masked(tiles, (i + 1) % STAGES)
+        elif AHEAD == 1:
+            result = warpgroup_mma_wait(0, deps=[result])
+            products = _products(tiles, barriers, bias, i + 1, GROUP, SCALE, STAGES)
+            masked = _masked(tiles, (i + 1) % STAGES)
+            _finish(result, top, total, o_desc, own, empty, statistics, place, i, line, SAVE)
+        else:
+            products = _products(tiles, barriers, bias, i + 1, GROUP, SCALE, STAGES)
+            masked = _masked(tiles, (i + 1) % STAGES)
+            result = warpgroup_mma_wait(1, deps=[result])
+            _finish(result, top, total, o_desc, own, empty, statistics, place, i, line, SAVE)
+        scores = warpgroup_mma_wait(0, deps=[products])
+    i = place.count - 1
+    weights, top, total = _weights(scores, masked, tiles, barriers.turn, i, GROUP, SCALE, STAGES, TURNS)
+    result = _result(weights, total, tiles, barriers.turn, i % STAGES, o_desc.dtype, GROUP, TURNS)
+    result = warpgroup_mma_wait(0, deps=[result])
+    _finish(result, top, total, o_desc, own, barriers.empty.index(i % STAGES), statistics, place, i, line, SAVE)
+    tma.store_wait(0)
+
+
 @gluon.jit(do_not_specialize=["rows", "per_program", "groups"])
 def hopper_forward(
     q_desc, k_desc, v_desc, o_desc, bias, bias_strides, mask, statistics, rows, per_program, groups,
-    SCALE: gl.constexpr, KEYS: gl.constexpr, SAVE: gl.constexpr, WIDE_BIAS: gl.constexpr,
+    SCALE: gl.constexpr, SAVE: gl.constexpr, WIDE_BIAS: gl.constexpr, AHEAD: gl.constexpr, TURNS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v, o: descriptors of [B, S, N, H, D]; bias: [B, H, N, N] with strides (B, H, N) or None, kept in fp32 if
-    WIDE_BIAS: fewer instructions per score for twice the shared memory.
+    """q, k, v, o: descriptors of [B, S, N, H, D], k and v of all keys; bias: [B, H, N, N] with strides (B, H, N) or
+    None, kept in fp32 if WIDE_BIAS: fewer instructions per score for twice the shared memory.
     """
     place = place_of(rows, groups, per_program, CONSUMERS * PART)
-    STEPS: gl.constexpr = KEYS // k_desc.block_type.shape[2]
-    BLOCK_K: gl.constexpr = k_desc.block_type.shape[2]
+    KEYS: gl.constexpr = k_desc.block_type.shape[2]
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     q_s = tiles_for(q_desc, STAGES * CONSUMERS)
-    k_s = tiles_for(k_desc, STAGES * STEPS)
-    v_s = tiles_for(v_desc, STAGES * STEPS)
+    k_s = tiles_for(k_desc, STAGES)
+    v_s = tiles_for(v_desc, STAGES)
     o_s = tiles_for(o_desc, CONSUMERS)
+    shift_s = gl.allocate_shared_memory(gl.float32, [STAGES, KEYS], LINE)
+    masked_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1], LINE)
     bias_s = k_s  # without a bias it is not read
     if bias is not None:
-        bias_s = _bias_tiles(bias, BLOCK_K, CONSUMERS * STEPS, WIDE_BIAS)
-    full, empty = new_barriers(STAGES, 1)
-    tiles = (q_s, k_s, v_s, o_s, bias_s)
-    shared = (o_desc, tiles, full, empty, place, bias, bias_strides, mask, statistics)
+        bias_s = _bias_tiles(bias, KEYS, WIDE_BIAS)
+    tiles = Tiles(q_s, k_s, v_s, shift_s, masked_s, o_s, bias_s)
+    full, empty = new_barriers(STAGES, 2)
+    barriers = Barriers(full, empty, new_turns())
+    shared = (o_desc, tiles, barriers, place, bias, bias_strides, statistics)
     gl.warp_specialize(
         [
-            (_attend, (shared, 0, SCALE, SAVE, STAGES, STEPS)),
-            (_attend, (shared, 1, SCALE, SAVE, STAGES, STEPS)),
-            (_fetch, ((q_desc, k_desc, v_desc), (q_s, k_s, v_s), full, empty, place, STAGES, STEPS)),
+            (_attend, (shared, 0, SCALE, SAVE, STAGES, AHEAD, TURNS)),
+            (_attend, (shared, 1, SCALE, SAVE, STAGES, AHEAD, TURNS)),
+            (_fetch, ((q_desc, k_desc, v_desc), tiles, barriers, place, mask, STAGES)),
         ],
         [4, 4],
-        [REGISTERS, 24],
+        [REGISTERS, 504 - 2 * REGISTERS],
     )

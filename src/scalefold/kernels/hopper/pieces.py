@@ -81,6 +81,29 @@ def new_barriers(STAGES: gl.constexpr, FILLERS: gl.constexpr):
 
 
 @gluon.jit
+def new_turns():
+    """A barrier per consumer: completed when it is its turn."""
+    turn = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for group in gl.static_range(CONSUMERS):
+        mbarrier.init(turn.index(group), count=1)
+    fence_async_shared()
+    group_barrier()
+    return turn
+
+
+@gluon.jit
+def wait_for_turn(turn, i, GROUP: gl.constexpr):
+    """Wait for the i-th turn. The first consumer needs nobody's leave for its first one."""
+    mbarrier.wait(turn.index(GROUP), (i & 1) ^ (GROUP == 0))
+
+
+@gluon.jit
+def pass_turn(turn, ready, GROUP: gl.constexpr):
+    """``ready`` must be true: the compiler may move computations across this unless it depends on them."""
+    mbarrier.arrive(turn.index((GROUP + 1) % CONSUMERS), count=1, pred=ready)
+
+
+@gluon.jit
 def tiles_for(descriptor, COUNT: gl.constexpr):
     """COUNT tiles in shared memory, as a descriptor of the copy engine fills or reads them."""
     return gl.allocate_shared_memory(descriptor.dtype, [COUNT] + descriptor.block_type.shape, descriptor.layout)
@@ -90,21 +113,6 @@ def tiles_for(descriptor, COUNT: gl.constexpr):
 def flat(tile):
     """A tile [1, 1, lines, 1, channels] of the copy engine as the matrix that products take."""
     return tile.reshape([tile.shape[2], tile.shape[4]])
-
-
-@gluon.jit
-def any_masked(mask, b, s, KEYS: gl.constexpr):
-    """Whether a row has a key that is masked or does not exist; known to each warp without the others."""
-    SPREAD: gl.constexpr = gl.BlockedLayout([KEYS // 32], [32], [gl.num_warps()], [0])
-    offsets = gl.arange(0, KEYS, layout=SPREAD)
-    keep = load_keep(mask, b, s, offsets)
-    return gl.min(keep, 0) < 1.0
-
-
-@gluon.jit
-def mask_shift(mask, b, s, offsets):
-    """Additive mask of keys in base 2: 0 or -inf, and minus infinity beyond n."""
-    return gl.where(offsets < mask.n, load_keep(mask, b, s, offsets) * mask.inf - mask.inf, float("-inf"))
 
 
 @gluon.jit
