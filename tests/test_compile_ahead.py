@@ -88,7 +88,7 @@ def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(call: str
     assert run_python(run_it, cache) == [misses, "0", *folders], "every kernel is a hit"
     moved = hand_to_node(cache, tmp_path / "node")
     cache.rename(tmp_path / "elsewhere")
-    assert run_python(run_it, moved) == [misses, "0", *folders], "also in the node's own cache, without the first folder"
+    assert run_python(run_it, moved) == [misses, "0", *folders], "also in the node's own cache, without the first"
 
 
 #: The benchmark's widths, one block of each kind, few rows.
