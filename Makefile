@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 TEST_WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-distributed test-slurm test-browser test-gpu rings test-install check format equivalence mutations bench-data bench-gpu clean FORCE
+.PHONY: help setup demo test test-distributed test-slurm test-browser test-gpu rings test-install check faults format equivalence mutations bench-data bench-gpu clean FORCE
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -25,11 +25,14 @@ demo: setup  ## generate tiny proteins, prepare, train to the target, check the 
 	$(BIN)/scalefold demo
 
 test: setup  ## CPU tests
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser and not faults"
 	$(MAKE) test-distributed
 
 test-distributed: setup  ## multi-process CPU tests
-	$(BIN)/python -m pytest -q -m "distributed and not gpu and not multi_gpu"
+	$(BIN)/python -m pytest -q -m "distributed and not gpu and not multi_gpu and not faults"
+
+faults: setup  ## rehearse every fault on the tiny configuration, write the table in docs/faults.md (CPU, minutes)
+	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults
 
 test-slurm: setup  ## tests on a real Slurm that is installed and started for them (Debian, root)
 	$(BIN)/python -m pytest -q -m slurm

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -21,10 +22,31 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 if not importlib.util.find_spec("triton"):  # it exists for Linux only; everything else is tested elsewhere too
     collect_ignore_glob = ["test_kernels_*.py", "test_compile_*.py", "test_direct.py", "test_rings.py"]
 
+hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no reason to fail
+hypothesis.settings.load_profile("any machine")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # programs of this environment (scalefold, torchrun, shellcheck) are found whether or not it is activated
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
+OWN_WORK_S = 600.0
+
+
+def computed_s() -> float:
+    """What this process and those it has waited for have computed."""
+    own, system, of_children, system_of_children, _ = os.times()
+    return own + system + of_children + system_of_children
+
+
+@pytest.fixture(autouse=True)
+def own_work(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test may compute for ten minutes, however long a busy machine takes over it; ``own_work(S)`` allows more."""
+    mark = request.node.get_closest_marker("own_work")
+    limit_s, before = mark.args[0] if mark else OWN_WORK_S, computed_s()
+    yield
+    assert computed_s() - before < limit_s, f"computed for more than {limit_s:.0f} s"
 
 
 def find_shared() -> Path | None:

@@ -19,7 +19,7 @@ def free_port() -> int:
 
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120, join: bool = True
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600, join: bool = True
 ) -> list[Any]:
     """Results of ``function(rank, *args)`` of all ranks; the first failing rank's traceback is raised.
 

@@ -1,16 +1,22 @@
 """The end of a process: order, bound, and whose word counts."""
 
 import logging
+import os
+import resource
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from scalefold.errors import RankLostError
-from scalefold.parallel.ending import Ending
+from scalefold.autopsy import read_last_words
+from scalefold.errors import RankLostError, TrainingError
+from scalefold.parallel.ending import Ending, LastWords, forget_last_words
+from scalefold.parallel.ranks import RankLayout, Ranks
 
 
 def test_everything_is_let_go_of_in_reverse_order() -> None:
@@ -81,3 +87,30 @@ def test_a_process_that_stands_at_its_end_is_gone_within_the_bound() -> None:
     assert result.returncode == 6
     assert "captured steps did not end" in result.stderr
     assert time.monotonic() - start < 50
+
+
+def test_last_words_are_kept_even_where_no_more_file_can_be_opened(tmp_path: Path) -> None:
+    words = LastWords(tmp_path, Ranks(RankLayout(1), 0, 0, torch.device("cpu"), host="node01"))
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            (tmp_path / "other").open("w")
+        words(TrainingError("not finite: loss"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    (entry,) = read_last_words(tmp_path)
+    assert (entry["rank"], entry["host"], entry["error"], entry["lost"]) == (0, "node01", "not finite: loss", False)
+    forget_last_words(tmp_path)
+    assert read_last_words(tmp_path) == []
+
+
+def test_of_many_ranks_that_lost_another_a_few_keep_what_all_say(tmp_path: Path) -> None:
+    for rank in range(20):
+        LastWords(tmp_path, Ranks(RankLayout(20), rank, 0, torch.device("cpu")))(RankLostError("rank 3 is gone"))
+    LastWords(tmp_path, Ranks(RankLayout(20), 19, 0, torch.device("cpu")))(ValueError("a defect"))
+    words = read_last_words(tmp_path)
+    assert len(words) == 9
+    assert words[0]["error"] == "ValueError: a defect"  # an error of its own comes first

@@ -21,6 +21,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "telemetry": (DEEP, {"config", "errors", "textfile"}),
     "phases": (set(), {"config"}),
     "doctor": (DEEP, {"node_findings"}),
+    "autopsy": (set(), {"doctor", "errors", "mlperf.log", "report", "parallel.ending", "step.checkpoint"}),
     "node_findings": (set(), {"run.compile_ahead"}),
     "kernels": ({"torch", "triton"}, {"errors", "textfile"}),
     "model": (DEEP, {"kernels.table", "config", "data.residues", "data.batch_keys", "errors"}),
@@ -50,6 +51,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "report": ({"numpy", "rich", "matplotlib"}, {"errors", "textfile", "mlperf.log", "mlperf.judge", "telemetry"}),
     "scaling": (NUMBERS, {"errors", "config", "mlperf.log"}),
     "launch": ({"torch", "yaml"}, {"config", "errors", "parallel", "mlperf", "report", "scaling", "telemetry"}),
+    "rehearse": (DEEP, {"errors"}),
     "eval": (
         DEEP,
         {"config", "phases", "errors", "kernels", "model", "parallel", "data", "step", "mlperf.log", "report"},
@@ -58,7 +60,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         DEEP,
         {
             *("config", "phases", "errors", "stop_signals", "kernels", "model", "parallel", "data", "step", "eval"),
-            *("mlperf.log", "report", "launch.placement", "telemetry"),
+            *("mlperf.log", "report", "launch.placement", "telemetry", "rehearse"),
         },
     ),
 }

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from scalefold.data.features.features import FeatureSettings, build_features
 from scalefold.data.loading import loader as loading
 from scalefold.data.loading.loader import ChainDataset, EvalSet, SlowSamples, TrainLoader, to_device
 from scalefold.data.loading.sampler import TrainingSampler, seed_from_string
+from scalefold.data.loading.waiting import NotWanted, ended_text, no_batch_text
 from scalefold.errors import DataError
 
 SMALL = FeatureSettings(
@@ -193,7 +195,7 @@ def test_of_the_ready_batches_the_earliest_draw_comes_first():
     arrivals = iter([3, 1, 2])
 
     class Arrivals:
-        def next(self):
+        def next(self, wanted):
             return SimpleNamespace(iteration=next(arrivals))
 
     ready = loading._ReadyFirst(Arrivals(), capacity=4)
@@ -218,6 +220,71 @@ def test_a_worker_that_dies_stops_training_with_a_reason(tmp_path, in_order):
     folder.mkdir()
     with pytest.raises(DataError, match="worker ended unexpectedly"):
         deliver(folder, 5, num_workers=1, in_order=in_order)
+
+
+def stop_workers(loader):
+    for worker in loader._workers.processes():
+        os.kill(worker.pid, signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("prefetch", [1, 4])  # with 4, finished batches lie in the worker's hands
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_worker_that_stands_still_is_named_and_does_not_outlive_the_loader(tmp_path, in_order, prefetch):
+    loader = TrainLoader(tmp_path, SMALL, num_workers=1, prefetch_factor=prefetch, in_order=in_order, limits_s=(60, 2))
+    loader.spawn()
+    loader.start(sampler(), 1, 40)
+    loader.next(1)
+    workers = loader._workers.processes()
+    stop_workers(loader)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"iteration \d+: no batch within 2 s: loader worker \d+ is stopped"):
+        [loader.next(iteration) for iteration in range(2, 10)]
+    loader.close()
+    assert time.monotonic() - begin < 30
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_wait_that_nobody_needs_any_more_ends(tmp_path, in_order):
+    loader = TrainLoader(tmp_path, SMALL, num_workers=1, prefetch_factor=1, in_order=in_order)
+    loader.start(sampler(), 1, 40)
+    loader.next(1)
+    stop_workers(loader)
+    with pytest.raises(NotWanted):
+        [loader.next(iteration, wanted=lambda: False) for iteration in range(2, 10)]
+    loader.close()
+
+
+def test_a_worker_that_stands_still_at_the_start_is_named(tmp_path):
+    loader = TrainLoader(tmp_path, SMALL, num_workers=1, limits_s=(2, 2))
+    loader.spawn()
+    stop_workers(loader)
+    with pytest.raises(DataError, match="no batch within 2 s: loader worker"):
+        loader.start(sampler(), 1, 40)
+    loader.close()
+
+
+def test_an_evaluation_worker_that_stands_still_is_named(tmp_path):
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    evaluation = EvalSet(folder, SMALL, num_workers=1, limit_s=2)
+    evaluation.start(["chain03_A"])
+    stop_workers(evaluation)
+    with pytest.raises(DataError, match="no batch within 2 s: loader worker"):
+        list(evaluation)
+    evaluation.close()
+
+
+def test_workers_that_are_alive_and_slow_are_not_called_dead():
+    text = no_batch_text([SimpleNamespace(pid=os.getpid())], 540)
+    assert text.startswith("no batch within 540 s, and all 1 loader workers are alive: slow storage?")
+    assert "has ended" in no_batch_text([SimpleNamespace(pid=2**22 + 1)], 540)
+
+
+def test_missing_descriptors_are_not_taken_for_missing_memory():
+    assert "ulimit -n" in ended_text(RuntimeError("Too many open files. Communication with the workers ..."))
+    assert "ulimit -n" in ended_text(RuntimeError("received 0 items of ancdata"))
+    assert "/dev/shm" in ended_text(RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."))
 
 
 def test_more_iterations_than_announced_are_an_error(tmp_path):

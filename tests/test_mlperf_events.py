@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scalefold.errors import LogError
+from scalefold.mlperf.judge.lint import lint
 from scalefold.mlperf.log.events import Events, SubmissionInfo, merge_left_parts, merge_parts
 from scalefold.mlperf.log.keys import CHECKPOINT_SHA256, EXPECTED, KEYS
+from scalefold.mlperf.log.logfile import read_log
 from scalefold.mlperf.log.rehearsal import benchmark_hyperparameters
 
 INFO = SubmissionInfo(org="Rehearsal Institute", platform="rehearsal-1")
@@ -149,6 +152,27 @@ def test_an_illegal_order_is_refused(tmp_path, reason):
         ILLEGAL[reason](events)
 
 
+def test_stamps_go_on_when_the_system_clock_is_set_back(tmp_path, monkeypatch):
+    """A duration is a duration, whatever somebody does to the node's clock."""
+    real = time.time_ns
+    with Events(tmp_path / "result_0.txt") as events:
+        initialize(events)
+        monkeypatch.setattr(time, "time_ns", lambda: real() - 3600 * 10**9)
+        events.run_start()
+    stamps = [event.time_ms for event in read_log(tmp_path / "result_0.txt").events]
+    assert stamps == sorted(stamps)
+    assert abs(stamps[-1] - real() // 10**6) < 60_000
+
+
+def test_a_rehearsal_says_so_before_anything_is_trained(tmp_path):
+    with Events(tmp_path / "result_0.txt") as events:
+        events.init_start()
+        events.rehearsal("kill-rank@3")
+    log = read_log(tmp_path / "result_0.txt")
+    assert log.value("tracked_stats") == {"rehearsal": "kill-rank@3"}
+    assert [finding.severity for finding in lint(log) if finding.rule == "rehearsal"] == ["submission"]
+
+
 def test_a_log_is_never_appended_to_another_runs_log(tmp_path):
     (tmp_path / "result_0.txt").write_text("kept\n")
     with pytest.raises(LogError, match="exists"):
@@ -166,10 +190,10 @@ def test_text_that_the_rcp_checker_would_misread_is_refused(tmp_path):
 def test_a_closed_log_and_a_failing_disk_are_errors(tmp_path):
     events = Events(tmp_path / "r.txt")
     events.init_start()
-    os.close(events._file_descriptor)
+    os.close(events.descriptor)
     with pytest.raises(LogError, match="Bad file descriptor"):
         events.cache_clear(True)
-    events._file_descriptor = None
+    events.descriptor = None
     with pytest.raises(LogError, match="closed"):
         events.seed(1)
 

@@ -45,16 +45,16 @@ class Threads:
             for box in self._boxes:
                 box.put(values.clone())
         else:
-            values.copy_(self._own.get(timeout=20))
+            values.copy_(self._own.get(timeout=300))
 
     def barrier_in_replica(self) -> None:
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=300)
 
 
 class Numbered:
     """Stands for a ``TrainLoader``: batches that say which iteration they are for, with one or two slices."""
 
-    def next(self, iteration: int) -> Batch:
+    def next(self, iteration: int, wanted: object = None) -> Batch:
         shape = BatchShape.of(SETTINGS, 2, 1 + iteration % 2, training=True)
         buffer = torch.full((buffer_bytes(shape),), iteration, dtype=torch.uint8)
         return Batch(buffer, shape, iteration + 10, ("1abc_A", "2xyz_B"), (3, iteration), (2**40, 5), (0.5, 0.25), 7.0)
@@ -77,7 +77,7 @@ def run_group(function) -> dict[int, list]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=300)
     return results
 
 
@@ -112,6 +112,17 @@ def test_a_slot_is_not_written_again_while_the_step_before_may_still_read_it() -
     assert run_group(take) == dict.fromkeys(range(NUM_RANKS), True)
 
 
+def test_a_batch_stays_while_the_next_two_arrive() -> None:
+    """The step reads one, the copy to the device another, the workers' next one is being written."""
+
+    def take(rank: int, loader: SharedLoader) -> list[bool]:
+        batches = [loader.next(iteration) for iteration in (1, 2, 3)]
+        loader._replica.barrier_in_replica()
+        return [bool((batch.buffer == number).all()) for number, batch in enumerate(batches, 1)]
+
+    assert run_group(take) == dict.fromkeys(range(NUM_RANKS), [True] * 3)
+
+
 def test_a_slot_is_not_written_again_before_the_slowest_rank_has_read_it() -> None:
     """Nothing but the loader holds the ranks together: no step, no barrier, no order of calls around it."""
 
@@ -135,7 +146,7 @@ def test_a_slot_is_not_written_again_before_the_device_has_copied_it(monkeypatch
     own, known = Numbered(), {}
     original = own.next
 
-    def fetch(iteration: int) -> Batch:
+    def fetch(iteration: int, wanted: object) -> Batch:
         known[iteration] = over[-1:]
         return original(iteration)
 
@@ -173,7 +184,7 @@ def test_only_the_first_rank_of_a_group_builds_samples(tiny_store: Path, tmp_pat
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=120)
+        process.join(timeout=300)
     assert [process.exitcode for process in processes] == [0, 0]
     seen = dict(found.get() for _ in range(2))
     assert seen[0] == (True, seen[1][1])

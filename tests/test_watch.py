@@ -3,6 +3,7 @@
 import multiprocessing as mp
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from runs import tiny_config
 from scalefold.config import Config
 from scalefold.errors import DataError, RankLostError, ScaleFoldError
 from scalefold.eval import score as evaluation
+from scalefold.parallel import ranks as meeting
 from scalefold.parallel import watch
 from scalefold.parallel.ranks import start
 from scalefold.parallel.watch import Sign, Watch, blame
@@ -27,7 +29,7 @@ from scalefold.report.record import read_metrics
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
 
-STEP_TIMEOUT_S = 4
+STEP_TIMEOUT_S = 8  # several times what a step takes on a busy machine
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class End:
     seconds: float
 
 
-def run_apart(function: Callable[[int], None], world_size: int, folder: Path, timeout_s: float = 90) -> list[End]:
+def run_apart(function: Callable[[int], None], world_size: int, folder: Path, timeout_s: float = 300) -> list[End]:
     """Run ``function(rank)`` as the command line would: errors are printed and become the exit status."""
     context, port, begin = mp.get_context("fork"), free_port(), time.monotonic()
     processes = [
@@ -90,10 +92,10 @@ def disturbed(config: Config, victim: int, step: int, disturb: Callable[[], None
 
         original = TrainLoader.next
 
-        def fetch(self: TrainLoader, iteration: int):
+        def fetch(self: TrainLoader, iteration: int, *wanted: Any):
             if rank == victim and iteration == step:
                 disturb()
-            return original(self, iteration)
+            return original(self, iteration, *wanted)
 
         TrainLoader.next = fetch  # type: ignore[method-assign]
         run_rank(config, RunOptions())
@@ -114,7 +116,7 @@ def test_a_killed_rank_is_named_with_its_step_and_the_others_end(tiny_store: Pat
     other = ends[1 - victim]
     assert ends[victim].status == -signal.SIGKILL
     assert other.status == RankLostError.exit_status
-    assert other.seconds - ends[victim].seconds < STEP_TIMEOUT_S + 3
+    assert other.seconds - ends[victim].seconds < 2 * STEP_TIMEOUT_S
     if victim == 1:
         assert "rank 0 on " in other.text
         assert "Gave no more sign of life, last seen: rank 1 on " in other.text
@@ -135,7 +137,7 @@ def test_a_rank_that_stands_still_is_named_and_everybody_ends_within_the_timeout
     assert [end.status for end in ends] == [RankLostError.exit_status] * 2
     assert abs(ends[0].seconds - ends[1].seconds) < STEP_TIMEOUT_S
     for end in ends:
-        assert "no progress within 4 s" in end.text
+        assert f"no progress within {STEP_TIMEOUT_S} s" in end.text
         assert "the others wait for: rank 1 on " in end.text
         assert "at step 3, waiting for a batch" in end.text
         assert "parallel.step_timeout_s" in end.text
@@ -169,9 +171,8 @@ def test_a_silent_evaluation_rank_ends_the_run(tiny_store: Path, tmp_path: Path)
         ChainScorer.score = score  # type: ignore[method-assign,assignment]
         run_rank(config, RunOptions())
 
-    ends = run_apart(function, 2, tmp_path, timeout_s=30)
+    ends = run_apart(function, 2, tmp_path)
     assert ends[0].status == RankLostError.exit_status
-    assert ends[0].seconds < 30
     assert "Gave no more sign of life, last seen: rank 1 on " in ends[0].text
     assert "at step 2, evaluation" in ends[0].text
 
@@ -260,7 +261,7 @@ def test_ranks_that_never_come_are_named(tiny_store: Path, tmp_path: Path) -> No
 
     ends = run_apart(function, 2, tmp_path)
     assert ends[0].status == RankLostError.exit_status
-    assert ends[0].seconds < 15
+    assert ends[0].seconds < 60
     assert "1 of 2 ranks did not come to 127.0.0.1:" in ends[0].text
     assert "ranks 1; look at their first lines" in ends[0].text
 
@@ -311,3 +312,38 @@ def test_only_the_first_thread_of_a_process_tells_why_it_ends() -> None:
     other.start()
     other.join()
     assert watch._speaks()
+
+
+def frozen() -> None:
+    time.sleep(2)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.distributed
+def test_a_frozen_rank_0_with_its_store_is_named_and_the_others_end(tiny_store: Path, tmp_path: Path) -> None:
+    config = two_ranks(tiny_store, tmp_path / "run")
+    ends = run_apart(disturbed(config, 0, 3, frozen), 2, tmp_path)
+    assert ends[1].status == RankLostError.exit_status
+    assert "key-value store has not answered for" in ends[1].text
+    assert "rank 0 on " in ends[1].text
+    assert "which holds it, stands still or its node is gone" in ends[1].text
+    assert len(ends[1].text.splitlines()) == 1, ends[1].text
+
+
+@pytest.mark.distributed
+def test_a_rank_0_that_freezes_before_the_ranks_have_met_is_not_waited_for(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(
+        tiny_store, tmp_path, "parallel.ranks_per_node=2", "parallel.startup_timeout_s=3", "parallel.step_timeout_s=3"
+    )
+
+    def function(rank: int) -> None:
+        meeting.GRACE_S = 2.0  # type: ignore[assignment]
+        if rank == 0:  # a listener that never answers
+            with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
+                time.sleep(60)
+        start(config)
+
+    ends = run_apart(function, 2, tmp_path)
+    assert ends[1].status == RankLostError.exit_status
+    assert "rank 1 of 2" in ends[1].text
+    assert "rank 0 at 127.0.0.1:" in ends[1].text

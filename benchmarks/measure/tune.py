@@ -373,8 +373,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no CUDA device: launch parameters are chosen where they are used")
-    begin = time.monotonic()
-    limit = 60 * arguments.minutes
+    begin, limit = time.monotonic(), 60 * arguments.minutes
     cases = all_cases(arguments.dap, arguments.evaluation)
     context = multiprocessing.get_context("spawn")
     state = (arguments.dap, arguments.evaluation)

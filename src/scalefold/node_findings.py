@@ -38,7 +38,7 @@ def kernel_cache_rows(cache: Path, triton_version: str | None = None) -> list[Ro
         return [("note", "kernels", f"{cache} holds none that `scalefold compile` made: a first start compiles them")]
     installed = triton_version or _version("triton")
     rows: list[Row] = []
-    for system, made in json.loads(file.read_text()).items():
+    for system, made in json.loads(file.read_text(encoding="utf-8")).items():
         hits = sum(any((cache / folder).glob("*")) for folder in made["folders"])
         misses = len(made["folders"]) - hits
         if made["triton"] != installed:

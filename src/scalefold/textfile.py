@@ -1,7 +1,10 @@
 """Text files that people write: UTF-8, or one line that says where it is not and how to save it; and JSON from them."""
 
+import contextlib
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +50,29 @@ def is_number(value: Any) -> bool:
 def is_finite_number(value: Any) -> bool:
     """Whether a JSON value is a number other than NaN and infinity."""
     return is_number(value) and math.isfinite(value)
+
+
+def write_line(file_descriptor: int, line: str) -> None:
+    """Append a whole line or nothing: what a full disk takes of it is taken back.
+
+    Raises:
+        OSError: the line could not be written.
+    """
+    data, size = f"{line}\n".encode(), os.fstat(file_descriptor).st_size
+    try:
+        written = 0
+        while written < len(data):
+            written += os.write(file_descriptor, data[written:])
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.ftruncate(file_descriptor, size)
+        raise
+
+
+def sync(file_descriptor: int) -> None:
+    """Have the operating system put a file onto the disk, where what is open lies on one."""
+    try:
+        os.fsync(file_descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise

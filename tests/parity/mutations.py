@@ -1,4 +1,4 @@
-"""Plants ten defects, one at a time, in a copy of the package, and shows that a test catches each.
+"""Plants defects, one at a time in each copy of the package, and shows that a test catches each.
 
 PYTHONPATH=tests python -m parity.mutations
 """
@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Queue
 
 from conftest import REPOSITORY, find_shared
 
@@ -99,6 +101,216 @@ MUTATIONS = (
         "exp_avg_sq.sqrt().add_(eps).div_(correction_2_sqrt)",
         "test_optim.py::test_five_steps_equal_torch_adam_with_clipping_and_averaging",
     ),
+    Mutation(
+        "the last chain is dropped from the mean lDDT-Cα",
+        "eval/score.py",
+        "return sum(self.chains.values()) / len(self.chains)",
+        "return sum(list(self.chains.values())[:-1]) / max(1, len(self.chains) - 1)",
+        "test_evaluation.py::test_the_score_is_the_plain_mean_over_all_chains",
+    ),
+    Mutation(
+        "a chain that two ranks scored passes",
+        "eval/score.py",
+        "if len(pairs) != len(scores) or set(scores) != set(expected):",
+        "if set(scores) != set(expected):",
+        "test_evaluation.py::test_a_chain_that_two_ranks_scored_is_refused",
+    ),
+    Mutation(
+        "a score that is NaN passes",
+        "eval/score.py",
+        "if not 0.0 <= value <= 1.0 + 1e-6]",
+        "if value < 0.0 or value > 1.0 + 1e-6]",
+        "test_evaluation.py::test_a_score_that_is_missing_foreign_or_impossible_is_refused[nan]",
+    ),
+    Mutation(
+        "chains are placed by length instead of its square",
+        "eval/score.py",
+        "loads[target] += lengths[chain] ** 2",
+        "loads[target] += lengths[chain]",
+        "test_evaluators.py::test_chains_are_placed_by_cost_longest_first_and_the_same_on_every_rank",
+    ),
+    Mutation(
+        "`skip` drops the newest snapshot",
+        "eval/snapshots.py",
+        "dropped = self._queue.popleft()",
+        "dropped = self._queue.pop()",
+        "test_evaluation.py::test_skip_drops_the_oldest_waiting_snapshot_and_says_so",
+    ),
+    Mutation(
+        "a snapshot is no copy of the weights",
+        "eval/snapshots.py",
+        "averaged.detach().clone()",
+        "averaged.detach()",
+        "test_evaluation.py::test_a_snapshot_holds_the_weights_as_of_its_step",
+    ),
+    Mutation(
+        "a snapshot is sent while another is on its way",
+        "eval/snapshots.py",
+        "if not self._queue or self._flight is not None or not self.store.check",
+        "if not self._queue or not self.store.check",
+        "test_evaluation.py::test_nothing_is_sent_while_another_snapshot_is_on_its_way",
+    ),
+    Mutation(
+        "one shared slot instead of three",
+        "data/loading/shared_loader.py",
+        "NUM_SLOTS = 3",
+        "NUM_SLOTS = 1",
+        "test_shared_loader.py::test_a_batch_stays_while_the_next_two_arrive",
+    ),
+    Mutation(
+        "the end of a run forgets the evaluator",
+        "run/assemble.py",
+        '    ending.add("evaluation workers", evaluator.close)\n',
+        "",
+        "test_evaluation.py::test_a_run_lets_go_of_its_evaluator",
+    ),
+    Mutation(
+        "the loop does not look at its evaluation",
+        "run/loop.py",
+        "reached = run.evaluator.submit(step)",
+        "run.evaluator.submit(step)",
+        "test_train.py::test_a_run_ends_with_a_log_a_record_and_its_configuration",
+    ),
+    Mutation(
+        "dropout seeds count from the start of the process",
+        "run/loop.py",
+        "forward_seed(run.start.seed, run.ranks.dp_index, step)",
+        "forward_seed(run.start.seed, run.ranks.dp_index, step - run.start.first_step)",
+        "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit",
+    ),
+    Mutation(
+        "a resumed run repeats its last step",
+        "run/resume.py",
+        "return self.state.iteration + 1 if self.state else 1",
+        "return self.state.iteration if self.state else 1",
+        "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit",
+    ),
+    Mutation(
+        "a stop inside gradient accumulation does not wait for the update",
+        "run/stops.py",
+        "return step % self.schedule.config.training.gradient_accumulation_steps == 0",
+        "return True",
+        "test_resume.py::test_a_stop_inside_gradient_accumulation_waits_for_the_update",
+    ),
+    Mutation(
+        "a resume takes a checkpoint without looking at its hash",
+        "step/checkpoint.py",
+        "elif sha256_of(folder / name) != state.sha256[name]:",
+        "elif not state.sha256[name]:",
+        "test_resume.py::test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_named",
+    ),
+    Mutation(
+        "a checkpoint gets its name before it is on the disk",
+        "step/checkpoint_writer.py",
+        "    flush(temporary)\n    if target.exists():",
+        "    if target.exists():",
+        "test_checkpoint.py::test_files_reach_the_disk_before_the_name_does",
+    ),
+    Mutation(
+        "a resume forgets how many updates the average holds",
+        "step/checkpoint.py",
+        "    optimizer.num_averaged = state.num_averaged\n    return state",
+        "    return state",
+        "test_train.py::test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit",
+    ),
+    Mutation(
+        "warm-up does not put the averages back",
+        "step/graphs.py",
+        "buffers = (flat.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.averaged)\n    saved",
+        "buffers = (flat.master, optimizer.exp_avg, optimizer.exp_avg_sq)\n    saved",
+        "test_step.py::test_warm_up_puts_every_bit_back_and_leaves_no_gradient",
+    ),
+    Mutation(
+        "two training cycles may be open in a log",
+        "mlperf/log/events.py",
+        "if self._open_epoch is not None:",
+        "if self._open_epoch == step:",
+        "test_mlperf_events.py::test_an_illegal_order_is_refused",
+    ),
+    Mutation(
+        "a run that fails is logged as a success",
+        "mlperf/log/events.py",
+        'self._log("INTERVAL_END", "run_stop", None, {"status": "aborted"})',
+        'self._log("INTERVAL_END", "run_stop", None, {"status": "success"})',
+        "test_mlperf_events.py::test_abort_stops_a_running_clock_once",
+    ),
+    Mutation(
+        "parts of a log are joined without order",
+        "mlperf/log/events.py",
+        "    lines.sort(key=lambda line: line.time_ms)\n",
+        "",
+        "test_mlperf_events.py::test_two_roots_of_an_asynchronous_run_give_one_log_in_time_order",
+    ),
+    Mutation(
+        "a clock that is set back turns the log back",
+        "mlperf/log/events.py",
+        "return lambda: (offset_ns + time.monotonic_ns()) // 1_000_000",
+        "return lambda: time.time_ns() // 1_000_000 + 0 * offset_ns",
+        "test_mlperf_events.py::test_stamps_go_on_when_the_system_clock_is_set_back",
+    ),
+    Mutation(
+        "a full disk leaves half a line",
+        "textfile.py",
+        "os.ftruncate(file_descriptor, size)",
+        "pass",
+        "test_mlperf_events.py::test_a_full_disk_leaves_no_half_line",
+    ),
+    Mutation(
+        "a resumed record drops the step it resumes from",
+        "report/record.py",
+        'if e["kind"] == "run" or _number(e.get("step", step)) <= step]',
+        'if e["kind"] == "run" or _number(e.get("step", step)) < step]',
+        "test_report_record.py::test_a_resumed_run_drops_exactly_the_steps_that_will_be_repeated",
+    ),
+    Mutation(
+        "draws that were passed over are forgotten",
+        "data/loading/loader.py",
+        "self._passed_over.update(range(self._newest + 1, draw))",
+        "self._passed_over.update(())",
+        "test_loader.py::test_draws_passed_over_by_one_loader_are_the_first_of_the_next",
+    ),
+    Mutation(
+        "the loader delivers another iteration than was asked for",
+        "data/loading/loader.py",
+        "if self._in_order and batch.iteration != iteration:",
+        "if self._in_order and batch.iteration > iteration:",
+        "test_loader.py::test_skipping_an_iteration_is_an_error",
+    ),
+    Mutation(
+        "of the ready batches the latest draw comes first",
+        "data/loading/loader.py",
+        "heapq.heappush(self._ready, (batch.iteration, batch))",
+        "heapq.heappush(self._ready, (-batch.iteration, batch))",
+        "test_loader.py::test_of_the_ready_batches_the_earliest_draw_comes_first",
+    ),
+    Mutation(
+        "evaluation features depend on the order of the chains",
+        "data/loading/loader.py",
+        "(seed_from_string(chain_id),)",
+        "(number,)",
+        "test_loader.py::test_evaluation_features_depend_on_the_chain_alone_and_are_built_once",
+    ),
+    Mutation(
+        "replicas draw the same samples",
+        "data/loading/sampler.py",
+        "places = (replica + self._num_replicas * (first + j) for",
+        "places = (self._num_replicas * (first + j) for",
+        "test_sampler.py::test_replicas_share_the_global_stream_without_overlap",
+    ),
+    Mutation(
+        "a resume passes over what the loader had left over",
+        "data/loading/sampler.py",
+        "return sorted([*missing, *self._left_over[drawn:]])",
+        "return sorted(missing)",
+        "test_sampler.py::test_whatever_is_passed_over_comes_first_after_the_next_start",
+    ),
+    Mutation(
+        "workers that are alive and slow are called dead",
+        "data/loading/waiting.py",
+        "    if standing:",
+        "    if not standing:",
+        "test_loader.py::test_workers_that_are_alive_and_slow_are_not_called_dead",
+    ),
 )
 
 
@@ -108,6 +320,7 @@ class Workshop:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.package = folder / "src" / "scalefold"
+        folder.mkdir(parents=True, exist_ok=True)
         ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
         for name in ("src", "tests"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=ignore)
@@ -151,20 +364,31 @@ class Workshop:
 
 def main() -> int:
     """Check that the tests pass without a defect and fail with each; one summary line; status 1 if one is missed."""
-    start = time.monotonic()
+    start, count = time.monotonic(), min(len(MUTATIONS), os.cpu_count() or 1)
     with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop(Path(folder))
-        if workshop.origin().resolve() != workshop.package.resolve():
-            raise SystemExit(f"error: tests would import {workshop.origin()}, not the copy in {workshop.package}")
-        if workshop.run(*(mutation.test for mutation in MUTATIONS)) != 0:
+        shops: Queue[Workshop] = Queue()
+        for number in range(count):
+            shops.put(Workshop(Path(folder) / str(number)))
+        first = shops.queue[0]
+        if first.origin().resolve() != first.package.resolve():
+            raise SystemExit(f"error: tests would import {first.origin()}, not the copy in {first.package}")
+        if first.run(*sorted({mutation.test for mutation in MUTATIONS})) != 0:
             raise SystemExit("error: the tests fail without any defect (or are absent); run `make test` first")
-        caught = 0
-        for mutation in MUTATIONS:
-            found = workshop.catches(mutation)
-            caught += found
-            print(f"{'caught' if found else 'MISSED'}  {mutation.title}: {mutation.test}", flush=True)
+        with ThreadPoolExecutor(count) as pool:
+            caught = sum(pool.map(lambda mutation: tried(mutation, shops), MUTATIONS))
     print(f"mutations: {caught} of {len(MUTATIONS)} caught in {time.monotonic() - start:.0f} s")
     return 0 if caught == len(MUTATIONS) else 1
+
+
+def tried(mutation: Mutation, shops: "Queue[Workshop]") -> bool:
+    """Whether the mutation is caught in a workshop that is free; says so."""
+    shop = shops.get()
+    try:
+        found = shop.catches(mutation)
+    finally:
+        shops.put(shop)
+    print(f"{'caught' if found else 'MISSED'}  {mutation.title}: {mutation.test}", flush=True)
+    return found
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Heavy imports happen inside the verbs, so that ``scalefold show`` works on a log
 """
 
 import errno
+import io
+import os
 import sys
 from typing import Annotated
 
@@ -43,17 +45,34 @@ def main() -> None:
 
     A file that cannot be opened, read or written is a user error too.
     """
+    print_anything()
     try:
         app()
     except ScaleFoldError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         leave(error.exit_status)
     except OSError as error:
-        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.filename is None and error.errno not in SHORTAGES:
             raise
         place = f"{error.filename}: " if error.filename is not None else ""
-        print(f"error: {place}{error.strerror}", file=sys.stderr, flush=True)
+        what_to_do = SHORTAGES.get(error.errno or 0, "")
+        print(f"error: {place}{error.strerror}{what_to_do}", file=sys.stderr, flush=True)
         leave(ScaleFoldError.exit_status)
+
+
+SHORTAGES = {
+    errno.ENOSPC: "",
+    errno.EDQUOT: "",
+    errno.EMFILE: f"; raise the limit (ulimit -n), which this process ({os.getpid()}) has reached",
+    errno.ENFILE: "; the whole node has reached its limit (sysctl fs.file-max)",
+}  # of no file in particular
+
+
+def print_anything() -> None:
+    """Let no character end a program: what the terminal's encoding lacks is printed as its escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 for verb in (doctor, show, prepare, download, verify_data, train, check, plan, simulate, launch):

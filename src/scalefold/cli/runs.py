@@ -30,14 +30,17 @@ def leave(status: int) -> None:
     sys.exit(status)
 
 
-def doctor() -> None:
-    """Examine this machine. Exit status 1 if a run would fail.
+def doctor(
+    run: Annotated[Path | None, typer.Option(help="explain from its files how this run ended, run_dir")] = None,
+) -> None:
+    """Examine this machine, or a run that has ended. Exit status 1 if a run would fail, or cannot be resumed.
 
-    Example: scalefold doctor
+    Examples: scalefold doctor; scalefold doctor --run runs/mine
     """
+    from scalefold.autopsy import examine_run
     from scalefold.doctor import examine
 
-    findings = examine()
+    findings = examine() if run is None else examine_run(run)
     for finding in findings:
         print(f"{finding.level:8s} {finding.topic:16s} {finding.text}")
     raise typer.Exit(code=int(any(f.level == "problem" for f in findings)))
@@ -73,19 +76,27 @@ def train(
     accept_changes: Annotated[
         bool, typer.Option(help="with --resume: go on although settings differ from the run's config.yaml")
     ] = False,
+    inject: Annotated[
+        list[str] | None, typer.Option(help="rehearse a fault, FAULT@STEP (again for more); the run is no result")
+    ] = None,
 ) -> None:
     """Train until the target is reached. The same command under srun, torchrun and mpirun.
 
     Exit status 0: target reached; 4: step budget ended or stop was requested; 5: another rank was lost; 6: the next of
     the configuration's phases needs other ranks, start them with --resume; 2: any other error that has a message.
 
+    Faults to rehearse: kill-root, kill-rank, kill-evaluation, kill-worker, freeze-root, freeze-rank, freeze-evaluation,
+    freeze-worker, nan-gradient, nan-loss, full-disk-checkpoint, full-disk-log, slow-storage, clock-jump,
+    evaluation-memory, open-files; docs/faults.md says what each does and what a run says of it.
+
     Example: scalefold train configs/tiny.yaml run.run_dir=runs/mine
     """
     from scalefold.config import load_config
+    from scalefold.rehearse.faults import parse_faults
     from scalefold.run.begin import RunOptions
     from scalefold.run.loop import run_rank
 
-    options = RunOptions(resume, result_index, instance, accept_changes)
+    options = RunOptions(resume, result_index, instance, accept_changes, parse_faults(inject or []))
     outcome = run_rank(load_config(config, overrides or []).config, options)
     leave(outcome.exit_status if outcome is not None else 0)
 

@@ -12,6 +12,11 @@ def feature_settings(config: Config) -> FeatureSettings:
     return FeatureSettings(**configured, templates_enabled=config.model.templates_enabled)
 
 
+def batch_limits_s(config: Config) -> tuple[float, float]:
+    """How long the first batch and any other may take: a little less than the watch allows, which knows no loader."""
+    return 0.9 * config.parallel.startup_timeout_s, 0.9 * config.parallel.step_timeout_s
+
+
 def evaluation_lengths(config: Config, store: Store) -> dict[str, int]:
     """Evaluation chains with their lengths: the store's own list if it has one, else the benchmark's CAMEO list."""
     d = config.data

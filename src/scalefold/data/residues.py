@@ -12,7 +12,7 @@ from importlib import resources
 import numpy as np
 
 _PACKAGE = resources.files("scalefold.data")
-_FACTS = json.loads(_PACKAGE.joinpath("residues.json").read_text())
+_FACTS = json.loads(_PACKAGE.joinpath("residues.json").read_text(encoding="utf-8"))
 
 
 def _load_tables() -> dict[str, np.ndarray]:
@@ -130,7 +130,7 @@ ATOM14_RENAMING, ATOM14_IS_AMBIGUOUS, RIGID_GROUP_IS_AMBIGUOUS = _renaming()
 
 
 def _monomer_letters() -> dict[str, str]:
-    with _PACKAGE.joinpath("monomer_letters.csv").open() as lines:
+    with _PACKAGE.joinpath("monomer_letters.csv").open(encoding="utf-8") as lines:
         return {row["monomer"]: row["letter"] for row in csv.DictReader(lines)}
 
 

@@ -108,6 +108,7 @@ def serve_evaluations(
     weights: Tensor,
     events: Events,
     note_cycle: Callable[..., None] = lambda step, **facts: None,
+    before: Callable[[ChainScorer, int], None] = lambda scorer, step: None,
 ) -> float | None:
     """An evaluation rank's life after ``run_start``: score snapshots until training ends or the target is reached.
 
@@ -125,6 +126,7 @@ def serve_evaluations(
             break
         ranks.watch.at("evaluation", step)
         events.eval_start(step)
+        before(scorer, step)
         result = scorer.score(flat, weights)
         last = result.lddt_ca
         events.eval_accuracy(step, last)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalefold.config import Config
+from scalefold.data.configured import batch_limits_s
 from scalefold.data.features.features import FeatureSettings
 from scalefold.data.loading.loader import EvalSet, to_device
 from scalefold.data.made.synthetic import synthetic_batch
@@ -61,7 +62,10 @@ def score_chains(
     names, scores = [], []
     for name, batch in chains:
         names.append(name)
-        scores.append(predict(batch).reshape(()).double())
+        try:
+            scores.append(predict(batch).reshape(()).double())
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(f"chain {name}: {error}") from error
     values = torch.stack(scores).cpu().tolist() if scores else []
     return dict(zip(names, values, strict=True))
 
@@ -104,6 +108,7 @@ class ChainScorer:
             settings,
             num_workers=d.num_eval_workers,
             pin_memory=d.pin_memory and self.model.device.type == "cuda",
+            limit_s=batch_limits_s(config)[0],
         )
 
     def spawn(self) -> None:

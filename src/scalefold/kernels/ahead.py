@@ -113,11 +113,11 @@ def stand_in_for_driver() -> Iterator[Callable[[Any], None]]:
     if not hasattr(nvidia, "make_launcher"):
         yield lambda kernel: None
         return
-    names = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\s*\()", Path(nvidia.__file__).read_text())))
+    names = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\s*\()", Path(nvidia.__file__).read_text(encoding="utf-8"))))
     before = triton.knobs.nvidia.libcuda_path
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "stand_in.c", Path(folder) / "libcuda.so.1"
-        source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in names))
+        source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in names), encoding="utf-8")
         compiler = os.environ.get("CC", "gcc")
         subprocess.run(
             [compiler, "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(library)],

@@ -226,7 +226,7 @@ def save(stem: str, entries: Mapping[str, Mapping[str, Config]]) -> Path:
     path = TABLES / f"{stem}.json"
     path.parent.mkdir(exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n")
+    partial.write_text(json.dumps(merged, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(path)
     table.cache_clear()
     _resolved.cache_clear()

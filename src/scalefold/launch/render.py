@@ -74,7 +74,7 @@ def render_sbatch(
         "network_check": "\n".join(network_check_lines(config)),
         "drop_caches": "\n".join(drop_caches_lines(config)),
     }
-    text = re.sub(r"@(\w+)@", lambda match: values[match[1]], TEMPLATE.read_text())
+    text = re.sub(r"@(\w+)@", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
     return re.sub(r"\n{3,}", "\n\n", text)
 
 

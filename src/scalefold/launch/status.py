@@ -167,7 +167,7 @@ def queue_state(job_id: str) -> dict[str, str]:
 
 def _first_line(command: list[str]) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return (done.stdout.splitlines() or [""])[0].strip() if done.returncode == 0 else ""
@@ -189,13 +189,13 @@ def _job_status(folder: Path, check: bool) -> JobStatus:
     alive = None if not queue else queue.get("state") in ("RUNNING", "COMPLETING")
     runs = tuple(run_status(run, check, alive) for run in ([folder] if is_run(folder) else run_folders(folder)))
     suspects = folder / "suspect_nodes"
-    nodes = tuple(sorted(set(suspects.read_text().split()))) if suspects.is_file() else ()
+    nodes = tuple(sorted(set(suspects.read_text(encoding="utf-8").split()))) if suspects.is_file() else ()
     return JobStatus(folder, job_id, queue, _expected_runs(folder), runs, nodes)
 
 
 def _expected_runs(folder: Path) -> int | None:
     script = folder / "job.sbatch"
-    text = script.read_text() if script.is_file() else ""
+    text = script.read_text(encoding="utf-8") if script.is_file() else ""
     found = [re.search(rf"^{name}=(\d+)", text, re.M) for name in ("repeats", "instances")]
     return int(found[0][1]) * int(found[1][1]) if found[0] and found[1] else None
 
@@ -296,13 +296,13 @@ def _verdict(log: Path, check: bool) -> str:
     """The check's headline: kept beside the log, or found now."""
     kept = log.with_name(VERDICT_FILE)
     if not check and kept.is_file() and kept.stat().st_mtime >= log.stat().st_mtime:
-        facts: dict[str, Any] = json.loads(kept.read_text())
+        facts: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         if facts.get("log") == log.name:
             return str(facts["headline"])
     headline = _headline(log, log.stat().st_mtime_ns)
     if check:
         temporary = kept.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"log": log.name, "headline": headline}) + "\n")
+        temporary.write_text(json.dumps({"log": log.name, "headline": headline}) + "\n", encoding="utf-8")
         temporary.replace(kept)
     return headline
 

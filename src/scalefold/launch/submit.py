@@ -39,9 +39,11 @@ def submit(config: Config, text: str, project_dir: Path, continue_job: int | Non
     run_dir.mkdir(parents=True, exist_ok=True)
     file = run_dir / JOB_FILE
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(file)
-    done = subprocess.run(["sbatch", "--parsable", str(file)], cwd=project_dir, capture_output=True, text=True)
+    done = subprocess.run(
+        ["sbatch", "--parsable", str(file)], cwd=project_dir, capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         raise ConfigError(f"{file}: sbatch refuses the job: {done.stderr.strip()}")
     return file, done.stdout.strip().split(";")[0]
@@ -49,4 +51,7 @@ def submit(config: Config, text: str, project_dir: Path, continue_job: int | Non
 
 def has_pyxis() -> bool:
     """Whether srun knows the options of NVIDIA's container plugin."""
-    return "--container-image" in subprocess.run(["srun", "--help"], capture_output=True, text=True).stdout
+    return (
+        "--container-image"
+        in subprocess.run(["srun", "--help"], capture_output=True, encoding="utf-8", errors="replace").stdout
+    )

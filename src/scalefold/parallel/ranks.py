@@ -8,6 +8,10 @@ import datetime
 import ipaddress
 import os
 import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError, RankLostError
-from scalefold.parallel.watch import Watch
+from scalefold.parallel.watch import GRACE_S, Watch
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,34 @@ def start(config: Config) -> Ranks:
     ranks = Ranks(layout, environment.rank, environment.local_rank, device, launcher=environment.launcher)
     if layout.world_size > 1:
         _rendezvous(environment)
-        store = _open_store(ranks, p.startup_timeout_s)
-        _join(ranks, store, datetime.timedelta(seconds=p.startup_timeout_s))
-        _start_watch(ranks, store, p.startup_timeout_s, p.step_timeout_s)
+        with _bounded(ranks, 2 * p.startup_timeout_s + GRACE_S):
+            store = _open_store(ranks, p.startup_timeout_s)
+            _join(ranks, store, datetime.timedelta(seconds=p.startup_timeout_s))
+            _start_watch(ranks, store, p.startup_timeout_s, p.step_timeout_s)
     return ranks
+
+
+@contextmanager
+def _bounded(ranks: Ranks, limit_s: float) -> Iterator[None]:
+    """End this process if what is inside stands: a store on a frozen host takes connections and answers nothing."""
+
+    def give_up() -> None:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        print(
+            f"error: {ranks.describe()}: rank 0 at {place} took the connection and has not answered within "
+            f"{limit_s:.0f} s (2 x parallel.startup_timeout_s): it stands still or its node is gone; look there",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(RankLostError.exit_status)
+
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _rendezvous(environment: Environment) -> None:

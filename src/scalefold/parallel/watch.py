@@ -21,7 +21,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -86,6 +87,7 @@ class Watch:
         self.groups: list[dist.ProcessGroup] = []  # their own timeout follows the activity
         self._groups_wait_s = self.startup_timeout_s
         self.before_exit: Callable[[], None] = lambda: None
+        self.last_words: Callable[[BaseException], None] = lambda error: None
         self._store = own_connection(store) if store is not None else None
         self._activity, self._step, self._since = "start-up", 0, time.monotonic()
         self._first_step: int | None = None
@@ -97,6 +99,8 @@ class Watch:
         self._speaker: list[int] = []  # the thread that ends this process and prints why; the other keeps silent
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
+        self._asked: dict[int, float] = {}  # since when a thread waits for the store
+        self._root: Sign | None = None
 
     def start(self) -> None:
         """Give the first sign and go on giving signs."""
@@ -104,6 +108,7 @@ class Watch:
             self._beat(self._store)
             self._thread = threading.Thread(target=self._run, args=(self._store,), name="watch", daemon=True)
             self._thread.start()
+            threading.Thread(target=self._guard, name="store-guard", daemon=True).start()
 
     def stop(self) -> None:
         """Give no more signs; the run is ending in an orderly way."""
@@ -177,6 +182,7 @@ class Watch:
 
     def _run(self, store: Store) -> None:
         try:
+            self._root = self._read(store, 0)
             while not self._stopped.wait(self.beat_s):
                 self._beat(store)
                 if self._explaining:
@@ -190,7 +196,8 @@ class Watch:
 
     def _beat(self, store: Store) -> None:
         self._beats += 1
-        store.set(f"sign_{self.rank}", json.dumps(asdict(self.sign())))
+        with self._asking():
+            store.set(f"sign_{self.rank}", json.dumps(asdict(self.sign())))
 
     def _judge(self, store: Store) -> str | None:
         """A verdict of our own: this rank stands still, or its neighbour gives no sign."""
@@ -200,10 +207,30 @@ class Watch:
         now, beat = time.monotonic(), self._read(store, (self.rank + 1) % self.world_size).beat
         if beat != self._neighbour[0]:
             self._neighbour = (beat, now)
-        patience_s = (self.step_timeout_s if self._stepping else self.startup_timeout_s) / 2
-        if now - self._neighbour[1] > patience_s:
-            return self._agree(store, self._diagnosis(store, f"no sign of a rank for {patience_s:.0f} s"))
+        if now - self._neighbour[1] > self.patience_s:
+            return self._agree(store, self._diagnosis(store, f"no sign of a rank for {self.patience_s:.0f} s"))
         return None
+
+    @property
+    def patience_s(self) -> float:
+        """How long another rank, or the store, may give no sign."""
+        return (self.step_timeout_s if self._stepping else self.startup_timeout_s) / 2
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Inside, this thread waits for the store, which nothing but ``_guard`` ends if its host stands still."""
+        self._asked[threading.get_ident()] = time.monotonic()
+        try:
+            yield
+        finally:
+            del self._asked[threading.get_ident()]
+
+    def _guard(self) -> None:
+        """End this process once the store has owed an answer for too long; no thread that waits for it can."""
+        while not self._stopped.wait(self.beat_s):
+            waited_s = time.monotonic() - min(list(self._asked.values()), default=time.monotonic())
+            if waited_s > self.patience_s:
+                self._end(self._store_is_silent(waited_s))
 
     def _diagnosis(self, store: Store, reason: str) -> str:
         """Look at all ranks twice, some beats apart, and say who is to blame."""
@@ -217,14 +244,17 @@ class Watch:
         return f"{self.sign().text()}: {reason}. {blame([signs[rank] for rank in self.peers], silent)}"
 
     def _read(self, store: Store, rank: int) -> Sign:
-        return Sign(**json.loads(store.get(f"sign_{rank}")))
+        with self._asking():
+            return Sign(**json.loads(store.get(f"sign_{rank}")))
 
     def _verdict(self, store: Store) -> str | None:
-        return store.get("verdict").decode() if store.check(["verdict"]) else None
+        with self._asking():
+            return store.get("verdict").decode() if store.check(["verdict"]) else None
 
     def _agree(self, store: Store, verdict: str) -> str:
         """The first verdict of the run: ours, or the one that another rank was quicker to write."""
-        return store.compare_set("verdict", "", verdict).decode()
+        with self._asking():
+            return store.compare_set("verdict", "", verdict).decode()
 
     def _await_verdict(self, store: Store) -> str | None:
         """The verdict of a rank that failed by itself, which comes before its connections break."""
@@ -250,13 +280,24 @@ class Watch:
             "Look at the last lines of rank 0; continue from the last checkpoint with --resume"
         )
 
+    def _store_is_silent(self, waited_s: float) -> str:
+        root = f"rank 0 on {self._root.host} (pid {self._root.pid})" if self._root else "rank 0"
+        return (
+            f"{self.sign().text()}: the run's key-value store has not answered for {waited_s:.0f} s: {root}, which "
+            "holds it, stands still or its node is gone. Look at that node; continue from the last checkpoint with "
+            "--resume"
+        )
+
     def _exit(self, verdict: str) -> None:
         """End this process whatever its main thread waits for; a collective on a GPU cannot be interrupted."""
-        if not self._speaks():
-            return
+        if self._speaks():
+            self._end(verdict, self._linger)
+
+    def _end(self, verdict: str, linger: Callable[[], None] = lambda: None) -> None:
         print(f"error: {verdict}", file=sys.stderr, flush=True)
-        self._linger()
+        linger()
         self.before_exit()
+        self.last_words(RankLostError(verdict))
         os._exit(RankLostError.exit_status)
 
 

@@ -21,12 +21,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from scalefold.errors import LogError
-from scalefold.textfile import is_number, parse_json
+from scalefold.textfile import is_number, parse_json, sync, write_line
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Record:
 
     def __init__(self, run_dir: Path | str, rank0: bool, resume_step: int | None = None) -> None:
         self.path = Path(run_dir) / METRICS_FILE
-        self._file: TextIO | None = None
+        self.descriptor: int | None = None
         self._clock_offset_s = 0.0
         self._clock_start: float | None = None
         self._start_parts: dict[str, float] | None = {}
@@ -88,7 +88,7 @@ class Record:
             _set_aside(self.path)
         elif self.path.exists():
             self._clock_offset_s = _truncate_after(self.path, resume_step)
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        self.descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         if resume_step is not None:
             self.event("resume", step=resume_step)
 
@@ -131,11 +131,12 @@ class Record:
 
     def close(self) -> None:
         """Flush to the disk and close; further calls do nothing."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            try:
+                sync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def __enter__(self) -> "Record":
         return self
@@ -144,7 +145,7 @@ class Record:
         self.close()
 
     def _write_row(self, kind: str, row: StepRow | EvalRow) -> None:
-        if self._file is None:
+        if self.descriptor is None:
             return
         facts = dict(vars(row))
         if facts["time_s"] is None:
@@ -152,8 +153,12 @@ class Record:
         self._write({"kind": kind} | {k: v for k, v in facts.items() if v is not None and v != {}})
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(_plain(entry), allow_nan=False) + "\n")
+        if self.descriptor is None:
+            return
+        try:
+            write_line(self.descriptor, json.dumps(_plain(entry), allow_nan=False))
+        except OSError as error:
+            raise LogError(f"{self.path}: cannot write the record: {error.strerror}") from None
 
 
 @dataclass(frozen=True)

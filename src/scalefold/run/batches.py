@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from scalefold.config import Config
+from scalefold.data.configured import batch_limits_s
 from scalefold.data.features.features import FeatureSettings
 from scalefold.data.loading.loader import Batch, TrainLoader, to_device
 from scalefold.data.loading.sampler import Delivered, TrainingSampler
@@ -115,6 +116,7 @@ def make_loader(config: Config, ranks: Ranks, settings: FeatureSettings) -> Trai
             prefetch_factor=d.prefetch_factor,
             in_order=d.dataloader == "pt",
             pin_memory=page_locked and not grouped,
+            limits_s=batch_limits_s(config),
         )
     if grouped or own is None:
         return SharedLoader(own, ranks, settings, config.local_batch_size, page_locked)

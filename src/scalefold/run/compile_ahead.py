@@ -75,10 +75,10 @@ def compile_kernels(config: Config, gpu: str, out: Path, note: Callable[[str], N
 def write_manifest(cache: Path, system: str, folders: set[str]) -> None:
     """Add a system's kernels to the list of what a cache holds, for ``doctor``."""
     file = cache / MANIFEST
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     known[system] = {"triton": importlib.metadata.version("triton"), "folders": sorted(folders)}
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     temporary.replace(file)
 
 

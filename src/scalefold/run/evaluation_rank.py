@@ -9,6 +9,7 @@ from scalefold.eval.score import ChainScorer
 from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks
 from scalefold.phases import Schedule
+from scalefold.rehearse.rehearsal import Rehearsal
 from scalefold.run.begin import begin, begin_counting, continue_counting, open_node_log
 from scalefold.run.header import log_header
 from scalefold.run.resume import RunOptions
@@ -16,7 +17,9 @@ from scalefold.step.build import choose_operations, flat_layout
 from scalefold.stop_signals import leave_stopping_to_others
 
 
-def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending) -> None:
+def evaluate_elsewhere(
+    schedule: Schedule, options: RunOptions, ranks: Ranks, ending: Ending, rehearsal: Rehearsal
+) -> None:
     """An evaluation rank's whole life, in step with the barriers of the training ranks; ``ending`` lets go of it."""
     leave_stopping_to_others()
     beginning = begin(schedule, options, ranks, ending)
@@ -43,5 +46,6 @@ def evaluate_elsewhere(schedule: Schedule, options: RunOptions, ranks: Ranks, en
         store = Store(config.data.store_dir)
         scorer.open_data(evaluation_lengths(config, store))
         store.close()
-        serve_evaluations(config, ranks, scorer, flat, weights, events, begin_counting(node_log))
+        note_cycle = begin_counting(node_log)
+        serve_evaluations(config, ranks, scorer, flat, weights, events, note_cycle, rehearsal.before_evaluation)
     events.close()  # whoever joins the parts of the log must find all of this one

@@ -137,5 +137,5 @@ def _version(package: str) -> str | None:
 def write_resolved(path: Path, config: Config) -> None:
     """Keep the resolved configuration beside the log."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(dump_config(config))
+    temporary.write_text(dump_config(config), encoding="utf-8")
     temporary.replace(path)

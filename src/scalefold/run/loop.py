@@ -13,19 +13,23 @@ import torch
 from scalefold.config import Config
 from scalefold.data.configured import evaluation_lengths
 from scalefold.data.loading.sampler import forward_seed
+from scalefold.data.loading.waiting import NotWanted
 from scalefold.data.store import selection
 from scalefold.data.store.store import Store
+from scalefold.errors import TrainingError
 from scalefold.mlperf.log.events import merge_parts
 from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import prepare_process, start
 from scalefold.parallel.stop import STOP_REQUESTED, TARGET_REACHED
 from scalefold.phases import EXIT_NEXT_PHASE
+from scalefold.rehearse.rehearsal import Rehearsal
 from scalefold.run.assemble import Run, assemble, enter_next_phase, save
-from scalefold.run.begin import RunOptions, begin_counting, check_places, open_node_log, open_schedule
+from scalefold.run.begin import RunOptions, begin_counting, check_means, check_places, open_node_log, open_schedule
 from scalefold.run.evaluation_rank import evaluate_elsewhere
 from scalefold.run.step_log import Cycle, StepLog
 from scalefold.telemetry.profile import Span, Window
 
+LESS = "use more GPUs per sample (parallel.dap_size) or execution.activation_checkpointing, and continue with --resume"
 EXIT_STATUS = {"success": 0, "aborted": 4, "next_phase": EXIT_NEXT_PHASE}
 
 
@@ -52,6 +56,7 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
     """
     schedule = open_schedule(config, options.resume)
     check_places(schedule.config)
+    check_means(schedule.config)
     prepare_process(schedule.config)
     with Ending() as ending:
         ranks, outcome = start(schedule.config), None
@@ -59,14 +64,20 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
         ending.add("process groups", ranks.stop, after_errors=False)
         with ranks.watch:
             try:
+                rehearsal = Rehearsal(options.inject, ranks, schedule.config)
                 if ranks.trains:
                     run = assemble(schedule, options, ranks, ending)
-                    outcome = train(run)
+                    outcome = train(run, rehearsal)
                     ending.status = outcome.exit_status
                 else:
-                    evaluate_elsewhere(schedule, options, ranks, ending)
+                    evaluate_elsewhere(schedule, options, ranks, ending, rehearsal)
                 ranks.watch.at("end")
                 ranks.barrier()
+            except torch.OutOfMemoryError as error:
+                ranks.watch.before_exit()
+                sign = ranks.watch.sign()
+                where = f"{ranks.describe()}, step {sign.step}, {sign.activity}"
+                raise TrainingError(f"{where}: {str(error).splitlines()[0]}; {LESS}") from error
             except BaseException:
                 ranks.watch.before_exit()  # the log says so, or is removed if its clock never ran
                 raise
@@ -75,7 +86,7 @@ def run_rank(config: Config, options: RunOptions) -> Outcome | None:
     return outcome
 
 
-def train(run: Run) -> Outcome:
+def train(run: Run, rehearsal: Rehearsal) -> Outcome:
     """Train until the average lDDT-Cα reaches the target, the step budget ends, or the scheduler asks to stop.
 
     Raises:
@@ -88,7 +99,7 @@ def train(run: Run) -> Outcome:
         start_clock(run)
         steps = StepLog(run)
         with window(run, steps).around(numbers) as walk:
-            outcome = loop(run, steps, walk, begin_counting(node_log))
+            outcome = loop(run, steps, walk, begin_counting(node_log), rehearsal)
             run.events.run_stop("success" if outcome.status == "success" else "aborted")
         run.ranks.watch.at("checkpoint", outcome.step)
         run.saves.finish()
@@ -188,14 +199,20 @@ def spans(run: Run, steps: StepLog) -> list[Span]:
     ]
 
 
-def loop(run: Run, steps: StepLog, numbers: Iterable[int], note_cycle: Callable[..., None]) -> Outcome:
+def loop(
+    run: Run, steps: StepLog, numbers: Iterable[int], note_cycle: Callable[..., None], rehearsal: Rehearsal
+) -> Outcome:
     """Iterate over the numbers of the steps; evaluate, save and stop where they are due."""
-    t, at = run.config.training, run.ranks.watch.at
+    t, at, alone = run.config.training, run.ranks.watch.at, run.ranks.layout.world_size == 1
     cycle = Cycle(run)
     for step in numbers:
         cycle.begin(step)
         at("waiting for a batch", step)
-        batch = run.batches.loader.next(step)
+        rehearsal.before_step(run, step)
+        try:
+            batch = run.batches.loader.next(step, lambda: not (run.stops.asked and alone))
+        except NotWanted:
+            return leave_waiting(run, steps, step - 1)
         run.record.start_part("first_batch")
         at("training step", step)
         torch.manual_seed(forward_seed(run.start.seed, run.ranks.dp_index, step))
@@ -229,6 +246,15 @@ def loop(run: Run, steps: StepLog, numbers: Iterable[int], note_cycle: Callable[
         if stops:
             return finish(run, steps, step, "aborted")
     return finish(run, steps, t.num_train_iters, "aborted")
+
+
+def leave_waiting(run: Run, steps: StepLog, step: int) -> Outcome:
+    """Stop after ``step`` because the next batch does not come; a single process only, others wait for each other."""
+    steps.flush()
+    if step >= run.start.first_step and run.stops.between_updates(step):
+        run.ranks.watch.at("checkpoint", step)
+        save(run, step)
+    return finish(run, steps, step, "aborted")
 
 
 def saves_due(config: Config, step: int) -> bool:

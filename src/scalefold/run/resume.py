@@ -13,6 +13,7 @@ from scalefold.config import Config, LoadedConfig, describe_config, load_config
 from scalefold.errors import CheckpointError, ConfigError, LogError
 from scalefold.parallel.ranks import Ranks
 from scalefold.phases import Position, Schedule
+from scalefold.rehearse.faults import Fault
 from scalefold.step.checkpoint import Checkpoints, RunState, load_initial, load_run
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.reducer import broadcast_optimizer
@@ -58,6 +59,7 @@ class RunOptions:
     result_index: int = 0
     instance: int = 0
     accept_changes: bool = False
+    inject: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from scalefold.data.loading.loader import Batch
@@ -77,6 +78,11 @@ class Pending:
     values: Tensor
     stamp: "Stamp"
 
+    def named(self, names: Sequence[str]) -> tuple[dict[str, float], list[float]]:
+        """The values of all ranks by name, and this rank's own (``TrainStep.own``; none in a single process)."""
+        numbers = self.values.tolist()
+        return dict(zip(names, numbers[: len(names)], strict=True)), numbers[len(names) :]
+
 
 class Stamp:
     """A point in time on the device's own clock (CUDA event) or the host's."""
@@ -110,6 +116,8 @@ class StepLog:
 
     def push(self, step: int, batch: Batch, values: Tensor) -> None:
         """Start the copy of this step's values to the host and write the previous step."""
+        if (own := self.run.training.step.own) is not None:
+            values = torch.cat([values, own])
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         host.copy_(values, non_blocking=True)
         stamp = Stamp(self.run.ranks.device)
@@ -141,11 +149,11 @@ class StepLog:
         if pending is None:
             return
         pending.stamp.wait()
-        values = dict(zip(self.run.training.step.names, pending.values.tolist(), strict=True))
+        values, own = pending.named(self.run.training.step.names)
         step_ms = pending.stamp.ms_since(self._previous)
         self._previous = pending.stamp
         self._times_ms.append(step_ms)
-        self._check(pending, values)
+        self._check(pending, values, own)
         if pending.step % self.run.config.run.log_every_iters == 0:
             self._write(pending, values, step_ms)
 
@@ -167,14 +175,33 @@ class StepLog:
         run.record.step(row)
         run.progress.step(row)
 
-    def _check(self, pending: Pending, values: dict[str, float]) -> None:
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        where = f"{self.run.ranks.describe()}, step {pending.step}, chains {', '.join(pending.chain_ids)}"
-        if "grad_norm" in broken or "loss" in broken:
-            raise TrainingError(
-                f"{where}: not finite: {', '.join(broken)}. Last good checkpoint: "
-                f"{self.run.saves.writer.newest() or 'none'}; look at these chains, or try execution.precision: fp32"
-            )
-        if values.get("non_finite_terms"):
-            log.warning("%s: %g loss terms were not finite and left out", where, values["non_finite_terms"])
-            self.run.record.event("non_finite_terms", step=pending.step, chains=list(pending.chain_ids))
+    def _check(self, pending: Pending, values: dict[str, float], own: list[float]) -> None:
+        broken = [name for name in ("loss", "grad_norm") if not math.isfinite(values[name])]
+        if broken:
+            raise TrainingError(self._who_broke(pending, broken, own))
+        terms = values.get("non_finite_terms", 0.0)
+        if terms:
+            mine = own[self.run.training.step.names.index("non_finite_terms")] if own else terms
+            if mine:
+                where = f"{self.run.ranks.describe()}, step {pending.step}, chains {', '.join(pending.chain_ids)}"
+                log.warning("%s: %g loss terms were not finite and left out", where, mine)
+            chains = list(pending.chain_ids) if mine else []
+            self.run.record.event("non_finite_terms", step=pending.step, chains=chains)
+
+    def _who_broke(self, pending: Pending, broken: list[str], own: list[float]) -> str:
+        """What is not finite, and whose it was: every rank sees the sum, so the ranks tell each other."""
+        ranks, what = self.run.ranks, f"not finite: {', '.join(broken)}"
+        good = f"Last good checkpoint: {self.run.saves.writer.newest() or 'none'}"
+        look = "look at these chains, or try execution.precision: fp32"
+        mine = f"{ranks.describe()}, step {pending.step}, chains {', '.join(pending.chain_ids)}: {what}. {good}; {look}"
+        if not own:
+            return mine
+        faulty = not all(math.isfinite(number) for number in own)
+        report = (faulty, f"rank {ranks.rank} on {ranks.host}")
+        reports = [report] * ranks.layout.num_train_ranks
+        dist.all_gather_object(reports, report, group=ranks.train_control_group)
+        if faulty:
+            return mine
+        culprits = [place for guilty, place in reports if guilty]
+        whose = f"it began on {', '.join(culprits[:8])}" if culprits else "every rank's own numbers are finite"
+        return f"{ranks.describe()}, step {pending.step}: {what}; {whose}{', ...' if len(culprits) > 8 else ''}. {good}"

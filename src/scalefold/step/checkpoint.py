@@ -145,7 +145,7 @@ def read_state(folder: Path) -> RunState:
     """
     file = folder / STATE_FILE
     try:
-        state = RunState.of(json.loads(file.read_text()))
+        state = RunState.of(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file}: cannot read: {error}") from None
     hashes = state.sha256

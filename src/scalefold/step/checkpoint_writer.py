@@ -282,7 +282,7 @@ def write_tensors(file: Path, content: dict[str, Any]) -> str:
 
 def write_text(file: Path, text: str) -> None:
     """The same for a short text."""
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     flush(file)
 
 

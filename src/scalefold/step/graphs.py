@@ -51,12 +51,14 @@ class TrainStep:
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.train_group = train_group
         self.names: tuple[str, ...] = ()
+        self.own: Tensor | None = None
 
     def __call__(self, batch: Batch, passes: int, step: int) -> Tensor:
         """Run iteration ``step`` (from 1) on a batch on the device whose size is a multiple of the micro batch.
 
         passes: at most as many as the batch has slices. Returns the logged values as one fp32 device vector, ``names``
-        says what they are: loss, terms, gradient norm (the norm is that of the last applied update).
+        says what they are: loss, terms, gradient norm (the norm is that of the last applied update). With several ranks
+        ``own`` then holds this rank's loss and terms, and a number that is not finite if a gradient of its own is not.
         """
         parts = num_parts(batch, self.micro_batch_size)
         total = parts * self.accumulation
@@ -68,7 +70,8 @@ class TrainStep:
         if updates:
             self._update(total)
             self.optimizer.count()
-        return torch.cat([values, self.optimizer.grad_norm[None]])
+        self.own = torch.cat([values[1], self.reducer.own[None]]) if self.train_group is not None else None
+        return torch.cat([values[0], self.optimizer.grad_norm[None]])
 
     def warm_up(self, batch: Batch, passes: int, progress: Callable[[str], None]) -> None:
         """Run whole steps on a synthetic batch, for every number of passes up to ``passes``; state is put back."""
@@ -98,11 +101,12 @@ class TrainStep:
         (loss / total).backward()
         self.reducer.finish()
         self.names = ("loss", *terms, "grad_norm")
-        values = torch.stack([loss.detach().float(), *(term.detach().float() for term in terms.values())])
-        if self.train_group is not None:
-            dist.all_reduce(values, group=self.train_group)
-            values /= dist.get_world_size(self.train_group)
-        return values
+        own = torch.stack([loss.detach().float(), *(term.detach().float() for term in terms.values())])
+        if self.train_group is None:
+            return own[None]
+        values = own.clone()
+        dist.all_reduce(values, group=self.train_group)
+        return torch.stack([values / dist.get_world_size(self.train_group), own])
 
 
 class GraphedTrainStep(TrainStep):

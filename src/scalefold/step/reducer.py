@@ -28,7 +28,8 @@ class GradientReducer:
 
     Buckets are filled and launched by autograd hooks, always in the same order on every rank (the last parameters
     first, as backward produces them), so that communication overlaps the rest of backward. With one rank it only
-    collects. With ``accumulate`` steps in between, only the last one communicates.
+    collects. With ``accumulate`` steps in between, only the last one communicates. ``own`` is the plain sum of this
+    rank's gradient before it meets the others': after a NaN it tells whose it was.
 
     Args:
         flat: parameters and flat gradients.
@@ -39,6 +40,7 @@ class GradientReducer:
     def __init__(self, flat: FlatParameters, group: dist.ProcessGroup | None, bucket_mib: float = 25.0) -> None:
         self.flat, self.group = flat, group
         self.buckets = self._make_buckets(int(bucket_mib * 2**20)) if group is not None else []
+        self.own = torch.zeros((), device=flat.master.device)
         self._next = 0
         self._works: list[dist.Work] = []
         self._accumulate = False
@@ -56,6 +58,7 @@ class GradientReducer:
         """Before backward. ``accumulate`` adds to the flat gradient; ``communicate`` is false but for the last part."""
         self._accumulate, self._communicate = accumulate, communicate
         self._next, self._works = 0, []
+        self.own.zero_()
         for bucket in self.buckets:
             bucket.missing = bucket.num_parameters
 
@@ -73,6 +76,7 @@ class GradientReducer:
         """Sum the flat gradient as it stands, without overlap: after gradients were accumulated in parts."""
         if self.buckets:
             for gradient in self.flat.gradients.values():
+                self.own.add_(gradient.sum(dtype=torch.float32))
                 dist.all_reduce(gradient, group=self.group)
 
     def _hook(self, bucket: Bucket):
@@ -87,6 +91,7 @@ class GradientReducer:
         bucket = self.buckets[self._next]
         self._next += 1
         self.flat.collect_range(bucket.segment, bucket.flat, bucket.start, bucket.stop, self._accumulate)
+        self.own.add_(bucket.values.sum(dtype=torch.float32))
         work = dist.all_reduce(bucket.values, group=self.group, async_op=True)
         if work is not None:
             self._works.append(work)

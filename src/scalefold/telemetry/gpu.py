@@ -106,9 +106,10 @@ class Meter:
 def driver_version(file: Path = DRIVER_FILE) -> str | None:
     """Version of the GPU's kernel driver; None where there is none, or it cannot be seen."""
     try:
-        found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)*)\s", file.read_text(errors="replace"))
+        text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
+    found = re.search(r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)*)\s", text)
     return found[1] if found else None
 
 

@@ -7,33 +7,31 @@ may be running before that.
 Longer than 400 lines, because both loaders rest on the same workers, whose end is told apart in one place.
 """
 
-import contextlib
 import heapq
 import logging
 import os
-import select
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from scalefold.data.features.features import BatchShape, FeatureSettings, buffer_bytes, feature_views, fill_sample
 from scalefold.data.loading.sampler import Delivered, Task, TrainingSampler, seed_from_string
+from scalefold.data.loading.waiting import LOOK_S, NoBatch, NotWanted, always
+from scalefold.data.loading.workers import SampleFailure, Workers
 from scalefold.data.store.store import Store
 from scalefold.errors import DataError, ScaleFoldError
-from scalefold.stop_signals import children_unaware
 
 log = logging.getLogger(__name__)
 
 _NUM_SLOWEST = 20
-_PRELOADED = ["torch", "numpy", "h5py", "scalefold.data.loading.loader"]
 
 
 @dataclass(frozen=True)
@@ -97,13 +95,6 @@ def to_device(batch: Batch, device: torch.device | str, stream: "torch.cuda.Stre
     return replace(batch, buffer=buffer)
 
 
-@dataclass(frozen=True)
-class SampleFailure:
-    """A sample that could not be built; training stops with its message."""
-
-    message: str
-
-
 class ChainDataset(Dataset):
     """Task -> Batch. The store is opened by the process that builds, at its first task."""
 
@@ -155,112 +146,10 @@ def _zeroed(num_bytes: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes, device="cpu"))
 
 
-class _TaskSource:
-    """The tasks that the data loader hands to its workers; none until there is a data set."""
-
-    def __init__(self) -> None:
-        self.tasks: Iterable[Task] = ()
-
-    def __iter__(self) -> Iterator[Task]:
-        return iter(self.tasks)
-
-
-def _itself(batch: Any) -> Any:
-    return batch
-
-
-def end_with(process: int, _: int = 0) -> None:
-    """In a worker: end as soon as ``process``, which trains, is gone, however it ended.
-
-    A worker's own parent is the fork server, and that lives as long as one worker does.
-    """
-    threading.Thread(target=_await_end, args=(process,), name="end-with-trainer", daemon=True).start()
-
-
-def _await_end(process: int) -> None:
-    try:
-        select.select([os.pidfd_open(process)], [], [])
-    except ProcessLookupError:
-        pass
-    except (AttributeError, OSError):  # no such call here
-        with contextlib.suppress(ProcessLookupError):
-            while True:
-                os.kill(process, 0)
-                time.sleep(1.0)
-    os._exit(1)
-
-
-class _Workers:
-    """Worker processes behind a PyTorch data loader. They exist after ``spawn`` and read data after ``start``."""
-
-    def __init__(
-        self, dataset: ChainDataset, *, num_workers: int, prefetch_factor: int, in_order: bool, pin_memory: bool
-    ) -> None:
-        self._source = _TaskSource()
-        options = {}
-        if num_workers:
-            context = torch.multiprocessing.get_context("forkserver")  # forking a process that holds a GPU is unsafe
-            context.set_forkserver_preload(_PRELOADED)
-            options = {
-                "multiprocessing_context": context,
-                "prefetch_factor": prefetch_factor,
-                "persistent_workers": True,
-                "worker_init_fn": partial(end_with, os.getpid()),
-            }
-        self._loader = DataLoader(
-            dataset,
-            sampler=self._source,
-            batch_size=None,
-            num_workers=num_workers,
-            collate_fn=_itself,
-            in_order=in_order,
-            pin_memory=pin_memory and torch.cuda.is_available(),
-            **options,
-        )
-        self._batches: Iterator[Batch | SampleFailure] | None = None
-
-    def spawn(self) -> None:
-        """Start the processes; with no tasks they only import and wait."""
-        if self._loader.num_workers and self._batches is None:
-            with children_unaware():
-                self._batches = iter(self._loader)
-
-    def start(self, tasks: Iterable[Task]) -> None:
-        """Hand out ``tasks``."""
-        self._source.tasks = tasks
-        with children_unaware():
-            self._batches = iter(self._loader)
-
-    def next(self) -> Batch:
-        """The next finished batch.
-
-        Raises:
-            DataError: a sample failed, or a worker process died.
-            StopIteration: all tasks are done.
-        """
-        if self._batches is None:
-            raise RuntimeError("the loader has not been started")
-        try:
-            batch = next(self._batches)
-        except RuntimeError as error:
-            raise DataError(
-                f"a data loader worker ended unexpectedly (out of memory or /dev/shm full?): {error}"
-            ) from error
-        if isinstance(batch, SampleFailure):
-            raise DataError(batch.message)
-        return batch
-
-    def close(self) -> None:
-        """End the processes now, rather than when the garbage collector finds their iterator."""
-        iterator, self._batches, self._loader._iterator = self._loader._iterator, None, None
-        if iterator is not None:
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
-
-
 class _ReadyFirst:
     """A thread that collects finished batches; of those that are ready the earliest draw is handed out."""
 
-    def __init__(self, workers: _Workers, capacity: int) -> None:
+    def __init__(self, workers: Workers, capacity: int) -> None:
         self._workers, self._capacity = workers, capacity
         self._ready: list[tuple[int, Batch]] = []
         self._changed = threading.Condition()
@@ -272,7 +161,7 @@ class _ReadyFirst:
     def _collect(self) -> None:
         try:
             while not self._closed:
-                batch = self._workers.next()
+                batch = self._workers.next(lambda: not self._closed)
                 with self._changed:
                     self._changed.wait_for(lambda: self._closed or len(self._ready) < self._capacity)
                     heapq.heappush(self._ready, (batch.iteration, batch))
@@ -282,10 +171,12 @@ class _ReadyFirst:
                 self._end = error
                 self._changed.notify_all()
 
-    def next(self) -> Batch:
+    def next(self, wanted: Callable[[], bool] = always) -> Batch:
         """The earliest ready draw; waits only if nothing is ready."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._end is not None)
+            while not self._changed.wait_for(lambda: self._ready or self._end is not None, LOOK_S):
+                if not wanted():
+                    raise NotWanted
             if not self._ready:
                 assert self._end is not None
                 raise self._end
@@ -294,7 +185,7 @@ class _ReadyFirst:
         return batch
 
     def close(self) -> None:
-        """End the thread; it may still be waiting for one batch."""
+        """End the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -335,6 +226,7 @@ class TrainLoader:
         prefetch_factor: batches in flight per worker. One batch of a benchmark sample takes 16 to 54 MB of /dev/shm.
         in_order: see above.
         pin_memory: page-locked batches (when a GPU is there).
+        limits_s: how long the first batch after ``start`` may take, and every other.
     """
 
     def __init__(
@@ -346,15 +238,18 @@ class TrainLoader:
         prefetch_factor: int = 4,
         in_order: bool = True,
         pin_memory: bool = False,
+        limits_s: tuple[float, float] = (1800.0, 600.0),
     ) -> None:
         self._settings, self._in_order = settings, in_order
+        self._first_limit_s, self._limit_s = limits_s
         self._capacity = max(1, num_workers * prefetch_factor)
-        self._workers = _Workers(
+        self._workers = Workers(
             ChainDataset(store_path, settings, training=True),
             num_workers=num_workers,
             prefetch_factor=prefetch_factor,
             in_order=in_order,
             pin_memory=pin_memory,
+            limit_s=limits_s[0],
         )
         self._ready: _ReadyFirst | None = None
         self._sampler: TrainingSampler | None = None
@@ -368,7 +263,7 @@ class TrainLoader:
 
     def start(self, sampler: TrainingSampler, first_iteration: int, last_iteration: int) -> None:
         """Begin to build the batches of ``first_iteration`` to ``last_iteration``; only after ``run_start``."""
-        self._sampler = sampler
+        self._sampler, self._workers.limit_s = sampler, self._first_limit_s
         self._newest, self._passed_over = first_iteration - 1, set()
         tasks = sampler.tasks(first_iteration, last_iteration)
         if not self._in_order:
@@ -377,19 +272,24 @@ class TrainLoader:
         if not self._in_order and self._num_workers:
             self._ready = _ReadyFirst(self._workers, self._capacity)
 
-    def next(self, iteration: int) -> Batch:
+    def next(self, iteration: int, wanted: Callable[[], bool] = always) -> Batch:
         """The batch to train on at ``iteration``, with as many slices as this iteration uses.
 
         Raises:
-            DataError: a sample cannot be built (naming chain, row, seed and reason), or the iterations have run out.
+            DataError: a sample cannot be built (naming chain, row, seed and reason), no worker delivers, or the
+                iterations have run out.
+            NotWanted: ``wanted`` says, while nothing comes, that nobody needs the batch any more.
         """
         if self._sampler is None:
             raise RuntimeError("the loader has not been started")
         start = time.perf_counter()
         try:
-            batch = self._workers.next() if self._ready is None else self._ready.next()
+            batch = (self._ready or self._workers).next(wanted)
         except StopIteration:
             raise DataError(f"iteration {iteration}: the loader was started for fewer iterations") from None
+        except NoBatch as error:
+            raise DataError(f"iteration {iteration}: {error}") from None
+        self._workers.limit_s = self._limit_s
         wait_ms = 1e3 * (time.perf_counter() - start)
         if self._in_order and batch.iteration != iteration:
             raise DataError(
@@ -407,6 +307,10 @@ class TrainLoader:
     def delivered(self) -> Delivered:
         """Which draws have been delivered since ``start``; all others would be lost if it ended now."""
         return Delivered(self._newest, tuple(sorted(self._passed_over)))
+
+    def processes(self) -> list[Any]:
+        """The worker processes."""
+        return self._workers.processes()
 
     def slowest(self) -> list[tuple[float, str]]:
         """Seconds and chain of the samples delivered so far that took longest to build, slowest first."""
@@ -432,6 +336,7 @@ class EvalSet:
 
     Args:
         pin_memory: keep the features in page-locked memory; about 54 MB * length / 256 per chain at benchmark sizes.
+        limit_s: how long one chain may take.
     """
 
     def __init__(
@@ -442,12 +347,18 @@ class EvalSet:
         num_workers: int = 0,
         prefetch_factor: int = 2,
         pin_memory: bool = False,
+        limit_s: float = 1800.0,
     ) -> None:
         self.chain_ids: tuple[str, ...] = ()
         self._settings = settings
         self._dataset = ChainDataset(store_path, settings, training=False)
-        self._workers = _Workers(
-            self._dataset, num_workers=num_workers, prefetch_factor=prefetch_factor, in_order=True, pin_memory=False
+        self._workers = Workers(
+            self._dataset,
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor,
+            in_order=True,
+            pin_memory=False,
+            limit_s=limit_s,
         )
         self._pin_memory = pin_memory and torch.cuda.is_available()
         self._background = num_workers > 0
@@ -477,7 +388,7 @@ class EvalSet:
     def _collect(self) -> None:
         try:
             while not self._closed and len(self._built) < len(self.chain_ids):
-                self._keep(self._workers.next())
+                self._keep(self._workers.next(lambda: not self._closed))
         except BaseException as error:  # delivered by __iter__, in the evaluating thread
             with self._changed:
                 self._error = error

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from torch import Tensor
 from scalefold.data.features.features import BatchShape, FeatureSettings, buffer_bytes
 from scalefold.data.loading.loader import Batch, TrainLoader
 from scalefold.data.loading.sampler import Delivered, TrainingSampler
+from scalefold.data.loading.waiting import always
 from scalefold.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -77,7 +79,7 @@ class SharedLoader:
         if self._own is not None:
             self._own.start(sampler, first_iteration, last_iteration)
 
-    def next(self, iteration: int) -> Batch:
+    def next(self, iteration: int, wanted: Callable[[], bool] = always) -> Batch:
         """``TrainLoader.next``, the same batch on all ranks of the group."""
         start = time.perf_counter()
         self._release()
@@ -85,7 +87,7 @@ class SharedLoader:
         self._next_slot = (self._next_slot + 1) % NUM_SLOTS
         if self._own is None:
             return self._receive(slot, start)
-        batch = self._own.next(iteration)
+        batch = self._own.next(iteration, wanted)
         slot[: batch.buffer.numel()].copy_(batch.buffer)
         self._replica.broadcast_in_replica(_header(batch))
         return replace(batch, buffer=slot[: batch.buffer.numel()])
@@ -101,6 +103,10 @@ class SharedLoader:
     def delivered(self) -> Delivered | None:
         """``TrainLoader.delivered``; None on ranks that do not build."""
         return None if self._own is None else self._own.delivered()
+
+    def processes(self) -> list[Any]:
+        """``TrainLoader.processes``; none on ranks that do not build."""
+        return [] if self._own is None else self._own.processes()
 
     def slowest(self) -> list[tuple[float, str]]:
         """``TrainLoader.slowest``; nothing on ranks that do not build."""

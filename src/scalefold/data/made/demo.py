@@ -230,7 +230,7 @@ def _write_alignments(folder: Path, k: int, entries: list[DemoEntry], seed: int,
         texts["hhr/pdb70_hits.hhr"] = files.hhr_text(entry.chain_ids[0], entry.sequence, num_rows, hits)
     for name, text in texts.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
     counts.alignment_rows += num_rows
     counts.template_hits += len(hits)
 
@@ -240,10 +240,12 @@ def _write_lists(paths: dict[str, Path], entries: list[DemoEntry]) -> None:
     for entry in entries:
         clusters.setdefault(entry.fold.label, []).append(entry)
     targets = [(entry.release_date - timedelta(days=4), entry.pdb_id, "A") for entry in entries if entry.is_eval]
-    paths["clusters_file"].write_text(files.clusters_text(clusters.values()))
-    paths["obsolete_file"].write_text(files.obsolete_text([(date(2012, 3, 7), OBSOLETE_ID, entries[0].pdb_id)]))
-    paths["duplicates_file"].write_text(files.duplicates_text(entries))
-    paths["targets_file"].write_text(files.targets_text(sorted(targets)))
+    paths["clusters_file"].write_text(files.clusters_text(clusters.values()), encoding="utf-8")
+    paths["obsolete_file"].write_text(
+        files.obsolete_text([(date(2012, 3, 7), OBSOLETE_ID, entries[0].pdb_id)]), encoding="utf-8"
+    )
+    paths["duplicates_file"].write_text(files.duplicates_text(entries), encoding="utf-8")
+    paths["targets_file"].write_text(files.targets_text(sorted(targets)), encoding="utf-8")
 
 
 def _paths(root: Path) -> dict[str, Path]:
@@ -280,4 +282,4 @@ def _write_summary(path: Path, summary: Summary) -> None:
     """The summary as JSON, without the time taken: equal seeds give equal files."""
     facts = {k: v for k, v in asdict(summary).items() if k != "seconds"}
     facts = {k: str(v.relative_to(path.parent)) if isinstance(v, Path) else v for k, v in facts.items()}
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

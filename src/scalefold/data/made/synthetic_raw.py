@@ -61,9 +61,9 @@ def write_raw(folder: Path, settings: SyntheticRaw) -> RawLayout:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(gzip.compress(_entry_text(pdb_id, members, rng).encode(), _GZIP_LEVEL, mtime=0))
     duplicates = _write_alignments(folder / "alignments", families, settings, rng)
-    (folder / "alignments" / "duplicate_pdb_chains.txt").write_text(duplicates)
+    (folder / "alignments" / "duplicate_pdb_chains.txt").write_text(duplicates, encoding="utf-8")
     clusters = [" ".join(f"{c.pdb_id.upper()}_{ord(c.author) - 64}" for c in f) for f in families.values()]
-    (folder / "clusters.txt").write_text("\n".join(clusters) + "\n")
+    (folder / "clusters.txt").write_text("\n".join(clusters) + "\n", encoding="utf-8")
     return RawLayout(folder / "mmcif", (folder / "alignments",), folder / "clusters.txt")
 
 

@@ -136,7 +136,7 @@ def write_entities(out_dir: Path, entity_ids: list[list[str]]) -> None:
 
 def _read_entities(out_dir: Path) -> list[list[str]]:
     try:
-        return json.loads((out_dir / ENTITIES_FILE).read_text())
+        return json.loads((out_dir / ENTITIES_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{out_dir / ENTITIES_FILE}: cannot be read ({error}); prepare into a new folder") from None
 

@@ -51,7 +51,7 @@ def file_entry(path: Path) -> dict:
 def write_atomically(path: Path, text: str) -> None:
     """Write under a temporary name, then rename."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     temporary.rename(path)
 
 
@@ -96,7 +96,7 @@ def _check_manifest(manifest: Manifest) -> None:
 def write_rejections(store_dir: Path, rejections: list[Rejection]) -> None:
     """Write ``rejected.csv``, one line per rejection or note."""
     temporary = store_dir / f".{REJECTED_FILE}.tmp"
-    with temporary.open("w", newline="") as stream:
+    with temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(["kind", "name", "file", "reason"])
         writer.writerows([r.kind, r.name, r.file, r.reason] for r in rejections)

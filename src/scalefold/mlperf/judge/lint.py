@@ -18,6 +18,7 @@ from typing import Any, Literal
 from scalefold.mlperf.log.keys import (
     KEYS,
     MAX_GLOBAL_BATCH_SIZE,
+    REHEARSAL,
     SEARCHED_SUBSTRINGS,
     TARGET_LDDT,
     VAL_EVERY_ITERS,
@@ -376,6 +377,15 @@ def throughput_belongs_to_a_cycle(log: Log) -> Iterator[Finding]:
     finished = len(log.all("epoch_stop"))
     if steps != list(range(1, len(steps) + 1)) or len(steps) > finished:
         yield Finding("tracked_stats", f"throughput has steps {steps}, must be 1..{finished}, one per finished cycle")
+
+
+@rule
+def no_faults_were_injected(log: Log) -> Iterator[Finding]:
+    """``scalefold train --inject`` marks its log."""
+    for event in log.all("tracked_stats"):
+        if isinstance(event.value, dict) and REHEARSAL in event.value:
+            text = f"a rehearsal with injected faults ({str(event.value[REHEARSAL])[:80]}) is no result"
+            yield Finding(REHEARSAL, text, event.line, "submission")
 
 
 def _is_throughput(event: LogEvent) -> bool:

@@ -281,7 +281,7 @@ def _total_scale(folder: Path) -> int | None:
         return None
     file = parents[3] / "systems" / f"{parents[1].name}.json"
     try:
-        system = json.loads(file.read_text())
+        system = json.loads(file.read_text(encoding="utf-8"))
         return int(system["number_of_nodes"]) * int(system["accelerators_per_node"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

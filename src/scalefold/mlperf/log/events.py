@@ -35,7 +35,8 @@ from typing import Any, Literal
 from mlperf_logging.mllog import mllog
 
 from scalefold.errors import LogError
-from scalefold.mlperf.log.keys import BENCHMARK, SEARCHED_SUBSTRINGS, TOKEN
+from scalefold.mlperf.log.keys import BENCHMARK, REHEARSAL, SEARCHED_SUBSTRINGS, TOKEN
+from scalefold.textfile import sync, write_line
 
 Role = Literal["single", "training", "evaluation", "silent"]
 Status = Literal["success", "aborted"]
@@ -96,48 +97,36 @@ class Hyperparameters:
     swa_decay_rate: float
 
 
-def system_clock_ms() -> int:
-    """Milliseconds since the epoch, as MLPerf log lines carry them."""
-    return time.time_ns() // 1_000_000
+def steady_clock_ms() -> Callable[[], int]:
+    """A clock of milliseconds since the epoch, as MLPerf log lines carry them.
+
+    It is set once and then runs evenly: a system clock that is corrected under a run changes no duration.
+    """
+    offset_ns = time.time_ns() - time.monotonic_ns()
+    return lambda: (offset_ns + time.monotonic_ns()) // 1_000_000
 
 
 class _LineHandler(logging.Handler):
     """Writes each log line with one system call, so that a crash never leaves half a buffer behind."""
 
-    def __init__(self, file_descriptor: int, echo: bool) -> None:
+    def __init__(self, file: Path, file_descriptor: int, echo: bool) -> None:
         super().__init__()
-        self._file_descriptor = file_descriptor
+        self._file = file
+        self.descriptor = file_descriptor
         self._echo = echo
         self._cause: Exception | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
         if record.levelno > logging.INFO:
-            raise LogError(f"cannot log an MLPerf event: {self._cause or line.strip()}") from self._cause
+            raise LogError(f"{self._file}: cannot log an MLPerf event: {self._cause or line.strip()}") from self._cause
         try:
-            write_line(self._file_descriptor, line)
+            write_line(self.descriptor, line)
         except OSError as error:
             self._cause = error
             raise
         if self._echo:
             print(line, file=sys.stdout, flush=True)
-
-
-def write_line(file_descriptor: int, line: str) -> None:
-    """Append a whole line or nothing: what a full disk takes of it is taken back.
-
-    Raises:
-        OSError: the line could not be written.
-    """
-    data, size = f"{line}\n".encode(), os.fstat(file_descriptor).st_size
-    try:
-        written = 0
-        while written < len(data):
-            written += os.write(file_descriptor, data[written:])
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.ftruncate(file_descriptor, size)
-        raise
 
 
 class Events:
@@ -148,7 +137,7 @@ class Events:
         role: what this process owns, see the module's text.
         instance: index of the instance in a throughput (weak scaling) job, 0 for a time-to-solution run.
         echo: also print each line to standard output.
-        now_ms: clock; every line carries its reading, or the ``time_ms`` given to the call.
+        now_ms: clock, the system's by default; every line carries its reading, or the ``time_ms`` given to the call.
 
     Every method raises :class:`LogError` when called out of the order that accepted logs have.
     """
@@ -160,12 +149,12 @@ class Events:
         role: Role = "single",
         instance: int = 0,
         echo: bool = False,
-        now_ms: Callable[[], int] = system_clock_ms,
+        now_ms: Callable[[], int] | None = None,
     ) -> None:
         self.role: Role = role
         self.file = _part_file(Path(result_file), role)
         self._instance = instance
-        self._now_ms = now_ms
+        self._now_ms = now_ms or steady_clock_ms()
         self._logged: set[str] = set()
         self._samples_per_step: int | None = None
         self._before = (0, 0)
@@ -174,10 +163,12 @@ class Events:
         self._open_epoch: int | None = None
         self._open_eval: int | None = None
         self._last_accuracy: float | None = None
-        self._file_descriptor: int | None = None
+        self.descriptor: int | None = None
         if role != "silent":
-            self._file_descriptor = _open_new(self.file)
-            self._mllog = mllog.MLLogger(_logger(self._file_descriptor, echo), root_dir=re.escape(str(_SOURCE_ROOT)))
+            self.descriptor = _open_new(self.file)
+            self._mllog = mllog.MLLogger(
+                _logger(self.file, self.descriptor, echo), root_dir=re.escape(str(_SOURCE_ROOT))
+            )
 
     @classmethod
     def silent(cls) -> "Events":
@@ -186,10 +177,10 @@ class Events:
 
     def close(self) -> None:
         """Flush the file to storage and close it; may be called twice."""
-        if self._file_descriptor is not None:
-            os.fsync(self._file_descriptor)
-            os.close(self._file_descriptor)
-            self._file_descriptor = None
+        if self.descriptor is not None:
+            sync(self.descriptor)
+            os.close(self.descriptor)
+            self.descriptor = None
 
     def __enter__(self) -> "Events":
         return self
@@ -202,6 +193,11 @@ class Events:
     def init_start(self) -> None:
         """First line of the log: logged after process start, before the model is built."""
         self._log("INTERVAL_START", "init_start", None)
+
+    def rehearsal(self, faults: str) -> None:
+        """Faults are injected: whatever this run shows, it is no result, and no package takes its log."""
+        metadata = {"step": 0, "instance": self._instance}
+        self._log("POINT_IN_TIME", "tracked_stats", {REHEARSAL: faults}, metadata)
 
     def cache_clear(self, cleared: bool) -> None:
         """Whether the operating system's caches were dropped before this run (rules: Data State)."""
@@ -322,8 +318,8 @@ class Events:
         if status == "success" and self.role != "training":
             self._need_target_met()
         self._log("INTERVAL_END", "run_stop", None, {"status": status}, time_ms=time_ms)
-        if self._file_descriptor is not None:
-            os.fsync(self._file_descriptor)
+        if self.descriptor is not None:
+            sync(self.descriptor)
 
     def abort(self) -> None:
         """On the way out of an error: stop a running clock with status ``aborted``; never raises LogError itself.
@@ -375,7 +371,7 @@ class Events:
         self._logged.add(key)
         if not self._owns(key, metadata or {}):
             return
-        if self._file_descriptor is None:
+        if self.descriptor is None:
             self._refuse(f"{key}: the log is closed")
         write = {
             "INTERVAL_START": self._mllog.start,
@@ -421,10 +417,10 @@ def _check_substrings(file: Path, key: str, value: Any, metadata: dict[str, Any]
             raise LogError(f'{file}: {key} must not hold the text "{word}": the RCP checker would take it for that key')
 
 
-def _logger(file_descriptor: int, echo: bool) -> logging.Logger:
+def _logger(file: Path, file_descriptor: int, echo: bool) -> logging.Logger:
     """A logger of its own, outside the logging hierarchy, so that two logs in one process stay apart."""
     logger = logging.Logger("scalefold.mlperf", logging.INFO)
-    logger.addHandler(_LineHandler(file_descriptor, echo))
+    logger.addHandler(_LineHandler(file, file_descriptor, echo))
     return logger
 
 
@@ -470,7 +466,7 @@ def merge_parts(result_file: str | Path) -> Path:
     elif len(stops) > 1:
         raise LogError(f"{result_file}: the parts hold {len(stops)} run_stop lines, the first is {stops[0].status}")
     temporary = result_file.with_name(f".{result_file.name}.partial")
-    temporary.write_text("".join(f"{line.text}\n" for line in lines))
+    temporary.write_text("".join(f"{line.text}\n" for line in lines), encoding="utf-8")
     temporary.replace(result_file)
     return result_file
 

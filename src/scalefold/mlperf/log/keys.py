@@ -25,6 +25,8 @@ DIVISIONS = ("closed", "open")
 STATUSES = ("cloud", "onprem", "preview", "research")
 
 #: The RCP checker looks for these as substrings of whole lines, so no other line may contain one (trap 14).
+#: In the value of a ``tracked_stats`` line: faults were injected into the run.
+REHEARSAL = "rehearsal"
 SEARCHED_SUBSTRINGS = ("global_batch_size", "submission_benchmark", "eval_accuracy", "eval_error")
 
 Count = Literal["exactly_one", "at_least_one", "optional"]

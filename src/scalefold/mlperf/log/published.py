@@ -59,7 +59,7 @@ class PublishedRun:
 
 def published_rows() -> list[dict[str, str]]:
     """All rows and columns of the table, as text."""
-    return list(csv.DictReader(PUBLISHED_RUNS.read_text().splitlines()))
+    return list(csv.DictReader(PUBLISHED_RUNS.read_text(encoding="utf-8").splitlines()))
 
 
 def published_runs(*, submitter: str | None = None, scaling: str | None = None) -> list[PublishedRun]:

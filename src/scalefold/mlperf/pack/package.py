@@ -124,7 +124,7 @@ def _build(plan: Plan, folder: Path) -> None:
         shutil.copy2(source, folder / path)
     for path, text in plan.texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
+        (folder / path).write_text(text, encoding="utf-8")
         if path.endswith(".sh"):
             (folder / path).chmod(0o755)
 
@@ -224,7 +224,9 @@ def _git_state(source_dir: Path) -> str:
 
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None

@@ -14,7 +14,7 @@ from typing import Any
 from scalefold.errors import LogError
 from scalefold.mlperf.judge.lint import run_begins, several_runs
 from scalefold.mlperf.judge.score import instance_scale
-from scalefold.mlperf.log.keys import VAL_EVERY_ITERS
+from scalefold.mlperf.log.keys import REHEARSAL, VAL_EVERY_ITERS
 from scalefold.mlperf.log.logfile import Log, LogEvent
 from scalefold.mlperf.pack.package_tree import Package, Problem, Rule
 from scalefold.scaling.step_time import (
@@ -45,6 +45,10 @@ def runs_are_of_training(package: Package) -> Iterator[Problem]:
         if any(str(event.metadata.get("file", "")).endswith(_REHEARSAL) for event in log.events):
             message = f"written by the rehearsal ({_REHEARSAL}): nothing was trained"
             yield Problem(package.name(log.file), message, "submit the logs of real runs")
+        for event in log.all("tracked_stats"):
+            if isinstance(event.value, dict) and REHEARSAL in event.value:
+                message = f"a rehearsal: faults were injected ({str(event.value[REHEARSAL])[:80]})"
+                yield Problem(package.name(log.file), message, "submit the logs of real runs")
 
 
 def one_file_is_one_run(package: Package) -> Iterator[Problem]:

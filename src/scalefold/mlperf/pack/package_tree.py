@@ -63,7 +63,7 @@ class Package:
         found = {}
         for file in sorted(self.root.glob("systems/*.json")):
             try:
-                contents = json.loads(file.read_text())
+                contents = json.loads(file.read_text(encoding="utf-8"))
                 if not isinstance(contents, dict):
                     raise ValueError("not an object")
                 found[file.stem] = contents

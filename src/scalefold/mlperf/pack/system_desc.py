@@ -76,7 +76,7 @@ class SystemDescription:
             raise LogError(f"{file} exists: move it away, it may hold what a person filled in")
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.partial")
-        temporary.write_text(json.dumps(self.fields, indent=2) + "\n")
+        temporary.write_text(json.dumps(self.fields, indent=2) + "\n", encoding="utf-8")
         temporary.replace(file)
         return file
 
@@ -91,7 +91,7 @@ def unfilled(fields: dict[str, Any]) -> list[str]:
 def run_command(command: list[str]) -> str | None:
     """Standard output of a command, or None when it is absent or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None
@@ -212,6 +212,6 @@ def _software(run: Runner) -> dict[str, Any]:
 
 def _read(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(encoding="utf-8")
     except OSError:
         return ""

@@ -296,7 +296,7 @@ def _summary_minutes(file: Path) -> dict[str, list[float]]:
     found: dict[str, list[float]] = {"strong": [], "weak": []}
     columns = {BENCHMARK: "strong", f"{BENCHMARK}:time_to_train_all": "weak"}
     header: list[str] = []
-    for row in csv.reader(file.read_text().splitlines()) if file.exists() else []:
+    for row in csv.reader(file.read_text(encoding="utf-8").splitlines()) if file.exists() else []:
         if row and row[0] == "division":
             header = row
             continue
@@ -309,5 +309,5 @@ def _summary_minutes(file: Path) -> dict[str, list[float]]:
 def dump(verdict: PackageVerdict, file: Path) -> None:
     """Write the verdict as JSON."""
     temporary = file.with_name(f".{file.name}.partial")
-    temporary.write_text(json.dumps(verdict.as_dict(), indent=2) + "\n")
+    temporary.write_text(json.dumps(verdict.as_dict(), indent=2) + "\n", encoding="utf-8")
     temporary.replace(file)
