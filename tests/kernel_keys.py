@@ -70,7 +70,9 @@ def launch_all(config: Config) -> None:
     from scalefold.data.configured import feature_settings
     from scalefold.data.made.synthetic import synthetic_batch
     from scalefold.eval.model import EvaluationModel
-    from scalefold.kernels.table import operations, use_operations
+    from scalefold.kernels.choice import operations
+    from scalefold.kernels.table import use_operations
+    from scalefold.parallel.dap.collectives import Group
     from scalefold.parallel.dap.points import apply_dap
     from scalefold.step.build import build_model, build_optimizer, build_step
 
@@ -80,7 +82,7 @@ def launch_all(config: Config) -> None:
     ranks = dataclasses.replace(compile_ahead._ranks(config), device=device)
     ops, settings, model = operations("triton"), feature_settings(config), build_model(config, 0, ranks)
     use_operations(model, ops)
-    apply_dap(model, ranks.dap_group)
+    apply_dap(model, None if ranks.dap_group is None else Group(ranks.dap_group))
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     batch = synthetic_batch(settings, config.local_batch_size, device=device)
     step.warm_up(batch, config.data.num_recycling_iters + 1, lambda text: None)

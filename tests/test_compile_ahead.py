@@ -21,11 +21,9 @@ COMPILE = """
 import torch
 from scalefold.kernels.choice import operations
 from scalefold.kernels.ahead import compiling_for
-ops, meta = operations("triton"), torch.device("meta")
-x = torch.empty(1, 64, 64, 128, device=meta, dtype=torch.bfloat16, requires_grad=True)
-w, b = (torch.empty(128, device=meta, requires_grad=True) for _ in range(2))
+ops, device = operations("triton"), torch.device("meta")
 with compiling_for(90) as count:
-    ops.layer_norm(x, w, b).backward(torch.empty_like(x))
+    CALL
 print(count.hits, count.misses, *sorted(count.folders))
 """
 
@@ -48,11 +46,24 @@ CompiledKernel.run = property(lambda self: lambda *arguments: None)
 CompiledKernel.launch_metadata = lambda self, *arguments: None
 CompiledKernel.function = 0
 triton_ops.device_obstacle = lambda device: None
-x = torch.zeros(1, 64, 64, 128, dtype=torch.bfloat16, requires_grad=True)
-w, b = (torch.zeros(128, requires_grad=True) for _ in range(2))
+ops, device = operations("triton"), torch.device("cpu")
 with counting() as count:
-    operations("triton").layer_norm(x, w, b).backward(torch.zeros_like(x))
+    CALL
 print(count.hits, count.misses, *sorted(count.folders))
+"""
+
+LAYER_NORM = """
+    x = torch.zeros(1, 64, 64, 128, dtype=torch.bfloat16, device=device, requires_grad=True)
+    w, b = (torch.zeros(128, device=device, requires_grad=True) for _ in range(2))
+    ops.layer_norm(x, w, b).backward(torch.zeros_like(x))
+"""
+# Heads of one projection, as the model has them; its keys' gradients are a Gluon program.
+ATTENTION = """
+    x = torch.zeros(1, 64, 256, 3 * 256, dtype=torch.bfloat16, device=device, requires_grad=True)
+    bias = torch.zeros(1, 8, 256, 256, dtype=torch.bfloat16, device=device, requires_grad=True)
+    q, k, v = (part.unflatten(-1, (8, 32)) for part in x.chunk(3, -1))
+    mask = torch.zeros(1, 64, 256, dtype=torch.bfloat16, device=device)
+    ops.attention(q, k, v, mask, bias, 1e9).backward(torch.zeros(1, 64, 256, 8, 32, dtype=x.dtype, device=device))
 """
 
 
@@ -65,16 +76,19 @@ def run_python(text: str, cache: Path) -> list[str]:
     return done.stdout.split()
 
 
-def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("call", "program"), [(LAYER_NORM, "_backward_kernel"), (ATTENTION, "hopper_keys")])
+def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(call: str, program: str, tmp_path: Path) -> None:
     cache = tmp_path / "compiled"
-    hits, misses, *folders = run_python(COMPILE, cache)
+    compile_it, run_it = (text.replace("    CALL", call.strip("\n")) for text in (COMPILE, RUN))
+    hits, misses, *folders = run_python(compile_it, cache)
+    assert list(cache.glob(f"*/{program}.cubin"))
     assert (hits, int(misses) > 1, len(folders)) == ("0", True, int(misses))
     own_launchers = hasattr(nvidia, "make_launcher")  # else one serves all kernels, and there is nothing to compile
     assert bool(list(cache.glob("*/__triton_launcher*.so"))) == own_launchers
-    assert run_python(RUN, cache) == [misses, "0", *folders], "every kernel is a hit"
+    assert run_python(run_it, cache) == [misses, "0", *folders], "every kernel is a hit"
     moved = hand_to_node(cache, tmp_path / "node")
     cache.rename(tmp_path / "elsewhere")
-    assert run_python(RUN, moved) == [misses, "0", *folders], "also in the node's own cache, without the first folder"
+    assert run_python(run_it, moved) == [misses, "0", *folders], "also in the node's own cache, without the first"
 
 
 #: The benchmark's widths, one block of each kind, few rows.

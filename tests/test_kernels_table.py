@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kernel_accuracy import Draw
-from scalefold.kernels import reference, triton_ops
+from scalefold.kernels import choice, reference, triton_ops
 from scalefold.kernels.choice import operations
 from scalefold.kernels.table import REFERENCE, Operations
 
@@ -28,7 +28,7 @@ def test_the_table_is_found_by_name():
 
 
 def test_fp32_products_go_to_the_plain_definition_with_one_line_of_explanation(caplog):
-    triton_ops._explained.clear()
+    choice._explained.clear()
     x, weight = torch.randn(2, 3, 16), torch.randn(32, 16)
     norm = (torch.ones(16), torch.zeros(16))
     with caplog.at_level(logging.INFO):
@@ -89,7 +89,7 @@ def unfit_arguments() -> dict[str, tuple[list, str]]:
 @pytest.mark.skipif(not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="no kernel can run")
 @pytest.mark.parametrize("name", sorted(unfit_arguments()))
 def test_what_kernels_do_not_take_goes_to_the_plain_definition_with_one_line_of_explanation(name, caplog):
-    triton_ops._explained.clear()
+    choice._explained.clear()
     arguments, reason = unfit_arguments()[name]
     with caplog.at_level(logging.INFO):
         found = [getattr(triton_ops.TRITON, name)(*arguments) for _ in range(2)]

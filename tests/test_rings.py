@@ -117,6 +117,11 @@ def test_a_program_that_cannot_be_followed_is_refused(rings):
         rings.ring_faults(program("    %w = scf.while : () -> () {\n    } do {\n    } loc(#loc)\n"))
 
 
+def test_gluon_programs_of_several_groups_of_warps_are_not_judged(rings):
+    groups = "    ttg.warp_specialize(%x)\n    default {\n" + STORED + "    } : () -> () loc(#loc)\n"
+    assert rings.ring_faults(program(groups)) == []
+
+
 def test_refills_after_a_wait_need_a_barrier_where_other_warps_multiply_too(rings):
     lines = ["wgmma.wait_group.sync.aligned 1;", "add.s32 %r1, %r2, 1;", "cp.async.cg.shared.global [%r1], [%rd2], 16;"]
     assert rings.unguarded_refills("\n".join(lines), 8) == [

@@ -114,7 +114,7 @@ def test_candidates_have_the_names_of_the_defaults(tune):
 
     sizes = {"rows": 4096, "n": 256, "c": 128, "batch": 1, "heads": 4, "d": 32, "bias": 1, "sequences": 1024}
     fields = {**sizes, "frames": 256, "points": 256, "products": 1, "dtype": "bfloat16"}
-    optional = {"maxnreg", "LIBRARY"}
+    optional = {"maxnreg", "LIBRARY", "COPY_ENGINE"}
     for name, listed in CANDIDATES.items():
         default = tuning._defaults[name](fields, 90)
         for config in listed(fields):

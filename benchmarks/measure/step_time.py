@@ -282,11 +282,12 @@ def main() -> int:
         status = int(not compare(arguments.csv.with_name("precision.csv")))
     rows = []
     for variant in arguments.variant or ["ours"]:
-        rows += measure(variant, arguments.set, arguments.passes, arguments.repeats, arguments.each)
+        own = measure(variant, arguments.set, arguments.passes, arguments.repeats, arguments.each)
+        append_rows(arguments.csv, own)  # at once: what comes after may be cut short
+        rows += own
+    print_table(rows)
     for r in arguments.profile or []:
         profile((arguments.variant or ["ours"])[0], arguments.set, r, arguments.csv, arguments.trace)
-    append_rows(arguments.csv, rows)
-    print_table(rows)
     for variant in arguments.variant or ["ours"]:
         medians = [float(str(r["median_ms"])) for r in rows if r["variant"] == variant]
         print(f"{variant}: mean over R = {arguments.passes}: {sum(medians) / len(medians):.1f} ms")

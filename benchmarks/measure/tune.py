@@ -7,11 +7,10 @@
 
 First every candidate of every problem is compiled by a pool of processes, most expensive problems first; then this
 process alone times what has compiled: the operation inside a CUDA graph, forward only for kernels of the forward pass.
-Earlier results come first: the present choice, then choices of other machines for the same problem. A candidate that
-does not compile, does not launch, races (``rings.py``), or disagrees with the present choice is left out, and one that
-is faster by less than a hundredth does not replace it. What is chosen has given the same bits in REPEATS repeats, with
-memory poisoned in between; what differs, the present choice too, is dropped and named. At the time limit the choices
-made so far are kept. Every choice is a row of ``tuning.csv``.
+Earlier results come first: the present choice, then choices of other machines for the same problem. Left out is what
+does not compile, does not launch, races (``rings.py``), or disagrees with the present choice; what is faster by less
+than a hundredth does not replace it. What is chosen has given the same bits in REPEATS repeats, with memory poisoned in
+between; what differs is dropped and named. At the time limit choices made so far are kept, as rows of ``tuning.csv``.
 """
 
 import argparse

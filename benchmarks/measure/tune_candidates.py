@@ -6,6 +6,7 @@ The lists hold what has won or come close on some GPU at some shape; a kernel wi
 from collections.abc import Callable, Iterable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper.attention import keys_default
 from scalefold.kernels.tuning import Config, Fields, tile_config
 from scalefold.kernels.weight_gradient import NARROWEST
 
@@ -112,6 +113,12 @@ def _attention_queries(fields: Fields) -> list[Config]:
     return [_attention(*tile, s, GROUPS=g) for tile in tiles for s in (2, 3, 4) for g in (8, 16)]
 
 
+def _hopper_keys(fields: Fields) -> list[Config]:
+    """HOPPER = 0: the Triton program."""
+    present = keys_default(fields, 90)
+    return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1, "REGISTERS": registers} for registers in (224, 232)]
+
+
 def _global_columns(fields: Fields) -> list[Config]:
     return [
         {"BLOCK_S": block, "SEQUENCES": sequences, "num_warps": warps, "num_stages": stages}
@@ -157,6 +164,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "attention_backward_keys": _attention_keys,
     "attention_backward_queries": _attention_queries,
     "attention_forward": _attention_forward,
+    "attention_hopper_keys": _hopper_keys,
     "gated_output_backward": _tiles(GATED_OUTPUT),
     "gated_output_forward": _tiles(GATED_OUTPUT),
     "global_attention_attend": _global_attend,

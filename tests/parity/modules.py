@@ -49,7 +49,7 @@ class Errors:
 
 
 def _row(module: nn.Module, x: Inputs) -> tuple[Tensor, ...]:
-    return (module(x["m"], x["z"], x["mask"]) - x["m"],)
+    return (module(x["m"], x["z"], x["mask"])[0] - x["m"],)
 
 
 def _column(module: nn.Module, x: Inputs) -> tuple[Tensor, ...]:
@@ -72,7 +72,7 @@ def _outer_product(module: nn.Module, x: Inputs) -> tuple[Tensor, ...]:
     num_samples, _, num_residues = x["mask"].shape
     num_rows = torch.einsum("bsi,bsj->bij", x["mask"], x["mask"]) + OUTER_PRODUCT_EPS
     z = torch.zeros(num_samples, num_residues, num_residues, 128)
-    return (module(z, x["m"], x["mask"], num_rows),)
+    return (module(z, x["m"], x["mask"], num_rows)[0],)
 
 
 def _pointwise(module: nn.Module, x: Inputs) -> tuple[Tensor, ...]:

@@ -1,10 +1,14 @@
-"""The table of operations by its name. Which implementation each of its operations takes: ``triton_ops``."""
+"""The table of operations by its name, and the log's word on calls that take another implementation than the fastest.
+
+Which implementation each operation takes: ``triton_ops``.
+"""
 
 import logging
 
 from scalefold.kernels.table import REFERENCE, Operations
 
 log = logging.getLogger(__name__)
+_explained: set[tuple[str, str]] = set()
 
 
 def operations(name: str) -> Operations:
@@ -23,3 +27,10 @@ def operations(name: str) -> Operations:
         log.warning("kernels: plain PyTorch operations, because Triton cannot be imported: %s", error)
         return REFERENCE
     return TRITON
+
+
+def explain(taken: str, reason: str) -> None:
+    """Log, once, that calls take another implementation, such as ``plain PyTorch attention``, and why."""
+    if (taken, reason) not in _explained:
+        _explained.add((taken, reason))
+        log.info("kernels: %s: %s", taken, reason)

@@ -5,7 +5,6 @@ plain definition, and the log says so once per operation and reason. Kernels the
 """
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
+from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
     adam_swa,
@@ -30,10 +30,8 @@ from scalefold.kernels.ops import (
 )
 from scalefold.kernels.table import Operations
 
-log = logging.getLogger(__name__)
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products belong to the library, which offers tf32
 Obstacle = Callable[..., str | None]  # of an operation's arguments: why its kernels cannot take them, or None
-_explained: set[tuple[str, str]] = set()
 
 
 def device_obstacle(device: torch.device) -> str | None:
@@ -66,17 +64,11 @@ def guarded(fast: Callable[..., Any], plain: Callable[..., Any], *obstacles: Obs
     def operation(*arguments: Any, **named: Any) -> Any:
         for obstacle in obstacles:
             if reason := obstacle(*arguments, **named):
-                _explain(plain.__name__, reason)
+                explain(f"plain PyTorch {plain.__name__}", reason)
                 return plain(*arguments, **named)
         return fast(*arguments, **named)
 
     return operation
-
-
-def _explain(name: str, reason: str) -> None:
-    if (name, reason) not in _explained:
-        _explained.add((name, reason))
-        log.info("kernels: plain PyTorch %s: %s", name, reason)
 
 
 TRITON = Operations(

@@ -70,7 +70,7 @@ def read_loads(run_dir: Path, result: str | None = None) -> Loads:
     lines = [(file.stem, line) for file in sorted((run_dir / "telemetry").glob("*.jsonl")) for line in _lines(file)]
     if not lines:
         return Loads()
-    wanted = result or max(lines, key=lambda pair: pair[1]["time"])[1]["result"]
+    wanted = result or max(reversed(lines), key=lambda pair: pair[1]["time"])[1]["result"]  # of equals the last line
     ranks: dict[int, list[tuple[str, dict[str, Any]]]] = {}
     for node, line in lines:
         if line["result"] == wanted:

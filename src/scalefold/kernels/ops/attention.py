@@ -9,10 +9,11 @@ rows of scores on chip and no score is ever written to memory, only, where there
   tile from saved statistics. Five products per tile, of which two take probabilities or their gradients transposed
   through shared memory.
 * backward with a bias, in two launches. ``backward_keys`` owns one tile of keys of a (row, head) and walks over
-  queries: dk, dv, and the gradients of the scores, kept in the type of q. ``backward_queries`` owns a tile of queries
-  of a head and walks over a group of rows: each tile of these gradients gives dq and is added to the bias gradient, in
-  fp32 registers; the few partial sums (one per group) are added afterwards. No atomics. Computing the scores again for
-  the bias gradient, in a form that keeps nothing, is slower.
+  queries: dk, dv, and the gradients of the scores, kept in the type of q. Where it is faster, a Gluon program of
+  ``kernels.hopper`` takes its place. ``backward_queries`` owns a tile of queries of a head and walks over a group of
+  rows: each tile of these gradients gives dq and is added to the bias gradient, in fp32 registers; the few partial sums
+  (one per group) are added afterwards. No atomics. Computing the scores again for the bias gradient, in a form that
+  keeps nothing, is slower.
 
 Softmax runs in base 2. Per row of scores the forward saves ``lse`` = max + log2(sum) and
 ``rest`` = 2^(lse - max) / sum. ``rest`` is 1 except in rows without any key left: there max is about -inf * log2(e),
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.choice import explain
+from scalefold.kernels.hopper import attention as hopper
 from scalefold.kernels.ops.attention_programs import (
     backward_keys,
     backward_queries,
@@ -72,7 +75,11 @@ class _Attention(torch.autograd.Function):
         do = do if do.stride(-1) == 1 else do.contiguous()
         if bias is None:
             return *_gradients(q, k, v, mask, o, do, lse, rest, ctx.inf), None, None, None
-        dk, dv, ds = _key_gradients(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)
+        reason = hopper.keys_obstacle(q, k, v, do, bias, ctx.inf)
+        if reason and hopper.is_meant_for():
+            explain("Triton attention keys' gradients", reason)
+        key_gradients = _key_gradients if reason else hopper.key_gradients
+        dk, dv, ds = key_gradients(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)
         dq, d_bias = _query_gradients(q, k, bias, ds)
         return dq, dk, dv, None, d_bias, None
 

@@ -1,0 +1,147 @@
+"""Gradients of the keys' side of attention for compute capability 9.0 in Gluon, beside ``ops.attention``'s in Triton.
+
+``key_gradients`` takes the arguments of the function of ``ops.attention`` that it replaces and gives the same results.
+It has an obstacle: the Gluon program runs only where it is known to win, which the tuned tables say (HOPPER = 1). It
+sums in a fixed order and uses no atomics: equal inputs give equal bits.
+
+Triton's interpreter cannot run Gluon. What can be tested without a GPU is that the program compiles and that obstacles
+are found; what it computes is tested on a GPU.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalefold.kernels import tuning
+from scalefold.kernels.instructions import INTERPRETED
+
+try:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from scalefold.kernels.hopper.attention_keys import hopper_keys
+    from scalefold.kernels.hopper.pieces import Mask, Statistics
+
+    MISSING = None
+except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
+    MISSING = f"this Triton's Gluon is another one: {error}"
+
+CAPABILITY = 90
+LOG2_E = math.log2(math.e)
+LEAST_INF = 1e9  # beside it scores vanish in fp32, which the key gradients rely on in rows without any key
+LEAST, MOST = 129, 256  # keys of a row: launch parameters are for 256
+WIDTHS = (8, 16, 32)  # channels of a head
+NARROWEST = 16  # channels of a product: narrower heads are filled up with zeros by the copy engine
+PART, CONSUMERS = 64, 2  # lines of scores per consumer; consumers of a program
+MULTIPROCESSORS = 132
+
+
+def is_meant_for() -> bool:
+    """Whether kernels are chosen for a GPU that the program is made for; elsewhere its obstacles are no news."""
+    return tuning.capability() == CAPABILITY and not INTERPRETED.value
+
+
+def keys_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, inf: float) -> str | None:
+    """Why ``key_gradients`` cannot or should not run, or None."""
+    n, width = q.shape[2], q.shape[4]
+    if MISSING or INTERPRETED.value:
+        return MISSING or "the interpreter cannot run Gluon"
+    if tuning.capability() != CAPABILITY:
+        return f"compute capability {tuning.capability() / 10} is not 9.0"
+    if other := [x.dtype for x in (q, k, v, do, bias) if x.dtype != torch.bfloat16]:
+        return f"{str(other[0]).removeprefix('torch.')} is not bfloat16"
+    if not LEAST <= n <= MOST or width not in WIDTHS:
+        return f"rows of {n} keys with {width} channels per head, not {LEAST} to {MOST} with {WIDTHS}"
+    if inf < LEAST_INF:
+        return f"a mask of {inf:g} does not swallow scores"
+    if not all(map(_is_aligned, (q, k, v, do))):
+        return "the copy engine needs rows that start at multiples of 16 bytes"
+    if not tuning.lookup("attention_hopper_keys", **_fields(q))["HOPPER"]:
+        return "the table prefers the Triton program"
+    return None
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether the copy engine can address x: 16-bit values, dense in the last dimension."""
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    even = all(stride > 0 and stride % 8 == 0 for stride in strides)
+    return even and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+
+
+def _fields(q: Tensor) -> dict[str, int | str]:
+    """What launch parameters depend on, as in ``ops.attention``."""
+    batch, rows, n, heads, width = q.shape
+    return {
+        "batch": batch,
+        "rows": tuning.power_of_two(rows),
+        "n": tuning.power_of_two(n),
+        "heads": heads,
+        "d": width,
+        "bias": 1,
+        "dtype": str(q.dtype).removeprefix("torch."),
+    }
+
+
+def key_gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, o: Tensor, do: Tensor, lse: Tensor, rest: Tensor,
+    inf: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """``ops.attention._key_gradients``: dk, dv and the gradients of the scores [B, S, H, N keys, N queries]."""
+    batch, rows, n, heads, width = q.shape
+    config = tuning.lookup("attention_hopper_keys", **_fields(q))
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    ds = q.new_empty(batch, rows, heads, n, tuning.ceil_div(n, 8) * 8)[..., :n]  # lines of whole 16 bytes
+    block_q = config["BLOCK_Q"]
+    groups, per_program = _groups(rows, config)
+    hopper_keys[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
+        _tiles(q, block_q), _tiles(do, block_q), _tiles(k, PART), _tiles(v, PART),
+        _tiles(dk, PART), _tiles(dv, PART), _scores(ds, PART, block_q),
+        bias, bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
+        (o, o.stride()[:4], do, do.stride()[:4]), rows, per_program, groups,
+        SCALE=width**-0.5, D=width, KEYS=tuning.power_of_two(n), STAGES=config["STAGES"],
+        REGISTERS=config["REGISTERS"], num_warps=4,
+    )  # fmt: skip
+    return dk, dv, ds
+
+
+def _groups(rows: int, config: tuning.Config) -> tuple[int, int]:
+    """Into how many groups rows are split, none of them empty, and how many rows a program walks over."""
+    per_program = tuning.ceil_div(rows, min(config["GROUPS"], rows))
+    return tuning.ceil_div(rows, per_program), per_program
+
+
+def _tiles(x: Tensor, lines: int) -> Any:
+    """How the copy engine takes ``lines`` lines of one head from x: [B, S, N, H, D], or brings them there.
+
+    What lies beyond N or D is read as zero and not written.
+    """
+    return _descriptor(x, [1, 1, lines, 1, max(NARROWEST, x.shape[-1])])
+
+
+def _scores(ds: Tensor, keys: int, queries: int) -> Any:
+    """The same for tiles of the gradients of scores: [B, S, H, N, N]."""
+    return _descriptor(ds.flatten(0, 2), [1, keys, queries])
+
+
+def _descriptor(x: Tensor, block: list[int]) -> Any:
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape, x.stride(), strict=True)]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor(x, list(x.shape), [*strides[:-1], 1], block, layout)
+
+
+def _mask(mask: Tensor, inf: float) -> Any:
+    return Mask(mask, *mask.stride(), mask.shape[-1], inf * LOG2_E)
+
+
+def keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
+    """Groups of rows that fill all multiprocessors once: a program takes one for itself."""
+    tiles = int(fields["batch"]) * int(fields["heads"]) * tuning.ceil_div(int(fields["n"]), PART * CONSUMERS)
+    groups = max(1, MULTIPROCESSORS // tiles)
+    return {"HOPPER": 0, "GROUPS": groups, "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64}
+
+
+tuning.register("attention_hopper_keys", keys_default)

@@ -1,0 +1,247 @@
+"""Keys' gradients of attention in Gluon: which calls the program takes and that it compiles, without a GPU; what it
+computes, on one of 9.0.
+
+Triton's interpreter cannot run Gluon.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import triton.language as tl
+
+from scalefold.kernels import choice, tuning
+from scalefold.kernels.hopper import attention as hopper
+from scalefold.kernels.ops import attention as twin
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
+PREFERRED = {"HOPPER": 1}
+
+
+@pytest.fixture
+def scripts(repository, monkeypatch):
+    """The folder of the scripts can be imported from."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As outside the interpreter, for 9.0."""
+    monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(False))
+    with tuning.assume_capability(90):
+        yield
+
+
+def rows_of(rows=3, n=256, heads=2, width=32, dtype=torch.bfloat16):
+    return torch.empty(1, rows, n, heads, width, dtype=dtype, device="meta")
+
+
+def bias_of(heads=2, n=256, dtype=torch.bfloat16):
+    return torch.empty(1, heads, n, n, dtype=dtype, device="meta")
+
+
+def obstacle(x, inf=1e9, bias=None):
+    with tuning.override("attention_hopper_keys", PREFERRED):
+        return hopper.keys_obstacle(x, x, x, x, bias_of() if bias is None else bias, inf)
+
+
+@pytest.mark.parametrize("n", [129, 201, 256])
+@pytest.mark.parametrize("width", [8, 16, 32])
+def test_rows_of_129_to_256_keys_have_no_obstacle(compiled, n, width):
+    assert obstacle(rows_of(n=n, width=width)) is None
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_slices_and_transposed_views_have_no_obstacle(compiled, transposed):
+    x = torch.empty(1, 256, 3, 256, 2, 32, dtype=torch.bfloat16, device="meta").unbind(2)[1]
+    assert obstacle(x.transpose(1, 2) if transposed else x) is None
+
+
+@pytest.mark.parametrize(
+    ("x", "inf", "reason"),
+    [
+        (rows_of(dtype=torch.float32), 1e9, "float32 is not bfloat16"),
+        (rows_of(n=257), 1e9, "rows of 257 keys"),
+        (rows_of(n=128), 1e9, "rows of 128 keys"),
+        (rows_of(width=64), 1e9, "64 channels"),
+        (rows_of(), 1e5, "a mask of 100000 does not swallow scores"),
+        (torch.empty(1, 3, 256, 2, 36, dtype=torch.bfloat16, device="meta")[..., :32], 1e9, "16 bytes"),
+        (torch.empty(1, 3, 1, 2, 32, dtype=torch.bfloat16, device="meta").expand(1, 3, 256, 2, 32), 1e9, "16 bytes"),
+    ],
+    ids=["float32", "long", "short", "wide", "inf", "strides", "expanded"],
+)
+def test_what_the_programs_cannot_take_is_named(compiled, x, inf, reason):
+    assert reason in str(obstacle(x, inf))
+
+
+@pytest.mark.parametrize("target", [80, 100])
+def test_other_compute_capabilities_keep_triton(monkeypatch, target):
+    monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(False))
+    with tuning.assume_capability(target):
+        assert obstacle(rows_of()) == f"compute capability {target / 10} is not 9.0"
+
+
+def test_the_interpreter_is_an_obstacle(monkeypatch):
+    monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(True))
+    assert obstacle(rows_of()) == "the interpreter cannot run Gluon"
+
+
+def test_a_bias_of_another_type_is_named(compiled):
+    assert obstacle(rows_of(), bias=bias_of(dtype=torch.float32)) == "float32 is not bfloat16"
+
+
+def test_without_an_entry_in_the_tables_triton_is_preferred(compiled, monkeypatch):
+    monkeypatch.setattr(tuning, "table", lambda target: {})
+    tuning._resolved.cache_clear()
+    x = rows_of()
+    found = hopper.keys_obstacle(x, x, x, x, bias_of(), 1e9)
+    tuning._resolved.cache_clear()
+    assert found == "the table prefers the Triton program"
+
+
+@pytest.mark.parametrize(
+    ("rows", "heads", "width", "preferred"),
+    [(256, 4, 32, True), (128, 4, 32, True), (124, 8, 32, True), (64, 8, 32, True), (1024, 8, 8, False)],
+)
+def test_key_gradients_are_preferred_where_they_were_found_faster(compiled, rows, heads, width, preferred):
+    x = rows_of(rows=rows, heads=heads, width=width)
+    assert (hopper.keys_obstacle(x, x, x, x, bias_of(heads), 1e9) is None) == preferred
+
+
+def taken(monkeypatch, width=32):
+    """Which of both implementations a backward takes; nothing is computed."""
+    calls = []
+
+    def named(name):
+        def gradients(q, k, v, *_):
+            calls.append(name)
+            return torch.empty_like(k), torch.empty_like(v), None
+
+        return gradients
+
+    monkeypatch.setattr(hopper, "key_gradients", named("Gluon"))
+    monkeypatch.setattr(twin, "_key_gradients", named("Triton"))
+    monkeypatch.setattr(twin, "_query_gradients", lambda q, k, bias, ds: (torch.empty_like(q), torch.empty_like(bias)))
+    monkeypatch.setattr(twin, "_forward", lambda q, *_: (torch.empty_like(q), None, None))
+    q, k, v = (rows_of(rows=256, heads=4, width=width).requires_grad_() for _ in range(3))
+    mask = torch.ones(1, 256, 256, dtype=torch.bfloat16, device="meta")
+    twin.attention(q, k, v, mask, bias_of(4).requires_grad_(), 1e9).sum().backward()
+    return calls
+
+
+def messages(caplog):
+    return [record.message for record in caplog.records]
+
+
+def test_a_backward_takes_gluon_where_nothing_stands_in_its_way(compiled, monkeypatch, caplog):
+    with caplog.at_level(logging.INFO):
+        assert taken(monkeypatch) == ["Gluon"]
+    assert messages(caplog) == []
+
+
+def test_a_backward_says_once_why_it_stays_with_triton(compiled, monkeypatch, caplog):
+    choice._explained.clear()
+    with caplog.at_level(logging.INFO):
+        assert taken(monkeypatch, width=16) + taken(monkeypatch, width=16) == ["Triton"] * 2
+    line = "kernels: Triton attention keys' gradients: the table prefers the Triton program"
+    assert messages(caplog) == [line]
+
+
+def test_where_gluon_is_another_one_a_backward_stays_with_triton_and_says_so(compiled, monkeypatch, caplog):
+    choice._explained.clear()
+    monkeypatch.setattr(hopper, "MISSING", "this Triton's Gluon is another one: no `tma`")
+    with caplog.at_level(logging.INFO):
+        assert taken(monkeypatch) == ["Triton"]
+    assert messages(caplog) == [f"kernels: Triton attention keys' gradients: {hopper.MISSING}"]
+
+
+def test_on_other_gpus_there_is_nothing_to_say(monkeypatch, caplog):
+    choice._explained.clear()
+    monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(False))
+    with caplog.at_level(logging.INFO), tuning.assume_capability(80):
+        assert taken(monkeypatch) == ["Triton"]
+    assert messages(caplog) == []
+
+
+@pytest.mark.parametrize("rows", [1, 5, 124, 128, 256])
+@pytest.mark.parametrize("wanted", [1, 4, 16, 33])
+def test_no_group_of_rows_is_empty(rows, wanted):
+    groups, per_program = hopper._groups(rows, {"GROUPS": wanted})
+    assert groups <= wanted
+    assert (groups - 1) * per_program < rows <= groups * per_program
+
+
+def test_without_gluon_everything_imports_and_the_reason_is_known(repository):
+    program = (
+        "import sys; sys.modules['triton.experimental.gluon.language'] = None\n"
+        "import torch\n"
+        "from scalefold.kernels import triton_ops\n"
+        "from scalefold.kernels.hopper import attention\n"
+        "x = torch.empty(1, 2, 256, 2, 32, dtype=torch.bfloat16, device='meta')\n"
+        "print(attention.keys_obstacle(x, x, x, x, x, 1e9))\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True)
+    assert "this Triton's Gluon is another one" in finished.stdout, finished.stderr
+
+
+def test_the_program_compiles_without_a_gpu_and_its_products_are_not_serialized(repository, tmp_path):
+    """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "benchmarks/measure/compile_hopper.py", "--only", "msa_row", "--first"]
+    finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.startswith("msa_row  GROUPS=8 STAGES=2 REGISTERS=224 BLOCK_Q=64")
+
+
+LOOPS = """
+.text.kernel:
+        /*0000*/                   MOV R1, R2 ;
+.L_x_0:
+        /*0010*/                   FADD R1, R1, R2 ;
+.L_x_1:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24 ;
+        /*0030*/              @!P0 FFMA R1, R1, R2, R3 ;
+        /*0040*/               @P0 BRA `(.L_x_1) ;
+        /*0050*/              @!P1 BRA `(.L_x_0) ;
+        /*0060*/                   BRA `(.L_x_2) ;
+.L_x_2:
+        /*0070*/                   EXIT ;
+"""
+
+
+def test_instructions_are_counted_in_the_innermost_loop(scripts):
+    pytest.importorskip("triton")
+    import compile_hopper
+
+    assert [len(loop) for loop in compile_hopper.innermost_loops(LOOPS)] == [3]
+    each, kinds = compile_hopper.per_score(LOOPS, keys=2)  # 64 lines of 2 keys: one score per thread
+    assert each == 3.0
+    assert kinds == "HGMMA:1.00 FFMA:1.00 BRA:1.00"
+
+
+def case_of(name):
+    import hopper_cases
+
+    return next(case for case in hopper_cases.CASES if case.name == name)
+
+
+GPU_CASES = ["triangle_start", "triangle_end", "triangle_masked", "msa_row_124", "awkward", "template"]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, name):
+    import bits
+    import hopper_cases as cases
+
+    inputs = cases.inputs_of(case_of(name), "cuda")
+    exact, saved = cases.exact_results(inputs), cases.saved_results(inputs)
+    own, other = (cases.errors(cases.run(how, inputs, saved), exact) for how in (cases.HOPPER, cases.TWIN))
+    assert cases.too_large(own, other) == [], (own, other)
+    assert bits.repeat(lambda: list(cases.run(cases.HOPPER, inputs, saved).values()), 3) == []
