@@ -1,6 +1,7 @@
 """Checkpoints: written beside training, complete or absent, verified before they are used."""
 
 import os
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -133,6 +134,27 @@ def test_what_went_wrong_with_a_checkpoint_is_raised_by_the_next_and_leaves_noth
         trained.begin(2)
     assert list(trained.writer.folder.iterdir()) == []
     assert trained.writer.finish() is None  # told once
+
+
+def test_a_process_without_descriptors_leaves_no_half_checkpoint_either(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits, original = resource.getrlimit(resource.RLIMIT_NOFILE), checkpoint_writer.write_text
+
+    def refuse_files(file: Path, text: str) -> None:
+        lowest = os.dup(0)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        original(file, text)
+
+    monkeypatch.setattr(checkpoint_writer, "write_text", refuse_files)
+    try:
+        trained.begin(1)
+        with pytest.raises(CheckpointError, match=r"000001: cannot write .*Too many open files"):
+            trained.writer.finish()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert list(trained.writer.folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("buffer, what", [("master", "weights"), ("exp_avg", "exp_avg"), ("averaged", "averages")])

@@ -163,7 +163,8 @@ def _exhaust_memory(scorer: Any) -> None:
     scorer.model.predict = predict
 
 
-def _refuse_files(_: Any) -> None:
+def _refuse_files(run: Any) -> None:
+    run.saves.writer.newest()  # the one under way is complete
     lowest = os.dup(0)  # every new one would be this or a higher one
     os.close(lowest)
     resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

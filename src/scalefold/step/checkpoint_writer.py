@@ -261,7 +261,7 @@ class CheckpointWriter(Checkpoints):
             write_text(temporary / STATE_FILE, json.dumps(replace(state, sha256=hashes).facts()) + "\n")
             put_in_place(temporary, target)
         except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch.save
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_partial(temporary)
             reason = getattr(error, "strerror", None) or (str(error).splitlines() or [""])[0]
             raise CheckpointError(f"{target}: cannot write the checkpoint, is the disk full? {reason}") from None
         self._drop_oldest(target)
@@ -284,6 +284,14 @@ def write_text(file: Path, text: str) -> None:
     """The same for a short text."""
     file.write_text(text, encoding="utf-8")
     flush(file)
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what was begun; unlike ``rmtree``, also in a process that can open no folder any more."""
+    with contextlib.suppress(OSError):
+        for name in (RESUMABLE_FILE, AVERAGED_FILE, STATE_FILE):
+            (folder / name).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
