@@ -64,9 +64,9 @@ def test_without_a_window_the_loop_walks_over_a_plain_range_and_nothing_is_wrapp
     seen: dict[str, Any] = {}
     original = loops.loop
 
-    def spy(run: Any, steps: Any, numbers: Any, note_cycle: Any) -> Any:
+    def spy(run: Any, steps: Any, numbers: Any, *others: Any) -> Any:
         seen["numbers"] = numbers
-        outcome = original(run, steps, numbers, note_cycle)
+        outcome = original(run, steps, numbers, *others)
         seen["own"] = [method for owner, method, _ in loops.spans(run, steps) if method in vars(owner)]
         return outcome
 
