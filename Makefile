@@ -61,11 +61,12 @@ rings: setup  ## look for races in the compiled kernels of every share and evalu
 test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo
 	$(PYTHON) tests/installation.py
 
-check: setup  ## lint, format and types
+check: setup  ## lint, format, types, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_imports.py
 
 format: setup  ## apply the formatter and safe fixes
 	$(BIN)/ruff check --fix .
