@@ -21,6 +21,7 @@ from scalefold.step.checkpoint import Checkpoints, read_state
 from slurm_cluster import Cluster, SlurmUnavailable, install_if_missing
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+HANGS_S = 300  # Slurm alone may let a requeued job wait for two minutes
 ENDLESS = ["training.num_train_iters=1000000", "run.checkpoint_every_iters=2"]
 
 
@@ -94,14 +95,14 @@ class Jobs:
         folder = Checkpoints(self.run_dir(job_id) / "checkpoints").newest()
         return read_state(folder).iteration if folder else 0
 
-    def wait_for_checkpoint(self, job_id: str, beyond: int = 0, timeout_s: float = 180) -> int:
+    def wait_for_checkpoint(self, job_id: str, beyond: int = 0, timeout_s: float = HANGS_S) -> int:
         deadline = time.monotonic() + timeout_s
         while (iteration := self.newest(job_id)) <= beyond:
             assert time.monotonic() < deadline, self.output(job_id)
             time.sleep(0.2)
         return iteration
 
-    def wait_for_output(self, job_id: str, text: str, timeout_s: float = 180) -> None:
+    def wait_for_output(self, job_id: str, text: str, timeout_s: float = HANGS_S) -> None:
         deadline = time.monotonic() + timeout_s
         while text not in self.output(job_id):
             assert time.monotonic() < deadline, self.output(job_id)
@@ -185,7 +186,7 @@ def test_the_time_limit_ends_in_a_checkpoint_and_the_queue(cluster: Cluster, sub
     jobs.wait_for_checkpoint(job_id)
     elapsed_min = cluster.elapsed_s(job_id) // 60
     cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={elapsed_min + 2}")  # one to two minutes are left
-    jobs.wait_for_output(job_id, "time limit is near: stopping", timeout_s=180)
+    jobs.wait_for_output(job_id, "time limit is near: stopping")
     jobs.wait_for_output(job_id, "run 0: exit status 4")
     deadline = time.monotonic() + 60
     while (job := cluster.job(job_id))["JobState"] != "PENDING":
