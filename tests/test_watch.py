@@ -41,8 +41,13 @@ class End:
     seconds: float
 
 
-def run_apart(function: Callable[[int], None], world_size: int, folder: Path, timeout_s: float = 300) -> list[End]:
-    """Run ``function(rank)`` as the command line would: errors are printed and become the exit status."""
+def run_apart(
+    function: Callable[[int], None], world_size: int, folder: Path, timeout_s: float = 300, never: int = 0
+) -> list[End]:
+    """Run ``function(rank)`` as the command line would: errors are printed and become the exit status.
+
+    ``never``: so many ranks do not end by themselves; they are killed when all others have ended.
+    """
     context, port, begin = mp.get_context("fork"), free_port(), time.monotonic()
     processes = [
         context.Process(target=_child, args=(function, r, world_size, port, folder)) for r in range(world_size)
@@ -50,7 +55,7 @@ def run_apart(function: Callable[[int], None], world_size: int, folder: Path, ti
     for process in processes:
         process.start()
     seconds: dict[int, float] = {}
-    while len(seconds) < world_size and time.monotonic() - begin < timeout_s:
+    while len(seconds) < world_size - never and time.monotonic() - begin < timeout_s:
         seconds |= {
             r: time.monotonic() - begin for r, p in enumerate(processes) if r not in seconds and not p.is_alive()
         }
@@ -171,7 +176,7 @@ def test_a_silent_evaluation_rank_ends_the_run(tiny_store: Path, tmp_path: Path)
         ChainScorer.score = score  # type: ignore[method-assign,assignment]
         run_rank(config, RunOptions())
 
-    ends = run_apart(function, 2, tmp_path)
+    ends = run_apart(function, 2, tmp_path, never=1)
     assert ends[0].status == RankLostError.exit_status
     assert "Gave no more sign of life, last seen: rank 1 on " in ends[0].text
     assert "at step 2, evaluation" in ends[0].text
@@ -322,7 +327,7 @@ def frozen() -> None:
 @pytest.mark.distributed
 def test_a_frozen_rank_0_with_its_store_is_named_and_the_others_end(tiny_store: Path, tmp_path: Path) -> None:
     config = two_ranks(tiny_store, tmp_path / "run")
-    ends = run_apart(disturbed(config, 0, 3, frozen), 2, tmp_path)
+    ends = run_apart(disturbed(config, 0, 3, frozen), 2, tmp_path, never=1)
     assert ends[1].status == RankLostError.exit_status
     assert "key-value store has not answered for" in ends[1].text
     assert "rank 0 on " in ends[1].text
@@ -343,7 +348,7 @@ def test_a_rank_0_that_freezes_before_the_ranks_have_met_is_not_waited_for(tiny_
                 time.sleep(60)
         start(config)
 
-    ends = run_apart(function, 2, tmp_path)
+    ends = run_apart(function, 2, tmp_path, never=1)
     assert ends[1].status == RankLostError.exit_status
     assert "rank 1 of 2" in ends[1].text
     assert "rank 0 at 127.0.0.1:" in ends[1].text
