@@ -104,6 +104,7 @@ class Cluster:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"job {job_id} is not in the queue again: {self.job(job_id)}")
             time.sleep(0.2)
+        time.sleep(2)  # a credential of the second in which the job was ended counts as revoked
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def ranks(self, job_id: str) -> dict[int, tuple[int, str]]:
