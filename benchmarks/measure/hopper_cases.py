@@ -150,6 +150,6 @@ def too_large(own: dict[str, float], other: dict[str, float]) -> list[str]:
 
 def configurations(case: Case) -> list[tuning.Config]:
     """Launch parameters worth a try: all of a thorough case, else the first."""
-    fields = hopper._fields(inputs_of(case, "meta").q)
+    fields = tuning.attention_fields(inputs_of(case, "meta").q, True)
     found = [config for config in CANDIDATES[KERNEL](fields) if config["HOPPER"]]
     return found if case.thorough else found[:1]

@@ -238,6 +238,20 @@ def row_fields(count: int, dtype: torch.dtype, **sizes: int) -> dict[str, int | 
     return {"rows": 1 << (count - 1).bit_length(), "dtype": str(dtype).removeprefix("torch."), **sizes}
 
 
+def attention_fields(q: Tensor, biased: bool) -> dict[str, int | str]:
+    """Fields of an attention for ``lookup``, q: [B, S, N, H, D]; sizes of evaluations are rounded up: short tables."""
+    batch, rows, n, heads, width = q.shape
+    return {
+        "batch": batch,
+        "rows": power_of_two(rows),
+        "n": max(16, power_of_two(n)),
+        "heads": heads,
+        "d": width,
+        "bias": int(biased),
+        "dtype": str(q.dtype).removeprefix("torch."),
+    }
+
+
 def tile_config(values: Sequence[int]) -> Config:
     """Launch parameters of a kernel of tiles from (rows, columns, warps, stages)."""
     return dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), values, strict=True))

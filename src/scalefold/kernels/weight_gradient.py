@@ -153,6 +153,12 @@ def _copied_kernel(
             tl.store(partials + COUNT * WIDTH * C + offsets, acc, mask=(n < NARROW)[:, None])
 
 
+def row_ranges(num_rows: int, tile: int, num_blocks: int, num_programs: int) -> tuple[int, int]:
+    """Rows per range, in whole tiles, and their number: ``num_blocks`` blocks of each make ``num_programs`` at most."""
+    per_range = tuning.ceil_div(tuning.ceil_div(num_rows, tile), max(1, num_programs // num_blocks)) * tile
+    return per_range, tuning.ceil_div(num_rows, per_range)
+
+
 def _cumulative(sizes: Sequence[int]) -> tuple[int, ...]:
     return tuple(sum(sizes[:n]) for n in range(len(sizes) + 1))
 
@@ -207,8 +213,7 @@ def _copied_products(products: Sequence[Product], num_products: int) -> list[Ten
     narrow = [TensorDescriptor.from_tensor(m, tile[::-1]) for m in d[len(wide) :]]
     absent, num_rows = MOST_COPIED - len(wide), a[0].shape[0]
     blocks = len(wide) * (widths[0] // tile[1]) + len(narrow)
-    rows_per_split = triton.cdiv(triton.cdiv(num_rows, tile[0]), max(1, NUM_COPYING_PROGRAMS // blocks)) * tile[0]
-    num_splits = triton.cdiv(num_rows, rows_per_split)
+    rows_per_split, num_splits = row_ranges(num_rows, tile[0], blocks, NUM_COPYING_PROGRAMS)
     partials = torch.empty(num_splits, sum(widths) * c, dtype=torch.float32, device=a[0].device)
     _copied_kernel[(blocks, num_splits)](
         *ds, *ds[:1] * absent, narrow[0] if narrow else None, *operands, *operands[:1] * absent, partials, num_rows,
@@ -256,9 +261,8 @@ def _tiled_products(products: Sequence[Product]) -> list[Tensor]:
     config = _tiles(max(products, key=lambda product: product.width), num)
     config["BLOCK_N"] = min(config["BLOCK_N"], max(16, triton.next_power_of_2(max(widths))))
     first_blocks = _cumulative([triton.cdiv(width, config["BLOCK_N"]) for width in widths])
-    tiles = triton.cdiv(num_rows, config["BLOCK_M"])
-    rows_per_split = triton.cdiv(tiles, max(1, NUM_PROGRAMS // first_blocks[-1])) * config["BLOCK_M"]
-    num_splits, total = triton.cdiv(num_rows, rows_per_split), sum(widths)
+    rows_per_split, num_splits = row_ranges(num_rows, config["BLOCK_M"], first_blocks[-1], NUM_PROGRAMS)
+    total = sum(widths)
     partials = torch.empty(num_splits, total * c, dtype=torch.float32, device=products[0].d.device)
     _kernel[(first_blocks[-1], num_splits)](
         **views, dims=dims, num_rows=num_rows, partials=partials, rows_per_split=rows_per_split, COUNT=num,

@@ -1,0 +1,4 @@
+"""Programs in Gluon for Hopper, beside their Triton twins: what host and programs both know."""
+
+PART = 64  # lines of scores per consumer: those of a warpgroup's product
+CONSUMERS = 2  # groups of a program that compute

@@ -10,13 +10,13 @@ are found; what it computes is tested on a GPU.
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import CONSUMERS, PART
 from scalefold.kernels.instructions import INTERPRETED
 
 try:
@@ -24,19 +24,17 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from scalefold.kernels.hopper.attention_keys import hopper_keys
-    from scalefold.kernels.hopper.pieces import Mask, Statistics
+    from scalefold.kernels.hopper.pieces import LOG2_E, Mask, Statistics
 
     MISSING = None
 except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
     MISSING = f"this Triton's Gluon is another one: {error}"
 
 CAPABILITY = 90
-LOG2_E = math.log2(math.e)
 LEAST_INF = 1e9  # beside it scores vanish in fp32, which the key gradients rely on in rows without any key
 LEAST, MOST = 129, 256  # keys of a row: launch parameters are for 256
 WIDTHS = (8, 16, 32)  # channels of a head
 NARROWEST = 16  # channels of a product: narrower heads are filled up with zeros by the copy engine
-PART, CONSUMERS = 64, 2  # lines of scores per consumer; consumers of a program
 MULTIPROCESSORS = 132
 
 
@@ -60,7 +58,7 @@ def keys_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, inf
         return f"a mask of {inf:g} does not swallow scores"
     if not all(map(_is_aligned, (q, k, v, do))):
         return "the copy engine needs rows that start at multiples of 16 bytes"
-    if not tuning.lookup("attention_hopper_keys", **_fields(q))["HOPPER"]:
+    if not tuning.lookup("attention_hopper_keys", **tuning.attention_fields(q, True))["HOPPER"]:
         return "the table prefers the Triton program"
     return None
 
@@ -72,27 +70,13 @@ def _is_aligned(x: Tensor) -> bool:
     return even and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
 
 
-def _fields(q: Tensor) -> dict[str, int | str]:
-    """What launch parameters depend on, as in ``ops.attention``."""
-    batch, rows, n, heads, width = q.shape
-    return {
-        "batch": batch,
-        "rows": tuning.power_of_two(rows),
-        "n": tuning.power_of_two(n),
-        "heads": heads,
-        "d": width,
-        "bias": 1,
-        "dtype": str(q.dtype).removeprefix("torch."),
-    }
-
-
 def key_gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, o: Tensor, do: Tensor, lse: Tensor, rest: Tensor,
     inf: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``ops.attention._key_gradients``: dk, dv and the gradients of the scores [B, S, H, N keys, N queries]."""
     batch, rows, n, heads, width = q.shape
-    config = tuning.lookup("attention_hopper_keys", **_fields(q))
+    config = tuning.lookup("attention_hopper_keys", **tuning.attention_fields(q, True))
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     ds = q.new_empty(batch, rows, heads, n, tuning.ceil_div(n, 8) * 8)[..., :n]  # lines of whole 16 bytes
     block_q = config["BLOCK_Q"]
@@ -134,7 +118,7 @@ def _descriptor(x: Tensor, block: list[int]) -> Any:
 
 
 def _mask(mask: Tensor, inf: float) -> Any:
-    return Mask(mask, *mask.stride(), mask.shape[-1], inf * LOG2_E)
+    return Mask(mask, *mask.stride(), mask.shape[-1], inf * LOG2_E.value)
 
 
 def keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:

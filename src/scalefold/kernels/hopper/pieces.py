@@ -21,9 +21,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from scalefold.kernels import hopper
+
 LOG2_E = gl.constexpr(math.log2(math.e))
-PART = gl.constexpr(64)  # lines of a warpgroup's product
-CONSUMERS = gl.constexpr(2)
+PART = gl.constexpr(hopper.PART)
+CONSUMERS = gl.constexpr(hopper.CONSUMERS)
 group_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # newer Tritons have renamed it
 
 

@@ -84,20 +84,6 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, None, d_bias, None
 
 
-def _fields(q: Tensor, bias: Tensor | None) -> dict[str, int | str]:
-    """What launch parameters depend on. Sizes that vary in evaluation are rounded up, so that tables stay short."""
-    batch, rows, n, heads, width = q.shape
-    return {
-        "batch": batch,
-        "rows": tuning.power_of_two(rows),
-        "n": max(16, tuning.power_of_two(n)),
-        "heads": heads,
-        "d": width,
-        "bias": int(bias is not None),
-        "dtype": str(q.dtype).removeprefix("torch."),
-    }
-
-
 def _blocks(config: tuning.Config, n: int, width: int) -> tuple[int, int, int, bool]:
     """Tile sizes cut down to the row length, and whether tiles cover rows and channels exactly."""
     longest = max(16, tuning.power_of_two(n))
@@ -144,7 +130,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float, save: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     batch, rows, n, heads, width = q.shape
-    config = tuning.lookup("attention_forward", **_fields(q, bias))
+    config = tuning.lookup("attention_forward", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
     block_q, block_k = blocks[:2]
     o = torch.empty_like(q)
@@ -167,7 +153,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv without a bias."""
     batch, rows, n, heads, width = q.shape
-    config = tuning.lookup("attention_backward", **_fields(q, None))
+    config = tuning.lookup("attention_backward", **tuning.attention_fields(q, False))
     blocks = _blocks(config, n, width)
     chunks = tuning.ceil_div(n, blocks[0])
     dq = torch.empty_like(q)
@@ -190,7 +176,7 @@ def _key_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dk, dv and the gradients of the scores [B, S, H, N keys, N queries] in the type of q."""
     batch, rows, n, heads, width = q.shape
-    config = tuning.lookup("attention_backward_keys", **_fields(q, bias))
+    config = tuning.lookup("attention_backward_keys", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
     dk, dv, ds = torch.empty_like(k), torch.empty_like(v), q.new_empty(batch, rows, heads, n, n)
     bias = bias.transpose(-1, -2).contiguous()  # a copy beats a gather per row of q
@@ -204,7 +190,7 @@ def _key_gradients(
 def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
     """dq and the gradient of the bias, a view with keys outermost."""
     batch, rows, n, heads, width = q.shape
-    config = tuning.lookup("attention_backward_queries", **_fields(q, bias))
+    config = tuning.lookup("attention_backward_queries", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
     parts, group = tuning.ceil_div(n, blocks[1]), tuning.ceil_div(rows, min(config["GROUPS"], rows))
     groups = tuning.ceil_div(rows, group)

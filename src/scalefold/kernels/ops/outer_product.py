@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from scalefold.kernels import tuning
 from scalefold.kernels.ops.linear import masked_projections
 from scalefold.kernels.rows import dot, layout_obstacle, sum_all, width_obstacle
-from scalefold.kernels.weight_gradient import NUM_PROGRAMS
+from scalefold.kernels.weight_gradient import NUM_PROGRAMS, row_ranges
 
 KEEP_FROM_SEQUENCES = 512  # 2 S N^2 c^2 FLOP against 4 N^2 c^2 bytes: storing wins well above S ~ 200
 SCALE_ROWS = 64  # pairs per program of the scaling; 16 KiB at 128 channels
@@ -164,8 +164,7 @@ def _weight_partials(scaled: Tensor, outer: Tensor) -> Tensor:
     (i, j, c), k = scaled.shape, outer.numel() // (scaled.shape[0] * scaled.shape[1])
     config = tuning.chosen_tiles("outer_product_weight", scaled, k, k)
     num_blocks = k // config["BLOCK_N"]
-    rows_per_split = triton.cdiv(i, max(1, NUM_PROGRAMS // num_blocks))
-    num_splits = triton.cdiv(i, rows_per_split)
+    rows_per_split, num_splits = row_ranges(i, 1, num_blocks, NUM_PROGRAMS)
     partials = torch.empty(num_splits, c * k, dtype=torch.float32, device=scaled.device)
     _weight_gradient_kernel[(num_blocks, num_splits)](
         scaled, outer, partials, i, j, rows_per_split, K=k, CO=int(k**0.5), C=c, **config
