@@ -117,14 +117,13 @@ def compare(before: Path, after: Path) -> int:
 def main() -> int:
     """Write a table or compare two; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="table to append to")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--out", type=Path, help="table to append to")
+    either.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     parser.add_argument("--dap", type=int, nargs="+", default=[1, 8], help="training shares")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile; 0: none")
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     arguments = parser.parse_args()
-    if (arguments.out is None) == (arguments.compare is None):
-        parser.error("either --out FILE or --compare BEFORE AFTER")
     if arguments.compare:
         return compare(*arguments.compare)
     if arguments.workers and not arguments.only:

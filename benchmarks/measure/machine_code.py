@@ -136,14 +136,13 @@ def changed_counts(before: str, after: str) -> str:
 def main() -> int:
     """Write a table or compare two; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="table to write or to complete")
+    either = parser.add_mutually_exclusive_group(required=True)
+    either.add_argument("--out", type=Path, help="table to write or to complete")
+    either.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     parser.add_argument("--dap", type=int, nargs="+", default=[1, 2, 4, 8], help="training shares")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--target", type=int, default=90, choices=[80, 90])
-    parser.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     arguments = parser.parse_args()
-    if (arguments.out is None) == (arguments.compare is None):
-        parser.error("either --out FILE or --compare BEFORE AFTER")
     if arguments.compare:
         return compare(*arguments.compare)
     return write(arguments.out, arguments.dap, arguments.only, arguments.target)
