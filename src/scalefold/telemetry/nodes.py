@@ -20,11 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from scalefold.telemetry import NODES_FOLDER
 from scalefold.telemetry.gpu import Gpu, Meter, find_gpu
 
 log = logging.getLogger(__name__)
 
-FOLDER = "telemetry"
 LOOK_EVERY_S = 1.0
 _CLOSE_S = 5.0
 _BEGIN, _END = object(), object()
@@ -53,7 +53,7 @@ class NodeLog:
         gpu: str = "",
         find: Callable[[str], tuple[Gpu | None, str | None]] = find_gpu,
     ) -> None:
-        self.file = run_dir / FOLDER / f"{re.sub(r'[^A-Za-z0-9._-]', '_', node)}.jsonl"
+        self.file = run_dir / NODES_FOLDER / f"{re.sub(r'[^A-Za-z0-9._-]', '_', node)}.jsonl"
         self.rank, self._uuid, self._find = rank, gpu, find
         self._who = {"result": result, "rank": rank, "role": role}
         self._step = 0

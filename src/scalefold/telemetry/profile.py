@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from scalefold.config import ProfileConfig
+from scalefold.telemetry import PROFILE_FOLDER
 
 log = logging.getLogger(__name__)
 
-FOLDER = "profile"
 UNDER_NSYS = "NSYS_PROFILING_SESSION_ID"  # set by nsys for the programs that it starts
 
 #: An object, the name of its method and the name of the range that a call becomes.
@@ -48,7 +48,7 @@ class Window:
         pause: Callable[[], None],
     ) -> None:
         self.steps = profile.window if rank in profile.ranks else range(0)
-        self.folder, self.rank = run_dir / FOLDER, rank
+        self.folder, self.rank = run_dir / PROFILE_FOLDER, rank
         self.spans, self.pause = spans, pause
         self.on_gpu = device.type == "cuda"
         self.under_nsys = self.on_gpu and UNDER_NSYS in os.environ

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from scalefold.telemetry import NODES_FOLDER
 from scalefold.textfile import is_finite_number, parse_json
 
 _NUM_CHAINS = 3
@@ -67,7 +68,7 @@ def read_loads(run_dir: Path, result: str | None = None) -> Loads:
 
     Lines that a crash cut short are left out.
     """
-    lines = [(file.stem, line) for file in sorted((run_dir / "telemetry").glob("*.jsonl")) for line in _lines(file)]
+    lines = [(file.stem, line) for file in sorted((run_dir / NODES_FOLDER).glob("*.jsonl")) for line in _lines(file)]
     if not lines:
         return Loads()
     wanted = result or max(reversed(lines), key=lambda pair: pair[1]["time"])[1]["result"]  # of equals the last line

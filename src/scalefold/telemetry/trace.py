@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from scalefold.errors import LogError
+from scalefold.telemetry import PROFILE_FOLDER
 from scalefold.textfile import is_finite_number, parse_json
 
 #: Group and what the names of its kernels (on a CPU: operators) have in common; the first that fits counts.
@@ -71,7 +72,7 @@ class StepAnatomy:
 
 def read_anatomies(run_dir: Path) -> list[StepAnatomy]:
     """One per trace of a run folder, in the order of names; LogError naming a file that is no trace of ours."""
-    return [read_anatomy(file) for file in sorted((run_dir / "profile").glob("steps_*.json"))]
+    return [read_anatomy(file) for file in sorted((run_dir / PROFILE_FOLDER).glob("steps_*.json"))]
 
 
 def read_anatomy(file: Path) -> StepAnatomy:
