@@ -6,7 +6,6 @@ import logging
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from types import TracebackType
 
 from scalefold.errors import RankLostError, ScaleFoldError
 from scalefold.parallel.ranks import Ranks
+from scalefold.parallel.watch import bounded
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +64,8 @@ class Ending(ExitStack):
         if error is not None:
             self.status = getattr(error, "exit_status", 1)
             self.last_words(error)
-        bound = threading.Timer(self.limit_s, self._give_up)
-        bound.daemon = True
-        bound.start()
-        try:
+        with bounded(self.limit_s, self._give_up):
             return super().__exit__(kind, error, trace)
-        finally:
-            bound.cancel()
 
     def _give_up(self) -> None:
         print(

@@ -9,7 +9,6 @@ import ipaddress
 import os
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError, RankLostError
-from scalefold.parallel.watch import GRACE_S, Watch
+from scalefold.parallel.watch import GRACE_S, Watch, bounded
 
 
 @dataclass(frozen=True)
@@ -185,13 +184,8 @@ def _bounded(ranks: Ranks, limit_s: float) -> Iterator[None]:
         )
         os._exit(RankLostError.exit_status)
 
-    timer = threading.Timer(limit_s, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
+    with bounded(limit_s, give_up):
         yield
-    finally:
-        timer.cancel()
 
 
 def _rendezvous(environment: Environment) -> None:

@@ -306,6 +306,18 @@ def own_connection(store: Store) -> Store:
     return PrefixStore("watch", store.clone())  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@contextmanager
+def bounded(limit_s: float, give_up: Callable[[], None]) -> Iterator[None]:
+    """Inside, a thread calls ``give_up`` after ``limit_s``: that must end the process, for nothing else can."""
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def blame(signs: list[Sign], silent: list[Sign]) -> str:
     """Name the ranks that the others wait for, and what to do about it."""
     again = "continue from the last checkpoint with --resume"
