@@ -102,7 +102,8 @@ def build_step(
 
     A model has one ``reducer`` for life, because that hangs on its parameters; None makes it.
     """
-    if config.execution.compile and ranks.device.type == "cuda" and can_fuse(ranks.device):
+    fused = config.execution.compile and ranks.device.type == "cuda" and can_fuse(ranks.device)
+    if fused:
         fuse_model(model)
         terms = fuse_terms(loss_terms(config.loss))  # the compiler sees through plain operations only
     else:
@@ -113,7 +114,7 @@ def build_step(
 
     graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
     group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None
-    return (GraphedTrainStep if graphed else TrainStep)(
+    return (partial(GraphedTrainStep, compiles_each=fused) if graphed else TrainStep)(
         objective,
         optimizer,
         reducer or GradientReducer(optimizer.flat, group),

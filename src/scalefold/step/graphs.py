@@ -114,12 +114,16 @@ class GraphedTrainStep(TrainStep):
 
     They are captured on one stream: the allocator gives a pool's free blocks only to the stream that freed them, so
     graphs captured on streams of their own would share nothing.
+
+    Args:
+        compiles_each: the objective compiles something of its own for each number of passes, not only for the largest.
     """
 
     SPANS: ClassVar = {"_part": "replay", "_update": "update"}
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, compiles_each: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        self.compiles_each = compiles_each
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._update_graph: torch.cuda.CUDAGraph | None = None
         self._input: Batch | None = None
@@ -134,7 +138,8 @@ class GraphedTrainStep(TrainStep):
         with preserved(self.optimizer):
             self.optimizer.prepare(1)  # steps outside a graph divide by the bias corrections
             stream, total = torch.cuda.Stream(), num_parts(batch, self.micro_batch_size) * self.accumulation
-            for r in range(passes, 0, -1):  # all of them before the first capture, whose memory they could not use
+            compiling = range(passes, 0, -1) if self.compiles_each else (passes,)
+            for r in compiling:  # before the first capture, whose memory they could not use
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")
                 self._run_uncaptured(r, total, stream)
             for r in range(passes, 0, -1):
