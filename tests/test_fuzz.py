@@ -3,6 +3,7 @@
 ``python benchmarks/measure/fuzz.py`` is the long version, with limits on time and memory for each input.
 """
 
+import argparse
 import importlib
 import json
 import random
@@ -72,6 +73,17 @@ def test_damaged_samples_give_documented_errors(
             for index in range(INPUTS)
         }
         assert outcomes, name
+
+
+def test_processes_that_share_a_reader_feed_it_the_same_inputs(
+    fuzz: tuple[ModuleType, ModuleType], tmp_path: Path
+) -> None:
+    found = []
+    for jobs in (1, 2):
+        asked = argparse.Namespace(inputs=101, seed=3, jobs=jobs, seconds=None, keep=tmp_path)
+        found.append({k: v for k, v in fuzz[1].fuzz_reader("clusters", asked).items() if k in ("inputs", "accepted")})
+    assert found[0] == found[1]
+    assert found[0]["inputs"] == 101
 
 
 JSON = st.recursive(

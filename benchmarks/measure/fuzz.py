@@ -1,11 +1,11 @@
 """Damaged and random files for every reader: only ScaleFoldErrors may come out, within 5 s and 1 GiB each.
 
-    python benchmarks/measure/fuzz.py --inputs 100000 --csv benchmarks/results/fuzz.csv            # all readers
+    python benchmarks/measure/fuzz.py --inputs 100000 --jobs 8 --csv benchmarks/results/fuzz.csv   # all readers
     python benchmarks/measure/fuzz.py --inputs 5000 --reader hhr --seed 7                  # one, nothing recorded
 
-Each reader runs in a child process with limits on memory and on processor time per input. Of every 50 inputs 49 are
-mutations of good samples (the same ones for the same seed), the others come from hypothesis. An input that breaks a
-rule is written to ``--keep`` with what came of it; exit status 1 if there is any.
+Each reader runs in child processes with limits on memory and on processor time per input. Of every 50 inputs 49 are
+mutations of good samples (the same ones for the same seed, however many processes share them), the others come from
+hypothesis. An input that breaks a rule is written to ``--keep`` with what came of it; exit status 1 if there is any.
 """
 
 import argparse
@@ -19,7 +19,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from common import append_rows, facts
@@ -141,7 +143,7 @@ def run_hypothesis(runner: Runner, seed: int, count: int) -> None:
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """One reader in this process: mutations from ``--first`` on, then hypothesis."""
+    """One reader in this process: mutations ``--first`` to ``--last``, and after the very last one hypothesis."""
     import fuzz_readers
 
     folder = arguments.work / "files"
@@ -151,34 +153,26 @@ def child(arguments: argparse.Namespace) -> None:
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + BYTES_PER_INPUT,) * 2)
     signal.signal(signal.SIGPROF, _alarm)
-    num_mutations = round(arguments.inputs * (1 - HYPOTHESIS_SHARE))
     runner.save()
-    run_mutations(runner, arguments.seed, arguments.first, max(arguments.first, num_mutations))
-    run_hypothesis(runner, arguments.seed, arguments.inputs - num_mutations)
+    run_mutations(runner, arguments.seed, arguments.first, max(arguments.first, arguments.last))
+    if arguments.last == num_mutations(arguments):
+        run_hypothesis(runner, arguments.seed, arguments.inputs - arguments.last)
     runner.save()
+
+
+def num_mutations(arguments: argparse.Namespace) -> int:
+    """Inputs that are mutations."""
+    return round(arguments.inputs * (1 - HYPOTHESIS_SHARE))
 
 
 def fuzz_reader(reader: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """One reader to the end, over as many children as it kills; a row of the table."""
-    total, first, started, crashes = Tally(), 0, time.monotonic(), 0
-    work = Path(tempfile.mkdtemp(prefix=f"fuzz-{reader}-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    try:
-        while True:
-            code = _run_child(reader, arguments, work, first, started)
-            part = _read_tally(work / "tally.json")
+    """One reader to the end, its inputs dealt to ``--jobs`` processes; a row of the table."""
+    total, started = Tally(), time.monotonic()
+    ends = [num_mutations(arguments) * job // arguments.jobs for job in range(arguments.jobs + 1)]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for part in pool.map(lambda ends: fuzz_part(reader, arguments, started, *ends), pairwise(ends)):
             _add(total, part)
-            print(
-                f"{reader}: {total.inputs} inputs, {len(total.failures)} failures, {time.monotonic() - started:.0f} s"
-            )
-            if code == 0 or crashes >= 20 or _is_late(arguments, started):
-                break
-            if part.inputs == 0:
-                raise SystemExit(f"{reader}: the child ended with status {code} before its first input")
-            crashes += 1
-            first += part.inputs + 1
-            total.failures.append([first - 1, f"the process ended with status {code} within a second of this input"])
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    print(f"{reader}: {total.inputs} inputs, {len(total.failures)} failures, {time.monotonic() - started:.0f} s")
     for index, what in total.failures[:20]:
         print(f"  {reader} input {index}: {what}")
     return {
@@ -196,22 +190,43 @@ def fuzz_reader(reader: str, arguments: argparse.Namespace) -> dict[str, object]
     }
 
 
+def fuzz_part(reader: str, arguments: argparse.Namespace, started: float, first: int, last: int) -> Tally:
+    """Inputs ``first`` to ``last`` of a reader, over as many children as they kill."""
+    total, crashes = Tally(), 0
+    work = Path(tempfile.mkdtemp(prefix=f"fuzz-{reader}-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    try:
+        while True:
+            code = _run_child(reader, arguments, work, (first, last), started)
+            part = _read_tally(work / "tally.json")
+            _add(total, part)
+            if code == 0 or crashes >= 20 or _is_late(arguments, started):
+                return total
+            if part.inputs == 0:
+                raise SystemExit(f"{reader}: the child ended with status {code} before its first input")
+            crashes += 1
+            first += part.inputs + 1
+            total.failures.append([first - 1, f"the process ended with status {code} within a second of this input"])
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
 def _is_late(arguments: argparse.Namespace, started: float) -> bool:
     return arguments.seconds is not None and time.monotonic() - started > arguments.seconds
 
 
-def _run_child(reader: str, arguments: argparse.Namespace, work: Path, first: int, started: float) -> int:
+def _run_child(reader: str, arguments: argparse.Namespace, work: Path, part: tuple[int, int], started: float) -> int:
     """Exit status of a child; one that outlives ``--seconds`` is asked to end, its tally stands."""
     (work / "tally.json").unlink(missing_ok=True)
     options = {"reader": reader, "inputs": arguments.inputs, "seed": arguments.seed, "keep": arguments.keep}
-    command = [sys.executable, __file__, "--child", f"--work={work}", f"--first={first}"]
+    first, last = part
+    command = [sys.executable, __file__, "--child", f"--work={work}", f"--first={first}", f"--last={last}"]
     process = subprocess.Popen([*command, *(f"--{name}={value}" for name, value in options.items())])
     told = time.monotonic()
     while process.poll() is None:
         time.sleep(0.2)
         if time.monotonic() - told > REPORT_EVERY_S:
             told = time.monotonic()
-            print(f"{reader}: {first + _read_tally(work / 'tally.json').inputs} of {arguments.inputs}", flush=True)
+            print(f"{reader}: {first + _read_tally(work / 'tally.json').inputs} of {first} to {last}", flush=True)
         if _is_late(arguments, started):
             process.kill()
             process.wait()
@@ -240,11 +255,13 @@ def main() -> int:
     parser.add_argument("--reader", action="append", help="this one only; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="stop a reader after this time and record what it reached")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share a reader's inputs")
     parser.add_argument("--csv", type=Path, help="append a row per reader")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "fuzz_failures")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--last", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         arguments.reader = arguments.reader[0]
