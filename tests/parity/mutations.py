@@ -315,26 +315,26 @@ MUTATIONS = (
 
 
 class Workshop:
-    """A copy of the package and its tests in which defects can be planted."""
+    """A copy of the package, its tests and what they read, in which defects can be planted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.package = folder / "src" / "scalefold"
         folder.mkdir(parents=True, exist_ok=True)
         ignore = shutil.ignore_patterns("__pycache__", ".hypothesis")
-        for name in ("src", "tests"):
+        for name in ("src", "tests", "configs"):
             shutil.copytree(REPOSITORY / name, folder / name, ignore=ignore)
         shutil.copy(REPOSITORY / "pyproject.toml", folder)
 
-    def run(self, *tests: str) -> int:
-        """Exit status of pytest on the copy; the copied package shadows the installed one."""
+    def run(self, *tests: str) -> subprocess.CompletedProcess[str]:
+        """Exit status and output of pytest on the copy; the copied package shadows the installed one."""
         environment = os.environ | {"PYTHONPATH": str(self.folder / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
         shared = find_shared()
         if shared is not None:
             environment["SCALEFOLD_SHARED"] = str(shared)
         names = [f"tests/{test}" for test in tests]
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *names]
-        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, check=False).returncode
+        return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, check=False, text=True)
 
     def origin(self) -> Path:
         """Folder from which the tests import the package."""
@@ -357,7 +357,7 @@ class Workshop:
             )
         file.write_text(text.replace(mutation.old, mutation.new))
         try:
-            return self.run(mutation.test) == TESTS_FAILED
+            return self.run(mutation.test).returncode == TESTS_FAILED
         finally:
             file.write_text(text)
 
@@ -372,8 +372,9 @@ def main() -> int:
         first = shops.queue[0]
         if first.origin().resolve() != first.package.resolve():
             raise SystemExit(f"error: tests would import {first.origin()}, not the copy in {first.package}")
-        if first.run(*sorted({mutation.test for mutation in MUTATIONS})) != 0:
-            raise SystemExit("error: the tests fail without any defect (or are absent); run `make test` first")
+        sound = first.run(*sorted({mutation.test for mutation in MUTATIONS}))
+        if sound.returncode != 0:
+            raise SystemExit(f"{sound.stdout[-3000:]}\nerror: the tests fail without any defect (or are absent)")
         with ThreadPoolExecutor(count) as pool:
             caught = sum(pool.map(lambda mutation: tried(mutation, shops), MUTATIONS))
     print(f"mutations: {caught} of {len(MUTATIONS)} caught in {time.monotonic() - start:.0f} s")
