@@ -57,7 +57,7 @@ LAYER_NORM = """
     w, b = (torch.zeros(128, device=device, requires_grad=True) for _ in range(2))
     ops.layer_norm(x, w, b).backward(torch.zeros_like(x))
 """
-# Heads of one projection, as the model has them; its keys' gradients are a Gluon program.
+# Heads of one projection, as the model has them; the forward and the keys' gradients are Gluon programs.
 ATTENTION = """
     x = torch.zeros(1, 64, 256, 3 * 256, dtype=torch.bfloat16, device=device, requires_grad=True)
     bias = torch.zeros(1, 8, 256, 256, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -76,12 +76,16 @@ def run_python(text: str, cache: Path) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.parametrize(("call", "program"), [(LAYER_NORM, "_backward_kernel"), (ATTENTION, "hopper_keys")])
-def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(call: str, program: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "programs"), [(LAYER_NORM, ["_backward_kernel"]), (ATTENTION, ["hopper_forward", "hopper_keys"])]
+)
+def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(
+    call: str, programs: list[str], tmp_path: Path
+) -> None:
     cache = tmp_path / "compiled"
     compile_it, run_it = (text.replace("    CALL", call.strip("\n")) for text in (COMPILE, RUN))
     hits, misses, *folders = run_python(compile_it, cache)
-    assert list(cache.glob(f"*/{program}.cubin"))
+    assert all(list(cache.glob(f"*/{program}.cubin")) for program in programs)
     assert (hits, int(misses) > 1, len(folders)) == ("0", True, int(misses))
     own_launchers = hasattr(nvidia, "make_launcher")  # else one serves all kernels, and there is nothing to compile
     assert bool(list(cache.glob("*/__triton_launcher*.so"))) == own_launchers
