@@ -171,10 +171,10 @@ def _viewed(x: Tensor, shape: tuple[int, int]) -> Tensor | None:
 
 
 def _is_aligned(matrix: Tensor | None) -> bool:
-    """Whether the copy engine can address a matrix of 16-bit values."""
-    return (
-        matrix is not None and matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
-    )
+    """Whether the copy engine can address a matrix of 16-bit values, whose rows do not overlap."""
+    if matrix is None or matrix.stride(1) != 1 or matrix.stride(0) < matrix.shape[1]:
+        return False
+    return matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def _rows(x: Tensor, order: Sequence[int]) -> Any:
