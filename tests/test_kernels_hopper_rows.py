@@ -294,7 +294,6 @@ def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch
     """One tile, an odd number of them, more than run at once, and a share of DAP 2; memory is poisoned in between."""
     import bits
     import hopper_cases as cases
-
     from scalefold.kernels.table import REFERENCE
     from scalefold.kernels.triton_ops import TRITON
 

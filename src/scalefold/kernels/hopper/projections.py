@@ -12,15 +12,16 @@ from scalefold.kernels.hopper.pieces import CONSUMERS, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     COLUMNS,
     ROWS,
-    fetch,
+    fetch_rows,
     leave,
     new_ring,
-    normed_tile,
+    normed,
     one_arrival,
     operand_layout,
     per_column,
     product_layout,
     publish,
+    read,
     receive,
     row_offsets,
     send,
@@ -41,12 +42,7 @@ def _fetch(inputs, ring, weights, narrow_weight, weights_there, tiles):
     for i in gl.static_range(COUNT):
         tma.async_copy_global_to_shared(weight, [i * C, 0], weights_there, weights.index(i))
     tma.async_copy_global_to_shared(narrow, [0, 0], weights_there, narrow_weight)
-    n = 0
-    for tile in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
-        fetch(ring, x, tile * ROWS, 0, 0, n)
-        if tile + 1 < tiles:
-            fetch(ring, x, (tile + 1) * ROWS, 0, 1, n)
-        n += 1  # noqa: SIM113
+    fetch_rows(ring, x, tiles)
 
 
 @gluon.jit
@@ -58,9 +54,9 @@ def _project(shared, SIDE: gl.constexpr, NARROW: gl.constexpr):
     mbarrier.wait(weights_there, 0)
     n = 0
     for tile in range(gl.program_id(0) * CONSUMERS + SIDE, tiles, gl.num_programs(0) * CONSUMERS):
-        normed = normed_tile(receive(ring, SIDE, n), norm, C)
+        x = read(receive(ring, SIDE, n))
         leave(ring, SIDE, n)
-        left = gl.convert_layout(normed, operand_layout(COLUMNS))
+        left = normed(x, norm)
         for i in gl.static_range(COUNT):
             for first in gl.static_range(0, C, COLUMNS):
                 acc = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
@@ -72,18 +68,18 @@ def _project(shared, SIDE: gl.constexpr, NARROW: gl.constexpr):
                 wait_until_sent(STAGED - 1)
                 own.store(acc.to(gl.bfloat16))
                 send(out, (i * tiles + tile) * ROWS, first, own)
-        _project_narrow(narrow_out, normed, narrow_weight, tile, dims, NARROW)
+        _project_narrow(narrow_out, left, narrow_weight, tile, dims, NARROW)
         n += 1  # noqa: SIM113
     tma.store_wait(0)
 
 
 @gluon.jit
-def _project_narrow(out, normed, weight, tile, dims, NARROW: gl.constexpr):
+def _project_narrow(out, left, weight, tile, dims, NARROW: gl.constexpr):
     """The attention bias of a tile, [ROWS, NARROW], by ordinary stores: its channels lie anywhere."""
     WIDTH: gl.constexpr = weight.shape[0]
     LAYOUT: gl.constexpr = product_layout(WIDTH)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT)
-    left = gl.convert_layout(normed, operand_layout(WIDTH))
+    left = gl.convert_layout(left, operand_layout(WIDTH))
     acc = warpgroup_mma(left, weight.permute((1, 0)), acc, use_acc=False)
     n = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     offsets = row_offsets(out, tile, dims, LAYOUT)[:, None] + n[None, :] * out.strides[3]

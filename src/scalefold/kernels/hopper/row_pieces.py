@@ -70,6 +70,17 @@ def fetch(ring, descriptor, row, column, side, n):
 
 
 @gluon.jit
+def fetch_rows(ring, descriptor, tiles):
+    """Loader: tiles of whole rows for both consumers in turn."""
+    n = 0
+    for tile in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
+        fetch(ring, descriptor, tile * ROWS, 0, 0, n)
+        if tile + 1 < tiles:
+            fetch(ring, descriptor, (tile + 1) * ROWS, 0, 1, n)
+        n += 1  # noqa: SIM113
+
+
+@gluon.jit
 def receive(ring, side, n):
     """Consumer: the tile of the n-th use, once it is there."""
     STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
@@ -118,13 +129,20 @@ def operand_layout(columns):
 
 
 @gluon.jit
-def normed_tile(tile, norm, C: gl.constexpr):
-    """Layer norm of a tile [ROWS, C] in shared memory, in bf16 as the products take it."""
-    x = tile.load(product_layout(C)).to(gl.float32)
+def read(tile):
+    """A tile in shared memory in fp32, in registers as layer norm takes it."""
+    return tile.load(product_layout(tile.shape[1])).to(gl.float32)
+
+
+@gluon.jit
+def normed(x, norm):
+    """Layer norm of a tile x: [ROWS, C], in bf16 as the left operand of products with COLUMNS columns."""
+    C: gl.constexpr = x.shape[1]
     centred = x - (gl.sum(x, 1) * (1.0 / C))[:, None]
     rstd = gl.rsqrt(gl.sum(centred * centred, 1) * (1.0 / C) + EPS)
     hat = centred * rstd[:, None]
-    return (hat * per_column(norm.weight, 0, C) + per_column(norm.bias, 0, C)).to(gl.bfloat16)
+    value = (hat * per_column(norm.weight, 0, C) + per_column(norm.bias, 0, C)).to(gl.bfloat16)
+    return gl.convert_layout(value, operand_layout(COLUMNS))
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""Triangle multiplication for Hopper in Gluon: operands, output, gates of the output's gradient; twins: ``ops.triangle``.
+"""Triangle multiplication for Hopper in Gluon: operands, output, gates of its gradient; twins: ``ops.triangle``.
 
 All weights stay in shared memory.
 """
@@ -16,14 +16,15 @@ from scalefold.kernels.hopper.row_pieces import (
     COLUMNS,
     ROWS,
     fetch,
+    fetch_rows,
     leave,
     new_ring,
-    normed_tile,
+    normed,
     one_arrival,
-    operand_layout,
     per_column,
     product_layout,
     publish,
+    read,
     receive,
     row_offsets,
     send,
@@ -67,12 +68,7 @@ def _gate_and_value(left_gate, left_value, gate, value, biases, first: gl.conste
 @gluon.jit
 def _fetch_pairs(z, weight_descriptors, ring, weights, there, tiles):
     _fetch_weights(weight_descriptors, weights, there)
-    n = 0
-    for tile in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
-        fetch(ring, z, tile * ROWS, 0, 0, n)
-        if tile + 1 < tiles:
-            fetch(ring, z, (tile + 1) * ROWS, 0, 1, n)
-        n += 1  # noqa: SIM113
+    fetch_rows(ring, z, tiles)
 
 
 @gluon.jit
@@ -85,9 +81,9 @@ def _project(shared, SIDE: gl.constexpr):
     n = 0
     for tile in range(gl.program_id(0) * CONSUMERS + SIDE, tiles, gl.num_programs(0) * CONSUMERS):
         keep = gl.load(mask.pointer + row_offsets(mask, tile, dims, LAYOUT)).to(gl.float32)
-        normed = normed_tile(receive(ring, SIDE, n), norm, C)
+        z = read(receive(ring, SIDE, n))
         leave(ring, SIDE, n)
-        left = gl.convert_layout(normed, operand_layout(COLUMNS))
+        left = normed(z, norm)
         for operand in gl.static_range(2):
             value_weight, gate_weight = weights.index(2 * operand), weights.index(2 * operand + 1)
             own_biases = (biases[2 * operand + 1], biases[2 * operand])
@@ -105,7 +101,7 @@ def _project(shared, SIDE: gl.constexpr):
 def hopper_operands(
     z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, norm, biases, mask, dims, tiles
 ):  # fmt: skip
-    """Descriptors of z [64 tiles, C], weights [C, C] and operands a and b [C, 64 tiles]; biases in the weights' order."""
+    """Descriptors of z [64 tiles, C], weights [C, C] and operands a, b [C, 64 tiles]; biases in the weights' order."""
     ring = new_ring(z, OPERAND_STAGES)
     weights = tiles_for(weight_a, 4)
     staged = tiles_for(out_a, CONSUMERS * STAGED)
@@ -160,15 +156,15 @@ def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
     n = 0
     for tile in range(gl.program_id(0) * CONSUMERS + SIDE, tiles, gl.num_programs(0) * CONSUMERS):
         z_tile = receive(z_ring, SIDE, n)
-        left_z = gl.convert_layout(normed_tile(z_tile, norms[0], C), operand_layout(COLUMNS))
+        left_z = normed(read(z_tile), norms[0])
         if n > 0:
             wait_until_sent(0)
             leave(z_ring, SIDE, n - 1)
             if BACKWARD:
                 leave(d_ring, SIDE, n - 1)
-        x_tile = receive(x_ring, SIDE, n).permute((1, 0))
-        left_x = gl.convert_layout(normed_tile(x_tile, norms[1], C), operand_layout(COLUMNS))
+        x = read(receive(x_ring, SIDE, n).permute((1, 0)))
         leave(x_ring, SIDE, n)
+        left_x = normed(x, norms[1])
         if BACKWARD:
             d_tile = receive(d_ring, SIDE, n)
         else:
@@ -179,7 +175,7 @@ def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
                 scale = _load_dropout(dropout, tile, first, dims)
             gate, value = _gate_and_value(left_z, left_x, weights.index(1), weights.index(0), biases, first)
             z_part, d_part = z_tile.slice(first, COLUMNS, 1), d_tile.slice(first, COLUMNS, 1)
-            before = d_part.load(product_layout(COLUMNS)).to(gl.float32)
+            before = read(d_part)
             group_barrier()
             if BACKWARD:
                 d = before * gate * scale

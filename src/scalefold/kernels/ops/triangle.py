@@ -1,8 +1,8 @@
 """Triangle multiplication in Triton, forward and backward: project, product, output (Supplement Algorithms 11, 12).
 
 Layer norms, gates, masks, dropout and the residual stay in registers; operands of the product are written channels
-first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x. On compute
-capability 9.0 programs of ``kernels.hopper`` take the place of three of these, where they are faster.
+first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x. On
+compute capability 9.0 programs of ``kernels.hopper`` take the place of three of these, where they are faster.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
