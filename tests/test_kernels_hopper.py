@@ -156,25 +156,25 @@ def test_key_gradients_are_preferred_where_they_were_found_faster(compiled, rows
 
 @pytest.mark.parametrize("dap_size", [1, 2, 4, 8])
 @pytest.mark.parametrize(
-    ("rows", "n", "heads", "width", "preferred"),
-    [(256, 256, 4, 32, True), (128, 256, 8, 32, True), (256, 128, 8, 32, True), (1024, 256, 8, 8, False)],
+    ("rows", "n", "heads", "width"),
+    [(256, 256, 4, 32), (128, 256, 8, 32), (256, 128, 8, 32), (1024, 256, 8, 8)],
     ids=["triangle", "msa_row", "msa_column", "extra_msa_row"],
 )
 def test_a_forward_is_preferred_where_it_was_found_faster_and_fills_the_gpu_once(
-    compiled, dap_size, rows, n, heads, width, preferred
+    compiled, dap_size, rows, n, heads, width
 ):
     """Larger groups inherit from smaller ones."""
     x, bias = rows_of(rows // dap_size, n, heads, width), bias_of(heads) if n == 256 else None
-    assert (hopper.forward_obstacle(x, x, x, bias) is None) == preferred
+    assert hopper.forward_obstacle(x, x, x, bias) is None
     config = hopper._launch_parameters("attention_hopper_forward", x, bias)
     groups, _ = hopper._groups(x.shape[1], config)
-    assert not preferred or 64 < groups * heads * n // 128 <= hopper.MULTIPROCESSORS
+    assert 64 < groups * heads * n // 128 <= hopper.MULTIPROCESSORS
 
 
 @pytest.mark.parametrize("rows", [320, 704])
-def test_columns_of_longer_chains_stay_with_triton_until_they_are_measured(compiled, rows):
+def test_columns_of_longer_chains_take_gluon_too(compiled, rows):
     x = rows_of(rows, n=128, heads=8)
-    assert hopper.forward_obstacle(x, x, x, None) == "the table prefers the Triton program"
+    assert hopper.forward_obstacle(x, x, x, None) is None
 
 
 def taken_forward(monkeypatch, saves, n=256):
