@@ -246,6 +246,14 @@ def test_a_start_that_would_end_too_late_does_not_begin(layouts, starts):
     assert "did not run" in starts.cannot_run(again, nothing, 2, 50.0, {1: 1.0, 2: 1.0})
 
 
+@pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("", "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b")])
+def test_gpus_are_taken_from_those_that_the_script_may_use(starts, monkeypatch, visible, name):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert starts.device_name(1) == name
+
+
 def test_chosen_layouts_bring_what_they_are_compared_with(gpu_runs):
     names = [start.name for start in gpu_runs.chosen(["stop_dap2"], tiny=False)]
     assert names == ["dap2", "dap2 again", "stop_dap2", "stop_dap2 resumed"]

@@ -319,6 +319,18 @@ def test_a_column_that_states_more_than_it_holds_allocates_nothing(tmp_path, tin
         store.Store(tmp_path / "store")
 
 
+def test_a_header_that_breaks_the_tokenizer_is_a_damaged_column(tmp_path, tiny_store, monkeypatch):
+    """Python 3.12's raises SystemError, on which no other version's can be made to stumble."""
+    _store_of_one(tmp_path / "store", tiny_store)
+
+    def broken(*_, **__):
+        raise SystemError("<built-in method __new__> returned a result with an exception set")
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", broken)
+    with pytest.raises(DataError, match=r"\.npy: index column cannot be read \(<built-in method"):
+        store.Store(tmp_path / "store")
+
+
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [

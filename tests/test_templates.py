@@ -54,6 +54,7 @@ def test_hits_are_parsed_with_names_numbers_and_indices():
         ("   22 (27)", "   23 (28)", "does not agree with its positions"),
         ("T 2ABC_A", "X 2ABC_A", "different length, or none"),
         ("Aligned_cols=20", "Aligned_cols=x", "unreadable number"),
+        ("Aligned_cols=20", f"Aligned_cols=1{400 * '0'}", "unreadable number"),
     ],
 )
 def test_a_malformed_hit_is_refused_with_its_number(old, new, reason):

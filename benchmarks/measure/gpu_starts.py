@@ -135,12 +135,18 @@ def begin(plan: Plan, start: Start, gpus: list[int], left_s: float) -> Running:
         "TRITON_CACHE_DIR": str(plan.work / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(plan.work / "inductor"),
     }
-    environment |= {"OMP_NUM_THREADS": "1"} if plan.tiny else {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))}
+    environment |= {"OMP_NUM_THREADS": "1"} if plan.tiny else {"CUDA_VISIBLE_DEVICES": ",".join(map(device_name, gpus))}
     limit_s = max(30.0, min(plan.limit_s, left_s + 20))
     before = shared_memory()
     watched = Watched(command(plan, start), places(plan, start), environment, limit_s, start.ranks)
     watched.start()
     return Running(start, watched, gpus, run_dir(plan, start), before)
+
+
+def device_name(gpu: int) -> str:
+    """What CUDA calls the GPU of this number among those that this script may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[gpu] if visible else str(gpu)
 
 
 def num_steps(metrics: Path) -> int:

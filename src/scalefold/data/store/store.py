@@ -36,6 +36,11 @@ FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 20
 _MAX_OPEN_SHARDS = 400  # stays below the usual limit of 1024 open files per process
 _NO_RECORD = -1
+# What NumPy raises for damaged headers; SystemError where Python's own tokenizer fails (3.12).
+_DAMAGED = (
+    *(ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError, SyntaxError, TokenError),
+    SystemError,
+)
 _COLUMN_KINDS = {"chain_id": "S", "name": "S", "release_date": "M", "resolution": "f", "max_residue_share": "f"}
 
 
@@ -226,7 +231,7 @@ def _open_column(path: Path, name: str) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False) if size else np.zeros(shape, dtype)
     except FileNotFoundError:
         raise DataError(f"{path}: index column is missing; the store is incomplete, run prepare again") from None
-    except (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError, SyntaxError, TokenError) as error:
+    except _DAMAGED as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"{path}: index column cannot be read ({reason}); run verify-data on the store") from error
 

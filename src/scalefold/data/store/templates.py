@@ -26,6 +26,7 @@ MAX_CA_CA_DISTANCE_ANGSTROM = 150.0
 MIN_ATOMS = 5
 SHUFFLED_HITS = 20  # training shuffles this many best hits ...
 MAX_TEMPLATES = 4  # ... and uses the first four that can be featurised
+TOO_MANY = 10**9  # columns: no chain has so many residues
 
 _NAME = re.compile(r"([A-Za-z0-9]{4})_([A-Za-z0-9.]+)")
 _SUMMARY = re.compile(
@@ -104,8 +105,8 @@ def _parse_hit(lines: list[str]) -> HhrHit:
         raise DataError(f"hit {title!r} has query and template blocks of different length, or none")
     try:
         number, aligned_cols, sum_probs = int(title.split()[-1]), int(summary[4]), float(summary[7])
-        if not math.isfinite(sum_probs):
-            raise ValueError(f"Sum_probs={sum_probs}")
+        if not math.isfinite(sum_probs) or not 0 <= aligned_cols < TOO_MANY:
+            raise ValueError(f"Aligned_cols={summary[4][:20]}, Sum_probs={sum_probs}")
         return HhrHit(
             number=number,
             name=f"{name[1].lower()}_{name[2]}",
