@@ -57,13 +57,17 @@ LAYER_NORM = """
     w, b = (torch.zeros(128, device=device, requires_grad=True) for _ in range(2))
     ops.layer_norm(x, w, b).backward(torch.zeros_like(x))
 """
-# Heads of one projection, as the model has them; its keys' gradients are a Gluon program.
+# Heads of one projection, as the model has them: of rows with gradients, and of columns in a pass without them. The
+# forward and the keys' gradients are Gluon programs.
 ATTENTION = """
     x = torch.zeros(1, 64, 256, 3 * 256, dtype=torch.bfloat16, device=device, requires_grad=True)
     bias = torch.zeros(1, 8, 256, 256, dtype=torch.bfloat16, device=device, requires_grad=True)
     q, k, v = (part.unflatten(-1, (8, 32)) for part in x.chunk(3, -1))
     mask = torch.zeros(1, 64, 256, dtype=torch.bfloat16, device=device)
     ops.attention(q, k, v, mask, bias, 1e9).backward(torch.zeros(1, 64, 256, 8, 32, dtype=x.dtype, device=device))
+    x = torch.zeros(1, 128, 64, 3 * 256, dtype=torch.bfloat16, device=device).transpose(1, 2)
+    q, k, v = (part.unflatten(-1, (8, 32)) for part in x.chunk(3, -1))
+    ops.attention(q, k, v, torch.zeros(1, 64, 128, dtype=x.dtype, device=device), None, 1e9)
 """
 
 
@@ -76,12 +80,16 @@ def run_python(text: str, cache: Path) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.parametrize(("call", "program"), [(LAYER_NORM, "_backward_kernel"), (ATTENTION, "hopper_keys")])
-def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(call: str, program: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("call", "programs"), [(LAYER_NORM, {"_backward_kernel": 1}), (ATTENTION, {"hopper_forward": 2, "hopper_keys": 1})]
+)
+def test_what_is_compiled_ahead_is_what_a_program_on_that_gpu_looks_up(
+    call: str, programs: dict[str, int], tmp_path: Path
+) -> None:
     cache = tmp_path / "compiled"
     compile_it, run_it = (text.replace("    CALL", call.strip("\n")) for text in (COMPILE, RUN))
     hits, misses, *folders = run_python(compile_it, cache)
-    assert list(cache.glob(f"*/{program}.cubin"))
+    assert [len(list(cache.glob(f"*/{name}.cubin"))) for name in programs] == [*programs.values()]
     assert (hits, int(misses) > 1, len(folders)) == ("0", True, int(misses))
     own_launchers = hasattr(nvidia, "make_launcher")  # else one serves all kernels, and there is nothing to compile
     assert bool(list(cache.glob("*/__triton_launcher*.so"))) == own_launchers

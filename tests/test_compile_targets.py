@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 @pytest.mark.parametrize(
     ("target", "forward", "keys"),
-    [("80", "forward_rows", "backward_keys"), ("90", "forward_tiled", "hopper_keys")],  # 90 is tuned, and has Gluon
+    [("80", "forward_rows", "backward_keys"), ("90", "hopper_forward", "hopper_keys")],  # 90 is tuned, and has Gluon
 )
 def test_attention_kernels_compile_without_a_gpu(repository, target, forward, keys, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""

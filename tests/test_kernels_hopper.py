@@ -1,5 +1,5 @@
-"""Keys' gradients of attention in Gluon: which calls the program takes and that it compiles, without a GPU; what it
-computes, on one of 9.0.
+"""Attention in Gluon, forward and keys' gradients: which calls the programs take and that they compile, without a GPU;
+what they compute, on one of 9.0.
 
 Triton's interpreter cannot run Gluon.
 """
@@ -45,8 +45,48 @@ def bias_of(heads=2, n=256, dtype=torch.bfloat16):
 
 
 def obstacle(x, inf=1e9, bias=None):
+    """That of keys' gradients."""
     with tuning.override("attention_hopper_keys", PREFERRED):
         return hopper.keys_obstacle(x, x, x, x, bias_of() if bias is None else bias, inf)
+
+
+def forward_obstacle(x, bias=None):
+    with tuning.override("attention_hopper_forward", PREFERRED):
+        return hopper.forward_obstacle(x, x, x, bias)
+
+
+@pytest.mark.parametrize("width", [8, 16, 32])
+@pytest.mark.parametrize("rows", [1, 5, 124, 256])
+def test_a_forward_takes_rows_of_256_keys_with_a_bias_and_of_128_without(compiled, rows, width):
+    assert forward_obstacle(rows_of(rows, n=256, width=width), bias_of()) is None
+    assert forward_obstacle(rows_of(rows, n=128, width=width)) is None
+
+
+@pytest.mark.parametrize(
+    ("n", "bias"), [(128, bias_of(n=128)), (192, bias_of(n=192)), (704, bias_of(n=704)), (256, None)]
+)
+def test_a_forward_says_the_same_of_all_other_lengths(compiled, n, bias):
+    """An evaluation has many, and the log gets a line per reason."""
+    assert forward_obstacle(rows_of(n=n), bias) == "rows are not of 256 keys with a bias or 128 without"
+
+
+def test_a_forward_takes_the_columns_of_a_projection_s_third(compiled):
+    x = torch.empty(1, 128, 256, 3 * 256, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    assert [forward_obstacle(part.unflatten(-1, (8, 32))) for part in x.chunk(3, -1)] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("x", "bias", "reason"),
+    [
+        (rows_of(dtype=torch.float32), bias_of(), "float32 is not bfloat16"),
+        (rows_of(), bias_of(dtype=torch.float32), "float32 is not bfloat16"),
+        (rows_of(width=64), bias_of(), "64 channels per head"),
+        (torch.empty(1, 3, 256, 2, 36, dtype=torch.bfloat16, device="meta")[..., :32], bias_of(), "16 bytes"),
+    ],
+    ids=["float32", "float32 bias", "wide", "strides"],
+)
+def test_what_a_forward_cannot_take_is_named(compiled, x, bias, reason):
+    assert reason in str(forward_obstacle(x, bias))
 
 
 @pytest.mark.parametrize("n", [129, 201, 256])
@@ -82,12 +122,14 @@ def test_what_the_programs_cannot_take_is_named(compiled, x, inf, reason):
 def test_other_compute_capabilities_keep_triton(monkeypatch, target):
     monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(False))
     with tuning.assume_capability(target):
-        assert obstacle(rows_of()) == f"compute capability {target / 10} is not 9.0"
+        reason = f"compute capability {target / 10} is not 9.0"
+        assert (obstacle(rows_of()), forward_obstacle(rows_of(), bias_of())) == (reason, reason)
 
 
 def test_the_interpreter_is_an_obstacle(monkeypatch):
     monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(True))
-    assert obstacle(rows_of()) == "the interpreter cannot run Gluon"
+    reason = "the interpreter cannot run Gluon"
+    assert (obstacle(rows_of()), forward_obstacle(rows_of(), bias_of())) == (reason, reason)
 
 
 def test_a_bias_of_another_type_is_named(compiled):
@@ -98,9 +140,9 @@ def test_without_an_entry_in_the_tables_triton_is_preferred(compiled, monkeypatc
     monkeypatch.setattr(tuning, "table", lambda target: {})
     tuning._resolved.cache_clear()
     x = rows_of()
-    found = hopper.keys_obstacle(x, x, x, x, bias_of(), 1e9)
+    found = hopper.keys_obstacle(x, x, x, x, bias_of(), 1e9), hopper.forward_obstacle(x, x, x, bias_of())
     tuning._resolved.cache_clear()
-    assert found == "the table prefers the Triton program"
+    assert found == ("the table prefers the Triton program",) * 2
 
 
 @pytest.mark.parametrize(
@@ -110,6 +152,63 @@ def test_without_an_entry_in_the_tables_triton_is_preferred(compiled, monkeypatc
 def test_key_gradients_are_preferred_where_they_were_found_faster(compiled, rows, heads, width, preferred):
     x = rows_of(rows=rows, heads=heads, width=width)
     assert (hopper.keys_obstacle(x, x, x, x, bias_of(heads), 1e9) is None) == preferred
+
+
+@pytest.mark.parametrize("dap_size", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("rows", "n", "heads", "width", "preferred"),
+    [(256, 256, 4, 32, True), (128, 256, 8, 32, True), (256, 128, 8, 32, True), (1024, 256, 8, 8, False)],
+    ids=["triangle", "msa_row", "msa_column", "extra_msa_row"],
+)
+def test_a_forward_is_preferred_where_it_was_found_faster_and_fills_the_gpu_once(
+    compiled, dap_size, rows, n, heads, width, preferred
+):
+    """Larger groups inherit from smaller ones."""
+    x, bias = rows_of(rows // dap_size, n, heads, width), bias_of(heads) if n == 256 else None
+    assert (hopper.forward_obstacle(x, x, x, bias) is None) == preferred
+    config = hopper._launch_parameters("attention_hopper_forward", x, bias)
+    groups, _ = hopper._groups(x.shape[1], config)
+    assert not preferred or 64 < groups * heads * n // 128 <= hopper.MULTIPROCESSORS
+
+
+@pytest.mark.parametrize("rows", [320, 704])
+def test_columns_of_longer_chains_stay_with_triton_until_they_are_measured(compiled, rows):
+    x = rows_of(rows, n=128, heads=8)
+    assert hopper.forward_obstacle(x, x, x, None) == "the table prefers the Triton program"
+
+
+def taken_forward(monkeypatch, saves, n=256):
+    """Which of both implementations a forward takes and whether it saves what a backward wants."""
+    calls = []
+
+    def named(name):
+        def forward(q, k, v, mask, bias, inf, save):
+            calls.append((name, save))
+            return torch.empty_like(q), None, None
+
+        return forward
+
+    monkeypatch.setattr(hopper, "forward", named("Gluon"))
+    monkeypatch.setattr(twin, "_forward", named("Triton"))
+    q, k, v = (rows_of(rows=256, n=n, heads=4).requires_grad_(saves) for _ in range(3))
+    twin.attention(q, k, v, torch.ones(1, 256, n, device="meta"), bias_of(4, n), 1e9)
+    return calls
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_forward_takes_gluon_with_gradients_and_without(compiled, monkeypatch, caplog, saves):
+    with caplog.at_level(logging.INFO):
+        assert taken_forward(monkeypatch, saves) == [("Gluon", saves)]
+    assert messages(caplog) == []
+
+
+def test_the_forwards_of_an_evaluation_say_once_why_they_stay_with_triton(compiled, monkeypatch, caplog):
+    choice._explained.clear()
+    with caplog.at_level(logging.INFO):
+        found = [taken_forward(monkeypatch, False, n) for n in (192, 320, 704)]
+    assert found == [[("Triton", False)]] * 3
+    line = "kernels: Triton attention forward: rows are not of 256 keys with a bias or 128 without"
+    assert messages(caplog) == [line]
 
 
 def taken(monkeypatch, width=32):
@@ -126,7 +225,8 @@ def taken(monkeypatch, width=32):
     monkeypatch.setattr(hopper, "key_gradients", named("Gluon"))
     monkeypatch.setattr(twin, "_key_gradients", named("Triton"))
     monkeypatch.setattr(twin, "_query_gradients", lambda q, k, bias, ds: (torch.empty_like(q), torch.empty_like(bias)))
-    monkeypatch.setattr(twin, "_forward", lambda q, *_: (torch.empty_like(q), None, None))
+    for module, name in ((hopper, "forward"), (twin, "_forward")):
+        monkeypatch.setattr(module, name, lambda q, *_: (torch.empty_like(q), None, None))
     q, k, v = (rows_of(rows=256, heads=4, width=width).requires_grad_() for _ in range(3))
     mask = torch.ones(1, 256, 256, dtype=torch.bfloat16, device="meta")
     twin.attention(q, k, v, mask, bias_of(4).requires_grad_(), 1e9).sum().backward()
@@ -147,8 +247,10 @@ def test_a_backward_says_once_why_it_stays_with_triton(compiled, monkeypatch, ca
     choice._explained.clear()
     with caplog.at_level(logging.INFO):
         assert taken(monkeypatch, width=16) + taken(monkeypatch, width=16) == ["Triton"] * 2
-    line = "kernels: Triton attention keys' gradients: the table prefers the Triton program"
-    assert messages(caplog) == [line]
+    reason = "the table prefers the Triton program"
+    assert messages(caplog) == [
+        f"kernels: Triton attention {part}: {reason}" for part in ("forward", "keys' gradients")
+    ]
 
 
 def test_where_gluon_is_another_one_a_backward_stays_with_triton_and_says_so(compiled, monkeypatch, caplog):
@@ -156,7 +258,8 @@ def test_where_gluon_is_another_one_a_backward_stays_with_triton_and_says_so(com
     monkeypatch.setattr(hopper, "MISSING", "this Triton's Gluon is another one: no `tma`")
     with caplog.at_level(logging.INFO):
         assert taken(monkeypatch) == ["Triton"]
-    assert messages(caplog) == [f"kernels: Triton attention keys' gradients: {hopper.MISSING}"]
+    parts = ("forward", "keys' gradients")
+    assert messages(caplog) == [f"kernels: Triton attention {part}: {hopper.MISSING}" for part in parts]
 
 
 def test_on_other_gpus_there_is_nothing_to_say(monkeypatch, caplog):
@@ -182,20 +285,30 @@ def test_without_gluon_everything_imports_and_the_reason_is_known(repository):
         "from scalefold.kernels import triton_ops\n"
         "from scalefold.kernels.hopper import attention\n"
         "x = torch.empty(1, 2, 256, 2, 32, dtype=torch.bfloat16, device='meta')\n"
-        "print(attention.keys_obstacle(x, x, x, x, x, 1e9))\n"
+        "print(attention.keys_obstacle(x, x, x, x, x, 1e9), attention.forward_obstacle(x, x, x, x), sep='\\n')\n"
     )
     finished = subprocess.run([sys.executable, "-c", program], cwd=repository, capture_output=True, text=True)
-    assert "this Triton's Gluon is another one" in finished.stdout, finished.stderr
+    assert finished.stdout.count("this Triton's Gluon is another one") == 2, finished.stderr
 
 
-def test_the_program_compiles_without_a_gpu_and_its_products_are_not_serialized(repository, tmp_path):
+PROGRAMS = [
+    ("msa_row", "keys", "GROUPS=8 STAGES=2 REGISTERS=224 BLOCK_Q=64"),
+    ("msa_row", "forward", "GROUPS=8 STAGES=2"),
+    ("msa_column", "forward", "GROUPS=16 STAGES=4"),
+]
+
+
+@pytest.mark.parametrize(("case", "pass_", "config"), PROGRAMS)
+def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialized(
+    repository, tmp_path, case, pass_, config
+):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "benchmarks/measure/compile_hopper.py", "--only", "msa_row", "--first"]
+    command = [sys.executable, "benchmarks/measure/compile_hopper.py", "--only", case, "--passes", pass_, "--first"]
     finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.startswith("msa_row  GROUPS=8 STAGES=2 REGISTERS=224 BLOCK_Q=64")
+    assert finished.stdout.startswith(f"{case}  {pass_}  {config}  ")
 
 
 LOOPS = """
@@ -230,18 +343,50 @@ def case_of(name):
     return next(case for case in hopper_cases.CASES if case.name == name)
 
 
-GPU_CASES = ["triangle_start", "triangle_end", "triangle_masked", "msa_row_124", "awkward", "template"]
+BIASED = ["triangle_start", "triangle_end", "triangle_masked", "msa_row_124", "template"]
+KEYS_CASES = [*BIASED, "awkward"]
+FORWARD_CASES = [*BIASED, "msa_column", "msa_column_dap2", "awkward_rows", "awkward_columns"]
+GPU_CASES = [("keys", name) for name in KEYS_CASES] + [("forward", name) for name in FORWARD_CASES]
 
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("name", GPU_CASES)
-def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, name):
+@pytest.mark.parametrize(("pass_", "name"), GPU_CASES)
+def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, pass_, name):
     import bits
     import hopper_cases as cases
 
     inputs = cases.inputs_of(case_of(name), "cuda")
-    exact, saved = cases.exact_results(inputs), cases.saved_results(inputs)
-    own, other = (cases.errors(cases.run(how, inputs, saved), exact) for how in (cases.HOPPER, cases.TWIN))
+    exact, saved = cases.exact_results(inputs), cases.run_forward(cases.TWIN, inputs)
+    found = (cases.run(pass_, how, inputs, saved) for how in (cases.HOPPER, cases.TWIN))
+    own, other = (cases.errors(results, exact, inputs.mask) for results in found)
     assert cases.too_large(own, other) == [], (own, other)
-    assert bits.repeat(lambda: list(cases.run(cases.HOPPER, inputs, saved).values()), 3) == []
+    assert bits.repeat(lambda: list(cases.run(pass_, cases.HOPPER, inputs, saved).values()), 20) == []
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("name", ["triangle_masked", "msa_row_124", "awkward_rows"])
+def test_gradients_from_what_a_gluon_forward_saves_are_as_exact_as_from_its_twin(scripts, name):
+    import hopper_cases as cases
+
+    inputs = cases.inputs_of(case_of(name), "cuda")
+    exact = cases.exact_results(inputs)
+    saved = [cases.run_forward(how, inputs) for how in (cases.HOPPER, cases.TWIN)]
+    for how in (cases.HOPPER, cases.TWIN):
+        found = (cases.run("keys", how, inputs, results) for results in saved)
+        own, other = (cases.errors(results, exact, inputs.mask) for results in found)
+        assert cases.too_large(own, other) == [], (own, other)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("name", ["triangle_masked", "awkward_columns"])
+def test_a_forward_that_saves_nothing_has_the_same_bits(scripts, name):
+    import hopper_cases as cases
+
+    q, k, v, mask, bias, _ = cases.inputs_of(case_of(name), "cuda")
+    saving, _, _ = hopper.forward(q, k, v, mask, bias, cases.INF, True)
+    o, *statistics = hopper.forward(q, k, v, mask, bias, cases.INF, False)
+    assert torch.equal(o, saving)
+    assert statistics == [None, None]

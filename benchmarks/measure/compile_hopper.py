@@ -1,11 +1,12 @@
-"""Compile the Gluon program of attention for compute capability 9.0 without a GPU, and judge the machine code.
+"""Compile the Gluon programs of attention for compute capability 9.0 without a GPU, and judge the machine code.
 
     python benchmarks/measure/compile_hopper.py                          # every choice of launch parameters
-    python benchmarks/measure/compile_hopper.py --only triangle_start --first
+    python benchmarks/measure/compile_hopper.py --only triangle_start --passes keys --first
 
 One line per program: registers, spills, shared memory, and the instructions per score of the shortest loop with
-products (one row of one consumer). Exit status 1 if one needs more shared memory than there is, or if the assembler
-serializes its products: they then wait for one another.
+products (one row of one consumer; forward counts the branch of masked keys, which rows without any do not take). Exit
+status 1 if one needs more shared memory than there is, or if the assembler serializes its products: they then wait for
+one another.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from common import print_table
 from compile_targets import SHARED_LIMIT, compile_launch, recorded_launches
-from hopper_cases import CASES, HOPPER, KERNEL, Case, configurations, inputs_of, run, saved_results
+from hopper_cases import CASES, HOPPER, KERNELS, TWIN, Case, configurations, inputs_of, run, run_forward
 from scalefold.kernels import tuning
 
 SERIALIZED = ("C7512", "C7514")  # products wait for each other: too few registers, or accumulators cross a loop's edge
@@ -83,26 +84,29 @@ def per_score(code: str, keys: int, lines: int = LINES) -> tuple[float, str]:
     return len(loop) / scores, " ".join(f"{kind}:{count / scores:.2f}" for kind, count in kinds.most_common(6))
 
 
-def compiled_programs(cases: Sequence[Case], first: bool) -> Iterator[tuple[Case, tuning.Config, Any]]:
-    """Every program that the launch parameters of these cases ask for."""
-    for case in cases:
+def compiled_programs(
+    chosen: Sequence[tuple[Case, str]], first: bool
+) -> Iterator[tuple[Case, str, tuning.Config, Any]]:
+    """Every program that the launch parameters of these passes of cases ask for."""
+    for case, pass_ in chosen:
         with tuning.assume_capability(90):
-            inputs, configs = inputs_of(case, "meta"), configurations(case)
+            inputs, configs = inputs_of(case, "meta"), configurations(case, pass_)
+            with recorded_launches():
+                saved = run_forward(TWIN, inputs)
             for config in configs[:1] if first else configs:
-                with recorded_launches():
-                    saved = saved_results(inputs)
-                with tuning.override(KERNEL, config), recorded_launches() as launches:
-                    run(HOPPER, inputs, saved)
-                yield case, config, compile_launch(launches[0], 90)
+                with tuning.override(KERNELS[pass_], config), recorded_launches() as launches:
+                    run(pass_, HOPPER, inputs, saved)
+                yield case, pass_, config, compile_launch(launches[0], 90)
 
 
-def row_of(case: Case, config: tuning.Config, compiled: Any) -> dict[str, object]:
+def row_of(case: Case, pass_: str, config: tuning.Config, compiled: Any) -> dict[str, object]:
     """What one program uses."""
     log = assembler_log(compiled.asm["ptx"])
     keys = tuning.power_of_two(case.shape[2])
     each, kinds = per_score(machine_code(compiled.asm["cubin"]), keys)
     return {
         "case": case.name,
+        "pass": pass_,
         "config": " ".join(f"{name}={value}" for name, value in config.items() if name != "HOPPER"),
         "shared_kib": round(compiled.metadata.shared / 1024, 1),
         "spill_bytes": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
@@ -117,12 +121,14 @@ def main() -> int:
     """Print a line per program; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="names of cases (default: all)")
+    parser.add_argument("--passes", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--first", action="store_true", help="only the first choice of launch parameters")
     arguments = parser.parse_args()
     torch.set_grad_enabled(False)
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
+    chosen = [(case, pass_) for case in cases for pass_ in case.passes if pass_ in arguments.passes]
     rows = []
-    for program in compiled_programs(cases, arguments.first):
+    for program in compiled_programs(chosen, arguments.first):
         rows.append(row_of(*program))
         print(*rows[-1].values(), sep="  ", flush=True)
     print_table([{name: value for name, value in row.items() if name != "most_frequent"} for row in rows])

@@ -1,7 +1,7 @@
-"""Keys' gradients of attention in Gluon against their Triton twin on this GPU: errors, bits and time of every shape.
+"""Passes of attention in Gluon against their Triton twins on this GPU: errors, bits and time of every shape.
 
-    python benchmarks/measure/hopper_attention.py                     # all cases, under a minute
-    python benchmarks/measure/hopper_attention.py --only triangle_start awkward --minutes 1 --csv trial.csv
+    python benchmarks/measure/hopper_attention.py                     # all cases, about a minute
+    python benchmarks/measure/hopper_attention.py --only triangle_start awkward --passes forward --csv trial.csv
 
 A pool of processes compiles everything first, without the GPU. Then one process runs the jobs one after the other; a
 job that hangs or crashes costs that process, which is replaced, and no other job. Each job compares the results with
@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,17 @@ from compile_targets import recorded_launches
 from hopper_cases import (
     CASES,
     HOPPER,
-    KERNEL,
+    KERNELS,
     TWIN,
     Case,
     Inputs,
     Results,
-    Saved,
     configurations,
     errors,
     exact_results,
     inputs_of,
     run,
-    saved_results,
+    run_forward,
     too_large,
 )
 from scalefold.kernels import ahead, tuning
@@ -56,9 +56,10 @@ REPEATS, REPLAYS = 20, 20
 
 @dataclass(frozen=True)
 class Job:
-    """One case with one choice of launch parameters, as text and as values."""
+    """One pass of one case with one choice of launch parameters, as text and as values."""
 
     case: Case
+    pass_: str
     config: tuple[tuple[str, int], ...]
 
     @property
@@ -67,13 +68,14 @@ class Job:
 
     def chosen(self) -> AbstractContextManager[None]:
         """The launch parameters in use inside the block."""
-        return tuning.override(KERNEL, dict(self.config))
+        return tuning.override(KERNELS[self.pass_], dict(self.config))
 
 
-def jobs_of(cases: list[Case]) -> list[Job]:
+def jobs_of(cases: list[Case], passes: list[str]) -> list[Job]:
     """All jobs, case by case."""
+    chosen = [(case, pass_) for case in cases for pass_ in case.passes if pass_ in passes]
     with tuning.assume_capability(90):
-        return [Job(case, tuple(config.items())) for case in cases for config in configurations(case)]
+        return [Job(*pair, tuple(config.items())) for pair in chosen for config in configurations(*pair)]
 
 
 def compile_job(job: Job) -> str:
@@ -81,9 +83,9 @@ def compile_job(job: Job) -> str:
     try:
         inputs = inputs_of(job.case, "meta")
         with recorded_launches():  # only shapes are wanted
-            saved = saved_results(inputs)
+            saved = run_forward(TWIN, inputs)
         with ahead.compiling_for(90), job.chosen():
-            run(HOPPER, inputs, saved)
+            run(job.pass_, HOPPER, inputs, saved)
     except Exception as problem:  # whatever the compiler says, other jobs go on
         return f"{type(problem).__name__}: {str(problem).strip().splitlines()[-1][:150]}"
     return ""
@@ -93,49 +95,57 @@ def compile_twin(case: Case) -> None:
     """Compile the Triton programs of a case (worker)."""
     inputs = inputs_of(case, "meta")
     with ahead.compiling_for(90):
-        run(TWIN, inputs, saved_results(inputs))
+        saved = run_forward(TWIN, inputs)
+        for pass_ in case.passes:
+            run(pass_, TWIN, inputs, saved)
 
 
 def programs(job: Job) -> tuple[object, ...]:
     """Equal for jobs that take the same compiled programs."""
     _, rows, n, _, width = job.case.shape
     config = tuple(item for item in job.config if item[0] != "GROUPS")
-    return config, rows % 16 == 0, n, width
+    return job.pass_, config, rows % 16 == 0, n, width, job.case.biased
 
 
 @dataclass
 class Prepared:
-    """What all jobs of a case share: exact results, those of the twin, and its time."""
+    """What all jobs of a case share: exact results, those of the twin by pass, and its times."""
 
     inputs: Inputs
     exact: Results
-    saved: Saved
-    twin: Results
-    twin_us: float
+    twin: dict[str, Results]
+    twin_us: dict[str, float]
 
     @staticmethod
     def of(case: Case) -> "Prepared":
         inputs = inputs_of(case, "cuda")
-        saved = saved_results(inputs)
-        microseconds = graph_microseconds(lambda: run(TWIN, inputs, saved), REPLAYS, 2)
-        return Prepared(inputs, exact_results(inputs), saved, run(TWIN, inputs, saved), microseconds)
+        saved = run_forward(TWIN, inputs)
+        calls = {pass_: partial(run, pass_, TWIN, inputs, saved) for pass_ in case.passes}
+        microseconds = {pass_: graph_microseconds(call, REPLAYS, 2) for pass_, call in calls.items()}
+        twin = {pass_: call() for pass_, call in calls.items()}
+        return Prepared(inputs, exact_results(inputs), twin | {"forward": saved}, microseconds)
 
 
 def measure(job: Job, prepared: Prepared) -> dict[str, object]:
     """Errors, bits and times of one job, as columns of its row."""
 
+    twin_us = prepared.twin_us[job.pass_]
+
     def call() -> Results:
-        return run(HOPPER, prepared.inputs, prepared.saved)
+        return run(job.pass_, HOPPER, prepared.inputs, prepared.twin["forward"])
+
+    def errors_of(found: Results) -> dict[str, float]:
+        return errors(found, prepared.exact, prepared.inputs.mask)
 
     with job.chosen():
-        own, other = errors(call(), prepared.exact), errors(prepared.twin, prepared.exact)
+        own, other = errors_of(call()), errors_of(prepared.twin[job.pass_])
         worse = too_large(own, other)
         different: list[list[Difference]] = repeat(lambda: list(call().values()), REPEATS)
         us = graph_microseconds(call, REPLAYS, 2)
     return {
         "us": round(us, 1),
-        "twin_us": round(prepared.twin_us, 1),
-        "gain": f"{100 * (1 - us / prepared.twin_us):.0f} %",
+        "twin_us": round(twin_us, 1),
+        "gain": f"{100 * (1 - us / twin_us):.0f} %",
         "errors": " ".join(f"{name}:{own[name]:.1e}/{other[name]:.1e}" for name in own),
         "repeats_that_differ": len(different),
         "status": "wrong: " + " ".join(worse) if worse else "bits differ" if different else "ok",
@@ -221,7 +231,7 @@ def rows_of(jobs: list[Job], broken: dict[Job, str], deadline: float) -> Iterato
             found = runner.run(job)
             if str(found["status"]).startswith(("hangs", "crashed")):
                 deadly[programs(job)] = f"{found['status']} in {job.case.name}"
-        yield {"case": job.case.name, "config": job.text, **empty, **found}
+        yield {"case": job.case.name, "pass": job.pass_, "config": job.text, **empty, **found}
     runner.stop()
 
 
@@ -239,6 +249,7 @@ def main() -> int:
     """Print a line per job; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="names of cases (default: all)")
+    parser.add_argument("--passes", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--minutes", type=float, default=2.4, help="later jobs are not started")
     parser.add_argument("--csv", type=Path, help="also append rows here")
     arguments = parser.parse_args()
@@ -246,7 +257,7 @@ def main() -> int:
         parser.error("needs a GPU of compute capability 9.0")
     start = time.monotonic()
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
-    jobs = jobs_of(cases)
+    jobs = jobs_of(cases, arguments.passes)
     broken = compile_all(jobs)
     print(f"{len(jobs)} jobs, compiled in {time.monotonic() - start:.0f} s", flush=True)
     rows = []

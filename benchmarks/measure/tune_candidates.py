@@ -6,7 +6,7 @@ The lists hold what has won or come close on some GPU at some shape; a kernel wi
 from collections.abc import Callable, Iterable
 
 from scalefold.kernels import tuning
-from scalefold.kernels.hopper.attention import keys_default
+from scalefold.kernels.hopper.attention import forward_default, keys_default
 from scalefold.kernels.tuning import Config, Fields, tile_config
 from scalefold.kernels.weight_gradient import NARROWEST
 
@@ -113,6 +113,13 @@ def _attention_queries(fields: Fields) -> list[Config]:
     return [_attention(*tile, s, GROUPS=g) for tile in tiles for s in (2, 3, 4) for g in (8, 16)]
 
 
+def _hopper_forward(fields: Fields) -> list[Config]:
+    """HOPPER = 0: the Triton program. With a bias of 256 keys shared memory holds two stages."""
+    present = forward_default(fields, 90)
+    stages = (2,) if fields["bias"] else (4, 3)
+    return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1, "STAGES": n} for n in stages]
+
+
 def _hopper_keys(fields: Fields) -> list[Config]:
     """HOPPER = 0: the Triton program."""
     present = keys_default(fields, 90)
@@ -164,6 +171,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "attention_backward_keys": _attention_keys,
     "attention_backward_queries": _attention_queries,
     "attention_forward": _attention_forward,
+    "attention_hopper_forward": _hopper_forward,
     "attention_hopper_keys": _hopper_keys,
     "gated_output_backward": _tiles(GATED_OUTPUT),
     "gated_output_forward": _tiles(GATED_OUTPUT),

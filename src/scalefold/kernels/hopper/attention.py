@@ -1,11 +1,12 @@
-"""Gradients of the keys' side of attention for compute capability 9.0 in Gluon, beside ``ops.attention``'s in Triton.
+"""Attention's forward and keys' gradients for compute capability 9.0 in Gluon, beside ``ops.attention``'s in Triton.
 
-``key_gradients`` takes the arguments of the function of ``ops.attention`` that it replaces and gives the same results.
-It has an obstacle: the Gluon program runs only where it is known to win, which the tuned tables say (HOPPER = 1). It
-sums in a fixed order and uses no atomics: equal inputs give equal bits.
+``forward`` and ``key_gradients`` take the arguments of the functions of ``ops.attention`` that they replace and give
+the same results, ``lse`` and ``rest`` included, so that either may follow the other. Each has an obstacle: a Gluon
+program runs only where it is known to win, which the tuned tables say (HOPPER = 1). Both sum in a fixed order and use
+no atomics: equal inputs give equal bits.
 
-Triton's interpreter cannot run Gluon. What can be tested without a GPU is that the program compiles and that obstacles
-are found; what it computes is tested on a GPU.
+Triton's interpreter cannot run Gluon. What can be tested without a GPU is that the programs compile and that obstacles
+are found; what they compute is tested on a GPU.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
@@ -23,6 +24,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from scalefold.kernels.hopper.attention_forward import hopper_forward
     from scalefold.kernels.hopper.attention_keys import hopper_keys
     from scalefold.kernels.hopper.pieces import LOG2_E, Mask, Statistics
 
@@ -32,35 +34,59 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental: names m
 
 CAPABILITY = 90
 LEAST_INF = 1e9  # beside it scores vanish in fp32, which the key gradients rely on in rows without any key
-LEAST, MOST = 129, 256  # keys of a row: launch parameters are for 256
+LENGTHS = {True: 256, False: 128}  # keys of a row that the forward takes, with a bias and without one
+LEAST, MOST = 129, 256  # keys of a row in the keys' gradients: launch parameters are for 256
 WIDTHS = (8, 16, 32)  # channels of a head
 NARROWEST = 16  # channels of a product: narrower heads are filled up with zeros by the copy engine
 MULTIPROCESSORS = 132
 
 
 def is_meant_for() -> bool:
-    """Whether kernels are chosen for a GPU that the program is made for; elsewhere its obstacles are no news."""
+    """Whether kernels are chosen for a GPU that the programs are made for; elsewhere their obstacles are no news."""
     return tuning.capability() == CAPABILITY and not INTERPRETED.value
+
+
+def forward_obstacle(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
+    """Why ``forward`` cannot or should not run, or None; one text for all lengths of an evaluation's chains."""
+    if reason := _obstacle((q, k, v), bias):
+        return reason
+    if q.shape[2] != LENGTHS[bias is not None]:
+        return f"rows are not of {LENGTHS[True]} keys with a bias or {LENGTHS[False]} without"
+    return _preference("attention_hopper_forward", q, bias)
 
 
 def keys_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, inf: float) -> str | None:
     """Why ``key_gradients`` cannot or should not run, or None."""
-    n, width = q.shape[2], q.shape[4]
+    if reason := _obstacle((q, k, v, do), bias):
+        return reason
+    if not LEAST <= q.shape[2] <= MOST:
+        return f"rows of {q.shape[2]} keys, not {LEAST} to {MOST}"
+    if inf < LEAST_INF:
+        return f"a mask of {inf:g} does not swallow scores"
+    return _preference("attention_hopper_keys", q, bias)
+
+
+def _obstacle(inputs: tuple[Tensor, ...], bias: Tensor | None) -> str | None:
+    """What stands in the way of either program; inputs: all that the copy engine takes, [B, S, N, H, D]."""
     if MISSING or INTERPRETED.value:
         return MISSING or "the interpreter cannot run Gluon"
     if tuning.capability() != CAPABILITY:
         return f"compute capability {tuning.capability() / 10} is not 9.0"
-    if other := [x.dtype for x in (q, k, v, do, bias) if x.dtype != torch.bfloat16]:
+    if other := [x.dtype for x in (*inputs, bias) if x is not None and x.dtype != torch.bfloat16]:
         return f"{str(other[0]).removeprefix('torch.')} is not bfloat16"
-    if not LEAST <= n <= MOST or width not in WIDTHS:
-        return f"rows of {n} keys with {width} channels per head, not {LEAST} to {MOST} with {WIDTHS}"
-    if inf < LEAST_INF:
-        return f"a mask of {inf:g} does not swallow scores"
-    if not all(map(_is_aligned, (q, k, v, do))):
+    if inputs[0].shape[4] not in WIDTHS:
+        return f"{inputs[0].shape[4]} channels per head, not one of {WIDTHS}"
+    if not all(map(_is_aligned, inputs)):
         return "the copy engine needs rows that start at multiples of 16 bytes"
-    if not tuning.lookup("attention_hopper_keys", **tuning.attention_fields(q, True))["HOPPER"]:
-        return "the table prefers the Triton program"
     return None
+
+
+def _preference(kernel: str, q: Tensor, bias: Tensor | None) -> str | None:
+    return None if _launch_parameters(kernel, q, bias)["HOPPER"] else "the table prefers the Triton program"
+
+
+def _launch_parameters(kernel: str, q: Tensor, bias: Tensor | None) -> tuning.Config:
+    return tuning.lookup(kernel, **tuning.attention_fields(q, bias is not None))
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -70,13 +96,31 @@ def _is_aligned(x: Tensor) -> bool:
     return even and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
 
 
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float, save: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``ops.attention._forward``: o, lse and rest; the last two are None unless ``save``."""
+    batch, rows, n, heads, width = q.shape
+    config = _launch_parameters("attention_hopper_forward", q, bias)
+    o = torch.empty_like(q)
+    lse, rest = q.new_empty((2, batch, rows, heads, n) if save else (2, 1), dtype=torch.float32).unbind()
+    groups, per_program = _groups(rows, config)
+    hopper_forward[(n // (PART * CONSUMERS), heads, batch * groups)](
+        _tiles(q, PART), _tiles(k, n), _tiles(v, n), _tiles(o, PART),
+        bias, None if bias is None else bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
+        rows, per_program, groups,
+        SCALE=width**-0.5, SAVE=save, STAGES=config["STAGES"], num_warps=4,
+    )  # fmt: skip
+    return (o, lse, rest) if save else (o, None, None)
+
+
 def key_gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor, o: Tensor, do: Tensor, lse: Tensor, rest: Tensor,
     inf: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """``ops.attention._key_gradients``: dk, dv and the gradients of the scores [B, S, H, N keys, N queries]."""
     batch, rows, n, heads, width = q.shape
-    config = tuning.lookup("attention_hopper_keys", **tuning.attention_fields(q, True))
+    config = _launch_parameters("attention_hopper_keys", q, bias)
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     ds = q.new_empty(batch, rows, heads, n, tuning.ceil_div(n, 8) * 8)[..., :n]  # lines of whole 16 bytes
     block_q = config["BLOCK_Q"]
@@ -121,11 +165,21 @@ def _mask(mask: Tensor, inf: float) -> Any:
     return Mask(mask, *mask.stride(), mask.shape[-1], inf * LOG2_E.value)
 
 
+def forward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
+    """As many rows in flight as shared memory holds beside a bias of 256 keys, or without one."""
+    return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 2 if fields["bias"] else 4}
+
+
 def keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
+    """As measured best of a few."""
+    return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64}
+
+
+def _filling(fields: tuning.Fields) -> int:
     """Groups of rows that fill all multiprocessors once: a program takes one for itself."""
     tiles = int(fields["batch"]) * int(fields["heads"]) * tuning.ceil_div(int(fields["n"]), PART * CONSUMERS)
-    groups = max(1, MULTIPROCESSORS // tiles)
-    return {"HOPPER": 0, "GROUPS": groups, "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64}
+    return max(1, MULTIPROCESSORS // tiles)
 
 
+tuning.register("attention_hopper_forward", forward_default)
 tuning.register("attention_hopper_keys", keys_default)

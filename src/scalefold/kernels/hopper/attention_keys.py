@@ -235,7 +235,7 @@ def hopper_keys(
     bias_s = gl.allocate_shared_memory(bias.dtype.element_ty, [CONSUMERS * STEPS, PART, BLOCK_Q], SQUARE)
     ds_s = tiles_for(ds_desc, 2 * CONSUMERS)
     out_s = tiles_for(dk_desc, 2 * CONSUMERS)
-    full, empty = new_barriers(STAGES, 2)
+    full, empty = new_barriers(STAGES, 2), new_barriers(STAGES, CONSUMERS)
     own = (q_s, do_s, k_s, v_s, exponent_s, delta_s, bias_s, ds_s, out_s)
     shared = ((dk_desc, dv_desc, ds_desc), own, full, empty, place, bias, bias_strides, mask, statistics)
     inputs = (q_desc, do_desc, k_desc, v_desc)

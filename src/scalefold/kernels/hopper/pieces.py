@@ -1,4 +1,4 @@
-"""What a Gluon program of the attention stands on: places, barriers and the layouts of their tiles.
+"""What the Gluon programs of the attention share: places, barriers and the layouts of their tiles.
 
 Roles. A program has CONSUMERS groups of four warps that compute, PART lines of scores each, and one group of four warps
 that fetches (the producer; a group of one warp would ask for more registers than there are). Rows pass through STAGES
@@ -70,16 +70,14 @@ def place_of(rows, groups, per_program, LINES: gl.constexpr):
 
 
 @gluon.jit
-def new_barriers(STAGES: gl.constexpr, FILLERS: gl.constexpr):
-    """``full`` and ``empty`` of every stage; FILLERS: how many arrivals complete ``full``, besides its bytes."""
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=FILLERS)
-        mbarrier.init(empty.index(stage), count=CONSUMERS)
+def new_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """COUNT barriers, each completed by ARRIVALS arrivals, besides its bytes."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(i), count=ARRIVALS)
     fence_async_shared()  # the copy engine must see barriers that are ready
     group_barrier()
-    return full, empty
+    return barriers
 
 
 @gluon.jit

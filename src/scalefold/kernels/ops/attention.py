@@ -4,13 +4,14 @@ Same meaning as ``reference.attention``. The benchmark's rows are short (128 or 
 rows of scores on chip and no score is ever written to memory, only, where there is a bias, its gradient:
 
 * forward: a program owns one tile of queries of one head and walks over several rows s; the bias tile, the same for
-  all rows, is read once per program. Longer rows (evaluation) are walked in key tiles with a running maximum.
+  all rows, is read once per program. Longer rows (evaluation) are walked in key tiles with a running maximum. Where it
+  is faster, a Gluon program of ``kernels.hopper`` takes its place.
 * backward without a bias: a program owns one (row, head) and walks over key tiles; probabilities are recomputed tile by
   tile from saved statistics. Five products per tile, of which two take probabilities or their gradients transposed
   through shared memory.
 * backward with a bias, in two launches. ``backward_keys`` owns one tile of keys of a (row, head) and walks over
-  queries: dk, dv, and the gradients of the scores, kept in the type of q. Where it is faster, a Gluon program of
-  ``kernels.hopper`` takes its place. ``backward_queries`` owns a tile of queries of a head and walks over a group of
+  queries: dk, dv, and the gradients of the scores, kept in the type of q; here too Gluon takes its place
+  where it is faster. ``backward_queries`` owns a tile of queries of a head and walks over a group of
   rows: each tile of these gradients gives dq and is added to the bias gradient, in fp32 registers; the few partial sums
   (one per group) are added afterwards. No atomics. Computing the scores again for the bias gradient, in a form that
   keeps nothing, is slower.
@@ -62,7 +63,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float) -> Tensor:
         save = any(ctx.needs_input_grad)
-        o, lse, rest = _forward(q, k, v, mask, bias, inf, save)
+        take = _choose("forward", hopper.forward_obstacle(q, k, v, bias), _forward, hopper.forward)
+        o, lse, rest = take(q, k, v, mask, bias, inf, save)
         if save:
             ctx.save_for_backward(q, k, v, mask, bias, o, lse, rest)
             ctx.inf = inf
@@ -76,12 +78,17 @@ class _Attention(torch.autograd.Function):
         if bias is None:
             return *_gradients(q, k, v, mask, o, do, lse, rest, ctx.inf), None, None, None
         reason = hopper.keys_obstacle(q, k, v, do, bias, ctx.inf)
-        if reason and hopper.is_meant_for():
-            explain("Triton attention keys' gradients", reason)
-        key_gradients = _key_gradients if reason else hopper.key_gradients
-        dk, dv, ds = key_gradients(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)
+        take = _choose("keys' gradients", reason, _key_gradients, hopper.key_gradients)
+        dk, dv, ds = take(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)
         dq, d_bias = _query_gradients(q, k, bias, ds)
         return dq, dk, dv, None, d_bias, None
+
+
+def _choose(part: str, reason: str | None, own: Callable[..., Any], gluon: Callable[..., Any]) -> Callable[..., Any]:
+    """The Gluon program of a part, or its Triton twin where there is a reason, which the log names on a GPU of 9.0."""
+    if reason and hopper.is_meant_for():
+        explain(f"Triton attention {part}", reason)
+    return own if reason else gluon
 
 
 def _blocks(config: tuning.Config, n: int, width: int) -> tuple[int, int, int, bool]:
