@@ -126,6 +126,11 @@ def _hopper_keys(fields: Fields) -> list[Config]:
     return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1, "REGISTERS": registers} for registers in (224, 232)]
 
 
+def _row_programs(fields: Fields) -> list[Config]:
+    """The Triton program and the one in Gluon."""
+    return [{"HOPPER": 0}, {"HOPPER": 1}]
+
+
 def _global_columns(fields: Fields) -> list[Config]:
     return [
         {"BLOCK_S": block, "SEQUENCES": sequences, "num_warps": warps, "num_stages": stages}
@@ -185,6 +190,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "layer_norm_forward": _layer_norm,
     "norm_linear_backward": _tiles(NORM_LINEAR_BACKWARD),
     "norm_linear_forward": _tiles(NORM_LINEAR_FORWARD),
+    "norm_linear_hopper": _row_programs,
     "outer_product_backward": _tiles(OUTER_PRODUCT),
     "outer_product_forward": _tiles(OUTER_PRODUCT),
     "outer_product_weight": _tiles(OUTER_PRODUCT),
@@ -195,6 +201,9 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "point_errors_points": _point_errors,
     "transition_backward": _transition_backward,
     "transition_forward": _tiles(TRANSITION_FORWARD),
+    "triangle_hopper_gates": _row_programs,
+    "triangle_hopper_operands": _row_programs,
+    "triangle_hopper_output": _row_programs,
     "triangle_output_backward": _tiles(TRIANGLE),
     "triangle_output_forward": _tiles(TRIANGLE),
     "triangle_project_backward": _tiles(TRIANGLE),

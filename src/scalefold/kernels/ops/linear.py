@@ -1,6 +1,7 @@
 """Layer norm followed by several projections, forward and backward, in Triton.
 
-One kernel forward (the norm stays in registers). Backward: one kernel for the input gradient, the norm's backward and
+One kernel forward (the norm stays in registers; on compute capability 9.0 one of ``kernels.hopper`` takes its place for
+a triangle's attention, where it is faster). Backward: one kernel for the input gradient, the norm's backward and
 the bias gradients, which also stores the norm for the weight gradients; products of the library; one sum of all partial
 gradients. Nothing but the inputs is saved.
 """
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.instructions import complete, to_fp32
 from scalefold.kernels.rows import (
     Affine,
@@ -233,25 +235,28 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     c, count = x.shape[-1], x.shape[:-1].numel()
     wide, narrow = weights[:num_wide], weights[num_wide:]
     width = wide[0].shape[0] if wide else NARROW_WIDTH
-    config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)
-    order = memory_order(x)
+    order, norm = memory_order(x), Norm(norm_weight, norm_bias)
     out = x.new_empty(num_wide, count, width)
     outs = [_in_order(order, part, x.shape) for part in out.unbind(0)]
     narrow_out = None
     if narrow:
         narrow_out = x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1)
+    bias, bias_start = _fused_bias(biases[:num_wide], width)
+    weight, blocks = fused_view(wide) if wide else None, None
+    if hopper.preferred("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
+        hopper.project(x, norm, Affine(weight, bias), narrow[0], out, narrow_out)
+        return *outs, narrow_out
+    config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)
     tensors = {
         "x": x,
         "out": outs[0] if wide else None,
         "narrow_out": narrow_out,
         "row_mask": None if row_mask is None else row_mask[..., None],
     }
-    bias, bias_start = _fused_bias(biases[:num_wide], width)
-    weight, blocks = fused_view(wide) if wide else None, None
     if weight is not None and c > WIDEST_BY_POINTER:
         weight, blocks = None, weight_blocks(weight, (config["BLOCK_N"], c))
     launch(
-        _forward_kernel, config, tensors, norm=Norm(norm_weight, norm_bias), linear=Affine(weight, bias),
+        _forward_kernel, config, tensors, norm=norm, linear=Affine(weight, bias),
         blocks=blocks, narrow=Affine(narrow[0], biases[num_wide]) if narrow else None, segment_stride=count * width,
         bias_start=bias_start, N=num_wide * width, WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, C=c,
     )  # fmt: skip

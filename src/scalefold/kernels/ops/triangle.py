@@ -1,10 +1,13 @@
 """Triangle multiplication in Triton, forward and backward: project, product, output (Supplement Algorithms 11, 12).
 
 Layer norms, gates, masks, dropout and the residual stay in registers; operands of the product are written channels
-first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x.
+first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x. On
+compute capability 9.0 programs of ``kernels.hopper`` take the place of three of these, where they are faster.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from typing import Any
 
 import torch
 import triton
@@ -13,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.instructions import sigmoid
 from scalefold.kernels.ops.linear import input_gradient
 from scalefold.kernels.rows import (
@@ -158,13 +162,13 @@ class _Project(torch.autograd.Function):
         ctx.save_for_backward(z, mask, norm_weight, norm_bias, *parameters)
         (batch, i, j, c), width = z.shape, weights[0].shape[0]
         outs = tuple(z.new_empty(batch, width, i, j) for _ in range(2))
-        config = tuning.chosen_tiles("triangle_project_forward", z, width, width)
-        tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, outs))}
-        linears = tuple(map(Affine, weights, biases))
-        launch(
-            _project_forward_kernel, config, tensors, norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width,
-            C=c,
-        )  # fmt: skip
+        norm, linears = Norm(norm_weight, norm_bias), tuple(map(Affine, weights, biases))
+        if hopper.preferred("operands of a triangle's product", hopper.operands_obstacle(z, weights)):
+            hopper.operands(z, mask, norm, linears, outs)
+        else:
+            config = tuning.chosen_tiles("triangle_project_forward", z, width, width)
+            tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, outs))}
+            launch(_project_forward_kernel, config, tensors, norm=norm, linears=linears, WIDTH=width, C=c)
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
         return z.view_as(z), *outs
 
@@ -213,11 +217,13 @@ class _Output(torch.autograd.Function):
     def forward(ctx, z, x, *rest):
         *parameters, dropout = rest
         ctx.save_for_backward(z, x, *rest)
-        c, cx = z.shape[-1], x.shape[1]
-        out = torch.empty_like(z)
-        config = tuning.chosen_tiles("triangle_output_forward", z, cx, c)
-        tensors = {"z": z, "x": _channels_last(x), "dropout": dropout, "out": out}
-        launch(_output_forward_kernel, config, tensors, **_output_parameters(*parameters), C=c, CX=cx)
+        out, x, parameters = torch.empty_like(z), _channels_last(x), _output_parameters(*parameters)
+        weights = parameters["linear_z"].weight, parameters["linear_g"].weight
+        if hopper.preferred("output of a triangle", hopper.output_obstacle(z, x, weights, dropout)):
+            hopper.output(z, x, dropout, None, out, **parameters)
+        else:
+            tensors = {"z": z, "x": x, "dropout": dropout, "out": out}
+            _launch_output("triangle_output_forward", _output_forward_kernel, tensors, parameters)
         return out
 
     @staticmethod
@@ -226,10 +232,13 @@ class _Output(torch.autograd.Function):
         z, x, *parameters, dropout = ctx.saved_tensors
         norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = parameters
         c, cx, x = z.shape[-1], x.shape[1], _channels_last(x)
-        config = tuning.chosen_tiles("triangle_output_backward", z, cx, c)
-        projected = z.new_empty(*z.shape[:-1], 2 * c)
-        tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
-        launch(_output_gradient_kernel, config, tensors, **_output_parameters(*parameters), C=c, CX=cx)
+        projected, parameters = z.new_empty(*z.shape[:-1], 2 * c), _output_parameters(*parameters)
+        obstacle = hopper.output_obstacle(z, x, (weight_z, weight_g), dropout, d_out)
+        if hopper.preferred("gates of a triangle's output", obstacle):
+            hopper.output(z, x, dropout, d_out, projected, **parameters)
+        else:
+            tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
+            _launch_output("triangle_output_backward", _output_gradient_kernel, tensors, parameters)
         d_value, d_logits = projected.chunk(2, -1)
         norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
         dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
@@ -255,6 +264,12 @@ def _output_parameters(
     """Parameters of ``triangle_output`` under their names in the programs."""
     norms = {"norm_in": Norm(norm_in_weight, norm_in_bias), "norm_out": Norm(norm_out_weight, norm_out_bias)}
     return norms | {"linear_z": Affine(weight_z, bias_z), "linear_g": Affine(weight_g, bias_g)}
+
+
+def _launch_output(name: str, program: Any, tensors: dict[str, Tensor], parameters: dict[str, Norm | Affine]) -> None:
+    """Run one of the output's programs, whose launch parameters have a name of their own."""
+    c, cx = tensors["z"].shape[-1], tensors["x"].shape[-1]
+    launch(program, tuning.chosen_tiles(name, tensors["z"], cx, c), tensors, **parameters, C=c, CX=cx)
 
 
 def _output_weights(value: Product, gate: Product) -> list[Tensor]:

@@ -1,0 +1,170 @@
+"""What the row-wise Gluon programs stand on: rings of tiles, layer norm and layouts.
+
+Roles. A program stays on its multiprocessor, keeps its weights in shared memory and walks over tiles of ROWS rows.
+CONSUMERS groups of four warps compute, each with tiles of its own; one group of four warps fetches (the loader).
+
+A ring has as many slots for each consumer, used in turn. Each slot has two barriers, completed by one arrival: ``full``
+when the bytes of a tile have arrived, ``empty`` when its consumer has left it. The n-th use of S slots has parity
+(n // S) & 1; the loader waits for the use before its own, and the first uses pass (see ``pieces``).
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
+# The type checker takes Gluon's programs for Python.
+
+from typing import Any, NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from scalefold.kernels import hopper
+from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, tiles_for
+from scalefold.kernels.instructions import SIGMOID
+from scalefold.kernels.reference import LAYER_NORM_EPS
+
+ROWS = gl.constexpr(hopper.PART)  # of a tile: what one warpgroup multiplies at once
+COLUMNS = gl.constexpr(hopper.PART)  # of a product
+EPS = gl.constexpr(LAYER_NORM_EPS)
+
+
+class Ring(NamedTuple):
+    """Slots [CONSUMERS * S, *tile] and their barriers; consumer ``side`` owns the side-th S of them."""
+
+    slots: Any
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def new_ring(descriptor, STAGES: gl.constexpr):
+    """STAGES slots per consumer for tiles of a descriptor."""
+    slots = tiles_for(descriptor, CONSUMERS * STAGES)
+    return Ring(slots, one_arrival(CONSUMERS * STAGES), one_arrival(CONSUMERS * STAGES))
+
+
+@gluon.jit
+def one_arrival(COUNT: gl.constexpr):
+    """Barriers that one arrival completes; ``publish`` follows."""
+    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for n in gl.static_range(COUNT):
+        mbarrier.init(barriers.index(n), count=1)
+    return barriers
+
+
+@gluon.jit
+def publish():
+    """Make initialised barriers visible to the copy engine and to all warps."""
+    fence_async_shared()
+    group_barrier()
+
+
+@gluon.jit
+def fetch(ring, descriptor, row, column, side, n):
+    """Loader: bring a tile for the n-th use, once the slot is free."""
+    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
+    slot = side * STAGES + n % STAGES
+    mbarrier.wait(ring.empty.index(slot), ((n // STAGES) & 1) ^ 1)
+    mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
+    tma.async_copy_global_to_shared(descriptor, [row, column], ring.full.index(slot), ring.slots.index(slot))
+
+
+@gluon.jit
+def fetch_rows(ring, descriptor, tiles):
+    """Loader: tiles of whole rows for both consumers in turn."""
+    n = 0
+    for tile in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
+        fetch(ring, descriptor, tile * ROWS, 0, 0, n)
+        if tile + 1 < tiles:
+            fetch(ring, descriptor, (tile + 1) * ROWS, 0, 1, n)
+        n += 1  # noqa: SIM113
+
+
+@gluon.jit
+def receive(ring, side, n):
+    """Consumer: the tile of the n-th use, once it is there."""
+    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
+    slot = side * STAGES + n % STAGES
+    mbarrier.wait(ring.full.index(slot), (n // STAGES) & 1)
+    return ring.slots.index(slot)
+
+
+@gluon.jit
+def leave(ring, side, n):
+    """Consumer: the loader may fill the slot of the n-th use again.
+
+    All warps are done with it (the barrier), and what they read comes before what the copy engine writes (the fence).
+    """
+    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
+    fence_async_shared()
+    group_barrier()
+    mbarrier.arrive(ring.empty.index(side * STAGES + n % STAGES), count=1)
+
+
+@gluon.jit
+def send(descriptor, row, column, tile):
+    """Consumer: store a tile that all its threads have just written to shared memory."""
+    fence_async_shared()
+    group_barrier()
+    tma.async_copy_shared_to_global(descriptor, [row, column], tile)
+
+
+@gluon.jit
+def wait_until_sent(LEFT: gl.constexpr):
+    """Consumer: until all but the last LEFT tiles sent may be written over."""
+    tma.store_wait(LEFT)
+    group_barrier()
+
+
+@gluon.constexpr_function
+def product_layout(columns):
+    """Registers of a warpgroup's product [ROWS, columns]."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
+@gluon.constexpr_function
+def operand_layout(columns):
+    """Registers of the left operand of such a product."""
+    return gl.DotOperandLayout(operand_index=0, parent=product_layout(columns), k_width=2)
+
+
+@gluon.jit
+def read(tile):
+    """A tile in shared memory in fp32, in registers as layer norm takes it."""
+    return tile.load(product_layout(tile.shape[1])).to(gl.float32)
+
+
+@gluon.jit
+def normed(x, norm):
+    """Layer norm of a tile x: [ROWS, C], in bf16 as the left operand of products with COLUMNS columns."""
+    C: gl.constexpr = x.shape[1]
+    centred = x - (gl.sum(x, 1) * (1.0 / C))[:, None]
+    rstd = gl.rsqrt(gl.sum(centred * centred, 1) * (1.0 / C) + EPS)
+    hat = centred * rstd[:, None]
+    value = (hat * per_column(norm.weight, 0, C) + per_column(norm.bias, 0, C)).to(gl.bfloat16)
+    return gl.convert_layout(value, operand_layout(COLUMNS))
+
+
+@gluon.jit
+def per_column(pointer, first, COUNT: gl.constexpr):
+    """COUNT values from pointer[first] on in fp32, one per column of a product: [1, COUNT]."""
+    columns = gl.arange(0, COUNT, layout=gl.SliceLayout(0, product_layout(COUNT)))
+    return gl.load(pointer + first + columns).to(gl.float32)[None, :]
+
+
+@gluon.jit
+def row_offsets(view, tile, dims, LAYOUT: gl.constexpr):
+    """Element offsets of a tile's rows in a ``View``, see ``rows.row_offsets``: [ROWS] of a product in LAYOUT."""
+    rows = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    inner = rows % dims[1]
+    rest = rows // dims[1]
+    middle = rest % dims[0]
+    outer = rest // dims[0]
+    strides = view.strides
+    return outer.to(gl.int64) * strides[0] + middle.to(gl.int64) * strides[1] + inner.to(gl.int64) * strides[2]
+
+
+@gluon.jit
+def sigmoid(x):
+    """``instructions.sigmoid``."""
+    return gl.inline_asm_elementwise(SIGMOID, "=f,f", [x], gl.float32, True, 1)

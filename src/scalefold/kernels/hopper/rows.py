@@ -1,0 +1,207 @@
+"""Row-wise programs for compute capability 9.0 in Gluon, beside those of ``ops.linear`` and ``ops.triangle`` in Triton.
+
+Each launch has an obstacle: the Gluon program takes bf16 rows of 128 channels that lie densely and fill whole tiles,
+and runs only where it is known to win, which the tuned tables say (HOPPER = 1). Everything else stays with Triton.
+Results have the same layout, and nothing but the program differs.
+
+Triton's interpreter cannot run Gluon. What can be tested without a GPU is that the programs compile and that obstacles
+are found; what they compute is tested on a GPU.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalefold.kernels import tuning
+from scalefold.kernels.choice import explain
+from scalefold.kernels.hopper import CONSUMERS, PART
+from scalefold.kernels.hopper.attention import CAPABILITY, MULTIPROCESSORS, is_meant_for
+from scalefold.kernels.instructions import INTERPRETED
+from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
+
+try:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from scalefold.kernels.hopper.projections import hopper_projections
+    from scalefold.kernels.hopper.triangle import hopper_operands, hopper_output
+
+    MISSING = None
+except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
+    MISSING = f"this Triton's Gluon is another one: {error}"
+
+CHANNELS = 128
+SQUARE = (CHANNELS, CHANNELS)
+BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
+
+for _name in ("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"):
+    tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
+
+
+def preferred(what: str, obstacle: str | None) -> bool:
+    """Whether the Gluon program of an operation runs; if not, where it could, the log says why."""
+    if obstacle and is_meant_for():
+        explain(f"Triton {what}", obstacle)
+    return obstacle is None
+
+
+def projections_obstacle(
+    x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> str | None:
+    """Why ``project`` cannot or should not take these arguments of ``ops.linear``, or None."""
+    *wide, narrow = weights
+    biased = [bias is not None for bias in biases]
+    if row_mask is not None or biased != [False, False, False, True, False] or narrow.shape[0] > BIAS_ROWS:
+        return "not queries, keys, values, gates with a bias, and an attention bias"
+    transposed = memory_order(x) != tuple(range(x.dim() - 1))
+    return _program_obstacle(x, wide, [narrow]) or _preference("norm_linear_hopper", x, transposed=int(transposed))
+
+
+def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, narrow_out: Tensor) -> None:
+    """Layer norm of x: [*, c] and its projections.
+
+    linear: weight [4 c, c], bias [c] of the last c; narrow: [h, c]. out: [4, rows, c], rows in the memory order of x;
+    narrow_out: [*, h], of any strides.
+    """
+    views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
+    hopper_projections[_programs(x)](
+        _rows(x, memory_order(x)), _weight(linear.weight), _weight(narrow, BIAS_ROWS),
+        _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
+        COUNT=out.shape[0], NARROW=narrow.shape[0], num_warps=4,
+    )  # fmt: skip
+
+
+def operands_obstacle(z: Tensor, weights: Sequence[Tensor]) -> str | None:
+    """Why ``operands`` cannot or should not take these arguments, or None."""
+    if found := _program_obstacle(z, weights):
+        return found
+    if z.shape[0] != 1 or not z.is_contiguous():
+        return "not one contiguous pair representation"
+    return _preference("triangle_hopper_operands", z)
+
+
+def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], outs: Sequence[Tensor]) -> None:
+    """Both operands of a triangle's product, outs: [1, c, I, J] each; see ``reference.triangle_project``.
+
+    linears: a, a gate, b, b gate.
+    """
+    views, dims, count = row_views({"z": z, "mask": mask[..., None]})
+    hopper_operands[_programs(z)](
+        _rows(z, memory_order(z)), *(_weight(linear.weight) for linear in linears),
+        *(_matrix(out.view(CHANNELS, -1), PART, PART) for out in outs), norm, tuple(linear.bias for linear in linears),
+        views["mask"], dims, count // PART, num_warps=4,
+    )  # fmt: skip
+
+
+def output_obstacle(
+    z: Tensor, x: Tensor, weights: Sequence[Tensor], dropout: Tensor | None, d_out: Tensor | None = None
+) -> str | None:
+    """Why ``output`` cannot or should not take these arguments, or None."""
+    order = memory_order(z)
+    if found := _program_obstacle(z, weights, [x] if d_out is None else [x, d_out]):
+        return found
+    if z.shape[0] != 1 or not _is_aligned(_by_channels(x, order)):
+        return "the product does not lie channels first"
+    if d_out is not None and not _is_aligned(_by_rows(d_out, order)):
+        return "gradients of the output do not lie densely"
+    if dropout is not None and (dropout.dtype != torch.float32 or dropout.stride(-1) != 1):
+        return "dropout scales are not fp32, dense along channels"
+    return _preference("triangle_hopper_output" if d_out is None else "triangle_hopper_gates", z)
+
+
+def output(
+    z: Tensor, x: Tensor, dropout: Tensor | None, d_out: Tensor | None, out: Tensor,
+    norm_in: Norm, norm_out: Norm, linear_z: Affine, linear_g: Affine,
+) -> None:  # fmt: skip
+    """``reference.triangle_output``, or with d_out the gradients of value and gate logits, out: [*, 2 c].
+
+    x, the product, is seen channels last: [1, I, J, c].
+    """
+    order = memory_order(z)
+    views, dims, count = row_views({"z": z, "dropout": dropout})
+    hopper_output[_programs(z)](
+        _rows(z, order), _matrix(_by_channels(x, order), CHANNELS, PART),
+        None if d_out is None else _rows(d_out, order), _weight(linear_z.weight),
+        _weight(linear_g.weight), _rows(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
+        views["dropout"], dims, count // PART, num_warps=4,
+    )  # fmt: skip
+
+
+def _program_obstacle(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
+    """Why no program takes rows of x: [*, c] and square weights, or None; others: further tensors of that type."""
+    if MISSING or INTERPRETED.value:
+        return MISSING or "the interpreter cannot run Gluon"
+    if tuning.capability() != CAPABILITY:
+        return f"compute capability {tuning.capability() / 10} is not 9.0"
+    if other := [y.dtype for y in (x, *weights, *others) if y.dtype != torch.bfloat16]:
+        return f"{str(other[0]).removeprefix('torch.')} is not bfloat16"
+    if any(tuple(weight.shape) != SQUARE for weight in weights):
+        return f"weights are not {CHANNELS} x {CHANNELS}"
+    if not x.numel() or x.shape[:-1].numel() % PART:
+        return f"rows do not come in tiles of {PART}"
+    return None if _is_aligned(_by_rows(x, memory_order(x))) else "rows do not lie densely"
+
+
+def _preference(name: str, x: Tensor, **fields: int) -> str | None:
+    """What the tuned tables have against a program that takes rows of x."""
+    chosen = tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
+    return None if chosen["HOPPER"] else "the table prefers the Triton program"
+
+
+def _by_rows(x: Tensor, order: Sequence[int]) -> Tensor | None:
+    """View of x: [*, c] as [rows, c], rows numbered in ``order``; None if their distance varies."""
+    return _viewed(x.permute(*order, -1), (-1, x.shape[-1]))
+
+
+def _by_channels(x: Tensor, order: Sequence[int]) -> Tensor | None:
+    """The same as [c, rows]."""
+    return _viewed(x.permute(-1, *order), (x.shape[-1], -1))
+
+
+def _viewed(x: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    try:
+        return x.view(shape)
+    except RuntimeError:  # torch's word for strides that no view has
+        return None
+
+
+def _is_aligned(matrix: Tensor | None) -> bool:
+    """Whether the copy engine can address a matrix of 16-bit values, whose rows do not overlap."""
+    if matrix is None or matrix.stride(1) != 1 or matrix.stride(0) < matrix.shape[1]:
+        return False
+    return matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
+
+
+def _rows(x: Tensor, order: Sequence[int]) -> Any:
+    """Tiles of rows for the copy engine."""
+    return _matrix(_by_rows(x, order), PART, CHANNELS)
+
+
+def _weight(weight: Tensor, lines: int = CHANNELS) -> Any:
+    """Blocks of a dense weight, copied first if it begins at no multiple of 16 bytes; see ``rows.weight_blocks``."""
+    return _matrix(weight if weight.data_ptr() % 16 == 0 else weight.clone(), lines, CHANNELS)
+
+
+def _matrix(x: Tensor | None, lines: int, columns: int) -> Any:
+    """A matrix for the copy engine, in blocks [lines, columns]."""
+    assert x is not None
+    layout = gl.NVMMASharedLayout.get_default_for([lines, columns], gl.bfloat16)
+    return TensorDescriptor.from_tensor(x, [lines, columns], layout)
+
+
+def _programs(x: Tensor) -> tuple[int]:
+    """One program per multiprocessor, and none without tiles."""
+    tiles = x.shape[:-1].numel() // PART
+    return (min(_multiprocessors(x.device), tuning.ceil_div(tiles, CONSUMERS)),)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
