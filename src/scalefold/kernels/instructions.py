@@ -27,14 +27,9 @@ _SIGMOID = tl.constexpr(  # -log2(e) x; 2^; + 1; 1 /
 _TO_FP32 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 
 
-def overlaps() -> bool:
-    """Whether launches begin before their predecessors end. For measurements of both ways a function to replace."""
-    return not INTERPRETED.value and tuning.capability() >= 90
-
-
 def run_program(program: Any, grid: tuple[int, ...], /, *arguments: Any, **named: Any) -> None:
     """Launch ``program``, which begins with ``wait_for_predecessors``; ``named``: launch parameters too."""
-    if overlaps():
+    if tuning.capability() >= 90 and not INTERPRETED.value:
         named["launch_pdl"] = True
     program[grid](*arguments, **named)
 
@@ -42,7 +37,7 @@ def run_program(program: Any, grid: tuple[int, ...], /, *arguments: Any, **named
 @tl.core.builtin
 def _is_early(_semantic=None):
     """Whether the launch that is compiled for may begin before its predecessor ends."""
-    return tl.constexpr(_semantic.builder.options.launch_pdl)
+    return tl.constexpr(bool(_semantic.builder.options.launch_pdl))
 
 
 @triton.jit
