@@ -105,10 +105,11 @@ for target in (80, 90):
 """
 
 
-def test_compiled_kernels_wait_once_before_memory_and_only_where_the_gpu_can(scripts, tmp_path):
+def test_compiled_kernels_wait_once_before_memory_and_only_where_the_gpu_can(repository, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    folders = [str(repository / "benchmarks" / "measure"), *sys.path]
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [line.split() for line in done.stdout.splitlines()]
