@@ -1,21 +1,50 @@
-"""Arithmetic in as few instructions as the chip has for it, where the compiler takes several times as many.
+"""How programs are launched, and arithmetic in as few instructions as the chip has for it.
 
-Many kernels here wait for instructions and barriers more than for memory (docs/performance.md). The first line of each
-function says its plain meaning, which is also what the interpreter runs.
+Every program is launched by ``run_program`` and begins with ``wait_for_predecessors``. From compute capability 9.0 on
+it is brought to the multiprocessors while the kernel before it in its stream ends (programmatic dependent launch) and
+stands ready when that one's results are there. A program that did not wait would read what is not written yet; and it
+could end before its predecessor, so that the kernel after it would run too early as well.
+
+Many kernels here wait for instructions and barriers more than for memory (docs/performance.md), and the compiler takes
+several times as many as the chip needs. The first line of each function says its plain meaning, which is also what the
+interpreter runs.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
+
+from scalefold.kernels import tuning
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SIGMOID = tl.constexpr(  # -log2(e) x; 2^; + 1; 1 /
     "mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;"
 )
 _TO_FP32 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+
+
+def run_program(program: Any, grid: tuple[int, ...], /, *arguments: Any, **named: Any) -> None:
+    """Launch ``program``, which begins with ``wait_for_predecessors``; ``named``: launch parameters too."""
+    if tuning.capability() >= 90 and not INTERPRETED.value:
+        named["launch_pdl"] = True
+    program[grid](*arguments, **named)
+
+
+@tl.core.builtin
+def _is_early(_semantic=None):
+    """Whether the launch that is compiled for may begin before its predecessor ends."""
+    return tl.constexpr(bool(_semantic.builder.options.launch_pdl))
+
+
+@triton.jit
+def wait_for_predecessors():
+    """Until all that earlier kernels of the stream have written is there; the first statement of every program."""
+    if not INTERPRETED and _is_early():
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import to_fp32, to_product_layout
+from scalefold.kernels.instructions import run_program, to_fp32, to_product_layout, wait_for_predecessors
 from scalefold.kernels.reference import LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
@@ -225,6 +225,7 @@ def _sum_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program: one block of columns of one of several matrices of partial sums, each with tiles of its own."""
+    wait_for_predecessors()
     block = tl.program_id(0)
     for i in tl.static_range(COUNT):
         if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
@@ -255,7 +256,8 @@ def sum_all(partials: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     sizes = tuple(p.shape[1] for p in given)
     counts = [triton.cdiv(n, block) for n, block in zip(sizes, blocks, strict=True)]
     first = tuple(sum(counts[:n]) for n in range(len(counts) + 1))
-    _sum_kernel[(first[-1],)](
+    run_program(
+        _sum_kernel, (first[-1],),
         given, results, tuple(p.shape[0] for p in given), tuple(p.stride(0) for p in given), COUNT=len(given),
         SIZES=sizes, FIRST_BLOCKS=first, BLOCK_M=rows, BLOCK_N=blocks, num_warps=8,
     )  # fmt: skip
@@ -316,7 +318,7 @@ def launch(
     """
     views, dims, num_rows = row_views(tensors)
     extent = Extent(dims, num_rows if masked or num_rows % config["BLOCK_M"] else None)
-    program[(triton.cdiv(num_rows, config["BLOCK_M"]),)](**views, **arguments, extent=extent, **config)
+    run_program(program, (triton.cdiv(num_rows, config["BLOCK_M"]),), **views, **arguments, extent=extent, **config)
 
 
 def launch_with_sums(

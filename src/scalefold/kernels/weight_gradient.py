@@ -20,6 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import run_program, wait_for_predecessors
 from scalefold.kernels.rows import Extent, Strides, common_rows, dot, load_tile, row_views, tile_offsets
 
 NUM_PROGRAMS = 264  # two per multiprocessor of an H200
@@ -97,6 +98,7 @@ def _kernel(
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns over all products, range of rows) -> partials[range, TOTAL * C]."""
+    wait_for_predecessors()
     block = tl.program_id(0)
     start = tl.program_id(1) * rows_per_split
     end = tl.minimum(start + rows_per_split, num_rows)
@@ -124,6 +126,7 @@ def _copied_kernel(
 
     They read zeros past the rows, and past the columns of the narrow one, whose block is as large as the others.
     """
+    wait_for_predecessors()
     ds, operands = (d0, d1, d2, d3), (a0, a1, a2, a3)
     block = tl.program_id(0)
     start = tl.program_id(1) * rows_per_split
@@ -215,7 +218,8 @@ def _copied_products(products: Sequence[Product], num_products: int) -> list[Ten
     blocks = len(wide) * (widths[0] // tile[1]) + len(narrow)
     rows_per_split, num_splits = row_ranges(num_rows, tile[0], blocks, NUM_COPYING_PROGRAMS)
     partials = torch.empty(num_splits, sum(widths) * c, dtype=torch.float32, device=a[0].device)
-    _copied_kernel[(blocks, num_splits)](
+    run_program(
+        _copied_kernel, (blocks, num_splits),
         *ds, *ds[:1] * absent, narrow[0] if narrow else None, *operands, *operands[:1] * absent, partials, num_rows,
         rows_per_split, COUNT=len(wide), WIDTH=widths[0], NARROW=sum(widths[len(wide) :]), C=c,
         TRANSPOSED=tuple(p.transposed for p in wide), **config,
@@ -264,7 +268,8 @@ def _tiled_products(products: Sequence[Product]) -> list[Tensor]:
     rows_per_split, num_splits = row_ranges(num_rows, config["BLOCK_M"], first_blocks[-1], NUM_PROGRAMS)
     total = sum(widths)
     partials = torch.empty(num_splits, total * c, dtype=torch.float32, device=products[0].d.device)
-    _kernel[(first_blocks[-1], num_splits)](
+    run_program(
+        _kernel, (first_blocks[-1], num_splits),
         **views, dims=dims, num_rows=num_rows, partials=partials, rows_per_split=rows_per_split, COUNT=num,
         WIDTHS=widths, TRANSPOSED=tuple(p.transposed for p in products), FIRST_BLOCKS=first_blocks,
         FIRST_COLUMNS=_cumulative(widths), TOTAL=total, C=c, EVEN=num_rows % config["BLOCK_M"] == 0, **config,

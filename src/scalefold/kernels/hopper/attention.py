@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import CONSUMERS, PART
-from scalefold.kernels.instructions import INTERPRETED
+from scalefold.kernels.instructions import INTERPRETED, run_program
 
 try:
     from triton.experimental.gluon import language as gl
@@ -125,7 +125,8 @@ def key_gradients(
     ds = q.new_empty(batch, rows, heads, n, tuning.ceil_div(n, 8) * 8)[..., :n]  # lines of whole 16 bytes
     block_q = config["BLOCK_Q"]
     groups, per_program = _groups(rows, config)
-    hopper_keys[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
+    run_program(
+        hopper_keys, (tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups),
         _tiles(q, block_q), _tiles(do, block_q), _tiles(k, PART), _tiles(v, PART),
         _tiles(dk, PART), _tiles(dv, PART), _scores(ds, PART, block_q),
         bias, bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),

@@ -32,6 +32,7 @@ from scalefold.kernels.hopper.pieces import (
     row_of,
     tiles_for,
 )
+from scalefold.kernels.instructions import wait_for_predecessors
 
 
 @gluon.jit
@@ -221,6 +222,7 @@ def hopper_keys(
     """Descriptors of [B, S, N, H, D] and, ds, of [B * S * H, N keys, N queries]; bias: [B, H, N, N] with strides
     (B, H, N); outputs: pointers and strides (B, S, N, H) of o and do.
     """
+    wait_for_predecessors()
     place = place_of(rows, groups, per_program, CONSUMERS * PART)
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
     STEPS: gl.constexpr = KEYS // BLOCK_Q

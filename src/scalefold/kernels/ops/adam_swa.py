@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scalefold.kernels.instructions import run_program, wait_for_predecessors
+
 BLOCK = 1024
 NORM_PROGRAMS = 1056  # eight per multiprocessor of an H200
 
@@ -40,6 +42,7 @@ def _adam_swa_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Full blocks take no mask: with one, accesses of a length that 16 does not divide would be 4 bytes wide."""
+    wait_for_predecessors()
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
@@ -73,7 +76,8 @@ def adam_swa(
     if any(t.numel() != n or not t.is_contiguous() for t in buffers):
         raise ValueError(f"adam_swa needs contiguous buffers of one length, got {[tuple(t.shape) for t in buffers]}")
     # complements are formed here: 1 - 0.999 taken in fp32 would be off by 1e-5
-    _adam_swa_kernel[(triton.cdiv(n, BLOCK),)](
+    run_program(
+        _adam_swa_kernel, (triton.cdiv(n, BLOCK),),
         param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, n, 1.0 - beta_1, beta_2, 1.0 - beta_2, eps,
         1.0 - swa_decay, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
@@ -81,6 +85,7 @@ def adam_swa(
 
 @triton.jit
 def _square_kernel(values, partials, n, BLOCK: tl.constexpr):
+    wait_for_predecessors()
     total = tl.zeros([BLOCK], tl.float32)
     full = n // BLOCK * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, full, tl.num_programs(0) * BLOCK):
@@ -95,6 +100,7 @@ def _square_kernel(values, partials, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _total_kernel(partials, out, n, BLOCK: tl.constexpr):
+    wait_for_predecessors()
     index = tl.arange(0, BLOCK)
     tl.store(out, tl.sum(tl.load(partials + index, mask=index < n, other=0.0), 0))
 
@@ -104,6 +110,6 @@ def sum_of_squares(values: Tensor) -> Tensor:
     programs = min(NORM_PROGRAMS, triton.cdiv(values.numel(), BLOCK))
     partials = torch.empty(programs, dtype=torch.float32, device=values.device)
     out = torch.empty((), dtype=torch.float32, device=values.device)
-    _square_kernel[(programs,)](values, partials, values.numel(), BLOCK=BLOCK, num_warps=4)
-    _total_kernel[(1,)](partials, out, programs, BLOCK=triton.next_power_of_2(programs), num_warps=4)
+    run_program(_square_kernel, (programs,), values, partials, values.numel(), BLOCK=BLOCK, num_warps=4)
+    run_program(_total_kernel, (1,), partials, out, programs, BLOCK=triton.next_power_of_2(programs), num_warps=4)
     return out

@@ -34,6 +34,7 @@ from torch import Tensor
 from scalefold.kernels import tuning
 from scalefold.kernels.choice import explain
 from scalefold.kernels.hopper import attention as hopper
+from scalefold.kernels.instructions import run_program
 from scalefold.kernels.ops.attention_programs import (
     backward_keys,
     backward_queries,
@@ -148,10 +149,10 @@ def _forward(
         group = min(config["ROWS"], rows)
         grid = (tuning.ceil_div(n, block_q), tuning.ceil_div(rows, group), batch * heads)
         options["STEPS"] = tuning.ceil_div(n, block_k)
-        forward_rows[grid](*tensors, rows, n, heads, group, inf * LOG2_E, **options)
+        run_program(forward_rows, grid, *tensors, rows, n, heads, group, inf * LOG2_E, **options)
     else:
         grid = (tuning.ceil_div(n, block_q), rows, batch * heads)
-        forward_tiled[grid](*tensors, rows, n, heads, inf * LOG2_E, **options)
+        run_program(forward_tiled, grid, *tensors, rows, n, heads, inf * LOG2_E, **options)
     return (o, lse, rest) if save else (o, None, None)
 
 
@@ -168,7 +169,8 @@ def _gradients(
         dk, dv = torch.empty_like(k)[None], torch.empty_like(v)[None]
     else:
         dk, dv = (torch.empty((chunks, *x.shape), dtype=torch.float32, device=x.device) for x in (k, v))
-    backward_rows[(rows * heads, chunks, batch)](
+    run_program(
+        backward_rows, (rows * heads, chunks, batch),
         *_views(q, k, v), _whole(mask), *_views(o, do), lse, rest, *_views(dq, dk, dv), rows, n, heads, inf * LOG2_E,
         **_constants(q, config, blocks, (q, k, v, o, do, dq, dk, dv)),
     )  # fmt: skip
@@ -187,7 +189,8 @@ def _key_gradients(
     blocks = _blocks(config, n, width)
     dk, dv, ds = torch.empty_like(k), torch.empty_like(v), q.new_empty(batch, rows, heads, n, n)
     bias = bias.transpose(-1, -2).contiguous()  # a copy beats a gather per row of q
-    backward_keys[(tuning.ceil_div(n, blocks[1]) * heads, rows, batch)](
+    run_program(
+        backward_keys, (tuning.ceil_div(n, blocks[1]) * heads, rows, batch),
         *_views(q, k, v), _whole(mask), _whole(bias), *_views(o, do), lse, rest, *_views(ds, dk, dv),
         rows, n, heads, inf * LOG2_E, **_constants(q, config, blocks, (q, k, v, o, do, dk, dv)),
     )  # fmt: skip
@@ -204,7 +207,8 @@ def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Te
     dq = torch.empty_like(q)
     dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
     partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
-    backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
+    run_program(
+        backward_queries, (tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads),
         *_views(k, ds, dqs, partial), rows, n, heads, group, **_constants(q, config, blocks, (k, dq)),
     )  # fmt: skip
     if parts > 1:

@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from scalefold.kernels.instructions import INTERPRETED, to_fp32, to_product_layout
+from scalefold.kernels.instructions import INTERPRETED, to_fp32, to_product_layout, wait_for_predecessors
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -183,6 +183,7 @@ def forward_rows(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Short rows in STEPS unrolled key tiles; the bias of all of them stays in registers while rows pass by."""
+    wait_for_predecessors()
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
@@ -230,6 +231,7 @@ def forward_tiled(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any length in key tiles with a running maximum; one row and query tile per program."""
+    wait_for_predecessors()
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
@@ -269,6 +271,7 @@ def backward_rows(
 
     With several chunks (n > BLOCK_Q) dk and dv are fp32 partial sums, one slice c per chunk.
     """
+    wait_for_predecessors()
     chunk = tl.program_id(1)
     offs_q = chunk * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = tl.program_id(2).to(tl.int64)
@@ -316,6 +319,7 @@ def backward_keys(
     Scores, ds and bias are [keys, queries]: weights and their gradients are then left operands where they are, in
     registers.
     """
+    wait_for_predecessors()
     tiles = tl.cdiv(n, BLOCK_K)
     offs_k = (tl.program_id(0) % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
     b = tl.program_id(2).to(tl.int64)
@@ -363,6 +367,7 @@ def backward_queries(
 
     With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile.
     """
+    wait_for_predecessors()
     tiles = tl.cdiv(n, BLOCK_Q)
     offs_q = (tl.program_id(0) % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     part = tl.program_id(0) // tiles

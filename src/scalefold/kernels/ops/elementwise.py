@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scalefold.kernels.instructions import run_program, wait_for_predecessors
+
 BLOCK = 1024
 
 
 @triton.jit
 def _threshold_kernel(values, n, rate, kept, BLOCK: tl.constexpr):
+    wait_for_predecessors()
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(values + index, mask=index < n, other=0.0)
     tl.store(values + index, tl.where(value >= rate, kept, 0.0), mask=index < n)
@@ -29,7 +32,8 @@ def dropout_masks(shapes: Sequence[Sequence[int]], rate: float, device: torch.de
     """Several masks of one rate from one draw: fp32 views of one buffer, in two launches altogether."""
     sizes = [prod(shape) for shape in shapes]
     values = torch.rand(sum(sizes), device=device)
-    _threshold_kernel[(triton.cdiv(values.numel(), BLOCK),)](
+    run_program(
+        _threshold_kernel, (triton.cdiv(values.numel(), BLOCK),),
         values, values.numel(), rate, 1.0 / (1.0 - rate), BLOCK=BLOCK, num_warps=4
-    )
+    )  # fmt: skip
     return [part.view(tuple(shape)) for part, shape in zip(values.split(sizes), shapes, strict=True)]

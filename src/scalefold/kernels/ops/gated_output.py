@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import sigmoid, to_fp32
+from scalefold.kernels.instructions import sigmoid, to_fp32, wait_for_predecessors
 from scalefold.kernels.rows import (
     Affine,
     dot,
@@ -57,6 +57,7 @@ def _forward_kernel(
     C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: the gated output block by block into the product, then bias, dropout and residual."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
@@ -79,6 +80,7 @@ def _input_gradient_kernel(
 ):  # fmt: skip
     """Tile of rows: gradients of o and gate; the operands of the weight gradient (update_out None: it is d itself);
     sums of the bias gradient at partials[tile]."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     update = _load_update_gradient(d, dropout, rows, c, extent)

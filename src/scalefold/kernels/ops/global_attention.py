@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import run_program
 from scalefold.kernels.ops.attention import LOG2_E, matmul_precision
 from scalefold.kernels.ops.global_attention_programs import (
     attend_columns,
@@ -139,7 +140,8 @@ def _projected(m: Tensor, mask: Tensor, norm: Norm, weight_kv: Tensor) -> tuple[
     grid = _column_grid(m, config["SEQUENCES"])
     kv = m.new_empty(batch, n, sequences, weight_kv.shape[0])
     partial = m.new_empty(grid[1], batch, n, c, dtype=torch.float32)
-    project_columns[grid](
+    run_program(
+        project_columns, grid,
         m, mask, norm, weight_kv, kv, partial, sequences, n, config["SEQUENCES"],
         C=c, KV=weight_kv.shape[0], BLOCK_S=config["BLOCK_S"], BLOCK_R=BLOCK_R, PRECISION=matmul_precision(m),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
@@ -160,7 +162,8 @@ def _attended(
     # that is a tenth of the gradients of W_q and W_k
     o = torch.empty_like(q, dtype=torch.float32)
     statistics = m.new_empty(batch, n, 3, num_heads, dtype=torch.float32)
-    attend_columns[(batch * n,)](
+    run_program(
+        attend_columns, (batch * n,),
         partial, mask, weight_q, kv, mean, q, o, statistics, sequences, n, partial.shape[0], inf * LOG2_E, eps,
         LOG2_E * width**-0.5, C=c, H=num_heads, D=width, KV=2 * width, BLOCK_S=config["BLOCK_S"],
         num_warps=config["num_warps"], num_stages=config["num_stages"],
@@ -174,7 +177,8 @@ def _gated(m: Tensor, norm: Norm, gate: Affine, output: Affine, o: Tensor) -> Te
     rows = m.numel() // c
     config = tuning.lookup("global_attention_gate", **_fields(m))
     out = torch.empty_like(m)
-    gate_rows[(tuning.ceil_div(rows, config["BLOCK"]),)](
+    run_program(
+        gate_rows, (tuning.ceil_div(rows, config["BLOCK"]),),
         m, norm, gate, output, o, out, rows, sequences, n,
         C=c, HD=o.shape[-1], BLOCK_M=config["BLOCK"], PRECISION=matmul_precision(m), num_warps=config["num_warps"],
         num_stages=config["num_stages"],
@@ -192,7 +196,8 @@ def _output_gradient(
     grid = _column_grid(m, config["SEQUENCES"])
     partial = m.new_empty(grid[1], batch, n, hd, dtype=torch.float32)
     weight_sums = m.new_empty(grid[0] * grid[1] * grid[2], 2 * c * hd + c + hd, dtype=torch.float32)
-    gate_columns_backward[grid](
+    run_program(
+        gate_columns_backward, grid,
         m, norm, gate, weight_o, o, d_out, partial, weight_sums, sequences, n, config["SEQUENCES"],
         C=c, HD=hd, BLOCK_S=config["BLOCK_S"], BLOCK_R=BLOCK_R, PRECISION=matmul_precision(m),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
@@ -216,7 +221,8 @@ def _attended_backward(
     width = pair // 2
     d_kv, d_q = torch.empty_like(kv), torch.empty_like(q)
     d_mean = kv.new_empty(batch, n, c, dtype=torch.float32)
-    attend_columns_backward[(batch * n,)](
+    run_program(
+        attend_columns_backward, (batch * n,),
         partial, mask, weight_q, kv, q, o, statistics, d_kv, d_q, d_mean, sequences, n, partial.shape[0],
         inf * LOG2_E, width**-0.5, LOG2_E * width**-0.5,
         C=c, H=num_heads, D=width, KV=pair, BLOCK_S=config["BLOCK_S"], num_warps=config["num_warps"],
@@ -236,7 +242,8 @@ def _rows_gradient(
     programs = min(config["PROGRAMS"], tuning.ceil_div(rows, config["BLOCK"]))
     d_m = torch.empty_like(m)
     weight_sums = m.new_empty(programs, pair * c + 2 * c, dtype=torch.float32)
-    rows_backward[(programs,)](
+    run_program(
+        rows_backward, (programs,),
         m, mask, norm, gate, weight_o, weight_kv, o, d_out, d_kv, d_mean, d_m, weight_sums, rows, sequences, n,
         C=c, HD=hd, KV=pair, BLOCK_M=config["BLOCK"], PRECISION=matmul_precision(m), num_warps=config["num_warps"],
         num_stages=config["num_stages"],

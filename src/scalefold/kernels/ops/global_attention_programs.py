@@ -10,6 +10,7 @@ otherwise than ``instructions.sigmoid``, which would change the bits of runs.
 import triton
 import triton.language as tl
 
+from scalefold.kernels.instructions import wait_for_predecessors
 from scalefold.kernels.rows import load_vector, normalise, normalise_gradient, scale_and_shift
 
 
@@ -41,6 +42,7 @@ def project_columns(
     C: tl.constexpr, KV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys and values, and partial sums over sequences of keep * LN(m): fp32 [chunks, B, n, C]."""
+    wait_for_predecessors()
     b = tl.program_id(2)
     channels = tl.arange(0, C)
     scale, offset = load_vector(norm.weight, C), load_vector(norm.bias, C)
@@ -100,6 +102,7 @@ def attend_columns(
     C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One column: mean, query and softmax over all sequences. statistics: fp32 [B, n, 3, H] (lse, rest, 1/count)."""
+    wait_for_predecessors()
     column = tl.program_id(0)
     b = column // n
     mask += b.to(tl.int64) * rows_s * n + column % n
@@ -148,6 +151,7 @@ def gate_rows(
     C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = m + W_o (sigmoid(W_g LN(m) + b_g) * o) + b_o for a tile of rows (b, s, n)."""
+    wait_for_predecessors()
     channels = tl.arange(0, C)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < rows
@@ -172,6 +176,7 @@ def gate_columns_backward(
 
     weight_sums: fp32 [programs, C * HD + HD * C + C + HD] for W_o, W_g, b_o, b_g.
     """
+    wait_for_predecessors()
     channels, width = tl.arange(0, C), tl.arange(0, HD)
     scale, offset, shift = load_vector(norm.weight, C), load_vector(norm.bias, C), load_vector(gate.bias, HD)
     gate_weight, output_weight = _matrix(gate.weight, HD, C), _matrix(weight_o, C, HD)
@@ -222,6 +227,7 @@ def attend_columns_backward(
     C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One column: gradients of keys and values, of the query, and of the sum under the mean (fp32 [B, n, C])."""
+    wait_for_predecessors()
     column = tl.program_id(0)
     mask += (column // n).to(tl.int64) * rows_s * n + column % n
     kv += column.to(tl.int64) * rows_s * KV
@@ -266,6 +272,7 @@ def rows_backward(
 
     weight_sums: fp32 [programs, KV * C + 2 * C] for W_kv, norm weight and bias.
     """
+    wait_for_predecessors()
     channels, pair = tl.arange(0, C), tl.arange(0, KV)
     scale, offset, shift = load_vector(norm.weight, C), load_vector(norm.bias, C), load_vector(gate.bias, HD)
     storage = m.dtype.element_ty

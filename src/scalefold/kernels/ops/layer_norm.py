@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import wait_for_predecessors
 from scalefold.kernels.rows import (
     Norm,
     launch,
@@ -43,6 +44,7 @@ def _load_row_tile(view, rows, extent, C: tl.constexpr, BLOCK_C: tl.constexpr):
 @triton.jit
 def _forward_kernel(x, norm, out, extent, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr):
     """Tile of rows; BLOCK_C is C rounded up."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     tile, keep = _load_row_tile(x, rows, extent, C, BLOCK_C)
@@ -58,6 +60,7 @@ def _backward_kernel(
     x, d, weight, through, dx, partials, extent, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr
 ):
     """Tile of rows: gradient of x, plus what came ``through`` a residual connection (None: there was none)."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     tile, keep = _load_row_tile(x, rows, extent, C, BLOCK_C)

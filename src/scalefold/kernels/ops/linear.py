@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import rows as hopper
-from scalefold.kernels.instructions import complete, to_fp32
+from scalefold.kernels.instructions import complete, to_fp32, wait_for_predecessors
 from scalefold.kernels.rows import (
     Affine,
     Norm,
@@ -58,6 +58,7 @@ def _forward_kernel(
 
     ``blocks``: the weight for the copy engine, instead of ``linear.weight``.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(x, norm, rows, extent, C, IN_REGISTERS=True)
     c = tl.arange(0, C)
@@ -150,6 +151,7 @@ def _input_gradient_kernel(
     partials[tile] gets the sums for the norm (2 C), then those for the biases of the last BIASED wide projections and
     of the narrow one.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)

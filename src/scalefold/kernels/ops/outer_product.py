@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import run_program, wait_for_predecessors
 from scalefold.kernels.ops.linear import masked_projections
 from scalefold.kernels.rows import dot, layout_obstacle, sum_all, width_obstacle
 from scalefold.kernels.weight_gradient import NUM_PROGRAMS, row_ranges
@@ -37,6 +38,7 @@ def _forward_kernel(
     K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of j, i): z + (outer W^T + bias) / norm. z, out: [I, J, C]; weight: [C, K]; norm: [I, J]."""
+    wait_for_predecessors()
     i = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
@@ -58,6 +60,7 @@ def _forward_kernel(
 @triton.jit
 def _scale_kernel(d, norm, scaled, partials, count, C: tl.constexpr, BLOCK_M: tl.constexpr):
     """Tile of pairs: scaled = d / norm in the type of d, read by both gradient kernels; partials[tile]: its sum."""
+    wait_for_predecessors()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     offsets, inside = rows[:, None] * C + c[None, :], (rows < count)[:, None]
@@ -79,6 +82,7 @@ def _outer_gradient_kernel(
     K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of j, i): d_outer = scaled W, in the layout of outer."""
+    wait_for_predecessors()
     i = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
@@ -97,6 +101,7 @@ def _weight_gradient_kernel(
     K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (block of (c, d), range of i) -> partials[range, C * K]."""
+    wait_for_predecessors()
     k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, C)
     start = tl.program_id(1) * rows_per_split
@@ -129,7 +134,7 @@ class _Update(torch.autograd.Function):
         ctx.bias_dtype = bias.dtype
         config = tuning.chosen_tiles("outer_product_forward", z, k, k)
         grid = (triton.cdiv(j, config["BLOCK_M"]), i)
-        _forward_kernel[grid](z, outer, norm, weight, bias, out, j, K=k, CO=co, C=c, **config)
+        run_program(_forward_kernel, grid, z, outer, norm, weight, bias, out, j, K=k, CO=co, C=c, **config)
         return out
 
     @staticmethod
@@ -144,7 +149,7 @@ class _Update(torch.autograd.Function):
         d_outer = a.new_empty(i * co, j * co)
         config = tuning.chosen_tiles("outer_product_backward", d, k, k)
         grid = (triton.cdiv(j, config["BLOCK_M"]), i)
-        _outer_gradient_kernel[grid](scaled, weight, d_outer, j, K=k, CO=co, C=c, **config)
+        run_program(_outer_gradient_kernel, grid, scaled, weight, d_outer, j, K=k, CO=co, C=c, **config)
         d_a = (b.flatten(1) @ d_outer.t()).view_as(a)
         d_b = (a.flatten(1) @ d_outer).view_as(b)
         return d, d_a, d_b, None, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
@@ -155,7 +160,7 @@ def _scaled(d: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     count, c = norm.numel(), d.shape[-1]
     scaled, tiles = torch.empty_like(d), triton.cdiv(count, SCALE_ROWS)
     partials = torch.empty(tiles, c, dtype=torch.float32, device=d.device)
-    _scale_kernel[(tiles,)](d, norm, scaled, partials, count, C=c, BLOCK_M=SCALE_ROWS)
+    run_program(_scale_kernel, (tiles,), d, norm, scaled, partials, count, C=c, BLOCK_M=SCALE_ROWS)
     return scaled, partials
 
 
@@ -166,9 +171,10 @@ def _weight_partials(scaled: Tensor, outer: Tensor) -> Tensor:
     num_blocks = k // config["BLOCK_N"]
     rows_per_split, num_splits = row_ranges(i, 1, num_blocks, NUM_PROGRAMS)
     partials = torch.empty(num_splits, c * k, dtype=torch.float32, device=scaled.device)
-    _weight_gradient_kernel[(num_blocks, num_splits)](
+    run_program(
+        _weight_gradient_kernel, (num_blocks, num_splits),
         scaled, outer, partials, i, j, rows_per_split, K=k, CO=int(k**0.5), C=c, **config
-    )
+    )  # fmt: skip
     return partials
 
 

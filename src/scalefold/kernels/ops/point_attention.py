@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import run_program, wait_for_predecessors
 from scalefold.kernels.rows import View, sum_partials
 
 LONGEST = 2048  # residues: a row of scores stays in registers
@@ -58,6 +59,7 @@ def _pack_kernel(
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Program (block of residues, head, sample) of each of COUNT tensors."""
+    wait_for_predecessors()
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     for t in tl.static_range(COUNT):
@@ -76,6 +78,7 @@ def _forward_kernel(
     D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, block of i, sample): weights [B, H, n, n]. q, k: [B, H, C, n]; BLOCK_N is n rounded up."""
+    wait_for_predecessors()
     h, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = b * tl.num_programs(0) + h
     q += head * C * n
@@ -134,6 +137,7 @@ def _rows_kernel(
 
     partials: [B, blocks of i, H], the share of each program in the gradient of the point weights.
     """
+    wait_for_predecessors()
     h = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + h
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -157,6 +161,7 @@ def _columns_kernel(
     D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, block of j, sample): gradient of k. d_bias: [B, H, n, n], from the rows kernel."""
+    wait_for_predecessors()
     h = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + h
     j = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -184,7 +189,8 @@ def _pack(splits: Sequence[Split], packed: Sequence[Tensor]) -> None:
     channels, points = (tuple(map(_view, group)) for group in zip(*splits, strict=True))
     batch, n, heads, _ = packed[0].shape
     widths = tuple(tensor.shape[-1] for tensor in packed)
-    _pack_kernel[(tuning.ceil_div(n, PACKED_RESIDUES), heads, batch)](
+    run_program(
+        _pack_kernel, (tuning.ceil_div(n, PACKED_RESIDUES), heads, batch),
         channels, points, tuple(map(_view, packed)), n, COUNT=len(packed),
         D=tuple(tensor.shape[-1] for tensor, _ in splits), C=widths, BLOCK_C=tuple(map(tuning.power_of_two, widths)),
         BLOCK_M=PACKED_RESIDUES, num_warps=4,
@@ -226,7 +232,8 @@ class _PointAttention(torch.autograd.Function):
         _pack([(q, q_points), (k, k_points), (v, v_points)], [_components(qk[0]), _components(qk[1]), values])
         weights = q.new_empty(batch, heads, n, n)
         grid, options = _rows_launch("point_attention_forward", weights)
-        _forward_kernel[grid](
+        run_program(
+            _forward_kernel, grid,
             qk[0], qk[1], _view(bias), point_weights, _view(mask), weights, n, (3.0 * width) ** -0.5, inf,
             D=width, C=qk.shape[3], **options,
         )  # fmt: skip
@@ -281,9 +288,12 @@ def _logits_gradient(
     d_qk = torch.empty_like(qk)
     grid, options = _rows_launch("point_attention_rows", weights)
     partials = qk.new_empty(grid[2] * grid[1], grid[0])
-    _rows_kernel[grid](qk[0], qk[1], point_weights, weights, d_weights, d_qk[0], partials, n, scale, **sizes, **options)
+    run_program(
+        _rows_kernel, grid, qk[0], qk[1], point_weights, weights, d_weights, d_qk[0], partials, n, scale,
+        **sizes, **options,
+    )  # fmt: skip
     grid, options = _rows_launch("point_attention_columns", weights)
-    _columns_kernel[grid](qk[0], qk[1], point_weights, d_weights, d_qk[1], n, scale, **sizes, **options)
+    run_program(_columns_kernel, grid, qk[0], qk[1], point_weights, d_weights, d_qk[1], n, scale, **sizes, **options)
     return d_qk, sum_partials(partials, point_weights.dtype)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import run_program, wait_for_predecessors
 from scalefold.kernels.reference import POINT_ERROR_EPS
 
 EPS = tl.constexpr(POINT_ERROR_EPS)
@@ -93,6 +94,7 @@ def _forward_kernel(
     clamp_weights, sums, num_frames, num_points, repeat, clamp, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (block of frames, item): their masked sums over all points."""
+    wait_for_predecessors()
     item = tl.program_id(1).to(tl.int64)
     truth = item // repeat
     frame = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -121,6 +123,7 @@ def _frames_backward_kernel(
     BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (block of frames, item): gradients of their rotations and translations."""
+    wait_for_predecessors()
     item = tl.program_id(1).to(tl.int64)
     truth = item // repeat
     frame = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -164,6 +167,7 @@ def _points_backward_kernel(
     clamp_weights, d_points, num_frames, num_points, repeat, clamp, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (block of points, item): their gradients, summed over all frames."""
+    wait_for_predecessors()
     item = tl.program_id(1).to(tl.int64)
     truth = item // repeat
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -203,9 +207,10 @@ class _PointErrors(torch.autograd.Function):
         num_frames, num_points, items, repeat = _sizes(rotation, target, points)
         sums = rotation.new_empty(*rotation.shape[:-2])
         config = _config("point_errors_frames", num_frames, num_points)
-        _forward_kernel[(triton.cdiv(num_frames, config["BLOCK_F"]), items)](
+        run_program(
+            _forward_kernel, (triton.cdiv(num_frames, config["BLOCK_F"]), items),
             *tensors, sums, num_frames, num_points, repeat, clamp, **config
-        )
+        )  # fmt: skip
         return sums.sum(-1)
 
     @staticmethod
@@ -217,13 +222,15 @@ class _PointErrors(torch.autograd.Function):
         d, sizes = d.contiguous(), (num_frames, num_points, repeat, ctx.clamp)
         d_rotation, d_translation, d_points = (torch.empty_like(x) for x in (rotation, translation, points))
         config = _config("point_errors_frames", num_frames, num_points)
-        _frames_backward_kernel[(triton.cdiv(num_frames, config["BLOCK_F"]), items)](
+        run_program(
+            _frames_backward_kernel, (triton.cdiv(num_frames, config["BLOCK_F"]), items),
             d, *tensors, d_rotation, d_translation, *sizes, **config
-        )
+        )  # fmt: skip
         config = _config("point_errors_points", num_frames, num_points)
-        _points_backward_kernel[(triton.cdiv(num_points, config["BLOCK_P"]), items)](
+        run_program(
+            _points_backward_kernel, (triton.cdiv(num_points, config["BLOCK_P"]), items),
             d, *tensors, d_points, *sizes, **config
-        )
+        )  # fmt: skip
         return d_rotation, d_translation, None, None, None, d_points, None, None, None, None
 
 

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import wait_for_predecessors
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
     Norm,
@@ -53,6 +54,7 @@ def _forward_kernel(
     HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: norm, both linears block by block of the hidden layer, residual. The weights come as blocks."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     normed = load_normed(x, norm, rows, extent, C)
@@ -78,6 +80,7 @@ def _backward_kernel(
     the hidden layer is read, and neither x nor anything of its norm is looked at. ``d_hidden_out`` lies as the hidden
     layer does, so that one set of strides takes registers.
     """
+    wait_for_predecessors()
     d_hidden_view = View(d_hidden_out, hidden_rows.strides)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)

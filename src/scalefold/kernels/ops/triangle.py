@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import rows as hopper
-from scalefold.kernels.instructions import sigmoid
+from scalefold.kernels.instructions import sigmoid, wait_for_predecessors
 from scalefold.kernels.ops.linear import input_gradient
 from scalefold.kernels.rows import (
     Affine,
@@ -60,6 +60,7 @@ def _project_forward_kernel(
     WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C, IN_REGISTERS=True)
     keep = load_per_row(mask, rows, extent)
@@ -80,6 +81,7 @@ def _project_backward_kernel(
     """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward, plus the
     gradient of z that came ``through`` the output's residual connection (None: there was none). The norm is stored too.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C)
     keep = load_per_row(mask, rows, extent)
@@ -113,6 +115,7 @@ def _output_forward_kernel(
     C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: both norms once, then gate * value, dropout and residual per block of channels."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in, rows, extent, C)
     normed_x = load_normed(x, norm_out, rows, extent, CX)
@@ -133,6 +136,7 @@ def _output_gradient_kernel(
     C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: value and gate again, and their gradients, stored as [rows, 2 C]."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in, rows, extent, C)
     normed_x = load_normed(x, norm_out, rows, extent, CX)
