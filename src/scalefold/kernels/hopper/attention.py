@@ -105,7 +105,8 @@ def forward(
     o = torch.empty_like(q)
     lse, rest = q.new_empty((2, batch, rows, heads, n) if save else (2, 1), dtype=torch.float32).unbind()
     groups, per_program = _groups(rows, config)
-    hopper_forward[(n // (PART * CONSUMERS), heads, batch * groups)](
+    run_program(
+        hopper_forward, (n // (PART * CONSUMERS), heads, batch * groups),
         _tiles(q, PART), _tiles(k, n), _tiles(v, n), _tiles(o, PART),
         bias, None if bias is None else bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
         rows, per_program, groups,

@@ -36,6 +36,7 @@ from scalefold.kernels.hopper.pieces import (
     row_of,
     tiles_for,
 )
+from scalefold.kernels.instructions import wait_for_predecessors
 
 REGISTERS = gl.constexpr(240)  # per thread of a consumer: with less, products of 256 keys wait for one another
 
@@ -225,6 +226,7 @@ def hopper_forward(
     """q, k, v, o: descriptors of [B, S, N, H, D], k and v of all keys; bias: [B, H, N, N] with strides (B, H, N) or
     None.
     """
+    wait_for_predecessors()
     place = place_of(rows, groups, per_program, CONSUMERS * PART)
     KEYS: gl.constexpr = k_desc.block_type.shape[2]
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

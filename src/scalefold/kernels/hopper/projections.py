@@ -27,6 +27,7 @@ from scalefold.kernels.hopper.row_pieces import (
     send,
     wait_until_sent,
 )
+from scalefold.kernels.instructions import wait_for_predecessors
 
 STAGES = gl.constexpr(2)  # tiles of x per consumer
 STAGED = gl.constexpr(2)  # results per consumer on their way to memory
@@ -95,6 +96,7 @@ def hopper_projections(
 
     bias: [C], of the last projection. narrow_out: a view [64 tiles, NARROW].
     """
+    wait_for_predecessors()
     ring = new_ring(x, STAGES)
     weights = tiles_for(weight, COUNT)
     narrow = tiles_for(narrow_weight, 1).index(0)

@@ -21,7 +21,7 @@ from scalefold.kernels import tuning
 from scalefold.kernels.choice import explain
 from scalefold.kernels.hopper import CONSUMERS, PART
 from scalefold.kernels.hopper.attention import CAPABILITY, MULTIPROCESSORS, is_meant_for
-from scalefold.kernels.instructions import INTERPRETED
+from scalefold.kernels.instructions import INTERPRETED, run_program
 from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
@@ -69,7 +69,8 @@ def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, 
     narrow_out: [*, h], of any strides.
     """
     views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
-    hopper_projections[_programs(x)](
+    run_program(
+        hopper_projections, _programs(x),
         _rows(x, memory_order(x)), _weight(linear.weight), _weight(narrow, BIAS_ROWS),
         _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
         COUNT=out.shape[0], NARROW=narrow.shape[0], num_warps=4,
@@ -91,7 +92,8 @@ def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], out
     linears: a, a gate, b, b gate.
     """
     views, dims, count = row_views({"z": z, "mask": mask[..., None]})
-    hopper_operands[_programs(z)](
+    run_program(
+        hopper_operands, _programs(z),
         _rows(z, memory_order(z)), *(_weight(linear.weight) for linear in linears),
         *(_matrix(out.view(CHANNELS, -1), PART, PART) for out in outs), norm, tuple(linear.bias for linear in linears),
         views["mask"], dims, count // PART, num_warps=4,
@@ -124,7 +126,8 @@ def output(
     """
     order = memory_order(z)
     views, dims, count = row_views({"z": z, "dropout": dropout})
-    hopper_output[_programs(z)](
+    run_program(
+        hopper_output, _programs(z),
         _rows(z, order), _matrix(_by_channels(x, order), CHANNELS, PART),
         None if d_out is None else _rows(d_out, order), _weight(linear_z.weight),
         _weight(linear_g.weight), _rows(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),

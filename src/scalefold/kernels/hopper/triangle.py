@@ -31,6 +31,7 @@ from scalefold.kernels.hopper.row_pieces import (
     sigmoid,
     wait_until_sent,
 )
+from scalefold.kernels.instructions import wait_for_predecessors
 
 OPERAND_STAGES = gl.constexpr(1)  # tiles of z per consumer
 STAGED = gl.constexpr(3)  # blocks of operands per consumer on their way to memory
@@ -102,6 +103,7 @@ def hopper_operands(
     z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, norm, biases, mask, dims, tiles
 ):  # fmt: skip
     """Descriptors of z [64 tiles, C], weights [C, C] and operands a, b [C, 64 tiles]; biases in the weights' order."""
+    wait_for_predecessors()
     ring = new_ring(z, OPERAND_STAGES)
     weights = tiles_for(weight_a, 4)
     staged = tiles_for(out_a, CONSUMERS * STAGED)
@@ -205,6 +207,7 @@ def hopper_output(z, x, d_out, weight_value, weight_gate, out, norms, biases, dr
 
     norms: of z and x; biases: of gate and value; dropout: a view [64 tiles, C] of fp32 scales, or None.
     """
+    wait_for_predecessors()
     BACKWARD: gl.constexpr = d_out is not None
     z_ring = new_ring(z, OUTPUT_STAGES)
     if BACKWARD:  # no room for a second tile of x
