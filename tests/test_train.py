@@ -18,12 +18,15 @@ from scalefold.report.record import Record, read_metrics
 from scalefold.run.begin import RunOptions
 from scalefold.run.header import source_commit
 from scalefold.run.loop import run_rank
-from scalefold.step.checkpoint import RESUMABLE_FILE, STATE_FILE, load_run
+from scalefold.step.checkpoint import AVERAGED_FILE, RESUMABLE_FILE, STATE_FILE, load_run
 
 
 def weights(run_dir: Path, iteration: int) -> dict[str, torch.Tensor]:
+    """Those that are trained, and their averages."""
     folder = run_dir / "checkpoints" / "last" / f"{iteration:06d}"
-    return torch.load(folder / RESUMABLE_FILE, weights_only=True)["alphafold_state_dict"]
+    trained = torch.load(folder / RESUMABLE_FILE, weights_only=True)["alphafold_state_dict"]
+    averaged = torch.load(folder / AVERAGED_FILE, weights_only=True)
+    return trained | {f"averaged {name}": tensor for name, tensor in averaged.items()}
 
 
 def test_a_run_ends_with_a_log_a_record_and_its_configuration(tiny_store: Path, tmp_path: Path) -> None:
