@@ -73,16 +73,16 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: projections_obstacle(empty(1, 16, 64, C), biases=[*NO_BIASES, empty(C), empty(4)]), "not queries"),
         (lambda: projections_obstacle(empty(1, 16, 64, 64), widths=[64] * 4 + [4]), "weights are not 128 x 128"),
         (lambda: projections_obstacle(empty(1, 16, 65, C)), "rows do not come in tiles of 64"),
-        (lambda: projections_obstacle(empty(1, 16, 128, C)[:, :, ::2, :][:, :, :33]), "rows do not come"),
+        (lambda: projections_obstacle(empty(1, 16, 128, C)[:, :, :33]), "rows do not come"),
         (lambda: projections_obstacle(empty(1, 16, 128, C)[:, :, :64]), "rows do not lie densely"),
         (lambda: projections_obstacle(empty(1, 16, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
         (lambda: rows.operands_obstacle(empty(2, 16, 64, C), [empty(C, C)] * 4), "not one contiguous"),
-        (lambda: rows.operands_obstacle(empty(1, 64, 16, C).mT.mT.transpose(1, 2), [empty(C, C)] * 4), "not one"),
+        (lambda: rows.operands_obstacle(empty(1, 64, 16, C).transpose(1, 2), [empty(C, C)] * 4), "not one"),
         (lambda: rows.operands_obstacle(empty(1, 16, 64, 64), [empty(64, 64)] * 4), "weights are not 128 x 128"),
         (lambda: rows.operands_obstacle(empty(1, 0, 64, C), [empty(C, C)] * 4), "rows do not come in tiles"),
         (lambda: output_obstacle(empty(1, 16, 64, C), empty(1, 16, 64, C).permute(0, 3, 1, 2)), "channels first"),
-        (lambda: output_obstacle(empty(1, 64, 16, C).transpose(1, 2)), "channels first"),
-        (lambda: output_obstacle(empty(2, 16, 64, C), empty(2, C, 16, 64)), "channels first"),
+        (lambda: output_obstacle(empty(1, 64, 16, C).transpose(1, 2)), "not one contiguous"),
+        (lambda: output_obstacle(empty(2, 16, 64, C), empty(2, C, 16, 64)), "not one contiguous"),
         (lambda: output_obstacle(empty(1, 16, 64, C), dropout=empty(1, 1, 64, C)), "dropout scales are not fp32"),
         (lambda: output_obstacle(empty(1, 16, 64, C), d_out=empty(1, 1, 1, C).expand(1, 16, 64, C)), "gradients of"),
         (lambda: output_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)), "gradients of"),
@@ -194,12 +194,16 @@ def test_on_other_gpus_there_is_nothing_to_say(monkeypatch, caplog):
 
 def test_rows_and_channels_become_matrices_for_the_copy_engine():
     x = torch.arange(2 * 3 * 8).view(1, 2, 3, 8)
-    assert rows._by_rows(x.transpose(1, 2), (0, 2, 1)).equal(x.view(6, 8))
-    assert rows._by_rows(x.transpose(1, 2), (0, 1, 2)) is None
     half = torch.arange(4 * 32).view(1, 2, 2, 32).chunk(2, -1)[1]
-    assert rows._by_rows(half, (0, 1, 2)).equal(half.reshape(4, 16))
     first = torch.arange(8 * 2 * 8).view(1, 8, 2, 8)
-    assert rows._by_channels(first.permute(0, 2, 3, 1), (0, 1, 2)).equal(first.view(8, 16))
+    found = [
+        rows._by_rows(x.transpose(1, 2), (0, 2, 1)),
+        rows._by_rows(half, (0, 1, 2)),
+        rows._by_channels(first.permute(0, 2, 3, 1), (0, 1, 2)),
+    ]
+    wanted = [x.view(6, 8), half.reshape(4, 16), first.view(8, 16)]
+    assert [None if a is None else a.tolist() for a in found] == [b.tolist() for b in wanted]
+    assert rows._by_rows(x.transpose(1, 2), (0, 1, 2)) is None
 
 
 COMPILED = """

@@ -52,6 +52,7 @@ def _project(shared, SIDE: gl.constexpr, NARROW: gl.constexpr):
     norm, bias, out, narrow_out, dims, ring, weights, narrow_weight, staged, weights_there, tiles = shared
     COUNT: gl.constexpr = weights.shape[0]
     C: gl.constexpr = weights.shape[1]
+    gl.static_assert(COUNT * C // COLUMNS % STAGED == 0, "the first block of a tile would meet the last one's buffer")
     mbarrier.wait(weights_there, 0)
     n = 0
     for tile in range(gl.program_id(0) * CONSUMERS + SIDE, tiles, gl.num_programs(0) * CONSUMERS):

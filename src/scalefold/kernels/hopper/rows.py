@@ -79,11 +79,7 @@ def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, 
 
 def operands_obstacle(z: Tensor, weights: Sequence[Tensor]) -> str | None:
     """Why ``operands`` cannot or should not take these arguments, or None."""
-    if found := _program_obstacle(z, weights):
-        return found
-    if z.shape[0] != 1 or not z.is_contiguous():
-        return "not one contiguous pair representation"
-    return _preference("triangle_hopper_operands", z)
+    return _pair_obstacle(z, weights) or _preference("triangle_hopper_operands", z)
 
 
 def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], outs: Sequence[Tensor]) -> None:
@@ -105,9 +101,9 @@ def output_obstacle(
 ) -> str | None:
     """Why ``output`` cannot or should not take these arguments, or None."""
     order = memory_order(z)
-    if found := _program_obstacle(z, weights, [x] if d_out is None else [x, d_out]):
+    if found := _pair_obstacle(z, weights, [x] if d_out is None else [x, d_out]):
         return found
-    if z.shape[0] != 1 or not _is_aligned(_by_channels(x, order)):
+    if not _is_aligned(_by_channels(x, order)):
         return "the product does not lie channels first"
     if d_out is not None and not _is_aligned(_by_rows(d_out, order)):
         return "gradients of the output do not lie densely"
@@ -148,6 +144,12 @@ def _program_obstacle(x: Tensor, weights: Sequence[Tensor], others: Sequence[Ten
     if not x.numel() or x.shape[:-1].numel() % PART:
         return f"rows do not come in tiles of {PART}"
     return None if _is_aligned(_by_rows(x, memory_order(x))) else "rows do not lie densely"
+
+
+def _pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
+    """The same for a pair representation z, whose counterparts [1, c, I, J] lie channels first."""
+    found = _program_obstacle(z, weights, others)
+    return found or (None if z.shape[0] == 1 and z.is_contiguous() else "not one contiguous pair representation")
 
 
 def _preference(name: str, x: Tensor, **fields: int) -> str | None:

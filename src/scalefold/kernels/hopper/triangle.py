@@ -34,7 +34,7 @@ from scalefold.kernels.hopper.row_pieces import (
 from scalefold.kernels.instructions import wait_for_predecessors
 
 OPERAND_STAGES = gl.constexpr(1)  # tiles of z per consumer
-STAGED = gl.constexpr(3)  # blocks of operands per consumer on their way to memory
+STAGED = gl.constexpr(2)  # blocks of operands per consumer on their way to memory
 OUTPUT_STAGES = gl.constexpr(2)  # tiles of z per consumer, at least 2: one is held until the next tile is there
 
 
@@ -78,6 +78,7 @@ def _project(shared, SIDE: gl.constexpr):
     mask, dims, norm, biases, outs, ring, weights, staged, there, tiles = shared
     C: gl.constexpr = weights.shape[1]
     LAYOUT: gl.constexpr = product_layout(COLUMNS)
+    gl.static_assert(2 * C // COLUMNS % STAGED == 0, "the first block of a tile would meet the last one's buffer")
     mbarrier.wait(there, 0)
     n = 0
     for tile in range(gl.program_id(0) * CONSUMERS + SIDE, tiles, gl.num_programs(0) * CONSUMERS):

@@ -243,11 +243,12 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     narrow_out = None
     if narrow:
         narrow_out = x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1)
+    results = tuple(outs if narrow_out is None else [*outs, narrow_out])
     bias, bias_start = _fused_bias(biases[:num_wide], width)
     weight, blocks = fused_view(wide) if wide else None, None
     if hopper.preferred("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
         hopper.project(x, norm, Affine(weight, bias), narrow[0], out, narrow_out)
-        return *outs, narrow_out
+        return results
     config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)
     tensors = {
         "x": x,
@@ -262,7 +263,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
         blocks=blocks, narrow=Affine(narrow[0], biases[num_wide]) if narrow else None, segment_stride=count * width,
         bias_start=bias_start, N=num_wide * width, WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, C=c,
     )  # fmt: skip
-    return tuple(outs if narrow_out is None else [*outs, narrow_out])
+    return results
 
 
 def input_gradient(
