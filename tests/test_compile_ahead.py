@@ -132,7 +132,7 @@ def test_all_operations_of_a_run_ask_for_the_kernels_that_were_compiled_ahead(da
     shape = (f"parallel.gpus_per_node={dap_size}", f"parallel.dap_size={dap_size}")
     ahead, launched = kernel_keys("ahead", *shape), kernel_keys("launched", *shape)
     assert {name.split(".")[-2] for name in launched} >= set(OPERATIONS)
-    assert any("hopper_projections" in name for name in launched) == (dap_size == 1), "few rows keep Triton"
+    assert any("hopper_projections" in name for name in launched), "Gluon programs are among them"
     assert sum(map(len, launched.values())) > 100
     missing = {name: set(keys) - set(ahead.get(name, [])) for name, keys in launched.items()}
     assert {name: keys for name, keys in missing.items() if keys} == {}, "a run would compile these on the clock"
