@@ -72,8 +72,10 @@ def test_every_launch_goes_through_run_program():
 class Program:
     """Notes what it is launched with."""
 
+    launched = None
+
     def __getitem__(self, grid):
-        return lambda *arguments, **named: vars(self).update(grid=grid, arguments=arguments, named=named)
+        return lambda *arguments, **named: setattr(self, "launched", (grid, arguments, named))
 
 
 @pytest.mark.parametrize(
@@ -84,7 +86,7 @@ def test_launches_are_early_where_the_gpu_has_that(monkeypatch, interpreted, cap
     program = Program()
     with tuning.assume_capability(capability):
         instructions.run_program(program, (3, 2), 5, num_warps=4)
-    assert (program.grid, program.arguments, program.named) == ((3, 2), (5,), {"num_warps": 4, **early})
+    assert program.launched == ((3, 2), (5,), {"num_warps": 4, **early})
 
 
 #: Prints per compiled kernel: how often it waits, and whether that stands before every access to global memory.

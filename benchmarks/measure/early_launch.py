@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from triton.language.extra import cuda
 from triton.runtime.jit import JITFunction
 
 import operation_cases
@@ -49,7 +50,6 @@ def use_form(form: str) -> None:
 
 def know_all_forms() -> None:
     """Let what programs call also let their successors start, where the form says so."""
-    cuda = tl.extra.cuda
     wait, store = cuda.gdc_wait, tl.store
 
     def trigger(form: str, semantic: Any) -> None:

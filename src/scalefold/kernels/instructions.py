@@ -17,6 +17,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from scalefold.kernels import tuning
 
@@ -35,7 +36,7 @@ def run_program(program: Any, grid: tuple[int, ...], /, *arguments: Any, **named
 
 
 @tl.core.builtin
-def _is_early(_semantic=None):
+def _is_early(_semantic: Any = None):
     """Whether the launch that is compiled for may begin before its predecessor ends."""
     return tl.constexpr(bool(_semantic.builder.options.launch_pdl))
 
@@ -44,7 +45,7 @@ def _is_early(_semantic=None):
 def wait_for_predecessors():
     """Until all that earlier kernels of the stream have written is there; the first statement of every program."""
     if not INTERPRETED and _is_early():
-        tl.extra.cuda.gdc_wait()
+        cuda.gdc_wait()
 
 
 @triton.jit
