@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.choice import explain
+from scalefold.kernels.hopper import input_gradient as hopper
+from scalefold.kernels.hopper.attention import is_meant_for
 from scalefold.kernels.instructions import complete, to_fp32
 from scalefold.kernels.rows import (
     Affine,
@@ -275,6 +278,11 @@ def input_gradient(
     norm, rows in that order; and partial sums [tiles, 2 c + widths] for ``rows.sum_all``: gradients of the norm's
     weight and bias, then of each bias that there is.
     """
+    reason = hopper.obstacle(x, row_mask, weights, ds, has_bias, through)
+    if reason is None:
+        return hopper.input_gradient(x, norm_weight, norm_bias, weights, ds, has_bias, through)
+    if is_meant_for():
+        explain("Triton input gradients of projections", reason)
     c, num_wide = x.shape[-1], sum(weight.shape[0] >= NARROW_WIDTH for weight in weights)
     wide, narrow = tuple(weights[:num_wide]), weights[num_wide:]
     dx, normed = torch.empty_like(x), _in_order(memory_order(x), x.new_empty(x.shape[:-1].numel(), c), x.shape)
