@@ -90,7 +90,9 @@ def arguments_of(case: Case, device: str) -> Arguments:
     with operation_cases.on_device(device):
         draw = Draw(False, torch.bfloat16)
         batch, i, j = case.rows
-        x = draw(batch, C, i, j).permute(0, 2, 3, 1) if case.columns else draw(*case.rows, C, transposed=case.transposed)
+        x = draw(*case.rows, C, transposed=case.transposed)
+        if case.columns:
+            x = draw(batch, C, i, j).permute(0, 2, 3, 1)
         norm, weights = draw.norm(C), [draw.weight(C, C) for _ in range(case.count)]
         ds = [draw(*case.rows, C, transposed=case.transposed) for _ in range(case.count)]
         if case.count == 1:  # half of what the gates' kernel stores
@@ -221,7 +223,8 @@ def measure(job: Job, prepared: Prepared) -> dict[str, object]:
         if obstacle:
             return {"status": f"obstacle: {obstacle}"}
         own = errors(call(), prepared.exact)
-        worse = [n for n, (a, b) in enumerate(zip(own, prepared.twin_errors, strict=True)) if a > max(ALLOWED * b, SLACK)]
+        limits = [max(ALLOWED * error, SLACK) for error in prepared.twin_errors]
+        worse = [n for n, (error, limit) in enumerate(zip(own, limits, strict=True)) if error > limit]
         different = repeat(call, REPEATS)
         us = timed(call)
     return {

@@ -7,7 +7,9 @@ a third group of four warps fetches (the loader).
 Slots in shared memory come in DEPTH sets; tile number i of the program takes set i % DEPTH. A set has a slot for x, one
 per projection for its gradient, and one for what came through a residual connection, if anything did. The layer norm
 is written over x as soon as there is one, and leaves while products run; the gradient of x is written over the last
-slot of the set. Barriers ``full`` and ``empty`` of a slot are used as ``pieces`` says.
+slot of the set. Barriers ``full`` and ``empty`` of a slot are used as ``pieces`` says, but that a slot has two of
+``full``, for its even and its odd uses: both groups may wait for a slot, and a group that waits for the parity of a use
+must have seen the use before.
 
 Sums over rows stay in registers from tile to tile and are added up once, at the end: programs have fixed tiles, so the
 order is always the same.
@@ -41,7 +43,7 @@ _TO_FP32 = gl.constexpr("xor.b32 $1, $2, $3; shl.b32 $0, $1, 16; and.b32 $1, $1,
 
 
 class Slots(NamedTuple):
-    """Tiles [sets * uses, ROWS, C] and their barriers."""
+    """Tiles [sets * uses, ROWS, C] and their barriers; ``full``: [2 * sets * uses]."""
 
     tiles: Any
     full: Any
@@ -81,13 +83,14 @@ def _fetch(slots, descriptor, row, i, USE: gl.constexpr, USES: gl.constexpr, COL
     DEPTH: gl.constexpr = slots.tiles.shape[0] // USES
     C: gl.constexpr = slots.tiles.shape[2]
     slot = i % DEPTH * USES + USE
+    full = slots.full.index(i % (2 * DEPTH) * USES + USE)
     mbarrier.wait(slots.empty.index(slot), ((i // DEPTH) & 1) ^ 1)
-    mbarrier.expect(slots.full.index(slot), ROWS * C * 2)
+    mbarrier.expect(full, ROWS * C * 2)
     if COLUMNS:
         own = _by_channels(slots.tiles.index(slot), C)
-        tma.async_copy_global_to_shared(descriptor, [0, row], slots.full.index(slot), own)
+        tma.async_copy_global_to_shared(descriptor, [0, row], full, own)
     else:
-        tma.async_copy_global_to_shared(descriptor, [row, 0], slots.full.index(slot), slots.tiles.index(slot))
+        tma.async_copy_global_to_shared(descriptor, [row, 0], full, slots.tiles.index(slot))
 
 
 @gluon.jit
@@ -113,10 +116,11 @@ def _load(
 
 
 @gluon.jit
-def _receive(slots, slot, phase):
-    """Consumer: a slot's tile once it is there."""
-    mbarrier.wait(slots.full.index(slot), phase)
-    return slots.tiles.index(slot)
+def _receive(slots, first, i, USE: gl.constexpr, USES: gl.constexpr):
+    """Consumer: a tile of the i-th set, whose slots begin with ``first``, once it is there."""
+    TURNS: gl.constexpr = 2 * (slots.tiles.shape[0] // USES)
+    mbarrier.wait(slots.full.index(i % TURNS * USES + USE), (i // TURNS) & 1)
+    return slots.tiles.index(first + USE)
 
 
 @gluon.jit
@@ -150,7 +154,7 @@ def _again(x, key):
     """x, bf16, in fp32. ``key`` is 0, which the compiler cannot know: it would else keep what the last conversion gave,
     in twice as many registers, from one use of x to the next.
     """
-    keys, x = gl.broadcast(key + gl.zeros_like(x).to(gl.int32), x)
+    keys = gl.zeros_like(x, dtype=gl.int32) + key
     return gl.inline_asm_elementwise(_TO_FP32, "=&r,=&r,r,r,r", [x, keys], gl.float32, True, 2)
 
 
@@ -224,7 +228,7 @@ def _fold(value, C: gl.constexpr):
 
 @gluon.jit
 def _sum_products(
-    slots, weights, ones, acc, bias_sums, first, zero, phase, i,
+    slots, weights, ones, acc, bias_sums, first, zero, i,
     COUNT: gl.constexpr, USES: gl.constexpr, BIASED: gl.constexpr, LAST: gl.constexpr, ADD: gl.constexpr,
 ):  # fmt: skip
     """Sum over the projections of d W, and of acc if ADD; d^T 1 of the last one added to ``bias_sums`` (if BIASED).
@@ -234,7 +238,7 @@ def _sum_products(
     """
     DEPTH: gl.constexpr = slots.tiles.shape[0] // USES
     for j in gl.static_range(COUNT):
-        d = _receive(slots, first + 1 + j, phase)
+        d = _receive(slots, first, i, 1 + j, USES)
         acc = warpgroup_mma(d, weights.index(zero + j), acc, use_acc=ADD or j > 0, is_async=True)
         if j > 0:
             acc = warpgroup_mma_wait(1, deps=[acc])
@@ -274,14 +278,12 @@ def _differentiate(
     nothing = _fold(gl.zeros([ROWS, HALF], gl.float32, LAYOUT), HALF)
     sums_low = (nothing, nothing)
     sums_high = (nothing, nothing)
-    mbarrier.wait(weights_there, 0)
     for i in range(SIDE, count, CONSUMERS):
         tile = gl.program_id(0) + i * gl.num_programs(0)
         zero = _here(gl.to_tensor(0)) * C
         first = i % DEPTH * USES + zero
-        phase = (i // DEPTH) & 1
         channels = _narrow_gradients(narrow_d, tile, dims, NARROW, C)  # arrive while the norm is computed
-        own = _receive(slots, first, phase)
+        own = _receive(slots, first, i, 0, USES)
         x = _half(own, 0, C, COLUMNS).load(LAYOUT), _half(own, 1, C, COLUMNS).load(LAYOUT)
         mean, rstd = _statistics(x[0], x[1], C)
         scale = rstd[:, None]
@@ -296,8 +298,9 @@ def _differentiate(
         acc = gl.zeros([ROWS, C], gl.float32, product_layout(C))
         for n in gl.static_range(NARROW):
             acc += channels[n].to(gl.float32)[:, None] * _per_column(narrow, zero + n * C, C)
+        mbarrier.wait(weights_there, 0)
         acc, bias_sums = _sum_products(
-            slots, weights, ones, acc, bias_sums, first, zero, phase, i, COUNT, USES, BIASED, not THROUGH, NARROW > 0
+            slots, weights, ones, acc, bias_sums, first, zero, i, COUNT, USES, BIASED, not THROUGH, NARROW > 0
         )
         low, high = _halves(acc, C)
         hat = _again(x[0], count >> 31) * scale + shift
@@ -309,7 +312,7 @@ def _differentiate(
         along *= scale
         last = slots.tiles.index(first + USES - 1)
         if THROUGH:
-            last = _receive(slots, first + USES - 1, phase)
+            last = _receive(slots, first, i, USES - 1, USES)
         for h in gl.static_range(2):
             gradient = (low if h == 0 else high) * scale + (_again(x[h], count >> 30) * along + rest)
             if THROUGH:
@@ -370,7 +373,7 @@ def hopper_gradient(
     if BIASED:
         ones = gl.allocate_shared_memory(gl.bfloat16, [ONES, ROWS], tile_layout(ONES, ROWS))
         ones.store(gl.full([ONES, ROWS], 1.0, gl.bfloat16, gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
-    slots = Slots(tiles_s, _one_arrival(DEPTH * USES), _one_arrival(DEPTH * USES))
+    slots = Slots(tiles_s, _one_arrival(2 * DEPTH * USES), _one_arrival(DEPTH * USES))
     there = _one_arrival(1).index(0)
     fence_async_shared()  # the copy engine must see barriers that are ready, the tensor cores the ones
     group_barrier()

@@ -143,9 +143,7 @@ def _viewed(x: Tensor, shape: tuple[int, int]) -> Tensor | None:
 
 def _is_aligned(matrix: Tensor | None) -> bool:
     """Whether the copy engine can address a matrix of 16-bit values."""
-    return (
-        matrix is not None and matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
-    )
+    return matrix is not None and matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
 
 
 def _tiles(x: Tensor, order: Sequence[int], by_channels: bool) -> Any:
