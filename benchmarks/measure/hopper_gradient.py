@@ -37,9 +37,9 @@ from scalefold.kernels import ahead, tuning
 from scalefold.kernels.hopper import input_gradient as hopper
 from scalefold.kernels.ops import linear
 from scalefold.kernels.reference import LAYER_NORM_EPS
+from tune_candidates import CANDIDATES
 
-KERNEL, C = "norm_linear_hopper_backward", 128
-PARAMETERS = ((4, 240), (3, 240), (2, 240), (1, 240), (4, 232), (1, 232))  # DEPTH, REGISTERS
+KERNEL, C = hopper.KERNEL, hopper.CHANNELS
 ALLOWED, SLACK = 1.2, 1e-3  # times the twin's own error; what is no error of a bf16 result
 WORKERS, JOB_SECONDS, READY_SECONDS = 12, 20.0, 60.0  # the first job of a case also prepares it
 REPEATS, REPLAYS, CALLS = 20, 15, 4  # CALLS per graph: a call follows another one, as in training
@@ -155,13 +155,11 @@ class Job:
 
 
 def jobs_of(cases: list[Case]) -> list[Job]:
-    """All launch parameters of thorough cases, the first ones of others; fewer sets are there where fewer fit."""
+    """All launch parameters of thorough cases, the first ones of others."""
     jobs = []
     for case in cases:
-        deepest = 1 if case.count > 1 else 4
-        own = [(depth, registers) for depth, registers in PARAMETERS if depth <= deepest]
-        for depth, registers in own if case.thorough else own[:1]:
-            jobs.append(Job(case, (("HOPPER", 1), ("DEPTH", depth), ("REGISTERS", registers))))
+        own = [config for config in CANDIDATES[KERNEL]({"c": C, "n": case.count * C}) if config["HOPPER"]]
+        jobs += [Job(case, tuple(config.items())) for config in (own if case.thorough else own[:1])]
     return jobs
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper.attention import keys_default
+from scalefold.kernels.hopper.input_gradient import deepest
 from scalefold.kernels.tuning import Config, Fields, tile_config
 from scalefold.kernels.weight_gradient import NARROWEST
 
@@ -119,6 +120,13 @@ def _hopper_keys(fields: Fields) -> list[Config]:
     return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1, "REGISTERS": registers} for registers in (224, 232)]
 
 
+def _hopper_gradient(fields: Fields) -> list[Config]:
+    """HOPPER = 0: the Triton program."""
+    most = deepest(int(fields["n"]) // int(fields["c"]), True)
+    choices = [(depth, 240) for depth in range(most, 0, -1)] + [(most, 232)]
+    return [{"HOPPER": int(n > 0), "DEPTH": d, "REGISTERS": r} for n, (d, r) in enumerate([choices[0], *choices])]
+
+
 def _global_columns(fields: Fields) -> list[Config]:
     return [
         {"BLOCK_S": block, "SEQUENCES": sequences, "num_warps": warps, "num_stages": stages}
@@ -177,6 +185,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "layer_norm_forward": _layer_norm,
     "norm_linear_backward": _tiles(NORM_LINEAR_BACKWARD),
     "norm_linear_forward": _tiles(NORM_LINEAR_FORWARD),
+    "norm_linear_hopper_backward": _hopper_gradient,
     "outer_product_backward": _tiles(OUTER_PRODUCT),
     "outer_product_forward": _tiles(OUTER_PRODUCT),
     "outer_product_weight": _tiles(OUTER_PRODUCT),

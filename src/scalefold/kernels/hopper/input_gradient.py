@@ -34,6 +34,7 @@ try:
 except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
     MISSING = f"this Triton's Gluon is another one: {error}"
 
+KERNEL = "norm_linear_hopper_backward"
 CHANNELS = 128
 SQUARE = (CHANNELS, CHANNELS)
 NARROW_WIDTH, MOST_NARROW = 16, 8  # rows of a weight below which it is narrow; most that the program takes
@@ -68,6 +69,8 @@ def obstacle(
         return f"more than one narrow weight, or more than {MOST_NARROW} rows of it"
     if x.shape[:-1].numel() % PART or x.numel() == 0:
         return f"rows do not come in tiles of {PART}"
+    if x.stride(-1) != 1 and through is not None:
+        return "channels that lie first, and a residual connection"
     rows = [_by_rows(y, order) for y in (*ds[: len(wide)], *([] if through is None else [through]))]
     tiles = _by_channels(x, order) if x.stride(-1) != 1 else _by_rows(x, order)
     if not all(map(_is_aligned, (tiles, *rows))):
@@ -89,8 +92,7 @@ def input_gradient(
     count, c, biased = x.shape[:-1].numel(), x.shape[-1], has_bias[len(wide) - 1]
     dx, flat = torch.empty_like(x), x.new_empty(count, c)
     config = _config(x, len(wide))
-    uses = 1 + len(wide) + (through is not None)
-    depth = min(config["DEPTH"], (SLOTS - len(wide) * WEIGHT) // (uses * TILE))
+    depth = min(config["DEPTH"], deepest(len(wide), through is not None))
     programs = min(_multiprocessors(x.device), count // PART)
     lines = programs * CONSUMERS * WARPS
     partials = torch.empty(lines, (2 + biased) * c, dtype=torch.float32, device=x.device)
@@ -106,6 +108,11 @@ def input_gradient(
     return dx, _in_order(order, flat, x.shape), partials
 
 
+def deepest(count: int, through: bool) -> int:
+    """How many sets of tiles fit beside ``count`` weights; through: a gradient comes through a residual connection."""
+    return (SLOTS - count * WEIGHT) // ((1 + count + through) * TILE)
+
+
 def _split(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Wide and narrow weights."""
     wide = [weight for weight in weights if weight.shape[0] >= NARROW_WIDTH]
@@ -114,8 +121,8 @@ def _split(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _config(x: Tensor, num_wide: int) -> tuning.Config:
     c = x.shape[-1]
-    fields = tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=c, n=num_wide * c, first=int(x.stride(-1) != 1))
-    return tuning.lookup("norm_linear_hopper_backward", **fields)
+    fields = tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=c, n=num_wide * c, by_channels=int(x.stride(-1) != 1))
+    return tuning.lookup(KERNEL, **fields)
 
 
 def _in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tensor:
@@ -172,4 +179,4 @@ def default(fields: tuning.Fields, capability: int) -> tuning.Config:
     return {"HOPPER": 0, "DEPTH": 4, "REGISTERS": 240}
 
 
-tuning.register("norm_linear_hopper_backward", default)
+tuning.register(KERNEL, default)
