@@ -84,6 +84,11 @@ class Arguments(NamedTuple):
     has_bias: list[bool]
     through: Tensor | None
 
+    @property
+    def rest(self) -> tuple[list[Tensor], list[Tensor], list[bool], Tensor | None]:
+        """What follows x, norm and mask."""
+        return self.weights, self.ds, self.has_bias, self.through
+
 
 def arguments_of(case: Case, device: str) -> Arguments:
     """The same random values every time; no values on ``meta``."""
@@ -120,13 +125,13 @@ def exact_results(given: Arguments) -> Results:
 
 def run_hopper(given: Arguments) -> Results:
     """Gradient of x, layer norm and partial sums by the Gluon program."""
-    return list(hopper.input_gradient(given.x, *given.norm, *given[2:]))
+    return list(hopper.input_gradient(given.x, given.norm[0], given.norm[1], *given.rest))
 
 
 def run_twin(given: Arguments) -> Results:
     """The same by the Triton program."""
     with tuning.override(KERNEL, {"HOPPER": 0}):
-        return list(linear.input_gradient(given.x, *given.norm, None, *given[2:]))
+        return list(linear.input_gradient(given.x, given.norm[0], given.norm[1], None, *given.rest))
 
 
 def errors(found: Results, exact: Results) -> list[float]:
@@ -217,7 +222,7 @@ def measure(job: Job, prepared: Prepared) -> dict[str, object]:
 
     with tuning.override(KERNEL, dict(job.config)):
         given = prepared.arguments
-        obstacle = hopper.obstacle(given.x, None, *given[2:])
+        obstacle = hopper.obstacle(given.x, None, *given.rest)
         if obstacle:
             return {"status": f"obstacle: {obstacle}"}
         own = errors(call(), prepared.exact)
