@@ -33,6 +33,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import operation_cases
@@ -106,7 +107,8 @@ def source_of(launch: Launch, gpu: GPUTarget) -> tuple[ASTSource, dict[str, Any]
     options, signature, constexprs, attrs = launch.kernel._pack_args(
         backend, {**launch.options, "debug": False}, bound, specialization, options
     )
-    return ASTSource(launch.kernel, signature, constexprs, attrs), options.__dict__
+    source = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    return source(launch.kernel, signature, constexprs, attrs), options.__dict__
 
 
 def compile_launch(launch: Launch, target: int) -> Any:
@@ -191,7 +193,7 @@ def compiled_races(compiled: Any) -> list[str]:
     return ring_faults(compiled.asm["ttgir"]) + unguarded_refills(compiled.asm["ptx"], compiled.metadata.num_warps)
 
 
-ROOMS = ("scalefold.kernels", "scalefold.kernels.ops", "scalefold.parallel.dap")
+ROOMS = ("scalefold.kernels", "scalefold.kernels.ops", "scalefold.kernels.hopper", "scalefold.parallel.dap")
 
 
 def all_cases(modules: list[str] | None) -> list[tuple[str, Callable[[], None]]]:
