@@ -1,4 +1,4 @@
-"""Gluon programs of compute capability 9.0: what stands in their way, that they compile, and on a GPU that they agree."""
+"""Gluon programs of compute capability 9.0: what stands in their way, that they compile, that they agree on a GPU."""
 
 import os
 import subprocess

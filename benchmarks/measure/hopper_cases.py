@@ -35,9 +35,13 @@ class Ways:
 
 @dataclass(frozen=True)
 class HopperCase:
-    """One program at one shape; ``kernel``: its name in the tables of launch parameters."""
+    """One program at one shape; ``kernel``: its name in the tables of launch parameters.
+
+    Cases with the same ``program`` run the same machine code.
+    """
 
     kernel: str
+    program: str
     name: str
     build: Callable[[], Ways]
 
@@ -216,7 +220,8 @@ def cases(rows: Rows, msa: Rows | None = None) -> list[HopperCase]:
     found = []
 
     def add(kernel: str, what: str, build: Callable[[], Ways]) -> None:
-        found.append(HopperCase(kernel, f"{what} {size}", build))
+        program = what.removesuffix(" starting").removesuffix(" ending").removesuffix(" row").removesuffix(" column")
+        found.append(HopperCase(kernel, program, f"{what} {size}", build))
 
     for transposed in (False, True):
         node = "ending" if transposed else "starting"

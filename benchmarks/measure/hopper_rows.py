@@ -26,18 +26,19 @@ from queue import Empty, Queue
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import operation_cases
 from bits import repeat
-from common import FOLDER, append_rows, facts, graph_microseconds, print_table
+from common import FOLDER, append_rows, facts, graph_microseconds
 from hopper_cases import HopperCase, Results, Ways, cases, training_shares
 from scalefold.kernels import tuning
 
 REPEATS, REPLAYS, CALLS = 20, 15, 4  # CALLS per graph
 LARGEST_RATIO, LEAST_ERROR = 1.2, 1e-3
 COMPILE_PROCESSES, COMPILE_SECONDS, VARIANT_SECONDS, START_SECONDS = 12, 100.0, 12.0, 60.0
+PRINTED = ("case", "config", "ratio", "differing", "gluon_us", "twin_us", "verdict")
 Variant = tuple[int, int]  # number of the case, number of its launch parameters
+TWIN = -1  # in their place: the Triton kernel
 
 
 def all_cases(only: str) -> list[HopperCase]:
@@ -47,9 +48,16 @@ def all_cases(only: str) -> list[HopperCase]:
 
 
 def variants(found: list[HopperCase]) -> list[Variant]:
-    """All launch parameters at the full share, the default elsewhere."""
-    counts = [len(case.configs()) if "256x256" in case.name or "128x256" in case.name else 1 for case in found]
+    """All launch parameters for the first case of each program, the default for the others."""
+    first = {case.program: n for n, case in reversed(list(enumerate(found)))}
+    counts = [len(case.configs()) if first[case.program] == n else 1 for n, case in enumerate(found)]
     return [(n, config) for n, count in enumerate(counts) for config in range(count)]
+
+
+def to_compile(found: list[HopperCase]) -> list[Variant]:
+    """Every program with every launch parameters once, then the twins of all cases."""
+    own = {(found[n].program, config): (n, config) for n, config in reversed(variants(found))}
+    return [*own.values(), *((n, TWIN) for n in range(len(found)))]
 
 
 def errors(found: Results, exact: Results) -> list[float]:
@@ -59,28 +67,28 @@ def errors(found: Results, exact: Results) -> list[float]:
 
 
 def compile_variant(only: str, variant: Variant) -> str | None:
-    """Compile a program and its twin where no device is needed (worker of the pool); what went wrong, or None."""
+    """Compile a program or a twin where no device is needed (worker of the pool); what went wrong, or None."""
     from scalefold.kernels.ahead import compiling_for
 
     case = all_cases(only)[variant[0]]
     try:
-        with operation_cases.on_device("meta"), compiling_for(90):
-            with tuning.override(case.kernel, case.configs()[variant[1]]):
-                ways = case.build()
-                if ways.obstacle is None:
-                    ways.gluon()
-            if variant[1] == 0:
+        with torch.no_grad(), operation_cases.on_device("meta"), compiling_for(90):
+            ways = case.build()
+            if variant[1] == TWIN:
                 ways.twin()
+            elif ways.obstacle is None:
+                with tuning.override(case.kernel, case.configs()[variant[1]]):
+                    ways.gluon()
     except Exception as problem:
         return f"{type(problem).__name__}: {str(problem)[-300:]}"
     return None
 
 
-def compile_all(only: str, chosen: list[Variant]) -> None:
+def compile_all(only: str) -> None:
     """Fill Triton's cache, for as long as COMPILE_SECONDS."""
     start = time.monotonic()
     pool = ProcessPoolExecutor(min(COMPILE_PROCESSES, os.cpu_count() or 1), multiprocessing.get_context("spawn"))
-    futures = {pool.submit(compile_variant, only, variant): variant for variant in chosen}
+    futures = {pool.submit(compile_variant, only, variant): variant for variant in to_compile(all_cases(only))}
     done, late = wait_for(futures, timeout=COMPILE_SECONDS)
     for future in done:
         if problem := future.result():
@@ -109,6 +117,14 @@ def measured(case: HopperCase, config: tuning.Config, ways: Ways, exact: Results
     }
 
 
+def attempt(case: HopperCase, config: tuning.Config, *rest: Any) -> dict[str, Any]:
+    """``measured``; launch parameters that do not fit are named, a broken device ends the worker."""
+    try:
+        return measured(case, config, *rest)
+    except (ValueError, AssertionError) as problem:
+        return {"verdict": f"fails: {str(problem)[:200]}"}
+
+
 def timed(call: Any) -> float:
     """Microseconds of a call that is followed by the same call."""
 
@@ -132,7 +148,7 @@ def work(only: str, skipped: int) -> None:
             if ways.obstacle is not None:
                 row = {"verdict": f"obstacle: {ways.obstacle}"}
             else:
-                row = measured(case, case.configs()[config], ways, exact, twin_us)
+                row = attempt(case, case.configs()[config], ways, exact, twin_us)
             print("ROW " + json.dumps(row), flush=True)
 
 
@@ -189,7 +205,7 @@ def main() -> int:
     deadline = time.monotonic() + arguments.seconds
     found = all_cases(arguments.only)
     chosen = variants(found)
-    compile_all(arguments.only, chosen)
+    compile_all(arguments.only)
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = []
     empty = dict.fromkeys(("config", "errors", "twin_errors", "ratio", "differing", "gluon_us", "twin_us"), "")
@@ -198,7 +214,7 @@ def main() -> int:
         stated = {"config": " ".join(f"{name}={value}" for name, value in case.configs()[config].items())}
         rows.append({**facts(), "case": case.name, **empty, **stated, **measure})
         append_rows(arguments.out / "hopper_rows.csv", rows[-1:])
-        print_table([{name: rows[-1][name] for name in ("case", "config", "ratio", "differing", "gluon_us", "twin_us", "verdict")}])
+        print("  ".join(f"{name} {rows[-1][name]}" if name != "case" else case.name for name in PRINTED), flush=True)
     print(f"{len(rows)} of {len(chosen)} variants measured")
     return int(len(rows) < len(chosen) or any(row["verdict"] != "ok" for row in rows))
 

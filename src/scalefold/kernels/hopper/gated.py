@@ -81,7 +81,7 @@ def _output(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles"])
 def gated_program(
     x, o, gate, weight, bias, dropout, dropout_strides, dims, out, tiles,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,

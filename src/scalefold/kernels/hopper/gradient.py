@@ -112,7 +112,7 @@ def _narrow_gradients(narrow_d, tile, dims, strides, NARROW: gl.constexpr, HALF:
     offsets = row_offsets(rows, dims, strides)
     channels = ()
     for h in gl.static_range(NARROW):
-        channels = channels + (gl.load(narrow_d + offsets + h * strides[3]),)  # noqa: RUF005
+        channels = channels + (gl.load(narrow_d + offsets + h * strides[3]),)
     return channels
 
 
@@ -239,15 +239,15 @@ def _store_bias_sums(pointer, sums, C: gl.constexpr):
     gl.store(pointer + c[:, None] + 0 * column[None, :], sums, mask=(column == 0)[None, :])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles"])
 def gradient_program(
     x, norm_weight, norm_bias, weight, d_0, d_1, d_2, d_3, narrow_weight, narrow_d, narrow_strides, dims, through, dx,
     normed, partials, tiles,
     COUNT: gl.constexpr, BIASED: gl.constexpr, NARROW: gl.constexpr, C: gl.constexpr, COLUMNS: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """d_0 .. (COUNT of them): [64 tiles, C], weight: [COUNT C, C] -> dx: [64 tiles, C] plus ``through`` (None: there was none), the
-    layer norm and partials [SIDES WARPS programs, 2 C + BIASED C].
+    """d_0 and so on, COUNT of them: [64 tiles, C], weight: [COUNT C, C] -> dx: [64 tiles, C], with ``through`` added
+    (None: there was none), the layer norm, and partials [SIDES WARPS programs, 2 C + BIASED C].
 
     COLUMNS: x and dx lie channels first, [C, 64 tiles].
     """

@@ -85,9 +85,15 @@ def programs_for(x: Tensor, tiles: int, groups: int = 1) -> int:
     return groups * max(1, min(multiprocessors(x.device) // groups, triton.cdiv(tiles, SIDES)))
 
 
-def stages_within(used: int, slot: int, most: int) -> int:
-    """Slots per consumer that fit beside ``used`` bytes, at most ``most``."""
-    return min(most, (SHARED_LIMIT - SHARED_REST - used) // (SIDES * slot))
+def stages_within(used: int, slot: int, most: int, least: int) -> int:
+    """Slots of ``slot`` bytes per consumer that fit beside ``used`` bytes, at most ``most``.
+
+    Raises ValueError if fewer than ``least`` fit: with fewer, loader and consumer would wait for each other.
+    """
+    stages = min(most, (SHARED_LIMIT - SHARED_REST - used) // (SIDES * slot))
+    if stages < least:
+        raise ValueError(f"{stages} slots per consumer, at least {least} are needed: less must be staged beside them")
+    return stages
 
 
 def register(name: str, default: tuple[int, ...], names: Sequence[str], *candidates: tuple[int, ...]) -> None:

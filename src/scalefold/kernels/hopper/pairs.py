@@ -95,7 +95,7 @@ def operands(z, mask, norm_weight, norm_bias, weights, biases) -> tuple[Tensor, 
     operands_program[(programs_for(z, tiles),)](
         _rows(z, order), mask, mask_strides, dims, norm_weight, norm_bias, *map(_square, weights), tuple(biases),
         *(_columns(_channels_last(out), order, config["BLOCK_N"]) for out in outs), tiles, C=CHANNELS,
-        BLOCK_N=config["BLOCK_N"], STAGES=stages_within(used, ROWS * CHANNELS * 2, config["STAGES"]),
+        BLOCK_N=config["BLOCK_N"], STAGES=stages_within(used, ROWS * CHANNELS * 2, config["STAGES"], 1),
         STAGED=config["STAGED"], REGISTERS=config["REGISTERS"], num_warps=4,
     )  # fmt: skip
     return outs
@@ -142,11 +142,12 @@ def _launch_output(name, z, x, parameters, dropout, d_out, out) -> None:
     config, order, tiles = _config(name, z), memory_order(z), z.shape[:-1].numel() // ROWS
     *norms, weight_z, bias_z, weight_g, bias_g = parameters
     dims, _, (_, strides) = common_rows(z, z if dropout is None else dropout)
+    used, least = 2 * CHANNELS * CHANNELS * 2, 3 if d_out is None else 4  # one or two slots hold outputs for a while
     output_program[(programs_for(z, tiles),)](
         _rows(z, order), _columns(_channels_last(x), order), tuple(norms), _square(weight_z), _square(weight_g),
         (bias_z, bias_g), dropout, strides, dims, None if d_out is None else _rows(d_out, order), _rows(out, order),
         tiles, C=CHANNELS, BLOCK_N=config["BLOCK_N"],
-        STAGES=stages_within(2 * CHANNELS * CHANNELS * 2, ROWS * CHANNELS * 2, config["STAGES"]),
+        STAGES=stages_within(used, ROWS * CHANNELS * 2, config["STAGES"], least),
         REGISTERS=config["REGISTERS"], num_warps=4,
     )  # fmt: skip
 
@@ -169,7 +170,7 @@ def gated_output(x, o, gate, weight, bias, dropout) -> Tensor:
     gated_program[(programs_for(x, tiles),)](
         _rows(x, order), _rows(o, order), _rows(gate, order), _square(weight), bias, dropout, strides, dims,
         _rows(out, order), tiles, C=CHANNELS, BLOCK_N=config["BLOCK_N"],
-        STAGES=stages_within(CHANNELS * CHANNELS * 2, ROWS * CHANNELS * 2, config["STAGES"]),
+        STAGES=stages_within(CHANNELS * CHANNELS * 2, ROWS * CHANNELS * 2, config["STAGES"], 3),
         REGISTERS=config["REGISTERS"], num_warps=4,
     )  # fmt: skip
     return out

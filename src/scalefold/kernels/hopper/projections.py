@@ -30,7 +30,9 @@ from scalefold.kernels.hopper.host import (
 from scalefold.kernels.rows import common_rows, fused_view, memory_order, row_fields
 
 NARROW_WIDTH = 16  # narrower weights are attention biases
+HELD = 2  # slots that an input gradient still holds with outputs of one tile when it waits for the next
 MOST = 4  # projections whose input gradient one program sums up
+
 
 def _split(weights: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """Wide and narrow weights."""
@@ -95,16 +97,14 @@ def projections(x, norm_weight, norm_bias, num_wide, weights, biases) -> tuple[T
         described(aligned(narrow[0]), 8, c) if narrow else None, narrow_out, strides, dims, count // ROWS,
         (num_wide - len(present)) * c, WIDTH=c, CHUNKS=num_wide * c // (groups * block), GROUPS=groups,
         NARROW=narrow[0].shape[0] if narrow else 0, C=c, BLOCK_N=block,
-        STAGES=stages_within(used, ROWS * c * 2, config["STAGES"]), STAGED=config["STAGED"],
+        STAGES=stages_within(used, ROWS * c * 2, config["STAGES"], 1), STAGED=config["STAGED"],
         REGISTERS=config["REGISTERS"], num_warps=4,
     )  # fmt: skip
     outs = [in_order(order, part, x.shape) for part in out.view(num_wide, count, c).unbind(0)]
     return tuple(outs if narrow_out is None else [*outs, narrow_out])
 
 
-register(
-    "hopper_input_gradient", (1, 6, 240), ("USED", "STAGES", "REGISTERS"), (1, 3, 240), (1, 4, 240), (1, 5, 240)
-)
+register("hopper_input_gradient", (1, 6, 240), ("USED", "STAGES", "REGISTERS"), (1, 3, 240), (1, 4, 240), (1, 5, 240))
 
 
 def input_gradient_obstacle(
@@ -160,6 +160,7 @@ def input_gradient(x, norm_weight, norm_bias, weights, ds, has_bias, through) ->
         None if through is None else described(dense_rows(through, order), ROWS, c), described(view(dx, order), *block),
         described(normed, ROWS, c), partials, tiles, COUNT=len(wide), BIASED=biased,
         NARROW=narrow[0].shape[0] if narrow else 0, C=c, COLUMNS=columns,
-        STAGES=stages_within(used, ROWS * c * 2, config["STAGES"]), REGISTERS=config["REGISTERS"], num_warps=4,
+        STAGES=stages_within(used, ROWS * c * 2, config["STAGES"], HELD + 1), REGISTERS=config["REGISTERS"],
+        num_warps=4,
     )  # fmt: skip
     return dx, in_order(order, normed, x.shape), partials

@@ -40,7 +40,9 @@ def _load_weights(descs, weights, there, COUNT: gl.constexpr, C: gl.constexpr):
 
 
 @gluon.jit
-def _gate_and_value(left_gate, left_value, gate_weight, value_weight, gate_bias, value_bias, first: gl.constexpr, N: gl.constexpr):
+def _gate_and_value(
+    left_gate, left_value, gate_weight, value_weight, gate_bias, value_bias, first: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
     """Both products for output channels first .. first + N, with their biases: [64, N] each."""
     gate = gl.zeros([ROWS, N], gl.float32, product_layout(N))
     value = gl.zeros([ROWS, N], gl.float32, product_layout(N))
@@ -52,7 +54,7 @@ def _gate_and_value(left_gate, left_value, gate_weight, value_weight, gate_bias,
     return gate + per_column(gate_bias, first, N), value + per_column(value_bias, first, N)
 
 
-# ---- operands ---------------------------------------------------------------------------------------------------------
+# ---- operands -------------------------------------------------------------------------------------------------------
 
 
 @gluon.jit
@@ -63,7 +65,7 @@ def _load_pairs(z, weight_descs, ring, weights, there, tiles, C: gl.constexpr):
         ring.load(z, tile * ROWS, 0, 0, n)
         if tile + 1 < tiles:
             ring.load(z, (tile + 1) * ROWS, 0, 1, n)
-        n += 1
+        n += 1  # noqa: SIM113
 
 
 @gluon.jit
@@ -90,11 +92,11 @@ def _project(
                 stores_left(STAGED - 1)
                 own.permute((1, 0)).store((sigmoid(gate) * value * keep[:, None]).to(gl.bfloat16))
                 store_staged(outs[operand], first, tile * ROWS, own)
-        n += 1
+        n += 1  # noqa: SIM113
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles"])
 def operands_program(
     z, mask, mask_strides, dims, norm_weight, norm_bias, weight_a, weight_a_gate, weight_b, weight_b_gate, biases,
     out_a, out_b, tiles,
@@ -131,7 +133,7 @@ def operands_program(
     )  # fmt: skip
 
 
-# ---- output and the gates of its gradient -----------------------------------------------------------------------------
+# ---- output and the gates of its gradient ---------------------------------------------------------------------------
 
 
 @gluon.jit
@@ -158,8 +160,8 @@ def _output(
     norms, biases, dropout, dropout_strides, dims, d_out, out, ring, weights, there, tiles,
     SIDE: gl.constexpr, C: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """A consumer. Forward (d_out None): z is written over with z + dropout * sigmoid(gate) * value. Backward: z and d_out
-    are written over with the gradients of value and gate."""
+    """A consumer. Forward (d_out None): z is written over with z + dropout * sigmoid(gate) * value. Backward: z and
+    d_out are written over with the gradients of value and gate."""
     mbarrier.wait(there, 0)
     n = 0
     for tile in range(gl.program_id(0) * SIDES + SIDE, tiles, gl.num_programs(0) * SIDES):
@@ -209,7 +211,7 @@ def _output(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles"])
 def output_program(
     z, x, norms, weight_value, weight_gate, biases, dropout, dropout_strides, dims, d_out, out, tiles,
     C: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
