@@ -1,8 +1,8 @@
 """Figures and tables of docs/scaling.md, from the CSV files of this folder, the published logs and the planner.
 
-    python benchmarks/measure/exchange_counts.py && python benchmarks/estimate/dap_estimate.py && python
-    benchmarks/estimate/plot_scaling.py python benchmarks/estimate/plot_scaling.py --png --figures /tmp/figures --page
-    /tmp/scaling.md     # try it elsewhere
+    python benchmarks/measure/exchange_counts.py && python benchmarks/estimate/dap_estimate.py   # what it draws from
+    python benchmarks/estimate/plot_scaling.py                                                   # minutes
+    python benchmarks/estimate/plot_scaling.py --png --figures FOLDER --page COPY.md             # try it elsewhere
 
 Writes docs/figures/*.svg, twins for dark pages (``*_dark.svg``), and everything between ``<!-- table: NAME -->`` and
 ``<!-- end -->`` of the page.
