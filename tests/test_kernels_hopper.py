@@ -15,6 +15,7 @@ import triton.language as tl
 
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import attention as hopper
+from scalefold.kernels.hopper import choice as hopper_choice
 from scalefold.kernels.ops import attention as twin
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -31,7 +32,7 @@ def scripts(repository, monkeypatch):
 @pytest.fixture
 def compiled(monkeypatch):
     """As outside the interpreter, for 9.0."""
-    monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
     with tuning.assume_capability(90):
         yield
 
@@ -120,14 +121,14 @@ def test_what_the_programs_cannot_take_is_named(compiled, x, inf, reason):
 
 @pytest.mark.parametrize("target", [80, 100])
 def test_other_compute_capabilities_keep_triton(monkeypatch, target):
-    monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
     with tuning.assume_capability(target):
         reason = f"compute capability {target / 10} is not 9.0"
         assert (obstacle(rows_of()), forward_obstacle(rows_of(), bias_of())) == (reason, reason)
 
 
 def test_the_interpreter_is_an_obstacle(monkeypatch):
-    monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(True))
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(True))
     reason = "the interpreter cannot run Gluon"
     assert (obstacle(rows_of()), forward_obstacle(rows_of(), bias_of())) == (reason, reason)
 
@@ -264,7 +265,7 @@ def test_where_gluon_is_another_one_a_backward_stays_with_triton_and_says_so(com
 
 def test_on_other_gpus_there_is_nothing_to_say(monkeypatch, caplog):
     choice._explained.clear()
-    monkeypatch.setattr(hopper, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
     with caplog.at_level(logging.INFO), tuning.assume_capability(80):
         assert taken(monkeypatch) == ["Triton"]
     assert messages(caplog) == []

@@ -14,7 +14,8 @@ import torch
 import triton.language as tl
 
 from scalefold.kernels import choice, tuning
-from scalefold.kernels.hopper import attention, rows
+from scalefold.kernels.hopper import choice as hopper_choice
+from scalefold.kernels.hopper import rows
 from scalefold.kernels.ops import linear, triangle
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -36,8 +37,7 @@ def every_program(hopper: int):
 @pytest.fixture
 def compiled(monkeypatch):
     """As outside the interpreter, for 9.0."""
-    for module in (attention, rows):
-        monkeypatch.setattr(module, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
     with tuning.assume_capability(90):
         yield
 
@@ -95,14 +95,14 @@ def test_what_the_programs_cannot_take_is_named(compiled, obstacle, reason):
 
 
 def test_the_interpreter_is_an_obstacle(monkeypatch):
-    monkeypatch.setattr(rows, "INTERPRETED", tl.constexpr(True))
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(True))
     with every_program(1):
         assert projections_obstacle(empty(1, 16, 64, C)) == "the interpreter cannot run Gluon"
 
 
 @pytest.mark.parametrize("target", [80, 100])
 def test_other_compute_capabilities_keep_triton(monkeypatch, target):
-    monkeypatch.setattr(rows, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
     with tuning.assume_capability(target), every_program(1):
         assert projections_obstacle(empty(1, 16, 64, C)) == f"compute capability {target / 10} is not 9.0"
 
@@ -185,8 +185,7 @@ def test_where_gluon_is_another_one_operations_stay_with_triton(compiled, monkey
 
 def test_on_other_gpus_there_is_nothing_to_say(monkeypatch, caplog):
     choice._explained.clear()
-    for module in (attention, rows):
-        monkeypatch.setattr(module, "INTERPRETED", tl.constexpr(False))
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
     with caplog.at_level(logging.INFO), tuning.assume_capability(80):
         assert launched(monkeypatch, (1, 256, 256)) == TRITON
     assert caplog.messages == []

@@ -36,11 +36,8 @@ FORMAT_VERSION = 1
 _CHUNK_BYTES = 1 << 20
 _MAX_OPEN_SHARDS = 400  # stays below the usual limit of 1024 open files per process
 _NO_RECORD = -1
-# What NumPy raises for damaged headers; SystemError where Python's own tokenizer fails (3.12).
-_DAMAGED = (
-    *(ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError, SyntaxError, TokenError),
-    SystemError,
-)
+# Of damaged headers; SystemError comes from the tokenizer of Python 3.12.
+_DAMAGED = (ValueError, TypeError, EOFError, OSError, RecursionError, MemoryError, SyntaxError, SystemError, TokenError)
 _COLUMN_KINDS = {"chain_id": "S", "name": "S", "release_date": "M", "resolution": "f", "max_residue_share": "f"}
 
 

@@ -2,3 +2,4 @@
 
 PART = 64  # lines of scores per consumer: those of a warpgroup's product
 CONSUMERS = 2  # groups of a program that compute
+MULTIPROCESSORS = 132

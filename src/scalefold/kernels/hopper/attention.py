@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.hopper import CONSUMERS, PART
-from scalefold.kernels.instructions import INTERPRETED
+from scalefold.kernels.hopper import CONSUMERS, MULTIPROCESSORS, PART, choice
 
 try:
     from triton.experimental.gluon import language as gl
@@ -32,18 +31,11 @@ try:
 except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
     MISSING = f"this Triton's Gluon is another one: {error}"
 
-CAPABILITY = 90
 LEAST_INF = 1e9  # beside it scores vanish in fp32, which the key gradients rely on in rows without any key
 LENGTHS = {True: 256, False: 128}  # keys of a row that the forward takes, with a bias and without one
 LEAST, MOST = 129, 256  # keys of a row in the keys' gradients: launch parameters are for 256
 WIDTHS = (8, 16, 32)  # channels of a head
 NARROWEST = 16  # channels of a product: narrower heads are filled up with zeros by the copy engine
-MULTIPROCESSORS = 132
-
-
-def is_meant_for() -> bool:
-    """Whether kernels are chosen for a GPU that the programs are made for; elsewhere their obstacles are no news."""
-    return tuning.capability() == CAPABILITY and not INTERPRETED.value
 
 
 def forward_obstacle(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
@@ -52,7 +44,7 @@ def forward_obstacle(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> st
         return reason
     if q.shape[2] != LENGTHS[bias is not None]:
         return f"rows are not of {LENGTHS[True]} keys with a bias or {LENGTHS[False]} without"
-    return _preference("attention_hopper_forward", q, bias)
+    return choice.preference(_launch_parameters("attention_hopper_forward", q, bias))
 
 
 def keys_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, inf: float) -> str | None:
@@ -63,26 +55,18 @@ def keys_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, inf
         return f"rows of {q.shape[2]} keys, not {LEAST} to {MOST}"
     if inf < LEAST_INF:
         return f"a mask of {inf:g} does not swallow scores"
-    return _preference("attention_hopper_keys", q, bias)
+    return choice.preference(_launch_parameters("attention_hopper_keys", q, bias))
 
 
 def _obstacle(inputs: tuple[Tensor, ...], bias: Tensor | None) -> str | None:
     """What stands in the way of either program; inputs: all that the copy engine takes, [B, S, N, H, D]."""
-    if MISSING or INTERPRETED.value:
-        return MISSING or "the interpreter cannot run Gluon"
-    if tuning.capability() != CAPABILITY:
-        return f"compute capability {tuning.capability() / 10} is not 9.0"
-    if other := [x.dtype for x in (*inputs, bias) if x is not None and x.dtype != torch.bfloat16]:
-        return f"{str(other[0]).removeprefix('torch.')} is not bfloat16"
+    if reason := choice.obstacle(MISSING, (*inputs, bias)):
+        return reason
     if inputs[0].shape[4] not in WIDTHS:
         return f"{inputs[0].shape[4]} channels per head, not one of {WIDTHS}"
     if not all(map(_is_aligned, inputs)):
         return "the copy engine needs rows that start at multiples of 16 bytes"
     return None
-
-
-def _preference(kernel: str, q: Tensor, bias: Tensor | None) -> str | None:
-    return None if _launch_parameters(kernel, q, bias)["HOPPER"] else "the table prefers the Triton program"
 
 
 def _launch_parameters(kernel: str, q: Tensor, bias: Tensor | None) -> tuning.Config:

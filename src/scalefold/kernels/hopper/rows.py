@@ -18,10 +18,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.choice import explain
-from scalefold.kernels.hopper import CONSUMERS, PART
-from scalefold.kernels.hopper.attention import CAPABILITY, MULTIPROCESSORS, is_meant_for
-from scalefold.kernels.instructions import INTERPRETED
+from scalefold.kernels.hopper import CONSUMERS, MULTIPROCESSORS, PART, choice
 from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
@@ -41,13 +38,6 @@ BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 
 for _name in ("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
-
-
-def preferred(what: str, obstacle: str | None) -> bool:
-    """Whether the Gluon program of an operation runs; if not, where it could, the log says why."""
-    if obstacle and is_meant_for():
-        explain(f"Triton {what}", obstacle)
-    return obstacle is None
 
 
 def projections_obstacle(
@@ -130,12 +120,8 @@ def output(
 
 def _program_obstacle(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
     """Why no program takes rows of x: [*, c] and square weights, or None; others: further tensors of that type."""
-    if MISSING or INTERPRETED.value:
-        return MISSING or "the interpreter cannot run Gluon"
-    if tuning.capability() != CAPABILITY:
-        return f"compute capability {tuning.capability() / 10} is not 9.0"
-    if other := [y.dtype for y in (x, *weights, *others) if y.dtype != torch.bfloat16]:
-        return f"{str(other[0]).removeprefix('torch.')} is not bfloat16"
+    if reason := choice.obstacle(MISSING, (x, *weights, *others)):
+        return reason
     if any(tuple(weight.shape) != SQUARE for weight in weights):
         return f"weights are not {CHANNELS} x {CHANNELS}"
     if not x.numel() or x.shape[:-1].numel() % PART:
@@ -151,8 +137,9 @@ def _pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor
 
 def _preference(name: str, x: Tensor, **fields: int) -> str | None:
     """What the tuned tables have against a program that takes rows of x."""
-    chosen = tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
-    return None if chosen["HOPPER"] else "the table prefers the Triton program"
+    return choice.preference(
+        tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
+    )
 
 
 def _by_rows(x: Tensor, order: Sequence[int]) -> Tensor | None:

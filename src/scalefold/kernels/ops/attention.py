@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.choice import explain
 from scalefold.kernels.hopper import attention as hopper
+from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.ops.attention_programs import (
     backward_keys,
     backward_queries,
@@ -63,7 +63,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float) -> Tensor:
         save = any(ctx.needs_input_grad)
-        take = _choose("forward", hopper.forward_obstacle(q, k, v, bias), _forward, hopper.forward)
+        gluon = chosen("attention forward", hopper.forward_obstacle(q, k, v, bias))
+        take = hopper.forward if gluon else _forward
         o, lse, rest = take(q, k, v, mask, bias, inf, save)
         if save:
             ctx.save_for_backward(q, k, v, mask, bias, o, lse, rest)
@@ -77,18 +78,11 @@ class _Attention(torch.autograd.Function):
         do = do if do.stride(-1) == 1 else do.contiguous()
         if bias is None:
             return *_gradients(q, k, v, mask, o, do, lse, rest, ctx.inf), None, None, None
-        reason = hopper.keys_obstacle(q, k, v, do, bias, ctx.inf)
-        take = _choose("keys' gradients", reason, _key_gradients, hopper.key_gradients)
+        gluon = chosen("attention keys' gradients", hopper.keys_obstacle(q, k, v, do, bias, ctx.inf))
+        take = hopper.key_gradients if gluon else _key_gradients
         dk, dv, ds = take(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)
         dq, d_bias = _query_gradients(q, k, bias, ds)
         return dq, dk, dv, None, d_bias, None
-
-
-def _choose(part: str, reason: str | None, own: Callable[..., Any], gluon: Callable[..., Any]) -> Callable[..., Any]:
-    """The Gluon program of a part, or its Triton twin where there is a reason, which the log names on a GPU of 9.0."""
-    if reason and hopper.is_meant_for():
-        explain(f"Triton attention {part}", reason)
-    return own if reason else gluon
 
 
 def _blocks(config: tuning.Config, n: int, width: int) -> tuple[int, int, int, bool]:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, to_fp32
 from scalefold.kernels.rows import (
     Affine,
@@ -244,7 +245,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     results = tuple(outs if narrow_out is None else [*outs, narrow_out])
     bias, bias_start = _fused_bias(biases[:num_wide], width)
     weight, blocks = fused_view(wide) if wide else None, None
-    if hopper.preferred("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
+    if chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
         hopper.project(x, norm, Affine(weight, bias), narrow[0], out, narrow_out)
         return results
     config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid
 from scalefold.kernels.ops.linear import input_gradient
 from scalefold.kernels.rows import (
@@ -163,7 +164,7 @@ class _Project(torch.autograd.Function):
         (batch, i, j, c), width = z.shape, weights[0].shape[0]
         outs = tuple(z.new_empty(batch, width, i, j) for _ in range(2))
         norm, linears = Norm(norm_weight, norm_bias), tuple(map(Affine, weights, biases))
-        if hopper.preferred("operands of a triangle's product", hopper.operands_obstacle(z, weights)):
+        if chosen("operands of a triangle's product", hopper.operands_obstacle(z, weights)):
             hopper.operands(z, mask, norm, linears, outs)
         else:
             config = tuning.chosen_tiles("triangle_project_forward", z, width, width)
@@ -219,7 +220,7 @@ class _Output(torch.autograd.Function):
         ctx.save_for_backward(z, x, *rest)
         out, x, parameters = torch.empty_like(z), _channels_last(x), _output_parameters(*parameters)
         weights = parameters["linear_z"].weight, parameters["linear_g"].weight
-        if hopper.preferred("output of a triangle", hopper.output_obstacle(z, x, weights, dropout)):
+        if chosen("output of a triangle", hopper.output_obstacle(z, x, weights, dropout)):
             hopper.output(z, x, dropout, None, out, **parameters)
         else:
             tensors = {"z": z, "x": x, "dropout": dropout, "out": out}
@@ -234,7 +235,7 @@ class _Output(torch.autograd.Function):
         c, cx, x = z.shape[-1], x.shape[1], _channels_last(x)
         projected, parameters = z.new_empty(*z.shape[:-1], 2 * c), _output_parameters(*parameters)
         obstacle = hopper.output_obstacle(z, x, (weight_z, weight_g), dropout, d_out)
-        if hopper.preferred("gates of a triangle's output", obstacle):
+        if chosen("gates of a triangle's output", obstacle):
             hopper.output(z, x, dropout, d_out, projected, **parameters)
         else:
             tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
