@@ -31,8 +31,8 @@ test: setup  ## CPU tests
 test-distributed: setup  ## multi-process CPU tests
 	$(BIN)/python -m pytest -q -m "distributed and not gpu and not multi_gpu and not faults"
 
-faults: setup  ## rehearse every fault on the tiny configuration, write the table in docs/faults.md (CPU, minutes)
-	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults
+faults: setup  ## rehearse every fault on the tiny configuration and kills at random, write docs/faults.md's table (CPU, minutes)
+	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults tests/test_kills.py
 
 test-slurm: setup  ## tests on a real Slurm that is installed and started for them (Debian, root)
 	$(BIN)/python -m pytest -q -m slurm

@@ -10,6 +10,7 @@ from random_kills import kill_and_compare
 KILLS = int(os.environ.get("SCALEFOLD_KILLS", "2"))
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(1800 * (1 + KILLS))
 @pytest.mark.own_work(600 * (1 + KILLS))
 @pytest.mark.parametrize(

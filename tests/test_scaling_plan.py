@@ -31,13 +31,13 @@ def test_a_plan_of_2080_gpus_names_the_source_of_every_number():
     found = plan(EOS)
     assert EOS.dp_size == 256
     assert all(quantity.source for quantity in found.quantities.values())
-    assert found.value("step time") == 208.0
+    assert found.value("step time") == 198.0
     assert "estimated" in found.quantities["step time"].source
-    assert found.value("throughput") == pytest.approx(256 / 0.208)
+    assert found.value("throughput") == pytest.approx(256 / 0.198)
     assert found.value("iterations") == pytest.approx(520.0)
-    assert found.value("workers needed") == 6
+    assert found.value("workers needed") == 7
     starved = plan(replace(EOS, num_workers=2))
-    assert any("6 loader workers per replica" in text for text in starved.warnings)
+    assert any("7 loader workers per replica" in text for text in starved.warnings)
     assert found.fits is True
 
 
