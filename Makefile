@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_WORKERS ?= 2
+REHEARSED := tests/test_kills.py tests/test_benchmarks_gpu_runs.py::test_two_ranks_are_launched_judged_and_tabulated
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-distributed test-slurm test-browser test-gpu rings test-install check faults format equivalence mutations bench-data bench-gpu clean FORCE
@@ -29,10 +30,10 @@ test: setup  ## CPU tests
 	$(MAKE) test-distributed
 
 test-distributed: setup  ## multi-process CPU tests
-	$(BIN)/python -m pytest -q -m "distributed and not gpu and not multi_gpu and not faults"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "distributed and not gpu and not multi_gpu and not faults"
 
-faults: setup  ## rehearse every fault on the tiny configuration and kills at random, write docs/faults.md's table (CPU, minutes)
-	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults tests/test_kills.py
+faults: setup  ## rehearse every fault, kills at random and the judge of starts, write the table in docs/faults.md (CPU, minutes)
+	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults $(REHEARSED)
 
 test-slurm: setup  ## tests on a real Slurm that is installed and started for them (Debian, root)
 	$(BIN)/python -m pytest -q -m slurm

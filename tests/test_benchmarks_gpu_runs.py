@@ -271,7 +271,7 @@ def test_all_settings_form_configurations_that_can_run(layouts, repository, tmp_
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.distributed
+@pytest.mark.faults  # looks for what is left in the host's shared memory: nothing else may run beside it
 def test_two_ranks_are_launched_judged_and_tabulated(gpu_runs, monkeypatch, tmp_path, tiny_store):
     monkeypatch.setattr(gpu_runs, "make_store", lambda work, workers: tiny_store)
     wanted = ["--tiny", "--workers", "0", "--steps", "12", "--only", "train_eval"]
