@@ -26,11 +26,11 @@ demo: setup  ## generate tiny proteins, prepare, train to the target, check the 
 	$(BIN)/scalefold demo
 
 test: setup  ## CPU tests
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser and not faults and not compiling"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser and not faults and not long"
 	$(MAKE) test-distributed
 
 test-distributed: setup  ## multi-process CPU tests
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "distributed and not gpu and not multi_gpu and not faults"
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "distributed and not gpu and not multi_gpu and not faults and not long"
 
 faults: setup  ## rehearse every fault, kills at random and the judge of starts, write the table in docs/faults.md (CPU, minutes)
 	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults $(REHEARSED)
@@ -56,8 +56,8 @@ bench-data: setup  ## prepare real or generated chains and measure samples per s
 bench-gpu: setup  ## measure a step on this machine's GPU and judge every line (TORCH=torch==2.11.0 STORE=folder)
 	$(BIN)/python benchmarks/measure/gates.py $(STORE)
 
-rings: setup  ## compiled kernels: races at every share and evaluation length, keys, machine code (no GPU, minutes)
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "compiling and not gpu"
+rings: setup  ## the long ring: compiled kernels (races at every share, keys, machine code) and scripts (no GPU, minutes)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "long and not gpu"
 	$(BIN)/python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
 
 test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo

@@ -35,6 +35,7 @@ def test_an_average_that_moves_too_far_demands_the_next_precision(script):
     assert (row["of_chain"], row["largest_shift"], row["mean_shift"]) == ("a", "+4.0e-03", "+1.5e-03")
 
 
+@pytest.mark.long
 def test_weights_are_trained_and_scored_chain_by_chain_in_each_precision(
     script, tiny_store: Path, tmp_path: Path, monkeypatch, capsys
 ):

@@ -122,6 +122,7 @@ def test_efficiency_is_against_one_gpu(script):
     assert "data parallel efficiency 98.0 %" in lines[2]
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_the_multi_gpu_script_runs_on_the_cpu(repository, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -180,6 +181,7 @@ def test_bad_ends_and_missing_evaluations_are_named(script, tmp_path):
     assert module.complaints(case, None, module.Ended([2, None], 0.0))[-1] == "no metrics were written"
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_training_beside_evaluation_is_measured_on_the_cpu(repository, tiny_store, tmp_path):
     command = [sys.executable, "benchmarks/measure/async_evaluation.py", str(tiny_store), "--small", "--cycles", "2"]

@@ -80,7 +80,7 @@ def run_python(text: str, cache: Path) -> list[str]:
     return done.stdout.split()
 
 
-@pytest.mark.compiling
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("call", "programs"), [(LAYER_NORM, {"_backward_kernel": 1}), (ATTENTION, {"hopper_forward": 2, "hopper_keys": 1})]
 )
@@ -128,7 +128,7 @@ def kernel_keys(way: str, *overrides: str) -> dict[str, list[str]]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.compiling
+@pytest.mark.long
 @pytest.mark.parametrize("dap_size", [1, 2])
 def test_all_operations_of_a_run_ask_for_the_kernels_that_were_compiled_ahead(dap_size: int) -> None:
     shape = (f"parallel.gpus_per_node={dap_size}", f"parallel.dap_size={dap_size}")
@@ -148,7 +148,7 @@ def hand_to_node(compiled: Path, node: Path) -> Path:
     return node / "triton"
 
 
-@pytest.mark.compiling
+@pytest.mark.long
 def test_a_whole_configuration_is_compiled_with_its_share_of_a_dap_group(tmp_path: Path) -> None:
     out, shape = tmp_path / "compiled", ["parallel.ranks_per_node=2", "parallel.dap_size=2"]
     command = [sys.executable, "-m", "scalefold", "compile", "--gpu", "H100", "--out", str(out)]

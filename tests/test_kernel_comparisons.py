@@ -34,7 +34,7 @@ def changed(table: Path, other: Path, **values: object) -> None:
         writer.writerows(rows)
 
 
-@pytest.mark.compiling
+@pytest.mark.long
 def test_machine_code_is_written_once_and_differences_are_named(machine_code, tmp_path: Path) -> None:
     before, after = tmp_path / "before.csv", tmp_path / "after.csv"
     first = machine_code("--dap", 8, "--only", "layer_norm 1x1x", "--out", before)

@@ -299,7 +299,7 @@ PROGRAMS = [
 ]
 
 
-@pytest.mark.compiling
+@pytest.mark.long
 @pytest.mark.parametrize(("case", "pass_", "config"), PROGRAMS)
 def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialized(
     repository, tmp_path, case, pass_, config

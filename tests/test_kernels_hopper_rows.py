@@ -225,7 +225,7 @@ for launch in launches:
 """
 
 
-@pytest.mark.compiling
+@pytest.mark.long
 def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialized(repository, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

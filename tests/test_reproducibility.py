@@ -156,6 +156,7 @@ def test_the_script_runs_on_the_cpu(repository):
     assert "1 questions, 0 with differing bits" in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.distributed
 def test_the_script_runs_on_two_ranks_of_the_cpu(repository):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
