@@ -72,12 +72,25 @@ def place_of(rows, groups, per_program, LINES: gl.constexpr):
 @gluon.jit
 def new_barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     """COUNT barriers, each completed by ARRIVALS arrivals, besides its bytes."""
+    barriers = initialised(COUNT, ARRIVALS)
+    publish()
+    return barriers
+
+
+@gluon.jit
+def initialised(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    """``new_barriers`` before ``publish``, which serves any number of them."""
     barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(barriers.index(i), count=ARRIVALS)
-    fence_async_shared()  # the copy engine must see barriers that are ready
-    group_barrier()
     return barriers
+
+
+@gluon.jit
+def publish():
+    """Make initialised barriers visible to the copy engine and to all warps."""
+    fence_async_shared()
+    group_barrier()
 
 
 @gluon.jit

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 
-from scalefold.kernels.hopper.pieces import CONSUMERS, tiles_for
+from scalefold.kernels.hopper.pieces import CONSUMERS, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     COLUMNS,
     ROWS,
@@ -20,7 +20,6 @@ from scalefold.kernels.hopper.row_pieces import (
     operand_layout,
     per_column,
     product_layout,
-    publish,
     read,
     receive,
     row_offsets,

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from scalefold.kernels import hopper
-from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, tiles_for
+from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, tiles_for
 from scalefold.kernels.instructions import SIGMOID
 from scalefold.kernels.reference import LAYER_NORM_EPS
 
@@ -46,17 +46,7 @@ def new_ring(descriptor, STAGES: gl.constexpr):
 @gluon.jit
 def one_arrival(COUNT: gl.constexpr):
     """Barriers that one arrival completes; ``publish`` follows."""
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for n in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(n), count=1)
-    return barriers
-
-
-@gluon.jit
-def publish():
-    """Make initialised barriers visible to the copy engine and to all warps."""
-    fence_async_shared()
-    group_barrier()
+    return initialised(COUNT, 1)
 
 
 @gluon.jit

@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, tiles_for
+from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     COLUMNS,
     ROWS,
@@ -23,7 +23,6 @@ from scalefold.kernels.hopper.row_pieces import (
     one_arrival,
     per_column,
     product_layout,
-    publish,
     read,
     receive,
     row_offsets,
