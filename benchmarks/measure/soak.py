@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from common import FOLDER, ROOT, append_rows, print_table, read_rows
+from common import FOLDER, ROOT, append_rows, facts, print_table, read_rows
 from scalefold.data.made.demo import generate
 from scalefold.data.store.prepare import prepare
 from scalefold.report.plots import draw
@@ -150,12 +150,12 @@ def rows_of(kind: str, samples: list[Sample], metrics: Metrics) -> list[dict[str
     edges = np.unique(np.linspace(0, metrics.step[-1], POINTS + 1).astype(int))
     reached, when = np.unique(steps, return_index=True)
     columns = {f.name: np.array([getattr(s, f.name) for s in samples]) for f in fields(Sample)}
-    found = []
+    about, found = facts(), []
     for first, last in pairwise(edges):
         seen, own = (steps > first) & (steps <= last), (metrics.step > first) & (metrics.step <= last)
         if seen.sum() < 1 or own.sum() < 1:
             continue
-        row: dict[str, object] = {"kind": kind, "step": int(last)}
+        row: dict[str, object] = {**about, "kind": kind, "step": int(last)}
         row["seconds"] = round(float(columns["seconds"][seen].max()), 1)
         row["memory_mib"] = round(float(np.median(columns["memory_mib"][seen])), 1)
         row |= {name: round(float(np.median(columns[name][seen]))) for name in ("files", "processes")}
