@@ -1,4 +1,4 @@
-"""Row-wise programs for compute capability 9.0 in Gluon, beside those of ``ops.linear`` and ``ops.triangle`` in Triton.
+"""Row-wise programs for compute capability 9.0 in Gluon, beside those of ``ops`` in Triton.
 
 Each launch has an obstacle: the Gluon program takes bf16 rows of 128 channels that lie densely and fill whole tiles,
 and runs only where it is known to win, which the tuned tables say (HOPPER = 1). Everything else stays with Triton.
@@ -25,6 +25,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from scalefold.kernels.hopper.outer_product import hopper_outer_product
     from scalefold.kernels.hopper.projections import hopper_projections
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_output
 
@@ -36,7 +37,10 @@ CHANNELS = 128
 SQUARE = (CHANNELS, CHANNELS)
 BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 
-for _name in ("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"):
+OUTER_CHANNELS = 32  # of a and b
+MOST_SEQUENCES = 128  # of an outer product: one product's depth
+OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
+for _name in ("norm_linear_hopper", "outer_product_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -115,6 +119,35 @@ def output(
         None if d_out is None else _rows(d_out, order), _weight(linear_z.weight),
         _weight(linear_g.weight), _rows(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
         views["dropout"], dims, count // PART, num_warps=4,
+    )  # fmt: skip
+
+
+def outer_product_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> str | None:
+    """Why ``outer_product`` cannot or should not take these arguments, or None."""
+    if reason := choice.obstacle(MISSING, (z, a, b, weight)):
+        return reason
+    if z.shape[2] != CHANNELS or a.shape[2] != OUTER_CHANNELS or a.shape[0] > MOST_SEQUENCES:
+        return f"not up to {MOST_SEQUENCES} sequences of {OUTER_CHANNELS} channels for pairs of {CHANNELS}"
+    if not z.numel() or z.shape[0] % PART or z.shape[1] % OUTER_COLUMNS:
+        return f"pairs do not come in tiles of {PART} x {OUTER_COLUMNS}"
+    if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (z, b)):
+        return "pairs or sequences do not lie densely"
+    fields = tuning.row_fields(z.shape[:-1].numel(), z.dtype, c=CHANNELS, sequences=a.shape[0])
+    return choice.preference(tuning.lookup("outer_product_hopper", **fields))
+
+
+def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine, out: Tensor) -> None:
+    """``reference.outer_product_update`` of one sample; z, out: [I, J, c], a: [S, I, 32], b: [S, J, 32], norm: [I, J].
+
+    a is copied, channels first: one channel at a time, its i lie side by side.
+    """
+    (i, j, c), by_channel = z.shape, a.permute(2, 0, 1).contiguous().flatten(0, 1)
+    tiles_i, tiles = i // PART, i // PART * (j // OUTER_COLUMNS)
+    weight = linear.weight if linear.weight.data_ptr() % 16 == 0 else linear.weight.clone()
+    hopper_outer_product[(min(_multiprocessors(z.device), tiles),)](
+        _matrix(z.flatten(1), PART, c), _matrix(by_channel, MOST_SEQUENCES, PART),
+        _matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), _matrix(weight, c, OUTER_CHANNELS),
+        _matrix(out.flatten(1), PART, c), norm, linear.bias, a.shape[0], j, tiles_i, tiles, num_warps=4,
     )  # fmt: skip
 
 
