@@ -1,8 +1,8 @@
 """Outer product mean, forward, for Hopper in Gluon: the outer product stays on chip; twin: ``ops.outer_product``.
 
-A program walks over tiles of ROWS values of i and PAIRED * CONSUMERS of j. A consumer has PAIRED of these j. Channel c of
-a at a time, its products with all channels d of b, [i, (j, d)], lie in registers as the left operand of the next
-product takes them: that with the output weight of channel c, [d, channels of z], one per j.
+A program walks over tiles of ROWS values of i and PAIRED * CONSUMERS of j; a consumer has PAIRED of these j. Channels c
+of a are taken one by one: the products of one with all channels d of b, [i, (j, d)], lie in registers as the left
+operand of the next product takes them, that with the output weight of channel c, [d, channels of z], one per j.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -36,7 +36,10 @@ B_STAGES = gl.constexpr(1)
 
 
 class Channels(NamedTuple):
-    """Slots for channels of a, [sequences, ROWS], and their blocks of the weight, [channels of z, d], for all consumers."""
+    """Slots for channels of a, [sequences, ROWS], and their blocks of the weight, [channels of z, d].
+
+    All consumers read them.
+    """
 
     a: Any
     weight: Any

@@ -1,6 +1,7 @@
 """Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
 
-One kernel forward, in which the hidden layer never leaves the chip. Saved: x. The backward has two forms; the launch
+One kernel forward, in which the hidden layer never leaves the chip (on compute capability 9.0 one of
+``kernels.hopper`` may take its place). Saved: x. The backward has two forms; the launch
 parameter ``LIBRARY`` says which one to take:
 
 - fused (0 or absent): one kernel computes the hidden layer again, block by block, together with its gradient, those of
@@ -22,8 +23,11 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
+    Affine,
     Norm,
     View,
     dot,
@@ -123,11 +127,15 @@ class _Transition(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
         out = torch.empty_like(x)
         hidden, c = weight_1.shape
+        norm = Norm(norm_weight, norm_bias)
+        if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))):
+            hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out)
+            return out
         config = tuning.chosen_tiles("transition_forward", x, hidden, hidden)
         blocks = _blocks(weight_1, weight_2, config)
         launch(
-            _forward_kernel, config, {"x": x, "out": out}, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
-            bias_1=bias_1, weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
+            _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=bias_1,
+            weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
         )  # fmt: skip
         return out
 
