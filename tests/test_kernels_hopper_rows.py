@@ -16,11 +16,14 @@ import triton.language as tl
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import choice as hopper_choice
 from scalefold.kernels.hopper import rows
-from scalefold.kernels.ops import linear, triangle
+from scalefold.kernels.ops import linear, outer_product, transition, triangle
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
-KERNELS = ("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output")
+KERNELS = (
+    *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
+    *("outer_product_hopper", "transition_hopper"),
+)
 C = 128
 NO_BIASES = [None, None, None]
 
@@ -56,6 +59,29 @@ def output_obstacle(z, x=None, dropout=None, d_out=None):
     return rows.output_obstacle(z, x.permute(0, 2, 3, 1), [empty(C, C)] * 2, dropout, d_out)
 
 
+def outer_obstacle(sequences, i, j, z=None, b=None):
+    z = empty(i, j, C) if z is None else z
+    b = empty(sequences, j, 32) if b is None else b
+    return rows.outer_product_obstacle(z, empty(sequences, i, b.shape[2]), b, empty(C, b.shape[2] ** 2))
+
+
+def transition_obstacle(x, hidden=512):
+    c = x.shape[-1]
+    return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)])
+
+
+@pytest.mark.parametrize("x", [empty(1, 16, 64, C), empty(1, 4, 16, 256), empty(1, 16, 8, C).transpose(1, 2)], ids=str)
+def test_a_transition_has_no_obstacle(compiled, x):
+    with every_program(1):
+        assert transition_obstacle(x) is None
+
+
+@pytest.mark.parametrize("sequences", [5, 128])
+def test_an_outer_product_of_few_sequences_has_no_obstacle(compiled, sequences):
+    with every_program(1):
+        assert outer_obstacle(sequences, 64, 12) is None
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transposed):
     x = empty(1, 16, 64, C)
@@ -87,6 +113,18 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: output_obstacle(empty(1, 16, 64, C), d_out=empty(1, 1, 1, C).expand(1, 16, 64, C)), "gradients of"),
         (lambda: output_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)), "gradients of"),
         (lambda: output_obstacle(empty(1, 16, 64, C), d_out=empty(1, 16, 64, C, dtype=torch.float32)), "float32"),
+        (lambda: transition_obstacle(empty(1, 16, 64, 64)), "64 channels with 512 hidden ones"),
+        (lambda: transition_obstacle(empty(1, 16, 64, C), 128), "128 channels with 128 hidden ones"),
+        (lambda: transition_obstacle(empty(1, 3, 21, C)), "rows do not come in tiles of 64"),
+        (lambda: transition_obstacle(empty(1, 16, 128, C)[:, :, :64]), "rows do not lie densely"),
+        (lambda: transition_obstacle(empty(1, 16, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
+        (lambda: outer_obstacle(129, 64, 64), "not up to 128 sequences"),
+        (lambda: outer_obstacle(8, 64, 64, b=empty(8, 64, 16)), "not up to 128 sequences of 32 channels"),
+        (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
+        (lambda: outer_obstacle(8, 96, 64), "pairs do not come in tiles of 64 x 4"),
+        (lambda: outer_obstacle(8, 64, 66), "pairs do not come in tiles"),
+        (lambda: outer_obstacle(8, 64, 64, b=empty(64, 8, 32).transpose(0, 1)), "do not lie densely"),
+        (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
     ],
 )
 def test_what_the_programs_cannot_take_is_named(compiled, obstacle, reason):
@@ -216,6 +254,10 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.projections(pair, 128, [128] * 4 + [4])
     cases.triangle_project(pair, 128)
     cases.triangle_output(pair, 128)
+    with tuning.override("outer_product_hopper", {"HOPPER": 1}), tuning.override("transition_hopper", {"HOPPER": 1}):
+        cases.outer_product_update(128, 256)
+        cases.transitions(pair, 128, 4)
+        cases.transitions((1, 128, 256), 256, 4)
 for launch in launches:
     if launch.kernel.fn.__name__.startswith("hopper_"):
         compiled = compile_launch(launch, 90)
@@ -234,6 +276,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_projections", "hopper_operands", "hopper_output", "hopper_output"]
+    programs += ["hopper_outer_product", "hopper_transition", "hopper_transition"]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]
 
 
@@ -241,6 +284,24 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
 def scripts(repository, monkeypatch):
     """The folder of the scripts can be imported from."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+
+
+def outer_product_of(draw, sequences, i, j):
+    """An outer product whose pairs have several counts of common rows."""
+    import operation_cases as cases
+
+    z, a, b = draw(1, i, j, C), draw(1, sequences, i, 32), draw(1, sequences, j, 32)
+    counts = 1.0 + 9 * draw.dropout(1, i, j)
+    weight, bias = draw.weight(C, 1024), draw(C)
+    return cases.Inputs(draw.leaves, lambda ops: ops.outer_product_update(z, a, b, counts, weight, bias))
+
+
+def transition_of(draw, shape, c, transposed):
+    import operation_cases as cases
+
+    x, norm = draw(*shape, c, transposed=transposed), draw.norm(c)
+    linears = [draw.weight(4 * c, c), draw(4 * c), draw.weight(c, 4 * c), draw(c)]
+    return cases.Inputs(draw.leaves, lambda ops: ops.transition(x, *norm, *linears))
 
 
 def case_of(name, shape):
@@ -254,6 +315,10 @@ def case_of(name, shape):
 
     def build(dtype):
         draw = cases.Draw(True, dtype)
+        if operation == "outer":
+            return outer_product_of(draw, int(form), 64 * min(i, 5), j)
+        if operation == "transition":
+            return transition_of(draw, shape, int(form.removesuffix("t")), form.endswith("t"))
         z, norms = draw(*shape, C, transposed=form == "ending"), [*draw.norm(C), *draw.norm(C)]
         linears = [tensor for _ in range(4) for tensor in (draw.weight(C, C), draw(C))]
         if operation == "projections":
@@ -286,7 +351,8 @@ def errors(found, exact):
 
 OPERATIONS = [
     *("projections starting", "projections ending", "operands pairs", "operands column"),
-    *("output column", "output row", "output none"),
+    *("output column", "output row", "output none", "outer 128", "outer 37"),
+    *("transition 128", "transition 128t", "transition 256"),
 ]
 
 
@@ -301,8 +367,9 @@ def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch
     from scalefold.kernels.table import REFERENCE
     from scalefold.kernels.triton_ops import TRITON
 
-    asked, preferred = [], rows.preferred
-    monkeypatch.setattr(rows, "preferred", lambda what, found: (asked.append(found), preferred(what, found))[1])
+    asked = []
+    for module in (linear, outer_product, transition, triangle):
+        monkeypatch.setattr(module, "chosen", lambda _, found: (asked.append(found), found is None)[1])
     build = case_of(name, shape)
     exact = results(build, REFERENCE, torch.float32)
     with every_program(0):

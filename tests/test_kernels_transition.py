@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from kernel_accuracy import DTYPES, LIBRARY_TILES, Draw, assert_as_accurate_as_pytorch, transition_backward
-from scalefold.kernels import reference
+from scalefold.kernels import reference, tuning
 from scalefold.kernels.ops import transition
 
+SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
+RECOMPUTED_TILES = {"RECOMPUTED": 1, **SMALL_TILES}
 FULL_TILES = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
 
 
@@ -31,6 +33,23 @@ def test_transition_is_as_accurate_as_pytorch(shape, factor, dtype, transposed):
 def test_products_of_the_library_are_as_accurate_as_pytorch(shape, factor, dtype, transposed):
     with transition_backward(LIBRARY_TILES):
         check(shape, factor, dtype, transposed)
+
+
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+@pytest.mark.parametrize(("shape", "factor"), [((1, 3, 19, 32), 4), ((2, 5, 7, 16), 2), ((1, 1, 1, 64), 4)], ids=str)
+def test_gradients_of_a_hidden_layer_that_is_not_stored_are_as_accurate_as_pytorch(shape, factor, dtype, transposed):
+    with transition_backward(RECOMPUTED_TILES), tuning.override("transition_weights", SMALL_TILES):
+        check(shape, factor, dtype, transposed)
+
+
+def test_gradients_that_the_copy_engine_cannot_fetch_take_the_form_that_stores(monkeypatch):
+    monkeypatch.setattr(transition, "_recomputed", None)
+    draw = Draw(6)
+    x, parameters = draw(1, 3, 4, 16), [*draw.norm(16), draw.weight(64, 16), draw(64), draw.weight(16, 64), draw(16)]
+    y = transition.transition(x.requires_grad_(), *parameters)
+    with transition_backward(RECOMPUTED_TILES):
+        (found,) = torch.autograd.grad(y, x, draw(1, 1, 1, 16).expand(1, 3, 4, 16))
+    assert found.isfinite().all()
 
 
 def test_launch_parameters_choose_the_form_and_both_keep_the_memory_order(monkeypatch):
@@ -74,7 +93,11 @@ def test_a_zero_last_layer_leaves_the_input_as_it_is():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [None, FULL_TILES, {"LIBRARY": 1, **FULL_TILES}], ids=["table", "fused", "library"])
+@pytest.mark.parametrize(
+    "config",
+    [None, FULL_TILES, {"LIBRARY": 1, **FULL_TILES}, {"RECOMPUTED": 1, **FULL_TILES}],
+    ids=["table", "fused", "library", "recomputed"],
+)
 @pytest.mark.parametrize(
     ("shape", "factor"),
     [((1, 128, 256, 256), 4), ((1, 256, 256, 128), 4), ((1, 1024, 256, 64), 4), ((4, 256, 256, 64), 2)],

@@ -127,12 +127,17 @@ def read(tile):
 @gluon.jit
 def normed(x, norm):
     """Layer norm of a tile x: [ROWS, C], in bf16 as the left operand of products with COLUMNS columns."""
+    return gl.convert_layout(normalised(x, norm), operand_layout(COLUMNS))
+
+
+@gluon.jit
+def normalised(x, norm):
+    """The same where it is computed."""
     C: gl.constexpr = x.shape[1]
     centred = x - (gl.sum(x, 1) * (1.0 / C))[:, None]
     rstd = gl.rsqrt(gl.sum(centred * centred, 1) * (1.0 / C) + EPS)
     hat = centred * rstd[:, None]
-    value = (hat * per_column(norm.weight, 0, C) + per_column(norm.bias, 0, C)).to(gl.bfloat16)
-    return gl.convert_layout(value, operand_layout(COLUMNS))
+    return (hat * per_column(norm.weight, 0, C) + per_column(norm.bias, 0, C)).to(gl.bfloat16)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""Row-wise programs for compute capability 9.0 in Gluon, beside those of ``ops.linear`` and ``ops.triangle`` in Triton.
+"""Row-wise programs for compute capability 9.0 in Gluon, beside those of ``ops`` in Triton.
 
 Each launch has an obstacle: the Gluon program takes bf16 rows of 128 channels that lie densely and fill whole tiles,
 and runs only where it is known to win, which the tuned tables say (HOPPER = 1). Everything else stays with Triton.
@@ -25,7 +25,8 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from scalefold.kernels.hopper.projections import hopper_projections
+    from scalefold.kernels.hopper.outer_product import hopper_outer_product
+    from scalefold.kernels.hopper.projections import HIDDEN, hopper_projections, hopper_transition
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_output
 
     MISSING = None
@@ -36,7 +37,18 @@ CHANNELS = 128
 SQUARE = (CHANNELS, CHANNELS)
 BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 
-for _name in ("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"):
+OUTER_CHANNELS = 32  # of a and b
+MOST_SEQUENCES = 128  # of an outer product: one product's depth
+OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
+HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES of a transition's program by channels
+for _name in (
+    "norm_linear_hopper",
+    "outer_product_hopper",
+    "transition_hopper",
+    "triangle_hopper_gates",
+    "triangle_hopper_operands",
+    "triangle_hopper_output",
+):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -118,12 +130,68 @@ def output(
     )  # fmt: skip
 
 
+def transition_obstacle(x: Tensor, weights: Sequence[Tensor]) -> str | None:
+    """Why ``transition`` cannot or should not take these arguments, or None."""
+    c, hidden = x.shape[-1], weights[0].shape[0]
+    if reason := choice.obstacle(MISSING, (x, *weights)):
+        return reason
+    if c not in HIDDEN_TILES or hidden % HIDDEN.value or hidden < HIDDEN.value * HIDDEN_TILES[c][2]:
+        return f"{c} channels with {hidden} hidden ones"
+    return _rows_obstacle(x) or _preference("transition_hopper", x, n=hidden)
+
+
+def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
+    """``reference.transition``; out: [*, c] lies as x does."""
+    order, (hidden, c) = memory_order(x), linear_1.weight.shape
+    kept, x_stages, stages = HIDDEN_TILES[c]
+    tiles = x.shape[:-1].numel() // PART
+    hopper_transition[_programs(x)](
+        _matrix(_by_rows(x, order), PART, c), _weight_block(linear_1.weight, HIDDEN.value, c),
+        _weight_block(linear_2.weight, c, HIDDEN.value), _matrix(_by_rows(out, order), PART, c), norm,
+        (linear_1.bias, linear_2.bias), hidden // HIDDEN.value, tiles, KEPT=kept, X_STAGES=x_stages, STAGES=stages,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def outer_product_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> str | None:
+    """Why ``outer_product`` cannot or should not take these arguments, or None."""
+    if reason := choice.obstacle(MISSING, (z, a, b, weight)):
+        return reason
+    if z.shape[2] != CHANNELS or a.shape[2] != OUTER_CHANNELS or a.shape[0] > MOST_SEQUENCES:
+        return f"not up to {MOST_SEQUENCES} sequences of {OUTER_CHANNELS} channels for pairs of {CHANNELS}"
+    if not z.numel() or z.shape[0] % PART or z.shape[1] % OUTER_COLUMNS:
+        return f"pairs do not come in tiles of {PART} x {OUTER_COLUMNS}"
+    if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (z, b)):
+        return "pairs or sequences do not lie densely"
+    fields = tuning.row_fields(z.shape[:-1].numel(), z.dtype, c=CHANNELS, sequences=a.shape[0])
+    return choice.preference(tuning.lookup("outer_product_hopper", **fields))
+
+
+def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine, out: Tensor) -> None:
+    """``reference.outer_product_update`` of one sample; z, out: [I, J, c], a: [S, I, 32], b: [S, J, 32], norm: [I, J].
+
+    a is copied, channels first: one channel at a time, its i lie side by side.
+    """
+    (i, j, c), by_channel = z.shape, a.permute(2, 0, 1).contiguous().flatten(0, 1)
+    tiles_i, tiles = i // PART, i // PART * (j // OUTER_COLUMNS)
+    hopper_outer_product[(min(_multiprocessors(z.device), tiles),)](
+        _matrix(z.flatten(1), PART, c), _matrix(by_channel, MOST_SEQUENCES, PART),
+        _matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), _weight_block(linear.weight, c, OUTER_CHANNELS),
+        _matrix(out.flatten(1), PART, c), norm, linear.bias, a.shape[0], j, tiles_i, tiles, num_warps=4,
+    )  # fmt: skip
+
+
 def _program_obstacle(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
     """Why no program takes rows of x: [*, c] and square weights, or None; others: further tensors of that type."""
     if reason := choice.obstacle(MISSING, (x, *weights, *others)):
         return reason
     if any(tuple(weight.shape) != SQUARE for weight in weights):
         return f"weights are not {CHANNELS} x {CHANNELS}"
+    return _rows_obstacle(x)
+
+
+def _rows_obstacle(x: Tensor) -> str | None:
+    """Why the copy engine takes no tiles of rows of x: [*, c], or None."""
     if not x.numel() or x.shape[:-1].numel() % PART:
         return f"rows do not come in tiles of {PART}"
     return None if _is_aligned(_by_rows(x, memory_order(x))) else "rows do not lie densely"
@@ -173,7 +241,11 @@ def _rows(x: Tensor, order: Sequence[int]) -> Any:
 
 def _weight(weight: Tensor, lines: int = CHANNELS) -> Any:
     """Blocks of a dense weight, copied first if it begins at no multiple of 16 bytes; see ``rows.weight_blocks``."""
-    return _matrix(weight if weight.data_ptr() % 16 == 0 else weight.clone(), lines, CHANNELS)
+    return _weight_block(weight, lines, CHANNELS)
+
+
+def _weight_block(weight: Tensor, lines: int, columns: int) -> Any:
+    return _matrix(weight if weight.data_ptr() % 16 == 0 else weight.clone(), lines, columns)
 
 
 def _matrix(x: Tensor | None, lines: int, columns: int) -> Any:

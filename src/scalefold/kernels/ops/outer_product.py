@@ -2,7 +2,8 @@
 
 The outer product is one library product, stored as [I, c, J, d]: rows (i, c) of a times rows (j, d) of b, summed over
 sequences. The kernels read that layout in contiguous pieces while they contract (c, d) with the output weight, so
-nothing is permuted. It is kept for the backward only where computing it again costs more than its bytes.
+nothing is permuted. It is kept for the backward only where computing it again costs more than its bytes. On compute
+capability 9.0 a program of ``kernels.hopper`` does the forward with few sequences, without storing it.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -14,8 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.ops.linear import masked_projections
-from scalefold.kernels.rows import dot, layout_obstacle, sum_all, width_obstacle
+from scalefold.kernels.rows import Affine, dot, layout_obstacle, sum_all, width_obstacle
 from scalefold.kernels.weight_gradient import NUM_PROGRAMS, row_ranges
 
 KEEP_FROM_SEQUENCES = 512  # 2 S N^2 c^2 FLOP against 4 N^2 c^2 bytes: storing wins well above S ~ 200
@@ -123,13 +126,14 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, a, b, norm, weight, bias):
-        (i, j, c), k, co = z.shape, weight.shape[1], a.shape[-1]
-        outer, out = _outer(a, b), torch.empty_like(z)
-        ctx.save_for_backward(a, b, norm, weight, outer if a.shape[0] >= KEEP_FROM_SEQUENCES else None)
-        ctx.bias_dtype = bias.dtype
-        config = tuning.chosen_tiles("outer_product_forward", z, k, k)
-        grid = (triton.cdiv(j, config["BLOCK_M"]), i)
-        _forward_kernel[grid](z, outer, norm, weight, bias, out, j, K=k, CO=co, C=c, **config)
+        out, kept, ctx.bias_dtype = torch.empty_like(z), None, bias.dtype
+        if chosen("outer product", hopper.outer_product_obstacle(z, a, b, weight)):
+            hopper.outer_product(z, a, b, norm, Affine(weight, bias), out)
+        else:
+            outer = _outer(a, b)
+            _contract(z, outer, norm, weight, bias, out)
+            kept = outer if a.shape[0] >= KEEP_FROM_SEQUENCES else None
+        ctx.save_for_backward(a, b, norm, weight, kept)
         return out
 
     @staticmethod
@@ -148,6 +152,14 @@ class _Update(torch.autograd.Function):
         d_a = (b.flatten(1) @ d_outer.t()).view_as(a)
         d_b = (a.flatten(1) @ d_outer).view_as(b)
         return d, d_a, d_b, None, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
+
+
+def _contract(z: Tensor, outer: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """The forward from the outer product on."""
+    (i, j, c), k = z.shape, weight.shape[1]
+    config = tuning.chosen_tiles("outer_product_forward", z, k, k)
+    grid = (triton.cdiv(j, config["BLOCK_M"]), i)
+    _forward_kernel[grid](z, outer, norm, weight, bias, out, j, K=k, CO=outer.shape[0] // i, C=c, **config)
 
 
 def _scaled(d: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

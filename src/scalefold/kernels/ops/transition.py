@@ -1,11 +1,14 @@
 """Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
 
-One kernel forward, in which the hidden layer never leaves the chip. Saved: x. The backward has two forms; the launch
+One kernel forward, in which the hidden layer never leaves the chip (on compute capability 9.0 one of
+``kernels.hopper`` may take its place). Saved: x. The backward has two forms; the launch
 parameter ``LIBRARY`` says which one to take:
 
 - fused (0 or absent): one kernel computes the hidden layer again, block by block, together with its gradient, those of
   the biases and that of x, residual included; it stores the hidden layer, its gradient and the norm for the weight
-  gradients, which are products of the library.
+  gradients, which are products of the library. RECOMPUTED (1): it stores neither the hidden layer nor its gradient; the
+  kernel of the weight gradients computes both once more, transposed, as left operands of its products. Twice the
+  hidden layer's bytes are neither written nor read.
 - by the library (1): norm and hidden layer are launches of their own; the kernel is left with the gradients of the
   hidden layer and of the biases, and the product for the norm's gradient and the norm's backward, residual included,
   follow it. More memory moves, but where a kernel that holds norm, products and the norm's backward at once has too few
@@ -22,8 +25,12 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.choice import chosen
+from scalefold.kernels.instructions import to_fp32
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
+    Affine,
     Norm,
     View,
     dot,
@@ -41,9 +48,10 @@ from scalefold.kernels.rows import (
     weight_blocks,
     width_obstacle,
 )
-from scalefold.kernels.weight_gradient import Product, weight_partials
+from scalefold.kernels.weight_gradient import NUM_PROGRAMS, Product, row_ranges, weight_partials
 
 tuning.register_tiles("transition_forward", {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)})
+tuning.register_tiles("transition_weights", {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)})
 tuning.register_tiles("transition_backward", {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)})
 
 
@@ -70,19 +78,19 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     x, norm, weight_1, bias_1, weight_2, d_out, hidden_rows, d_hidden_out, normed_out, dx, partials, extent,
-    FUSED: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    FUSED: tl.constexpr, STORED: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: gradients of the hidden layer and sums for the biases, block by block.
 
     FUSED: the hidden layer and the norm are computed and stored too, and dx with the sums for the norm follows. Else
     the hidden layer is read, and neither x nor anything of its norm is looked at. ``d_hidden_out`` lies as the hidden
-    layer does, so that one set of strides takes registers.
+    layer does, so that one set of strides takes registers. Without STORED neither is stored, nor sums for bias 1.
     """
-    d_hidden_view = View(d_hidden_out, hidden_rows.strides)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     d = load_tile(d_out, rows, c, extent)
-    own = partials + tl.program_id(0).to(tl.int64) * (3 * C + HIDDEN)
+    own = partials + tl.program_id(0).to(tl.int64) * (3 * C + HIDDEN * STORED)
     if FUSED:
         normed = load_normed(x, norm, rows, extent, C)
         acc = tl.zeros([BLOCK_M, C], tl.float32)
@@ -92,14 +100,16 @@ def _backward_kernel(
             block_1 = weight_1.load([first, 0])
             hidden = dot(normed, tl.trans(block_1), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
             hidden = tl.maximum(hidden + tl.load(bias_1 + n).to(tl.float32)[None, :], 0.0)
-            store_tile(hidden_rows, hidden, rows, n, extent)
+            if STORED:
+                store_tile(hidden_rows, hidden, rows, n, extent)
         else:
             hidden = load_tile(hidden_rows, rows, n, extent)
         block_2 = weight_2.load([0, first])
         d_hidden = dot(d, block_2, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
         d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(d.dtype)
-        store_tile(d_hidden_view, d_hidden, rows, n, extent)
-        store_column_sums(own + 3 * C, d_hidden, n, None)
+        if STORED:
+            store_tile(View(d_hidden_out, hidden_rows.strides), d_hidden, rows, n, extent)
+            store_column_sums(own + 3 * C, d_hidden, n, None)
         if FUSED:
             acc = dot(d_hidden, block_1, acc)
     d = load_tile(d_out, rows, c, extent)
@@ -107,6 +117,38 @@ def _backward_kernel(
     if FUSED:
         gradient = d.to(tl.float32) + norm_input_gradient(acc, x, norm, None, normed_out, own, rows, extent, C)
         store_tile(dx, gradient, rows, c, extent)
+
+
+@triton.jit
+def _weights_kernel(
+    normed, d_out, weight_1, bias_1, weight_2, partials, num_rows, rows_per_split,
+    HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (block of the hidden layer, range of rows) -> partials[range]: gradients of weight 1, weight 2, bias 1.
+
+    The hidden layer and its gradient come as [BLOCK_N, rows], the left operands of the products. Everything is read by
+    descriptors, as zeros past the rows.
+    """
+    first = tl.program_id(0) * BLOCK_N
+    n, c = first + tl.arange(0, BLOCK_N), tl.arange(0, C)
+    start = tl.program_id(1) * rows_per_split
+    partials += tl.program_id(1).to(tl.int64) * (2 * HIDDEN * C + HIDDEN)
+    block_1, block_2 = weight_1.load([first, 0]), tl.trans(weight_2.load([0, first]))
+    bias = tl.load(bias_1 + n).to(tl.float32)
+    acc_1, acc_2 = tl.zeros([BLOCK_N, C], tl.float32), tl.zeros([BLOCK_N, C], tl.float32)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for row in range(start, tl.minimum(start + rows_per_split, num_rows), BLOCK_M):
+        x, d = normed.load([row, 0]), d_out.load([row, 0])
+        hidden = dot(block_1, tl.trans(x), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        hidden = tl.maximum(hidden + bias[:, None], 0.0)
+        d_hidden = dot(block_2, tl.trans(d), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(d.dtype)
+        sums += tl.sum(to_fp32(d_hidden), 1)
+        acc_1 = dot(d_hidden, x, acc_1)
+        acc_2 = dot(hidden.to(d.dtype), d, acc_2)
+    tl.store(partials + n[:, None] * C + c[None, :], acc_1)
+    tl.store(partials + HIDDEN * C + n[:, None] + c[None, :] * HIDDEN, acc_2)
+    tl.store(partials + 2 * HIDDEN * C + n, sums)
 
 
 def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[TensorDescriptor, TensorDescriptor]:
@@ -123,11 +165,15 @@ class _Transition(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
         out = torch.empty_like(x)
         hidden, c = weight_1.shape
+        norm = Norm(norm_weight, norm_bias)
+        if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))):
+            hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out)
+            return out
         config = tuning.chosen_tiles("transition_forward", x, hidden, hidden)
         blocks = _blocks(weight_1, weight_2, config)
         launch(
-            _forward_kernel, config, {"x": x, "out": out}, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
-            bias_1=bias_1, weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
+            _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=bias_1,
+            weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
         )  # fmt: skip
         return out
 
@@ -137,9 +183,12 @@ class _Transition(torch.autograd.Function):
         x, norm_weight, norm_bias, weight_1, bias_1, weight_2 = ctx.saved_tensors
         width, c = weight_1.shape
         config = tuning.chosen_tiles("transition_backward", x, width, width)
-        by_library = bool(config.pop("LIBRARY", 0))
+        by_library, recomputed = bool(config.pop("LIBRARY", 0)), bool(config.pop("RECOMPUTED", 0))
         order, places = memory_order(x), tuple(range(x.dim() - 1))
         x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
+        if recomputed and d_out.is_contiguous() and d_out.data_ptr() % 16 == 0:
+            dx, gradients = _recomputed(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2, config)
+            return dx.movedim(places, order), *gradients
         if by_library:
             normed = normed_rows(x, norm_weight, norm_bias)
             hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
@@ -152,7 +201,8 @@ class _Transition(torch.autograd.Function):
         tensors = {"x": x, "d_out": d_out, "hidden_rows": hidden, "normed_out": normed, "dx": dx}
         partials = launch_with_sums(
             _backward_kernel, config, tensors, 3 * c + width, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
-            bias_1=bias_1, weight_2=blocks[1], d_hidden_out=d_hidden, FUSED=not by_library, HIDDEN=width, C=c,
+            bias_1=bias_1, weight_2=blocks[1], d_hidden_out=d_hidden, FUSED=not by_library, STORED=True,
+            HIDDEN=width, C=c,
         )  # fmt: skip
         norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
         if by_library:
@@ -163,6 +213,43 @@ class _Transition(torch.autograd.Function):
         d_bias_2, d_bias_1 = bias.split([c, width])
         weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
         return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
+
+
+def _recomputed(
+    x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, config: tuning.Config
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The backward that stores nothing of the hidden layer: gradient of x: [*, c], and those of all parameters.
+
+    d_out: [*, c], contiguous.
+    """
+    (width, c), dtype = weight_1.shape, norm.weight.dtype
+    dx, normed, blocks = torch.empty_like(x), x.new_empty(x.shape), _blocks(weight_1, weight_2, config)
+    tensors = {"x": x, "d_out": d_out, "hidden_rows": normed, "normed_out": normed, "dx": dx}
+    sums = launch_with_sums(
+        _backward_kernel, config, tensors, 3 * c, norm=norm, weight_1=blocks[0], bias_1=bias_1, weight_2=blocks[1],
+        d_hidden_out=normed, FUSED=True, STORED=False, HIDDEN=width, C=c,
+    )  # fmt: skip
+    partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), weight_1, bias_1, weight_2)
+    norm_sums, bias_2 = sums.split([2 * c, c], 1)
+    d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([norm_sums, bias_2, *partials], dtype)
+    weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
+    return dx, (*d_norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2)
+
+
+def _weight_partials(
+    normed: Tensor, d_out: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor
+) -> tuple[Tensor, ...]:
+    """Partial gradients [ranges, *] of weight 1, weight 2 and bias 1 from rows [rows, c] of norm and gradient."""
+    (num_rows, c), width = normed.shape, weight_1.shape[0]
+    config = tuning.chosen_tiles("transition_weights", normed, width, width)
+    rows = [TensorDescriptor.from_tensor(matrix, [config["BLOCK_M"], c]) for matrix in (normed, d_out)]
+    blocks, num_blocks = _blocks(weight_1, weight_2, config), width // config["BLOCK_N"]
+    per_range, num_ranges = row_ranges(num_rows, config["BLOCK_M"], num_blocks, NUM_PROGRAMS)
+    partials = torch.empty(num_ranges, 2 * width * c + width, dtype=torch.float32, device=normed.device)
+    _weights_kernel[(num_blocks, num_ranges)](
+        *rows, blocks[0], bias_1, blocks[1], partials, num_rows, per_range, HIDDEN=width, C=c, **config
+    )
+    return partials.split([width * c, width * c, width], 1)
 
 
 def obstacle(

@@ -1,0 +1,147 @@
+"""Forms of row-wise operations that no table prefers yet, against the form that the tables name: errors, bits and time.
+
+    python benchmarks/measure/trials.py                               # all forms, shares of DAP 1 and 2, 2 minutes
+    python benchmarks/measure/trials.py --only outer_product --forms Gluon --dap 1 --csv trial.csv
+
+Each form is a choice of launch parameters. Its outputs and gradients are compared with fp32 and with the errors of the
+present form, repeated REPEATS times with memory poisoned in between, and timed in CUDA graphs, forward alone and with
+backward; what is shared with the present form should take as long. Exit status 1 if a result is worse than ALLOWED
+times the present one's error, if bits differ, if a form fails, or if one was not reached.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bits import repeat
+from common import append_rows, facts, graph_microseconds, print_table
+from hopper_cases import too_large
+from kernels import exact_results, outputs_of, results, seeds_of
+from operation_cases import Case, Inputs, training_cases
+from scalefold.kernels import tuning
+from scalefold.kernels.triton_ops import TRITON
+
+REPEATS, REPLAYS = 20, 30
+
+GLUON = {"HOPPER": 1}
+RECOMPUTED = {  # tiles of the backward, then of the weight gradients
+    "128,64,8,3 64,64,4,2": ((128, 64, 8, 3), (64, 64, 4, 2)),
+    "128,64,8,3 64,64,4,3": ((128, 64, 8, 3), (64, 64, 4, 3)),
+    "128,64,8,3 64,128,8,3": ((128, 64, 8, 3), (64, 128, 8, 3)),
+    "128,32,8,2 64,64,4,2": ((128, 32, 8, 2), (64, 64, 4, 2)),
+    "64,64,4,2 64,64,4,2": ((64, 64, 4, 2), (64, 64, 4, 2)),
+}
+
+
+def forms_of(case: Case) -> list[tuple[str, dict[str, tuning.Config]]]:
+    """What is tried of an operation: names, and launch parameters by kernel."""
+    if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
+        return [("Gluon", {"outer_product_hopper": GLUON})]
+    if case.operation != "transition" or "x64by" in case.shape:
+        return []
+    found: list[tuple[str, dict[str, tuning.Config]]] = [("Gluon", {"transition_hopper": GLUON})]
+    if case.shape.endswith("x128by4"):
+        for name, (backward, weights) in RECOMPUTED.items():
+            configs = {"transition_backward": {"RECOMPUTED": 1, **tuning.tile_config(backward)}}
+            found.append((f"recomputed {name}", configs | {"transition_weights": tuning.tile_config(weights)}))
+    return found
+
+
+def errors(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> dict[str, float]:
+    """Relative errors of outputs, then of gradients, by number."""
+    pairs = [(n, a, b) for n, (a, b) in enumerate(zip(found, exact, strict=True)) if a is not None and b is not None]
+    return {str(n): float((a.float() - b).norm() / b.norm()) for n, a, b in pairs}
+
+
+def times(inputs: Inputs) -> tuple[float, float]:
+    """Microseconds forward, and forward and backward."""
+
+    def call() -> Sequence[Tensor]:
+        return outputs_of(lambda: inputs.call(TRITON))
+
+    seeds = seeds_of(call())
+    with torch.no_grad():
+        forward = graph_microseconds(call, REPLAYS, 2)
+    both = graph_microseconds(lambda: torch.autograd.grad(call(), inputs.leaves, seeds, allow_unused=True), REPLAYS, 2)
+    return forward, both
+
+
+def measured(inputs: Inputs, exact: Sequence[Tensor | None]) -> tuple[dict[str, float], int, tuple[float, float]]:
+    """Errors, repeats whose bits differ, and times of the form in use."""
+
+    def call() -> list[Tensor]:
+        found = results(lambda: inputs.call(TRITON), inputs.leaves)
+        return [result for result in found if result is not None]
+
+    own = errors(results(lambda: inputs.call(TRITON), inputs.leaves), exact)
+    return own, len(repeat(call, REPEATS)), times(inputs)
+
+
+def rows_of(case: Case, chosen: Sequence[str]) -> Iterator[dict[str, object]]:
+    """A row for the present form of a case, then one per form."""
+    inputs, exact = case.build(), exact_results(case)
+    present = None
+    for name, configs in [("present", {}), *forms_of(case)]:
+        if present is not None and chosen and not any(part in name for part in chosen):
+            continue
+        try:
+            with ExitStack() as stack:
+                for kernel, config in configs.items():
+                    stack.enter_context(tuning.override(kernel, config))
+                own, differing, us = measured(inputs, exact)
+        except Exception as problem:  # what the compiler or a launch refuses; other forms go on
+            yield {"case": case.name, "form": name, "status": f"failed: {str(problem).strip()[:150]}"}
+            continue
+        present = present or (own, us)
+        worse = too_large(own, present[0])
+        yield {
+            "case": case.name,
+            "form": name,
+            "status": "wrong: " + " ".join(worse) if worse else "bits differ" if differing else "ok",
+            "forward_us": round(us[0], 1),
+            "gain": f"{100 * (1 - us[0] / present[1][0]):.0f} %",
+            "both_us": round(us[1], 1),
+            "gain_us": round(present[1][1] - us[1], 1),
+            "errors": " ".join(f"{n}:{own[n]:.1e}/{present[0][n]:.1e}" for n in own),
+        }
+
+
+def main() -> int:
+    """Print a row per form; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dap", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", nargs="+", default=[], help="cases whose name contains one of these")
+    parser.add_argument("--forms", nargs="+", default=[], help="forms whose name contains one of these")
+    parser.add_argument("--minutes", type=float, default=2.0, help="later cases are not started")
+    parser.add_argument("--csv", type=Path, help="also append rows here")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a GPU")
+    deadline, known, found, late = time.monotonic() + 60 * arguments.minutes, facts(), [], 0
+    cases = [case for dap in arguments.dap for case in training_cases(dap) if forms_of(case)]
+    cases = [case for case in cases if not arguments.only or any(part in case.name for part in arguments.only)]
+    empty = dict.fromkeys(("case", "form", "status", "forward_us", "gain", "both_us", "gain_us", "errors"), "")
+    with torch.cuda.stream(torch.cuda.Stream()):  # one for everything, captures included
+        for case in cases:
+            if time.monotonic() > deadline:
+                print(f"{case.name}: not reached")
+                late += 1
+                continue
+            for row in rows_of(case, arguments.forms):
+                found.append(empty | row)
+                print("  ".join(str(value) for value in row.values()), flush=True)
+                if arguments.csv:
+                    append_rows(arguments.csv, [known | found[-1]])
+            torch.cuda.empty_cache()
+    print_table([{name: value for name, value in row.items() if name != "errors"} for row in found])
+    return int(not found or late > 0 or any(row["status"] != "ok" for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
