@@ -1,15 +1,16 @@
 """What lies around the trunk: structure module, heads, losses, embedders, templates, as many small kernels or as few.
 
     python benchmarks/measure/small_kernels.py --minutes 6                 # every part, then whole steps at R = 1
-    python benchmarks/measure/small_kernels.py --parts losses --variants plain ours compiled --no-step
+    python benchmarks/measure/small_kernels.py --parts losses --variants plain ours --passes
     python benchmarks/measure/small_kernels.py --small                     # tiny sizes on the CPU, to try the script
 
-Variants: ``plain`` (the definitions in PyTorch), ``single`` (our operations, the structure module's iterations one after
-the other), ``ours`` (the operations as a run takes them), ``compiled`` (regions of ``step/fuse.py`` around the plain
+Variants: ``plain`` (the definitions in PyTorch), ``single`` (our operations, iterations of the structure module one by
+one), ``ours`` (the operations as a run takes them), ``compiled`` (regions of ``step/fuse.py`` around the plain
 definitions), ``fused`` (those regions around our operations, as ``execution.compile`` runs them), ``autotuned``
 (``compiled`` with Inductor's max-autotune). Each part runs forward and backward, dropout on. Before it is timed, its
-results are compared with the plain ones in fp32, the bits of REPEATS calls with each other, memory poisoned in between
-(``bits.py``); time and number of kernels are those of a CUDA graph's replay. Rows are appended as they are known.
+results are compared with the plain ones in fp32, and the bits of REPEATS calls with each other, memory poisoned in
+between (``bits.py``). Time and kernels are those of a CUDA graph's replay; ``small`` counts PyTorch's and Inductor's
+kernels, without products of the library. Rows are appended as they are known.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
 from bits import repeat
-from common import FOLDER, ROOT, append_rows, capture, device_events, facts, graph_microseconds, print_table, time_calls
+from common import FOLDER, ROOT, append_rows, capture, facts, graph_microseconds, print_table, time_calls
 from scalefold.config import Config, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.made.synthetic import synthetic_batch
@@ -202,22 +203,34 @@ PARTS = ("iterations", "read_out", "heads", "losses", "embedders", "templates")
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def results(part: Part) -> list[Tensor]:
-    """Outputs and gradients from one seed; zeros where a leaf gets none."""
-    torch.manual_seed(SEED)
+def seeds_of(part: Part) -> list[Tensor]:
+    """Gradients of a part's outputs, the same for all variants."""
     outputs = [output for output in part.call() if output.requires_grad]
     generator = torch.Generator(device=outputs[0].device).manual_seed(3)
-    seeds = [torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs]
+    return [torch.randn(o.shape, generator=generator, device=o.device).to(o.dtype) for o in outputs]
+
+
+def forward_backward(part: Part, seeds: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs and gradients; zeros where a leaf gets none."""
+    outputs = [output for output in part.call() if output.requires_grad]
     gradients = torch.autograd.grad(outputs, part.leaves, seeds, allow_unused=True)
     found = [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, part.leaves, strict=True)]
     return [*(output.detach() for output in outputs), *found]
 
 
+def results(part: Part, seeds: Sequence[Tensor]) -> list[Tensor]:
+    """The same, from one state of the generator."""
+    torch.manual_seed(SEED)
+    return forward_backward(part, seeds)
+
+
 def exact_results(config: Config, device: torch.device, names: Sequence[str]) -> dict[str, list[Tensor]]:
     """The plain definitions in fp32, on the CPU."""
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
-    parts = Parts(config, device, Variant(REFERENCE), torch.float32)
-    found = {name: [x.float().cpu() for x in results(fresh(parts, name))] for name in names}
+    parts, found = Parts(config, device, Variant(REFERENCE), torch.float32), {}
+    for name in names:
+        part = fresh(parts, name)
+        found[name] = [x.float().cpu() for x in results(part, seeds_of(part))]
     torch.backends.cuda.matmul.allow_tf32 = before
     return found
 
@@ -237,45 +250,46 @@ def largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
 
 
 def measure(part: Part, exact: Sequence[Tensor], repeats: int) -> dict[str, object]:
-    """Error, bits, then time and kernels of a replayed graph (on a CPU: of no graph)."""
-    error = largest_error(results(part), exact)
-    differing = len(repeat(lambda: results(part), repeats))
-    row: dict[str, object] = {"max_rel_error": f"{error:.2e}", "repeats": repeats, "differing": differing}
+    """Error, bits, then time and kernels of a replayed graph; on a CPU errors and bits alone."""
+    seeds = seeds_of(part)
+    error = largest_error(results(part, seeds), exact)
+    differing = len(repeat(lambda: results(part, seeds), repeats))
+    judged: dict[str, object] = {"max_rel_error": f"{error:.2e}", "repeats": repeats, "differing": differing}
     if not torch.cuda.is_available():
-        return {"us": "", "kernels": "", "generated": ""} | row
-    graph = capture(lambda: results(part), 2)
-    names = [event.name for event in device_events(graph.replay)]
+        return row_of(None, {}) | judged
+    graph = capture(lambda: forward_backward(part, seeds), 2)
+    times = kernel_times(graph.replay, None)
     del graph
-    microseconds = graph_microseconds(lambda: results(part), REPLAYS, 1)
-    generated = sum(any(word in name for word in INDUCTORS) for name in names)
-    return {"us": round(microseconds, 1), "kernels": len(names), "generated": generated} | row
+    return row_of(graph_microseconds(lambda: forward_backward(part, seeds), REPLAYS, 1), times) | judged
 
 
-def seeds_only(part: Part) -> tuple[float, int]:
-    """Microseconds and kernels of what ``results`` does besides the part: drawing the gradients of the outputs."""
-    outputs = [output.detach() for output in part.call() if output.requires_grad]
-
-    def draw() -> None:
-        generator = torch.Generator(device=outputs[0].device).manual_seed(3)
-        for output in outputs:
-            torch.randn(output.shape, generator=generator, device=output.device).to(output.dtype)
-
-    graph = capture(draw, 1)
-    return graph_microseconds(draw, REPLAYS, 1), len(device_events(graph.replay))
+def row_of(microseconds: float | None, times: dict[str, list[float]]) -> dict[str, object]:
+    """Columns of a replay: its time, its kernels, those of PyTorch and Inductor among them and their time."""
+    small = [t for kernel, own in times.items() if is_small(kernel) for t in own]
+    return {
+        "us": "" if microseconds is None else round(microseconds, 1),
+        "kernels": sum(map(len, times.values())),
+        "small": len(small),
+        "small_us": round(sum(small), 1),
+        "max_rel_error": "",
+        "repeats": "",
+        "differing": "",
+    }
 
 
 def measure_parts(
-    config: Config, device: torch.device, chosen: dict[str, Variant], names: Sequence[str], arguments: argparse.Namespace
+    config: Config, device: torch.device, chosen: dict[str, Variant], arguments: argparse.Namespace
 ) -> list[dict[str, object]]:
     """One row per part and variant; a variant that cannot be measured is named and left out."""
-    exact, rows, known = exact_results(config, device, names), [], facts()
+    exact, rows, known = exact_results(config, device, arguments.parts), [], facts()
     for variant_name, variant in chosen.items():
         if time.monotonic() > arguments.deadline:
             print(f"{variant_name}: no time left", flush=True)
             continue
         inductor_config.max_autotune = variant.autotuned
-        parts = Parts(config, device, variant, torch.bfloat16 if not arguments.small else torch.float32)
-        for name in names:
+        inductor_config.deterministic = not variant.autotuned
+        parts = Parts(config, device, variant, torch.float32 if arguments.small else torch.bfloat16)
+        for name in arguments.parts:
             start = time.monotonic()
             try:
                 found = measure(fresh(parts, name), exact[name], arguments.repeats)
@@ -286,37 +300,37 @@ def measure_parts(
             print(f"  {name} {variant_name} {found} ({time.monotonic() - start:.0f} s)", flush=True)
             append_rows(arguments.csv, [] if arguments.small else [row])
             rows.append(row)
-        inductor_config.max_autotune = False
+        inductor_config.max_autotune, inductor_config.deterministic = False, True
         del parts
         gc.collect()
     return rows
 
 
 def measure_steps(chosen: dict[str, Variant], arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """The whole step with R = 1, for variants that a run can have: time, kernels, and which of them are small."""
+    """The whole step, for variants that a run can have: time, kernels, and which of them are small."""
     rows: list[dict[str, object]] = []
-    for name in chosen:
-        if name not in ("single", "ours", "fused") or time.monotonic() > arguments.deadline:
-            continue
-        config = load_config(ROOT / "configs" / "base.yaml", [f"execution.compile={name == 'fused'}".lower()]).config
-        batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
-        model, step = build(config)
-        use_operations(model.structure_module, chosen[name].ops) if name == "single" else None
-        step.warm_up(batch, 1, lambda text: None)
-        milliseconds = time_calls(lambda step=step, batch=batch: step(batch, 1, 1), 15).median_ms
-        found = kernel_times(lambda step=step, batch=batch: step(batch, 1, 1), None)
-        row: dict[str, object] = {**facts(), "part": "step R=1", "variant": name, "us": round(1e3 * milliseconds, 1)}
-        small = [t for kernel, times in found.items() if is_small(kernel) for t in times]
-        row |= {"kernels": sum(map(len, found.values())), "generated": "", "max_rel_error": ""}
-        row |= {"repeats": f"small: {len(small)}", "differing": f"{sum(small):.0f} us"}
-        append_rows(arguments.csv, [row])
-        print(f"  {row}", flush=True)
-        rows.append(row)
-        step.close()
-        del model, step, batch
-        gc.collect()
-        torch.cuda.empty_cache()
+    for name in ("single", "ours", "fused"):
+        for passes in arguments.passes:
+            if name in chosen and time.monotonic() < arguments.deadline:
+                rows.append(step_row(name, chosen[name], passes))
+                append_rows(arguments.csv, rows[-1:])
+                print(f"  {rows[-1]}", flush=True)
+                gc.collect()
+                torch.cuda.empty_cache()
     return rows
+
+
+def step_row(name: str, variant: Variant, passes: int) -> dict[str, object]:
+    """One row, for a step of its own."""
+    config = load_config(ROOT / "configs" / "base.yaml", [f"execution.compile={str(variant.compiled).lower()}"]).config
+    batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
+    model, step = build(config)
+    model.structure_module.ops = variant.ops
+    step.warm_up(batch, passes, lambda text: None)
+    milliseconds = time_calls(lambda: step(batch, passes, 1), 15).median_ms
+    times = kernel_times(lambda: step(batch, passes, 1), None)
+    step.close()
+    return {**facts(), "part": f"step R={passes}", "variant": name, **row_of(1e3 * milliseconds, times)}
 
 
 def is_small(kernel: str) -> bool:
@@ -331,7 +345,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--variants", nargs="+", help="default: all but autotuned")
-    parser.add_argument("--no-step", action="store_true", help="leave out whole steps")
+    parser.add_argument(
+        "--passes", type=int, nargs="*", default=[1], help="whole steps with so many passes; none: no step"
+    )
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--minutes", type=float, default=6.0, help="no variant begins later than this")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU; no CSV rows")
@@ -347,11 +363,12 @@ def main() -> int:
     if any(known[name].compiled for name in names) and not can_fuse(device):
         names = [name for name in names if not known[name].compiled]
     chosen = {name: known[name] for name in names}
-    rows = measure_parts(config, device, chosen, arguments.parts, arguments)
-    if not (arguments.small or arguments.no_step):
+    with torch.cuda.stream(None if arguments.small else torch.cuda.Stream()):  # one for all parts, captures included
+        rows = measure_parts(config, device, chosen, arguments)
+    if not arguments.small:
         rows += measure_steps(chosen, arguments)
     print_table(rows)
-    return int(not rows or any(row["differing"] not in (0, "") and isinstance(row["differing"], int) for row in rows))
+    return int(not rows or any(row["differing"] not in (0, "") for row in rows))
 
 
 if __name__ == "__main__":

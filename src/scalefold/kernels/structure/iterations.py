@@ -219,29 +219,29 @@ class Flow(NamedTuple):
 def _back_to_update(
     kept: Kept, flow: Flow, i: int, d_outputs: Sequence[Tensor], d_s: Tensor | None, dropout: Tensor | None, w: Weights
 ) -> Tensor:
-    """Gradient of the features of iteration i; d_s: that of its state from the next iteration."""
+    """Gradient of the features of iteration i; d_s: that of the state after it from the next one's projections."""
+    beside = None if d_s is None else flow.attended[i + 1]  # what passes by the next iteration's attention
     d_states, d_quaternions, d_translations = (d[i] for d in d_outputs)
     after_attention, after_transition = (None, None) if dropout is None else dropout[i].flatten(1, 2)
     d, hidden, before = flow.transition[:, i], kept.hidden[:, i], kept.before[i]
     grid, sizes, num_rows = _row_grid(d_states), _row_sizes(d_states), len(d_states)
     norms.norm_backward_kernel[grid](
-        before[1], d_states, d_s, after_transition, Norm(w.norm_2, w.norm_2_bias), Affine(w.update, w.update_bias),
-        kept.quaternions[i], kept.moves[i], d_quaternions, d_translations, flow.translation, flow.moves[i], d[2],
-        flow.sums[1, i], num_rows, **sizes,
+        before[1], d_states, d_s, beside, after_transition, Norm(w.norm_2, w.norm_2_bias),
+        Affine(w.update, w.update_bias), kept.quaternions[i], kept.moves[i], d_quaternions, d_translations,
+        flow.translation, flow.moves[i], d[2], flow.sums[1, i], num_rows, **sizes,
     )  # fmt: skip
     relu_backward = torch.ops.aten.threshold_backward.grad_input
     relu_backward(d[2] @ w.linear_3, hidden[2], 0, grad_input=d[1])
     relu_backward(d[1] @ w.linear_2, hidden[1], 0, grad_input=d[0])
-    d_normed = torch.addmm(d[2], d[0], w.linear_1)
     norms.norm_backward_kernel[grid](
-        before[0], d_normed, None, after_attention, Norm(w.norm_1, w.norm_1_bias), None, None, None, None, None, None,
-        None, flow.attended[i], flow.sums[0, i], num_rows, **sizes,
+        before[0], d[0] @ w.linear_1, d[2], None, after_attention, Norm(w.norm_1, w.norm_1_bias), None, None, None,
+        None, None, None, None, flow.attended[i], flow.sums[0, i], num_rows, **sizes,
     )  # fmt: skip
     return flow.attended[i] @ w.output
 
 
 def _back_to_state(kept: Kept, flow: Flow, i: int, d_features: Tensor, z: Tensor, w: Weights, sizes: Sizes) -> Tensor:
-    """Gradient of the state before iteration i, from that of its features."""
+    """Gradient of the state before iteration i through its projections, from that of its features."""
     qk, values, scores, d_bias = kept.qk[i], kept.values[i], kept.scores[i], flow.bias[i]
     d_attended, d_values, d_qk = torch.empty_like(values), torch.empty_like(values), torch.empty_like(qk)
     n, quaternion, grid = values.shape[1], kept.quaternions[i], _residue_grid(values)
@@ -264,7 +264,7 @@ def _back_to_state(kept: Kept, flow: Flow, i: int, d_features: Tensor, z: Tensor
     points.place_backward_kernel[grid](
         d_qk[0], d_qk[1], d_values, quaternion, flow.translation, flow.projected[i], n, **_point_sizes(sizes)
     )
-    return torch.addmm(flow.attended[i], flow.projected[i], w.projection)
+    return flow.projected[i] @ w.projection
 
 
 def _weight_gradients(kept: Kept, flow: Flow) -> list[Tensor]:
@@ -318,7 +318,8 @@ class _Iterations(torch.autograd.Function):
             d_features = _back_to_update(kept, flow, i, ds, d_s, dropout, w)
             d_s = _back_to_state(kept, flow, i, d_features, z, w, sizes)
         d_bias = flow.bias.sum(0).permute(0, 2, 3, 1)
-        d_s = d_s.view(z.shape[0], z.shape[1], -1)
+        assert d_s is not None
+        d_s = (d_s + flow.attended[0]).view(z.shape[0], z.shape[1], -1)
         return None, None, None, d_s, flow.z, d_bias, None, None, *_weight_gradients(kept, flow)
 
 

@@ -81,10 +81,10 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    before, d_out, through, dropout, norm, linear, quaternion, moves, d_quaternion, d_translation, d_carried, d_moves,
+    before, d_out, through, beside, dropout, norm, linear, quaternion, moves, d_quaternion, d_translation, d_carried, d_moves,
     d_before, partials, num_rows, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of s + update, for d_out plus what came ``through`` the next iteration (None: there is none).
+    """Gradient of s + update, for d_out plus what came ``through`` and ``beside`` the next layers (None: nothing did).
 
     With ``linear``: d_carried, the gradient of the next frames' translations, gets that of this iteration's added, and
     d_moves is stored. Quaternions carry no gradient from one iteration to the next. partials[tile]: sums for the norm.
@@ -96,6 +96,8 @@ def norm_backward_kernel(
     d = tl.load(d_out + at, mask=keep, other=0.0)
     if through is not None:
         d += tl.load(through + at, mask=keep, other=0.0)
+    if beside is not None:
+        d += tl.load(beside + at, mask=keep, other=0.0)
     if linear is not None:
         exists = rows < num_rows
         frame = load_quaternion(quaternion, rows, exists)
