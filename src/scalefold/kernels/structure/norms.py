@@ -84,7 +84,7 @@ def norm_backward_kernel(
     before, d_out, through, beside, dropout, norm, linear, quaternion, moves, d_quaternion, d_translation, d_carried, d_moves,
     d_before, partials, num_rows, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of s + update, for d_out plus what came ``through`` and ``beside`` the next layers (None: nothing did).
+    """Gradient of s + update, for d_out plus what came ``through`` and ``beside`` the next layers (or None).
 
     With ``linear``: d_carried, the gradient of the next frames' translations, gets that of this iteration's added, and
     d_moves is stored. Quaternions carry no gradient from one iteration to the next. partials[tile]: sums for the norm.
