@@ -81,8 +81,8 @@ def norm_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    before, d_out, through, beside, dropout, norm, linear, quaternion, moves, d_quaternion, d_translation, d_carried, d_moves,
-    d_before, partials, num_rows, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    before, d_out, through, beside, dropout, norm, linear, quaternion, moves, d_quaternion, d_translation, d_carried,
+    d_moves, d_before, partials, num_rows, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Gradient of s + update, for d_out plus what came ``through`` and ``beside`` the next layers (or None).
 
