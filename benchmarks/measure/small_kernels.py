@@ -6,11 +6,12 @@
 
 Variants: ``plain`` (the definitions in PyTorch), ``single`` (our operations, iterations of the structure module one by
 one), ``ours`` (the operations as a run takes them), ``compiled`` (regions of ``step/fuse.py`` around the plain
-definitions), ``fused`` (those regions around our operations, as ``execution.compile`` runs them), ``autotuned``
-(``compiled`` with Inductor's max-autotune). Each part runs forward and backward, dropout on. Before it is timed, its
-results are compared with the plain ones in fp32, and the bits of REPEATS calls with each other, memory poisoned in
-between (``bits.py``). Time and kernels are those of a CUDA graph's replay; ``small`` counts PyTorch's and Inductor's
-kernels, without products of the library. Rows are appended as they are known.
+definitions), ``fused`` (those regions around our operations, as ``execution.compile`` runs them), ``combined`` (the
+same, independent kernels in one launch), ``autotuned`` (``compiled`` with Inductor's max-autotune). Each part runs
+forward and backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the bits
+of REPEATS calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a CUDA graph's
+replay; ``small`` counts PyTorch's and Inductor's kernels, without products of the library. Rows are appended as they
+are known.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class Variant:
 
     ops: Operations
     compiled: bool = False
-    autotuned: bool = False
+    inductor: dict[str, object] = field(default_factory=dict)  # options of Inductor beside those of ``step/fuse.py``
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ def variants(small: bool) -> dict[str, Variant]:
     single = dataclasses.replace(ours, structure_iterations=REFERENCE.structure_iterations)
     found = {"plain": Variant(REFERENCE), "single": Variant(single), "ours": Variant(ours)}
     found |= {"fused": Variant(ours, True), "compiled": Variant(REFERENCE, True)}
-    return found if small else found | {"autotuned": Variant(REFERENCE, True, True)}
+    combos: dict[str, object] = {"combo_kernels": True, "combo_kernels_autotune": 0}
+    tuned: dict[str, object] = {"max_autotune": True, "deterministic": False}
+    return found | {"combined": Variant(ours, True, combos), "autotuned": Variant(REFERENCE, True, tuned)}
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -286,13 +289,13 @@ def measure_parts(
         if time.monotonic() > arguments.deadline:
             print(f"{variant_name}: no time left", flush=True)
             continue
-        inductor_config.max_autotune = variant.autotuned
-        inductor_config.deterministic = not variant.autotuned
+        torch._dynamo.reset()  # else another variant's code would serve this one's model
         parts = Parts(config, device, variant, torch.float32 if arguments.small else torch.bfloat16)
         for name in arguments.parts:
             start = time.monotonic()
             try:
-                found = measure(fresh(parts, name), exact[name], arguments.repeats)
+                with inductor_config.patch(variant.inductor):
+                    found = measure(fresh(parts, name), exact[name], arguments.repeats)
             except Exception as problem:
                 print(f"  {name}: {variant_name}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
                 continue
@@ -300,7 +303,6 @@ def measure_parts(
             print(f"  {name} {variant_name} {found} ({time.monotonic() - start:.0f} s)", flush=True)
             append_rows(arguments.csv, [] if arguments.small else [row])
             rows.append(row)
-        inductor_config.max_autotune, inductor_config.deterministic = False, True
         del parts
         gc.collect()
     return rows
@@ -309,7 +311,7 @@ def measure_parts(
 def measure_steps(chosen: dict[str, Variant], arguments: argparse.Namespace) -> list[dict[str, object]]:
     """The whole step, for variants that a run can have: time, kernels, and which of them are small."""
     rows: list[dict[str, object]] = []
-    for name in ("single", "ours", "fused"):
+    for name in ("single", "ours", "fused", "combined"):
         for passes in arguments.passes:
             if name in chosen and time.monotonic() < arguments.deadline:
                 rows.append(step_row(name, chosen[name], passes))
@@ -324,9 +326,11 @@ def step_row(name: str, variant: Variant, passes: int) -> dict[str, object]:
     """One row, for a step of its own."""
     config = load_config(ROOT / "configs" / "base.yaml", [f"execution.compile={str(variant.compiled).lower()}"]).config
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
+    torch._dynamo.reset()
     model, step = build(config)
     model.structure_module.ops = variant.ops
-    step.warm_up(batch, passes, lambda text: None)
+    with inductor_config.patch(variant.inductor):
+        step.warm_up(batch, passes, lambda text: None)
     milliseconds = time_calls(lambda: step(batch, passes, 1), 15).median_ms
     times = kernel_times(lambda: step(batch, passes, 1), None)
     step.close()
