@@ -11,10 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scalefold.kernels.table import Operations
+from scalefold.config import ModelConfig
+from scalefold.kernels.table import Operations, use_operations
+from scalefold.model.structure import StructureModule
 
 DEVICE = "cuda"
 MSA, EXTRA, N, TEMPLATES = 128, 1024, 256, 4  # rows and residues of a training crop
+ITERATED = ("ipa.", "layer_norm_ipa.", "transition.", "bb_update.")  # parameters of the structure module's iterations
 PAIR_BLOCKS = 52  # Evoformer and extra-MSA stack
 
 
@@ -248,6 +251,27 @@ def point_attention(n: int, calls: int, evaluate=False) -> Case:
     return Case("invariant_point_attention", f"{n}x12", calls, build)
 
 
+def structure_iterations(n: int, calls: int, evaluate=False) -> Case:
+    """All iterations of the structure module, which is fp32 for every variant; without dropout."""
+
+    def build(dtype: torch.dtype = torch.float32) -> Inputs:
+        draw, config = Draw(not evaluate, dtype), ModelConfig()
+        module = StructureModule(config).to(DEVICE)
+        own = [p for name, p in module.named_parameters() if name.startswith(ITERATED)]
+        for parameter in own:
+            parameter.data = draw(*parameter.shape, scale=0.5 * parameter.shape[-1] ** -0.5).detach()
+        s, z = draw(1, n, config.c_s), draw(1, n, n, config.c_z)
+        mask = torch.ones(1, n, device=DEVICE)
+
+        def call(ops: Operations) -> Sequence[Tensor]:
+            use_operations(module, ops)
+            return module.iterate(s, z, module.ipa.share(z), mask, None)
+
+        return Inputs([s, z, *own], call)
+
+    return Case("structure_iterations", f"{n}x384", calls, build)
+
+
 def point_errors(repeat: int, frames: int, points: int, calls: int) -> Case:
     """Frame-aligned point error of ``repeat`` predictions of one truth, in fp32 for every variant."""
 
@@ -315,6 +339,7 @@ def training_cases(dap: int) -> list[Case]:
         layer_norm(extra, 64, 1),
         layer_norm(template, 64, 1),
         layer_norm((1, 1, N), 384, 10),
+        structure_iterations(N, 1),
         point_attention(N, 8),
         point_errors(8, N, N, 1),
         point_errors(1, 8 * N, 14 * N, 1),
@@ -345,5 +370,6 @@ def evaluation_cases(length: int) -> list[Case]:
         transition(extra, 64, 4, 0, evaluate=True),
         outer_product_project(extra, 64, 0, evaluate=True),
         outer_product_update(EXTRA, length, length, 0, evaluate=True),
+        structure_iterations(length, 0, evaluate=True),
         point_attention(length, 0, evaluate=True),
     ]

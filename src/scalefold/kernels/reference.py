@@ -226,6 +226,30 @@ def invariant_point_attention(
     return o, o_points, o_pair
 
 
+def structure_iterations(
+    s: Tensor,
+    z: Tensor,
+    pair_bias: Tensor,
+    mask: Tensor,
+    dropout: Tensor | None,
+    weights: Sequence[Tensor],
+    sizes: tuple[int, ...],
+    inf: float,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """All iterations of the structure module (Supplement Algorithm 20, lines 5 to 10) in one operation; in fp32.
+
+    The definition is ``StructureModule.iteration``, one after the other: None, as here, sends the caller there.
+
+    s: [B, N, c_s], normed and projected; z: [B, N, N, c_z], normed; pair_bias: [B, N, N, H]; mask: [B, N]; dropout:
+    masks [I, 2, B, N, c_s] or None; weights: weight and bias, [out, in] and [out], of the projections of s (q, kv, q
+    points, kv points together), then the point weights [H], then again weight and bias of the output's projection,
+    first layer norm, three layers of the transition, second layer norm, backbone update; sizes: iterations I, heads,
+    channels, query and value points of a head -> states [I, B, N, c_s], quaternions [I, B, N, 4], translations
+    [I, B, N, 3] in internal units. Frames start as identities; quaternions carry no gradient between iterations.
+    """
+    return None
+
+
 def point_errors(
     rotation: Tensor,
     translation: Tensor,

@@ -32,6 +32,7 @@ class Operations:
     triangle_output: Callable[..., Any] = reference.triangle_output
     global_attention: Callable[..., Any] = reference.global_attention
     invariant_point_attention: Callable[..., Any] = reference.invariant_point_attention
+    structure_iterations: Callable[..., Any] = reference.structure_iterations
     point_errors: Callable[..., Any] = reference.point_errors
     dropout_mask: Callable[..., Any] = reference.dropout_mask
     adam_swa: Callable[..., Any] = reference.adam_swa

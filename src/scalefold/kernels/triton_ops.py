@@ -28,6 +28,7 @@ from scalefold.kernels.ops import (
     transition,
     triangle,
 )
+from scalefold.kernels.structure import iterations
 from scalefold.kernels.table import Operations
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products belong to the library, which offers tf32
@@ -105,6 +106,9 @@ TRITON = Operations(
         reference.invariant_point_attention,
         buffer_obstacle,
         point_attention.obstacle,
+    ),
+    structure_iterations=guarded(
+        iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
     ),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),
     dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),

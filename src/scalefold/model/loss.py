@@ -4,6 +4,7 @@ Every term gives one value per sample, [B]. The batch is the uncast one, of the 
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -193,28 +194,23 @@ def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 class FiniteGate:
-    """Keeps a term that is not finite out of the total and out of all gradients, without asking the host.
+    """Keeps a term that is not finite out of all gradients, without asking the host.
 
     A term that is NaN in the forward usually is NaN in the backward too, even with a zero gradient coming in, so the
-    gate stands at both ends: ``open`` wraps the inputs of a term, ``close`` its values. The graph stays connected:
+    gate stands where the term's inputs come in; who adds up the terms leaves out the value. The graph stays connected:
     every parameter receives a gradient, zero if need be.
     """
 
     def __init__(self) -> None:
-        self.finite = torch.tensor(True)
+        self.finite = torch.tensor(True)  # a scalar on the device, known when the term is
 
     def open(self, outputs: Tensors) -> dict[str, Tensor]:
         """The same tensors, through which gradients return only if the term turns out finite."""
         return {key: self._gated(value) if value.requires_grad else value for key, value in outputs.items()}
 
-    def close(self, values: Tensor) -> Tensor:
-        """values: [B] -> the same, or zeros if any is not finite."""
-        self.finite = torch.isfinite(values.detach()).all()
-        return torch.where(self.finite, values, torch.zeros_like(values))
-
     def _gated(self, value: Tensor) -> Tensor:
         gated = value.view_as(value)
-        gated.register_hook(lambda gradient: torch.where(self.finite, gradient, torch.zeros_like(gradient)))
+        gated.register_hook(lambda gradient: torch.where(self.finite, gradient, 0.0))
         return gated
 
 
@@ -257,18 +253,24 @@ def total_of_terms(outputs: Tensors, batch: Tensors, terms: Terms) -> tuple[Tens
         total (scalar with graph) and detached scalars on the device: the unweighted mean of every term,
         ``weighted_total_loss`` (without the square root), ``scaled_weighted_total_loss``, ``non_finite_terms``.
     """
-    logged: dict[str, Tensor] = {}
-    weighted, num_non_finite = [], []
-    for name, (weight, function) in terms.items():
-        gate = FiniteGate()
-        values = function(gate.open(outputs), batch)
-        logged[name] = values.detach().mean()
-        weighted.append(gate.close(values) * weight)
-        num_non_finite.append(1.0 - gate.finite.float())
-    per_sample = torch.stack(weighted).sum(0)
+    gates = [FiniteGate() for _ in terms]
+    values = torch.stack(
+        [function(gate.open(outputs), batch) for gate, (_, function) in zip(gates, terms.values(), strict=True)]
+    )
+    finite = torch.isfinite(values.detach()).all(1)
+    for gate, own in zip(gates, finite.unbind(), strict=True):
+        gate.finite = own
+    weights = _weights(tuple(weight for weight, _ in terms.values()), values.device)
+    per_sample = (torch.where(finite[:, None], values, 0.0) * weights[:, None]).sum(0)
     scale = torch.sqrt(batch["seq_length"].clamp(max=batch["aatype"].shape[1]).float())
     total = (scale * per_sample).mean()
+    logged = dict(zip(terms, values.detach().mean(1).unbind(), strict=True))
     logged["weighted_total_loss"] = per_sample.detach().mean()
     logged["scaled_weighted_total_loss"] = total.detach()
-    logged["non_finite_terms"] = torch.stack(num_non_finite).sum()
+    logged["non_finite_terms"] = (~finite).sum().float()
     return total, logged
+
+
+@cache
+def _weights(weights: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(weights, device=device)

@@ -49,6 +49,11 @@ class InvariantPointAttention(nn.Module):
         self.linear_b = Linear(c_z, heads)
         self.linear_out = Linear(heads * (width + 4 * self.num_v_points + c_z), c_s, init="final")
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Heads, and of each: channels, query points, value points."""
+        return self.num_heads, self.linear_q.out_features // self.num_heads, self.num_qk_points, self.num_v_points
+
     def forward(self, s: Tensor, z: Tensor, frames: Rigid, mask: Tensor) -> Tensor:
         """s: [B, N, c_s]; z: [B, N, N, c_z]; frames: [B, N] in internal units; mask: [B, N] -> update of s."""
         return self.attend(s, z, self.share(z), frames, mask)
@@ -238,19 +243,37 @@ class StructureModule(nn.Module):
     def forward(self, s: Tensor, z: Tensor, mask: Tensor, aatype: Tensor) -> StructureOutputs:
         """s: [B, N, c_s]; z: [B, N, N, c_z]; mask: [B, N], fp32; aatype: int64 [B, N]. Weights are shared."""
         s_initial, z, s, shared = self.enter(s, z)
+        states, quaternions, translations = self.iterate(s, z, shared, mask, self._dropout_masks(s))
+        return self.read_out(states, s_initial, quaternions, translations, aatype)
+
+    def iterate(
+        self, s: Tensor, z: Tensor, shared: IPAShared, mask: Tensor, dropout: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States [B, iterations, N, c_s], quaternions [.., 4] and translations [.., 3] after each iteration."""
+        sizes = (self.num_iterations, *self.ipa.sizes)
+        weights = (*shared[1:], *self.weights_of_iterations())
+        found = self.ops.structure_iterations(s, z, shared.pair_bias, mask, dropout, weights, sizes, MASK_INF)
+        if found is not None:  # in one operation
+            return tuple(x.transpose(0, 1) for x in found)
         quaternion, translation = self._identity_frames(s)
-        dropout = self._dropout_masks(s)
-        states, quaternions, translations = [], [], []
+        after: list[tuple[Tensor, Tensor, Tensor]] = []
         for index in range(self.num_iterations):
             s, quaternion, translation = self.iteration(
                 s, z, shared, quaternion, translation, mask, None if dropout is None else dropout[index]
             )
-            states.append(s)
-            quaternions.append(quaternion)
-            translations.append(translation)
+            after.append((s, quaternion, translation))
             # Gradients flow between iterations through translations and s only (Supplement 1.8.3).
             quaternion = quaternion.detach()
-        return self.read_out(states, s_initial, quaternions, translations, aatype)
+        return tuple(torch.stack(values, dim=1) for values in zip(*after, strict=True))
+
+    def weights_of_iterations(self) -> list[Tensor]:
+        """Weight and bias of every layer of an iteration after the attention itself, in the order of its lines."""
+        transition = self.transition
+        layers = (
+            *(self.ipa.linear_out, self.layer_norm_ipa, transition.linear_1, transition.linear_2, transition.linear_3),
+            *(transition.layer_norm, self.bb_update.linear),
+        )
+        return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
 
     def enter(self, s: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, IPAShared]:
         """Normalised s and z, the first state, and what all iterations share; fp32."""
@@ -276,17 +299,19 @@ class StructureModule(nn.Module):
 
     def read_out(
         self,
-        states: list[Tensor],
+        s: Tensor,
         s_initial: Tensor,
-        quaternions: list[Tensor],
-        translations: list[Tensor],
+        quaternion: Tensor,
+        translation: Tensor,
         aatype: Tensor,
     ) -> StructureOutputs:
-        """Angles, groups and atoms of all iterations at once: none of them feeds the next iteration."""
-        s, aatype = torch.stack(states, dim=1), aatype[:, None]
-        quaternion = torch.stack(quaternions, dim=1)
+        """Angles, groups and atoms of all iterations at once: none of them feeds the next iteration.
+
+        s: [B, iterations, N, c_s]; quaternion: [B, iterations, N, 4]; translation: [B, iterations, N, 3].
+        """
+        aatype = aatype[:, None]
         unnormalised, angles = self.angle_resnet(s, s_initial[:, None])
-        translation = torch.stack(translations, dim=1) * ANGSTROM_PER_UNIT
+        translation = translation * ANGSTROM_PER_UNIT
         groups = self.place_atoms.group_frames(Rigid(quaternion_to_rotation(quaternion), translation), angles, aatype)
         return StructureOutputs(
             sm_frames=torch.cat((quaternion, translation), dim=-1),
@@ -295,7 +320,7 @@ class StructureModule(nn.Module):
             sm_angles=angles,
             sm_positions=self.place_atoms.atom14(groups, aatype),
             sm_states=s,
-            sm_single=states[-1],
+            sm_single=s[:, -1],
         )
 
     def _identity_frames(self, s: Tensor) -> tuple[Tensor, Tensor]:

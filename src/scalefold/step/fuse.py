@@ -67,6 +67,7 @@ def can_fuse(device: torch.device) -> bool:
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         inductor_config.compile_threads = min(MAX_COMPILE_THREADS, os.cpu_count() or 1)
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MAX_VARIANTS)
+    inductor_config.deterministic = True  # tiles of reductions by rule, not by stopwatch: same bits in every process
     start = time.monotonic()
     try:
         x = torch.ones(8, device=device, requires_grad=True)

@@ -205,6 +205,11 @@ def _split(packed: Tensor, width: int) -> Split:
     return packed[..., :width], packed[..., width:].unflatten(-1, (-1, 3))
 
 
+def rows_grid(weights: Tensor) -> tuple[int, int, int]:
+    """Programs of the backward by rows, for weights [B, H, N, N]: blocks of residues in the middle."""
+    return _rows_launch("point_attention_rows", weights)[0]
+
+
 def _rows_launch(name: str, weights: Tensor) -> tuple[tuple[int, int, int], dict[str, int]]:
     """Grid and options of a kernel whose programs hold whole rows of weights [B, H, N, N]."""
     batch, heads, n, _ = weights.shape
@@ -225,11 +230,7 @@ class _PointAttention(torch.autograd.Function):
         values = q.new_empty(batch, n, heads, v.shape[-1] + v_points[0, 0, 0].numel())
         _pack([(q, q_points), (k, k_points), (v, v_points)], [_components(qk[0]), _components(qk[1]), values])
         weights = q.new_empty(batch, heads, n, n)
-        grid, options = _rows_launch("point_attention_forward", weights)
-        _forward_kernel[grid](
-            qk[0], qk[1], _view(bias), point_weights, _view(mask), weights, n, (3.0 * width) ** -0.5, inf,
-            D=width, C=qk.shape[3], **options,
-        )  # fmt: skip
+        attention_weights(qk, bias, point_weights, mask, weights, width, inf)
         out, pair = torch.empty_like(values), q.new_empty(batch, n, heads, z.shape[-1])
         for weights_n, values_n, z_n, out_n, pair_n in zip(weights, values, z, out, pair, strict=True):
             with full_fp32():
@@ -247,8 +248,12 @@ class _PointAttention(torch.autograd.Function):
         d_o, d_points, d_pair = d_outputs
         d_out = torch.empty_like(values)
         _pack([(d_o, d_points)], [d_out])
-        d_bias = _weights_gradient(values, z, d_out, d_pair)
-        d_qk, d_point_weights = _logits_gradient(qk, point_weights, weights, d_bias, width)
+        d_bias, d_qk = torch.empty_like(weights), torch.empty_like(qk)
+        weights_gradient(values, z, d_out, d_pair, d_bias)
+        grid = rows_grid(weights)
+        partials = qk.new_empty(grid[2] * grid[1], grid[0])
+        logits_gradient(qk, point_weights, weights, d_bias, d_qk, partials, width)
+        d_point_weights = sum_partials(partials, point_weights.dtype)
         d_values, d_z = torch.empty_like(values), torch.empty(z.shape, dtype=z.dtype, device=z.device)
         for weights_n, d_out_n, d_pair_n, d_values_n, d_z_n in zip(weights, d_out, d_pair, d_values, d_z, strict=True):
             with full_fp32():
@@ -261,30 +266,37 @@ class _PointAttention(torch.autograd.Function):
         return d_q, d_k, d_v, d_q_points, d_k_points, d_v_points, d_bias, d_z, d_point_weights, None, None
 
 
-def _weights_gradient(values: Tensor, z: Tensor, d_out: Tensor, d_pair: Tensor) -> Tensor:
-    """[B, H, N, N] from the gradients of the packed outputs [B, N, H, C] and of o_pair [B, N, H, c_z]."""
-    batch, n, heads, _ = values.shape
-    d_weights = values.new_empty(batch, heads, n, n)
+def attention_weights(
+    qk: Tensor, bias: Tensor, point_weights: Tensor, mask: Tensor, weights: Tensor, width: int, inf: float
+) -> None:
+    """Fill ``weights`` [B, H, N, N] from packed q and k [2, B, H, C, N], of which ``width`` are channels."""
+    grid, options = _rows_launch("point_attention_forward", weights)
+    _forward_kernel[grid](
+        qk[0], qk[1], _view(bias), point_weights, _view(mask), weights, weights.shape[-1], (3.0 * width) ** -0.5, inf,
+        D=width, C=qk.shape[3], **options,
+    )  # fmt: skip
+
+
+def weights_gradient(values: Tensor, z: Tensor, d_out: Tensor, d_pair: Tensor, d_weights: Tensor) -> None:
+    """Fill d_weights [B, H, N, N] from the gradients of packed outputs [B, N, H, C] and of o_pair [B, N, H, c_z]."""
     for values_n, z_n, d_out_n, d_pair_n, d_weights_n in zip(values, z, d_out, d_pair, d_weights, strict=True):
         with full_fp32():
             torch.bmm(d_out_n.transpose(0, 1), values_n.permute(1, 2, 0), out=d_weights_n)
         d_weights_n.transpose(0, 1).baddbmm_(d_pair_n, z_n.transpose(1, 2))
-    return d_weights
 
 
-def _logits_gradient(
-    qk: Tensor, point_weights: Tensor, weights: Tensor, d_weights: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
-    """Gradients of q and k [2, B, H, C, N] and of the point weights [H]; d_weights becomes that of the bias."""
-    n, sizes = weights.shape[-1], {"D": width, "C": qk.shape[3]}
-    scale = width**-0.5
-    d_qk = torch.empty_like(qk)
+def logits_gradient(
+    qk: Tensor, point_weights: Tensor, weights: Tensor, d_weights: Tensor, d_qk: Tensor, partials: Tensor, width: int
+) -> None:
+    """Fill the gradients of q and k [2, B, H, C, N] and partial sums [programs, H] for the point weights.
+
+    d_weights becomes the gradient of the bias.
+    """
+    n, sizes, scale = weights.shape[-1], {"D": width, "C": qk.shape[3]}, width**-0.5
     grid, options = _rows_launch("point_attention_rows", weights)
-    partials = qk.new_empty(grid[2] * grid[1], grid[0])
     _rows_kernel[grid](qk[0], qk[1], point_weights, weights, d_weights, d_qk[0], partials, n, scale, **sizes, **options)
     grid, options = _rows_launch("point_attention_columns", weights)
     _columns_kernel[grid](qk[0], qk[1], point_weights, d_weights, d_qk[1], n, scale, **sizes, **options)
-    return d_qk, sum_partials(partials, point_weights.dtype)
 
 
 def obstacle(*arguments: Any) -> str | None:
