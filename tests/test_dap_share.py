@@ -201,6 +201,7 @@ def test_what_would_end_late_is_left_out_and_named(script, monkeypatch, capsys):
     assert "DAP 16: LEFT OUT" in out
 
 
+@pytest.mark.long
 def test_the_script_runs_on_the_cpu(repository, tmp_path):
     command = [sys.executable, "benchmarks/measure/step_time.py", "--dap-share", "2", "--small", "--repeats", "1"]
     options = ["--passes", "1", "--csv", str(tmp_path / "share.csv")]
