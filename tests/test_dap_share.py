@@ -178,7 +178,7 @@ def test_a_share_is_compared_with_two_gpus_at_the_same_number_of_passes(script):
     breakdowns = [older, *(real | {"passes": f"{r}", "computing_ms": f"{94 * r}"} for r in (1, 2))]
     share = {"dap": 2, "gaps_ms": 5, "kernels": 10624, "commit": "b"}
     shares = [share | {"passes": 1, "computing_ms": 98}, share | {"passes": 2, "computing_ms": 150}]
-    rows = script("dap_share").against_two_gpus([*shares, shares[0] | {"dap": 4}], breakdowns)
+    rows = script("spans").against_two_gpus([*shares, shares[0] | {"dap": 4}], breakdowns)
     assert [(row["passes"], row["alone_ms"], row["two_gpus_ms"], row["within"]) for row in rows] == [
         (1, 103, 100.0, "yes"),
         (2, 155, 194.0, "NO"),

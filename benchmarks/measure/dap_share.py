@@ -60,12 +60,11 @@ from scalefold.parallel.dap.points import apply_dap
 from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
 from scalefold.step.graphs import TrainStep, preserved
-from spans import Span, breakdown, summed_ms
+from spans import Span, against_two_gpus, breakdown, summed_ms
 from step_time import enliven
 
 SEED = 11
 LONGEST = 40  # kernels that are printed
-AGREEMENT = 0.05  # relative, between computing and gaps of a share and of two GPUs
 SHOWN = ("total_ms", "calls", "mean_us", "parts", "kernel")
 OF_BREAKDOWN = ("computing_ms", "exchange_alone_ms", "gaps_ms", "kernels", "exchanges", "direct_ms", "barrier_ms")
 
@@ -299,29 +298,3 @@ def repeated(call: Callable[[], object]) -> Callable[[], None]:
             call()
 
     return many
-
-
-# --- two GPUs ---------------------------------------------------------------------------------------------------------
-
-
-def against_two_gpus(shares: list[dict[str, Any]], breakdowns: list[dict[str, str]]) -> list[dict[str, object]]:
-    """Computing and gaps of the share at DAP 2 beside those of two GPUs: newest row of each number of passes."""
-    known = {row["passes"]: row for row in breakdowns if (row["gpus"], row["dap"]) == ("2", "2")}
-    rows: list[dict[str, object]] = []
-    for share in shares:
-        real = known.get(str(share["passes"]))
-        if int(share["dap"]) != 2 or real is None or "computing_ms" not in share:
-            continue
-        alone, both = (float(row["computing_ms"]) + float(row["gaps_ms"]) for row in (share, real))
-        rows.append(
-            {
-                "passes": share["passes"],
-                "alone_ms": round(alone, 2),
-                "two_gpus_ms": round(both, 2),
-                "percent": round(100 * (alone / both - 1), 1),
-                "within": "yes" if abs(alone / both - 1) <= AGREEMENT else "NO",
-                "kernels": f"{share['kernels']} / {real['kernels']}",
-                "commits": f"{share['commit']} / {real['commit']}",
-            }
-        )
-    return rows
