@@ -222,6 +222,79 @@ def test_an_exchange_costs_what_was_measured_at_its_size(script, monkeypatch):
     )  # 7 of 8 parts, not 1 of 2
 
 
+def share_rows(dap, wall):
+    """A measured share: 3/4 of the step shared, 1/8 repeated, 1/16 exchanges, 1/16 gaps."""
+    times = {"median_ms": wall, "computing_ms": wall * 7 / 8, "repeated_ms": wall / 8, "gaps_ms": wall / 16}
+    times["exchange_alone_ms"] = wall / 16
+    known = {"date": "d", "commit": "c", "device": "NVIDIA H100 80GB HBM3", "dap": str(dap)}
+    return [known | {"passes": str(r)} | {name: str(ms * r) for name, ms in times.items()} for r in (1, 2, 3, 4)]
+
+
+def test_with_a_measured_share_only_the_wire_is_estimated(script, monkeypatch):
+    module = script("dap_estimate")
+    before, original = module.parts("H100", 4, module.LOW), module.read
+    exchanges = [{"mib_per_rank": f"{mib}", "all_to_all_us": f"{us}"} for mib, us in ((0.0, 4), (8.0, 12))]
+    tables = {
+        "dap_share.csv": [*share_rows(8, 999.0), *share_rows(8, 64.0)[:1], *share_rows(8, 32.0)],
+        "exchange_alone.csv": [row | {"dap": "8"} for row in exchanges],
+        "exchange_symmetric.csv": [row | {"gpus": "2"} for row in exchanges[:1]]
+        + [{"gpus": "2", "mib_per_rank": "14.0", "all_to_all_us": "34"}],
+        "exchange_counts.csv": [
+            {"dap": "8", "direction": way, "exchange": "all_to_all", "mib_per_rank": "4.0", "calls": "100"}
+            for way in ("forward", "backward")
+        ],
+    }
+    monkeypatch.setattr(module, "read", lambda name: tables.get(name) or original(name))
+    between_us, inside_us = 4 + 30 * (4.0 * 7 / 4) / 14, 8.0
+    wire_ms = (2.5 + 1) * 100 * (between_us - inside_us) / 1e3
+    for scenario, factor in ((module.LOW, 1), (module.HIGH, 2)):
+        found = module.parts("H100", 8, scenario)
+        assert found.total == pytest.approx(80.0 + factor * wire_ms)
+        assert (found.shared, found.repeated, found.copies) == pytest.approx((60.0, 15.0, 0.0))
+        assert found.exchanges == pytest.approx(5.0 + factor * wire_ms)
+    tables["exchange_symmetric.csv"] += [row | {"gpus": "8"} for row in exchanges]
+    assert module.parts("H100", 8, module.LOW).total == pytest.approx(80.0), "measured among eight: no wire beyond it"
+    monkeypatch.setattr(module, "read", original)
+    assert module.parts("H100", 4, module.LOW) == before
+
+
+def test_a_share_without_all_passes_is_not_taken(script, monkeypatch):
+    module = script("dap_estimate")
+    rows = share_rows(8, 32.0)
+    monkeypatch.setattr(module, "read", lambda name: rows[:3])
+    assert module.share_alone("H100", 8) is None
+    monkeypatch.setattr(module, "read", lambda name: [rows[0], rows[3]])
+    assert module.share_alone("H100", 8).wall == pytest.approx(80.0)
+    assert module.share_alone("H200", 8) is None
+
+
+def test_tables_of_shares_say_so_where_nothing_is_measured(script, monkeypatch):
+    module = script("share_tables")
+    monkeypatch.setattr(module, "read", lambda name: [])
+    assert module.share_table() == module.agreement_table() == module.NONE
+    row = {"exchange_alone_ms": "2", "kernels": "10624"}
+    share = [r | row for r in share_rows(2, 32.0)]
+    real = {
+        "device": "NVIDIA H100 80GB HBM3",
+        "gpus": "2",
+        "dap": "2",
+        "passes": "1",
+        "commit": "b",
+        "kernels": "10624",
+    }
+    tables = {"dap_share.csv": share, "step_breakdown.csv": [real | {"computing_ms": "28", "gaps_ms": "1"}]}
+    monkeypatch.setattr(module, "read", lambda name: tables[name])
+    assert "| 2 | 4 | 128.0 |" in module.share_table()
+    assert "| 1 | 30.0 | 29.0 | 3.4 | yes | 10624 / 10624 | c / b |" in module.agreement_table()
+
+
+def test_hours_from_scratch_are_tabulated_for_every_such_system(script, repository):
+    table = script("share_tables").scratch_table()
+    for file in (repository / "configs").glob("from_scratch_*.yaml"):
+        assert f"`{file.stem}`" in table
+    assert table.count("| 10 | 168 |") == 2
+
+
 def test_tables_of_the_page_are_replaced_and_nothing_else(script):
     page = "a\n<!-- table: x -->\nold\n<!-- end -->\nb\n<!-- table: y -->\n<!-- end -->\n"
     filled = script("plot_scaling").fill(page, {"x": lambda: "new", "y": lambda: "other"})

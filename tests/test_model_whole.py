@@ -87,6 +87,30 @@ def test_dropout_is_active_in_the_passes_without_gradient() -> None:
     assert torch.equal(outputs["pair"], again["pair"])
 
 
+def test_without_dropout_templates_are_read_once_and_every_bit_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = golden.small_model().eval(), golden.small_batch()
+    read, count = model.read_templates, []
+    monkeypatch.setattr(model, "read_templates", lambda *given: (count.append(1), read(*given))[1])
+    found = model.predict(batch, 3)
+    assert len(count) == 1
+    recycled = model.nothing_recycled(batch)
+    for index in range(3):
+        expected, recycled = model.iteration(select_slice(batch, index), recycled)
+    assert len(count) == 4, "a pass by itself reads them"
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    model.train()(batch, 2)
+    assert len(count) == 6, "with dropout each pass reads them"
+
+
+def test_a_prediction_is_the_whole_output_without_that_of_the_heads() -> None:
+    model, batch = golden.small_model().eval(), golden.small_batch()
+    whole_output = model(batch, 2)
+    found = model.predict(batch, 2)
+    assert set(whole_output) - set(found) == set(model.auxiliary_heads(found))
+    assert all(torch.equal(whole_output[name], value) for name, value in found.items())
+
+
 def test_only_the_last_pass_carries_gradients() -> None:
     model, batch = golden.small_model(), golden.small_batch()
     batch["msa_feat"].requires_grad_()

@@ -5,12 +5,14 @@ from dataclasses import replace
 
 import pytest
 
+from scalefold.config import load_config
 from scalefold.errors import ConfigError
 from scalefold.mlperf.log.keys import PARAMETERS_COUNT
 from scalefold.mlperf.log.published import PUBLISHED_RUNS
 from scalefold.report.page import write_report
 from scalefold.scaling.convergence import samples_to_converge
-from scalefold.scaling.from_config import plan_config
+from scalefold.scaling.from_config import phases_of, plan_config
+from scalefold.scaling.from_scratch import steps_of
 from scalefold.scaling.plan import plan, scaling_rows, states_gib, write_scaling_csv
 from scalefold.scaling.replay import replay
 from scalefold.scaling.step_time import EvalTime, gpu_family, read_eval_times, read_step_times
@@ -99,11 +101,48 @@ def test_an_unknown_kind_of_time_is_refused(tmp_path):
         read_step_times(write_table(tmp_path / "t.csv", ["guess,H100,150"], head="kind,gpu,step_ms"))
 
 
-def test_training_in_phases_has_no_planned_minutes(repository):
-    found = plan_config(repository / "configs" / "from_scratch_8_h100.yaml", ["parallel.gpu=H100"])
-    assert found.value("step time") is not None
+def test_training_in_phases_has_hours_from_the_reported_steps_and_no_minutes(repository, tmp_path):
+    file = repository / "configs" / "from_scratch_1056_to_2080_h100.yaml"
+    table = write_table(tmp_path / "t.csv", ["H100,8,100"], head="gpu,dap_size,step_ms")
+    found = plan_config(file, step_time_csv=table)
     assert found.minutes is None
     assert "phases" in found.quantities["time to train"].source
+    assert (found.value("batch_128: steps"), found.value("batch_256: steps")) == (5000, 45000)
+    cycle_s = 100 * 0.1 + 0.3  # steps of a cycle and the hand-over
+    for name, steps in (("fewest", 50_000), ("most", 60_000)):
+        assert found.value(f"hours from scratch, {name} steps") == pytest.approx(steps / 100 * cycle_s / 3600)
+    assert (found.value("published"), found.value("AlphaFold")) == (10, 168)
+    assert "2080 ranks = 256 x DAP-8 + 32" in found.quantities["batch_256: steps"].source
+
+
+def test_where_training_waits_for_evaluation_its_hours_count_and_each_phase_has_its_batch(repository):
+    found = plan_config(repository / "configs" / "from_scratch_8_h100.yaml")
+    step_s, evaluation_s = found.value("step time") / 1000, found.value("evaluation")
+    expected = 5000 * (step_s + evaluation_s / 100) + 45000 * (2 * step_s + evaluation_s / 100)
+    assert found.value("hours from scratch, fewest steps") == pytest.approx(expected / 3600)
+
+
+def test_a_phase_whose_end_nobody_knows_leaves_the_hours_open(repository, tmp_path):
+    base = repository / "configs" / "from_scratch_8_h100.yaml"
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        f"base: {base}\nphases: [{{name: small, global_batch_size: 64, until_lddt_ca: 0.7}}, {{name: rest}}]\n"
+    )
+    found = plan_config(own)
+    assert found.value("hours from scratch") is None
+    assert found.quantities["hours from scratch"].source.startswith("phase small: nobody knows its end; set until_step")
+    unknown = plan_config(base, ["parallel.gpu=V100"])
+    assert unknown.value("hours from scratch, most steps") is None
+    assert "nothing known for V100" in unknown.quantities["batch_128: step with evaluation"].source
+
+
+def test_a_phase_that_ends_at_a_step_ends_there(repository):
+    phases = phases_of(load_config(repository / "configs" / "from_scratch_8_h100.yaml").config)
+    assert steps_of(phases, 60_000) == [5000, 55_000]
+    early = [replace(phases[0], until_step=3000), phases[1]]
+    assert steps_of(early, 60_000) == [3000, 57_000]
+    assert steps_of([replace(phases[0], until_lddt_ca=0.9), phases[1]], 60_000) == [10_000, 50_000]
+    assert steps_of(phases, 4000) == [4000, 0]
 
 
 @pytest.mark.parametrize(

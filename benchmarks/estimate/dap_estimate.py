@@ -4,10 +4,14 @@
     scalefold plan configs/eos_h100_260x8_dap8.yaml --step-times benchmarks/results/step_estimate_high.csv \\
         --eval-times benchmarks/results/eval_estimate_high.csv
 
-Reads step_time.csv, step_kernels.csv (newest profiles with R = 1), exchange_counts.csv, exchange_symmetric.csv,
-exchange.csv, exchange_2_gpus.csv and evaluation_time.csv; writes step_estimate_{low,high}.csv and
-eval_estimate_{low,high}.csv, which plans read. Assumptions are the two scenarios below, ``LOW`` and ``HIGH``. A step at
-DAP P is made of
+Reads step_time.csv, dap_share.csv, exchange_alone.csv, step_kernels.csv (newest profiles with R = 1),
+exchange_counts.csv, exchange_symmetric.csv, exchange.csv, exchange_2_gpus.csv and evaluation_time.csv; writes
+step_estimate_{low,high}.csv and eval_estimate_{low,high}.csv, which plans read. Assumptions are the two scenarios
+below, ``LOW`` and ``HIGH``.
+
+Where a rank's share of the step was measured alone on such a card (``step_time.py --dap-share``), only the wire is
+estimated: the share, and for each exchange that was counted what it costs between GPUs beyond what it costs inside one.
+Where none was measured, a step at DAP P is made of
 
 * kernels that the P ranks share: each a P-th of its measured time, but never shorter than a launch;
 * kernels that every rank repeats (embedders, structure module, heads, losses, optimizer), and gaps between kernels;
@@ -23,6 +27,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 
@@ -37,7 +42,8 @@ COPY_TB_PER_S = 0.72 * 4.3  # of the analytic model, docs/scaling_model.md: a co
 LAUNCH_US = 2.0  # same source
 MB_IN_MIB = 1e6 / 2**20
 DAP_SIZES = (1, 2, 4, 8)
-NCCL, DIRECT = "exchange.csv", "exchange_symmetric.csv"
+NCCL, DIRECT, ALONE = "exchange.csv", "exchange_symmetric.csv", "exchange_alone.csv"
+SHARES = "dap_share.csv"
 GPUS = ("H100", "H200")
 REPEATED_KERNELS = ("adam", "multi_tensor", "mem", "points", "frames", "pack", "cutlass", "sm80_xmma", "sm90_xmma")
 LIBRARY_KERNELS = ("at::native", "cublaslt", "softmax", "elementwise", "reduc")
@@ -52,6 +58,8 @@ class Scenario:
     each halving of their work. ``library_is_shared``: PyTorch's elementwise kernels and reductions belong to the shared
     part. ``direct``: GPUs read each other's memory at the cost measured between two, for what comes from P - 1 of P
     ranks instead of one of two; else NCCL exchanges. ``eight_over_four``: NCCL's exchange of 8 ranks over that of 4.
+    ``wire``: beside a measured share, what an exchange costs beyond one inside a GPU, over the same between two GPUs
+    that do nothing else: in a step ranks come to a barrier at unequal times, and more ranks more so.
     """
 
     name: str
@@ -60,10 +68,11 @@ class Scenario:
     library_is_shared: bool
     direct: bool
     eight_over_four: float
+    wire: float
 
 
-LOW = Scenario("low", 2.0, 0.0, library_is_shared=True, direct=True, eight_over_four=1.0)
-HIGH = Scenario("high", 4.0, 0.1, library_is_shared=False, direct=False, eight_over_four=2.0)
+LOW = Scenario("low", 2.0, 0.0, library_is_shared=True, direct=True, eight_over_four=1.0, wire=1.0)
+HIGH = Scenario("high", 4.0, 0.1, library_is_shared=False, direct=False, eight_over_four=2.0, wire=2.0)
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,8 @@ class Parts:
 
 
 def read(name: str) -> list[dict[str, str]]:
-    """Rows of a CSV file of this folder."""
-    return read_rows(FOLDER / name)
+    """Rows of a CSV file of this folder; none where the file is not there yet."""
+    return read_rows(FOLDER / name) if (FOLDER / name).exists() else []
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,33 @@ def measured(device: str, dap: int = 1) -> Measured | None:
             source = f"measured {date} at {commit} on {gpus} {device}, benchmarks/results/step_time.csv"
             source += "" if len(times) == 4 else ": mean of R = 1 and 4"
             return Measured(sum(chosen) / len(chosen), source, len(times) == 4)
+    return None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A rank's share of the step without its peers: mean over R = 1..4, in milliseconds."""
+
+    wall: float
+    computing: float
+    repeated: float
+    gaps: float
+    exchanges: float
+    date: str
+    commit: str
+
+
+def share_alone(gpu: str, size: int) -> Alone | None:
+    """Newest share at a DAP size on a kind of card, of one commit and with R = 1..4 (or 1 and 4)."""
+    sets: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+    for row in read(SHARES):
+        if gpu in row["device"] and int(row["dap"]) == size:
+            sets.setdefault((row["date"], row["commit"]), {})[int(row["passes"])] = row
+    for (date, commit), rows in reversed(list(sets.items())):
+        if {1, 4} <= set(rows):
+            chosen = list(rows.values()) if len(rows) == 4 else [rows[1], rows[4]]
+            columns = ("median_ms", "computing_ms", "repeated_ms", "gaps_ms", "exchange_alone_ms")
+            return Alone(*(mean(float(row[name]) for row in chosen) for name in columns), date, commit)
     return None
 
 
@@ -160,7 +196,7 @@ def exchange_rows(gpus: int, file: str = NCCL) -> list[dict[str, str]]:
 def exchange_us(name: str, mib: float, size: int, scenario: Scenario) -> float:
     """Cost of one exchange, linear between measured sizes and beyond the largest, constant below the smallest."""
     if scenario.direct:
-        return _interpolated(exchange_rows(2, DIRECT), name, mib * 2 * (size - 1) / size)
+        return direct_us(name, mib, size)
     factor, rows = 1.0, exchange_rows(size)
     if not rows and size == 2:
         earlier = read("exchange_2_gpus.csv")
@@ -168,6 +204,31 @@ def exchange_us(name: str, mib: float, size: int, scenario: Scenario) -> float:
     elif not rows:
         factor, rows = scenario.eight_over_four, exchange_rows(4)
     return factor * _interpolated(rows, name, mib)
+
+
+def direct_us(name: str, mib: float, size: int) -> float:
+    """Direct exchange among ``size`` GPUs; where they were not measured, among two that send each other as much."""
+    own = exchange_rows(size, DIRECT)
+    return _interpolated(own, name, mib) if own else _interpolated(exchange_rows(2, DIRECT), name, received(mib, size))
+
+
+def received(mib: float, size: int) -> float:
+    """MiB that a rank of two puts in to receive what one of ``size`` receives from all others."""
+    return mib * 2 * (size - 1) / size
+
+
+def wire_us(name: str, mib: float, size: int, scenario: Scenario) -> float:
+    """What a direct exchange costs beyond the same inside one GPU."""
+    inside = {row["mib_per_rank"]: row for row in read(ALONE) if int(row["dap"]) == size}
+    return scenario.wire * max(0.0, direct_us(name, mib, size) - _interpolated(list(inside.values()), name, mib))
+
+
+def wire_ms(size: int, scenario: Scenario) -> float:
+    """The wire of all exchanges of a mean step."""
+    rows = [row for row in read("exchange_counts.csv") if int(row["dap"]) == size]
+    times = {"forward": MEAN_PASSES, "backward": 1.0}
+    each = [wire_us(row["exchange"], float(row["mib_per_rank"]), size, scenario) for row in rows]
+    return sum(times[row["direction"]] * int(row["calls"]) * us for row, us in zip(rows, each, strict=True)) / 1e3
 
 
 def _interpolated(rows: list[dict[str, str]], name: str, mib: float) -> float:
@@ -194,7 +255,11 @@ def exchanges_ms(size: int, scenario: Scenario) -> tuple[float, float]:
 
 
 def parts(gpu: str, size: int, scenario: Scenario) -> Parts:
-    """The mean step on ``gpu`` (H100 or H200) at a DAP size."""
+    """The mean step on ``gpu`` (H100 or H200) at a DAP size; of a measured share only the wire is estimated."""
+    alone = share_alone(gpu, size) if size > 1 else None
+    if alone is not None:
+        shared, repeated = alone.computing - alone.repeated, alone.repeated + alone.gaps
+        return Parts(shared, repeated, alone.wall - shared - repeated + wire_ms(size, scenario), 0.0)
     card, known = measured(gpu), computing_ms(gpu, 1, scenario)
     assert card is not None
     scale = card.mean_ms / sum(known)
@@ -208,8 +273,11 @@ def step_rows(scenario: Scenario) -> list[dict[str, object]]:
     for gpu in GPUS:
         for size in DAP_SIZES:
             known, guess = measured(gpu, size), parts(gpu, size, scenario)
+            alone = share_alone(gpu, size)
             source = f"{scenario.name} estimate of benchmarks/estimate/dap_estimate.py: computing "
-            source += f"{guess.shared + guess.repeated:.0f}, exchanges {guess.exchanges:.0f}, copies {guess.copies:.0f}"
+            source += f"{guess.shared + guess.repeated:.0f}"
+            source += "" if alone is None else f" (share measured {alone.date} at {alone.commit})"
+            source += f", exchanges {guess.exchanges:.0f}, copies {guess.copies:.0f}"
             rows.append(
                 {
                     "kind": "measured" if known is not None and known.complete else "estimated",

@@ -17,3 +17,11 @@ def fill(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
         return f"{match[1]}\n{tables[match[2]]()}\n{match[3]}"
 
     return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n?(<!-- end -->)", replaced, page, flags=re.DOTALL)
+
+
+def spread(low: float | None, high: float | None, digits: int = 0) -> str:
+    """``140 to 232``; one number where both are the same, a dash where there is none."""
+    if low is None or high is None:
+        return "–"
+    one, other = f"{low:.{digits}f}", f"{high:.{digits}f}"
+    return one if one == other else f"{one} to {other}"

@@ -28,13 +28,12 @@ from dap_estimate import (
     MB_IN_MIB,
     Scenario,
     exchange_rows,
-    exchanges_ms,
     measured,
     parts,
     read,
     shares,
 )
-from pages import fill, markdown
+from pages import fill, markdown, spread
 from scalefold.config import load_config
 from scalefold.mlperf.log.published import Published, read_published
 from scalefold.report.page import DARK, DARK_GROUND
@@ -45,6 +44,7 @@ from scalefold.scaling.replay import replay
 from scalefold.scaling.step_time import REFERENCE_STEP_TIMES, find_step_time, read_step_times
 from scalefold.scaling.study import Study, study, usual_noise
 from scalefold.scaling.system import SystemSpec
+from share_tables import SHARE_TABLES
 
 CONFIGS = (
     "h100_1x1", "dgx_h100_1x8", "eos_h100_8x8", "eos_h100_16x8_weak", "eos_h100_32x8", "eos_h100_64x8_dap2",
@@ -200,14 +200,6 @@ def minutes_by_gpus(forecasts: Sequence[Forecast], published: Sequence[Published
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def spread(low: float | None, high: float | None, digits: int = 0) -> str:
-    """``140 to 232``; one number where both are the same, a dash where there is none."""
-    if low is None or high is None:
-        return "–"
-    one, other = f"{low:.{digits}f}", f"{high:.{digits}f}"
-    return one if one == other else f"{one} to {other}"
-
-
 def step_table() -> str:
     """Measured, estimated, modelled and published step times by DAP size."""
     references = read("dap_references.csv")
@@ -267,7 +259,7 @@ def count_table() -> str:
             calls = sum(int(r["calls"]) for r in own)
             mib = sum(int(r["calls"]) * float(r["mib_per_rank"]) for r in own)
             cells += [f"{calls} × {mib / calls:.1f} = {mib:,.0f} MiB"]
-        steps = [exchanges_ms(size, scenario)[0] for scenario in (LOW, HIGH)]
+        steps = [parts("H100", size, scenario).exchanges for scenario in (LOW, HIGH)]
         share = [100 * s / parts("H100", size, c).total for s, c in zip(steps, (LOW, HIGH), strict=True)]
         cells += [spread(*steps), spread(min(share), max(share)) + " %"]
         rows.append(cells)
@@ -366,7 +358,7 @@ def main() -> int:
         if not arguments.png:
             png.unlink()
         print(svg, dark_twin(svg))
-    tables: dict[str, Callable[[], str]] = {
+    tables: dict[str, Callable[[], str]] = SHARE_TABLES | {
         "step": step_table,
         "exchange": exchange_table,
         "direct": direct_table,

@@ -202,8 +202,8 @@ def evaluation_table() -> str:
         own = [found.get((device, variant, str(length))) for length in lengths]
         commits = ", ".join(dict.fromkeys(row["commit"] for row in own if row))
         times = [f"{float(row['median_ms']):.0f}" if row else NONE for row in own]
-        name = "one CUDA graph per length" if variant == "ours" else "uncaptured"
-        rows.append([card({"device": device}), name, *times, commits])
+        name = "one CUDA graph per length" if variant == "ours" else variant.removeprefix("ours_")
+        rows.append([card({"device": device}), name.replace("_", " "), *times, commits])
     return markdown(["card", "launched", *map(str, lengths), "commit"], rows)
 
 

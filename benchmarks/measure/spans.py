@@ -1,8 +1,9 @@
 """What a device did in a step, from the spans of its kernels: computing, exchanging, both, neither."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 EXCHANGE_KINDS = {  # parts of kernel names: the library's, then those of parallel/dap/direct.py
     "all_to_all": ("sendrecv", "alltoall"),
@@ -12,6 +13,8 @@ EXCHANGE_KINDS = {  # parts of kernel names: the library's, then those of parall
     "direct": ("_copy_parts", "_sum_parts"),
     "barrier": ("barrier_kernel",),
 }
+AGREEMENT = 0.05  # relative, between computing and gaps of a share alone and of two GPUs
+Row = Mapping[str, Any]  # of a table
 
 
 @dataclass(frozen=True)
@@ -67,4 +70,26 @@ def covered_ms(spans: Iterable[Span]) -> float:
     return total_us / 1e3
 
 
-# --- results ----------------------------------------------------------------------------------------------------------
+def against_two_gpus(
+    shares: Sequence[Mapping[str, Any]], breakdowns: Sequence[Mapping[str, str]]
+) -> list[dict[str, object]]:
+    """Computing and gaps of the share at DAP 2 beside those of two GPUs: newest row of each number of passes."""
+    known = {row["passes"]: row for row in breakdowns if (row["gpus"], row["dap"]) == ("2", "2")}
+    rows: list[dict[str, object]] = []
+    for share in shares:
+        real = known.get(str(share["passes"]))
+        if int(share["dap"]) != 2 or real is None or "computing_ms" not in share:
+            continue
+        alone, both = (float(row["computing_ms"]) + float(row["gaps_ms"]) for row in (share, real))
+        rows.append(
+            {
+                "passes": share["passes"],
+                "alone_ms": round(alone, 2),
+                "two_gpus_ms": round(both, 2),
+                "percent": round(100 * (alone / both - 1), 1),
+                "within": "yes" if abs(alone / both - 1) <= AGREEMENT else "NO",
+                "kernels": f"{share['kernels']} / {real['kernels']}",
+                "commits": f"{share['commit']} / {real['commit']}",
+            }
+        )
+    return rows

@@ -5,6 +5,7 @@
     python benchmarks/measure/step_time.py --variant plain_ckpt
     # compare with the fp32 reference first; kernels at R = 1
     python benchmarks/measure/step_time.py --check --profile 1
+    python benchmarks/measure/step_time.py --dap-share 2 4 8    # one rank's share at DAP P, alone: dap_share.py
 
 A step is everything between two batches on the device: casts, forward with R passes, losses, backward, gradient norm,
 clip, Adam, weight averaging, refresh of the bf16 copy. The batch is synthetic, with plausible geometry. One process,
@@ -273,9 +274,17 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="compare with the fp32 reference first")
     parser.add_argument("--profile", type=int, nargs="*", metavar="R", help="profile these numbers of passes")
     parser.add_argument("--trace", type=Path, help="keep the timeline of the profiled step here (.json.gz)")
-    parser.add_argument("--csv", type=Path, default=FOLDER / "step_time.csv")
+    parser.add_argument("--dap-share", type=int, nargs="+", metavar="P", help="instead: shares, see dap_share.py")
+    parser.add_argument("--minutes", type=float, default=8.5, help="with --dap-share: begin none that would end later")
+    parser.add_argument("--small", action="store_true", help="with --dap-share: tiny model on the CPU")
+    parser.add_argument("--csv", type=Path, help="default: step_time.csv, of shares dap_share.csv")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")
     arguments = parser.parse_args()
+    if arguments.dap_share:
+        import dap_share  # which needs this script
+
+        return dap_share.run(arguments)
+    arguments.csv = arguments.csv or FOLDER / "step_time.csv"
     prepare_process(configuration("ours", arguments.set))
     status = 0
     if arguments.check:

@@ -87,7 +87,7 @@ class EvaluationModel:
 
     def _score(self, features: dict[str, Tensor]) -> Tensor:
         with precision(self.config.execution.eval_precision):
-            outputs = self.model(features)
+            outputs = self.model.predict(features)  # scores need no head
         return prediction_lddt_ca(outputs["final_atom_positions"], features)
 
 

@@ -37,6 +37,13 @@ class Recycled(NamedTuple):
     x: Tensor  # [B, N, 37, 3], angstrom, fp32
 
 
+class Templates(NamedTuple):
+    """What the passes take from the templates: nothing recycled enters."""
+
+    t: Tensor  # [B, T, N, N, c_t], behind the pair stack, trunk type
+    angles: Tensor  # [B, T, N, c_m], rows of the MSA representation, trunk type
+
+
 def select_slice(batch: Mapping[str, Tensor], index: int) -> Features:
     """Features of one recycling pass: per-pass keys lose their trailing dimension, all others stay."""
     return {key: value[..., index] if key in PER_SLICE_KEYS else value for key, value in batch.items()}
@@ -96,13 +103,21 @@ class AlphaFold(nn.Module):
         batch: features with leading dimension B, fp32 or int64; ``PER_SLICE_KEYS`` have a trailing dimension R.
         Only the last pass has gradients. Dropout, in training mode, is active in all of them.
         """
+        outputs = self.predict(batch, num_passes)
+        return outputs | self.auxiliary_heads(outputs)
+
+    def predict(self, batch: Mapping[str, Tensor], num_passes: int | None = None) -> dict[str, Tensor]:
+        """The outputs of ``forward`` without those of the heads, which no other output depends on.
+
+        Templates differ between passes by dropout alone: without it all passes take what is computed once.
+        """
         last = (num_passes or batch["msa_feat"].shape[-1]) - 1
         recycled = self.nothing_recycled(batch)
+        templates = None if self.training else self.read_templates(batch, pair_mask_of(batch))
         with torch.no_grad():
             for index in range(last):
-                recycled = self.iteration(select_slice(batch, index), recycled)[1]
-        outputs, _ = self.iteration(select_slice(batch, last), recycled)
-        return outputs | self.auxiliary_heads(outputs)
+                recycled = self.iteration(select_slice(batch, index), recycled, templates)[1]
+        return self.iteration(select_slice(batch, last), recycled, templates)[0]
 
     def nothing_recycled(self, batch: Mapping[str, Tensor]) -> Recycled:
         """Zeros in place of a previous pass."""
@@ -115,10 +130,12 @@ class AlphaFold(nn.Module):
             x=torch.zeros((num_samples, num_residues, 37, 3), device=weight.device),
         )
 
-    def iteration(self, features: Features, recycled: Recycled) -> tuple[dict[str, Tensor], Recycled]:
-        """One pass over the features of one slice (see ``select_slice``), without the heads."""
+    def iteration(
+        self, features: Features, recycled: Recycled, templates: Templates | None = None
+    ) -> tuple[dict[str, Tensor], Recycled]:
+        """One pass over the features of one slice (see ``select_slice``), without heads; templates: see ``embed``."""
         num_clusters = features["msa_feat"].shape[1]
-        m, z, msa_mask, pair_mask = self.embed(features, recycled)
+        m, z, msa_mask, pair_mask = self.embed(features, recycled, templates)
         m, z, s = self.evoformer_stack(m, z, msa_mask, pair_mask)
         structure = self.structure_module(s, z, features["seq_mask"], features["aatype"])
         outputs = {"msa": m[:, :num_clusters], "pair": z, "single": s, **structure._asdict()}
@@ -128,16 +145,20 @@ class AlphaFold(nn.Module):
         outputs["final_affine_tensor"] = structure.sm_frames[:, -1]
         return outputs, Recycled(m[:, 0].detach(), z.detach(), positions.detach())
 
-    def embed(self, features: Features, recycled: Recycled) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Everything before the Evoformer: m [B, S, N, c_m], z, msa_mask [B, S, N], pair_mask [B, N, N]."""
-        seq_mask = features["seq_mask"]
-        pair_mask = seq_mask[:, :, None] * seq_mask[:, None, :]
+    def embed(
+        self, features: Features, recycled: Recycled, templates: Templates | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Everything before the Evoformer: m [B, S, N, c_m], z, msa_mask [B, S, N], pair_mask [B, N, N].
+
+        templates: what ``read_templates`` has given for this sample; None reads them here, if there are any.
+        """
+        pair_mask = pair_mask_of(features)
         m, z = self.embed_sample(features, recycled)
         msa_mask = features["msa_mask"]
-        if self.templates_enabled and features["template_mask"].shape[1]:
-            t, angles = self.embed_templates(features)
-            z = self.add_templates(z, self.template_pair_stack(t, pair_mask), features["template_mask"])
-            m = torch.cat((m, angles), dim=1)
+        templates = templates or self.read_templates(features, pair_mask)
+        if templates is not None:
+            z = self.add_templates(z, templates.t, features["template_mask"])
+            m = torch.cat((m, templates.angles), dim=1)
             msa_mask = torch.cat((msa_mask, features["template_torsion_angles_mask"][..., PSI]), dim=1)
         a = self.embed_extra_msa(features)
         z = self.extra_msa_stack(a, z, features["extra_msa_mask"], pair_mask)
@@ -150,7 +171,14 @@ class AlphaFold(nn.Module):
         m0_update, z_update = self.recycling_embedder(recycled.m0, recycled.z, x_prev)
         return torch.cat((m[:, :1] + m0_update[:, None], m[:, 1:]), dim=1), z + z_update
 
-    def embed_templates(self, features: Features) -> tuple[Tensor, Tensor]:
+    def read_templates(self, features: Mapping[str, Tensor], pair_mask: Tensor) -> Templates | None:
+        """The templates through their pair stack; None for a model or a sample without any."""
+        if not (self.templates_enabled and features["template_mask"].shape[1]):
+            return None
+        t, angles = self.embed_templates(features)
+        return Templates(self.template_pair_stack(t, pair_mask), angles)
+
+    def embed_templates(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Pair representation [B, T, N, N, c_t] and rows of the MSA representation [B, T, N, c_m] of all templates."""
         t = self.template_pair_embedder(template_pair_features(features))
         return t, self.template_angle_embedder(template_angle_features(features))
@@ -164,6 +192,12 @@ class AlphaFold(nn.Module):
     def embed_extra_msa(self, features: Features) -> Tensor:
         """Representation of the extra sequences, [B, S_extra, N, c_e]."""
         return self.extra_msa_embedder(extra_msa_features(features))
+
+
+def pair_mask_of(features: Mapping[str, Tensor]) -> Tensor:
+    """1 where both residues exist, [B, N, N], fp32."""
+    seq_mask = features["seq_mask"]
+    return seq_mask[:, :, None] * seq_mask[:, None, :]
 
 
 def atom14_to_atom37(atom14: Tensor, features: Features) -> Tensor:

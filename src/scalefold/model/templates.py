@@ -1,5 +1,7 @@
 """Template embedding (Supplement 1.7.1, Algorithms 16 and 17, tables 1 and 10)."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ BACKBONE_SLOTS = slice(0, 3)  # N, CA, C in atom37 order
 PSI = 2
 
 
-def template_pair_features(features: dict[str, Tensor]) -> Tensor:
+def template_pair_features(features: Mapping[str, Tensor]) -> Tensor:
     """Pair features of all templates, fp32 [B, T, N, N, 88].
 
     39 distogram bins of pseudo-beta distances, pseudo-beta pair mask, residue type of j, of i, three channels for
@@ -53,7 +55,7 @@ def template_distogram(pseudo_beta: Tensor) -> Tensor:
     return ((distance_sq > edges) & (distance_sq < upper)).float()
 
 
-def template_angle_features(features: dict[str, Tensor]) -> Tensor:
+def template_angle_features(features: Mapping[str, Tensor]) -> Tensor:
     """Residue type, torsion angles, their alternatives and masks, fp32 [B, T, N, 57]."""
     parts = (
         one_hot(features["template_aatype"], NUM_CLASSES),

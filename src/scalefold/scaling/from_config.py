@@ -1,12 +1,14 @@
 """The facts of a configuration that a plan depends on."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 from scalefold.config import Config, DataConfig, ModelConfig, load_config
 from scalefold.errors import ConfigError
 from scalefold.scaling.convergence import Basis
+from scalefold.scaling.from_scratch import Phase, with_hours
 from scalefold.scaling.plan import Plan, plan
 from scalefold.scaling.step_time import Kind
 from scalefold.scaling.study import Study, study, usual_noise
@@ -50,6 +52,14 @@ def system_spec(config: Config) -> SystemSpec:
     )
 
 
+def phases_of(config: Config) -> list[Phase]:
+    """The phases of a run as its plan wants them; none without ``phases``."""
+    return [
+        Phase(phase.name, system_spec(config.in_phase(index)), phase.until_step, phase.until_lddt_ca)
+        for index, phase in enumerate(config.phases)
+    ]
+
+
 def is_benchmark(config: Config) -> bool:
     """Whether model and samples have the benchmark's sizes, for which times and memory are known."""
     same_sizes = all(getattr(config.data, name) == DataConfig.model_fields[name].default for name in _SIZES)
@@ -90,15 +100,23 @@ def plan_config(
     convergence: str = "reference",
     extrapolate: bool = False,
 ) -> Plan:
-    """Plan the system of a file; see ``scalefold.scaling.plan.plan``. ConfigError for unknown words."""
-    return plan(
-        system_spec(load_config(file, list(overrides)).config),
+    """Plan the system of a file; see ``scalefold.scaling.plan.plan``, and ``from_scratch`` for runs in phases.
+
+    Raises:
+        ConfigError: an unknown word, or a table that cannot be read.
+    """
+    config = load_config(file, list(overrides)).config
+    planned = partial(
+        plan,
         step_time_csv=step_time_csv,
         eval_time_csv=eval_time_csv,
         kind=None if kind is None else _word("--kind", kind, Kind),
         convergence=_word("--convergence", convergence, Basis),
         extrapolate=extrapolate,
     )
+    phases = phases_of(config)
+    whole = planned(system_spec(config))
+    return with_hours(whole, phases, [planned(phase.spec) for phase in phases]) if phases else whole
 
 
 def simulate_config(

@@ -280,7 +280,9 @@ class _Builder:
         step_ms, eval_s = self.get("step time"), self.get("evaluation")
         effective = spec.global_batch_size * spec.gradient_accumulation_steps
         if spec.in_phases:
-            self._no_time("training in phases: convergence is known for the benchmark's checkpoint and one batch only")
+            self._no_time(
+                "trains in phases: known for the benchmark's checkpoint and one batch only; see the hours below"
+            )
             return None
         try:
             known = samples_to_converge(effective, basis, extrapolate)
