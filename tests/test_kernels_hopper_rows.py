@@ -245,7 +245,7 @@ def scripts(repository, monkeypatch):
 
 def case_of(name, shape):
     """Builds the inputs of an operation, of a given type; masks and dropout in all the forms that the model has."""
-    import operation_cases as cases
+    from scalefold.tune import operation_cases as cases
 
     batch, i, j = shape
     masks = {"pairs": shape, "column": (batch, 1, j)}
@@ -270,7 +270,7 @@ def case_of(name, shape):
 
 def results(build, ops, dtype):
     """All outputs of an operation, z passed through included, then the gradients of its inputs for random ones."""
-    import operation_cases as cases
+    from scalefold.tune import operation_cases as cases
 
     inputs = build(dtype)
     outputs, probe = cases.outputs_of(inputs, ops), cases.Draw(False, dtype)

@@ -137,7 +137,7 @@ import sys
 import torch, triton
 import triton.language as tl
 import compile_targets
-from rings import ring_faults
+from scalefold.tune.sound.rings import ring_faults
 
 @triton.jit
 def summed(d, weight, out, sums, N: tl.constexpr, STAGES: tl.constexpr):

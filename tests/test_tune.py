@@ -90,7 +90,7 @@ def test_a_kernel_with_a_short_ring_races(tune):
 
 def test_every_kernel_with_launch_parameters_has_candidates_and_no_other_has(tune):
     from scalefold.kernels import triton_ops, tuning
-    from tune_candidates import CANDIDATES
+    from scalefold.tune.candidates import CANDIDATES
 
     assert triton_ops.TRITON.name == "triton"  # all kernels are registered by now
     assert sorted(CANDIDATES) == tuning.registered()
@@ -110,7 +110,7 @@ def test_candidates_start_with_the_present_choice_and_do_not_repeat_it(tune, mon
 def test_candidates_have_the_names_of_the_defaults(tune):
     """A launch parameter that a kernel does not know would be timed in vain."""
     from scalefold.kernels import tuning
-    from tune_candidates import CANDIDATES
+    from scalefold.tune.candidates import CANDIDATES
 
     sizes = {"rows": 4096, "n": 256, "c": 128, "batch": 1, "heads": 4, "d": 32, "bias": 1, "sequences": 1024}
     fields = {**sizes, "frames": 256, "points": 256, "products": 1, "dtype": "bfloat16"}

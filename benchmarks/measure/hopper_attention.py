@@ -28,7 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # must be settled before triton is imp
 
 import torch
 
-from bits import Difference, repeat
+from scalefold.tune.sound.bits import Difference, repeat
 from common import append_rows, facts, graph_microseconds, print_table
 from compile_targets import recorded_launches
 from hopper_cases import (

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bits import poison
+from scalefold.tune.sound.bits import poison
 from common import append_rows, facts, graph_microseconds, print_table, read_rows
-from operation_cases import training_cases
+from scalefold.tune.operation_cases import training_cases
 from reproducibility import compile_beforehand
 from scalefold.kernels.triton_ops import TRITON
 from tune import run_once

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from common import print_table
-from operation_cases import Case, training_cases
+from scalefold.tune.operation_cases import Case, training_cases
 from reproducibility import compile_beforehand
 from tune import run_once
 

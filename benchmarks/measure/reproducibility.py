@@ -30,8 +30,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import operation_cases
-from bits import differences, repeat
+from scalefold.tune import operation_cases
+from scalefold.tune.sound.bits import differences, repeat
 from common import FOLDER, append_rows, facts, print_table
 from multi_gpu import Host, build, join, set_dropout, tell
 from scalefold.data.loading.loader import Batch

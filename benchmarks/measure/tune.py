@@ -32,13 +32,13 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from bits import Difference, repeat
+from scalefold.tune.sound.bits import Difference, repeat
 from common import FOLDER, append_rows, facts, graph_microseconds, print_table
-from operation_cases import Case, Inputs, evaluation_cases, outputs_of, training_cases
-from rings import ring_faults, unguarded_refills
+from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, outputs_of, training_cases
+from scalefold.tune.sound.rings import ring_faults, unguarded_refills
 from scalefold.kernels import tuning
 from scalefold.kernels.triton_ops import TRITON
-from tune_candidates import candidates
+from scalefold.tune.candidates import candidates
 
 COMPILE_SHARE = 0.6  # of the time limit
 MAX_CANDIDATES = 20
