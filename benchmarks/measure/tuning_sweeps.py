@@ -91,7 +91,7 @@ def compiled(pool: ProcessPoolExecutor, todo: list[Job], seconds: float) -> Iter
 def row_of(columns: dict[str, object], config: tuning.Config, program: Program, device: Device, problem: Problem) -> Trial:
     """Try one candidate that was compiled."""
     figures = {name: value for name, value in vars(program).items() if name != "error"}
-    trial = Trial(**columns, config=config_text(config), **figures, error=program.error)  # type: ignore[arg-type]
+    trial = Trial(**columns, config=config_text(config), **figures, error=program.error, search="sweep")  # type: ignore[arg-type]
     if program.error:
         return trial
     us, bits, error = device.try_out(problem, config, REPEATS)

@@ -43,6 +43,7 @@ class Trial:
         operations: floating-point operations of the operation's plain definition.
         bits: ``equal`` or ``differ`` over repeats in poisoned memory; empty if nobody asked.
         error: why there is no time.
+        search: who proposed it: ``history``, ``alone`` (a search without history), ``sweep`` (all were timed), or empty.
         best_of: how many others this one was the fastest of, where only the winner was kept; 0 if it stands for itself.
     """
 
@@ -65,6 +66,7 @@ class Trial:
     operations: int | None = None
     bits: str = ""
     error: str = ""
+    search: str = ""
     best_of: int = 0
 
     @property
