@@ -296,10 +296,10 @@ OPERATIONS = [
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch, name, shape):
     """One tile, an odd number of them, more than run at once, and a share of DAP 2; memory is poisoned in between."""
-    import bits
     import hopper_cases as cases
     from scalefold.kernels.table import REFERENCE
     from scalefold.kernels.triton_ops import TRITON
+    from scalefold.tune.sound import bits
 
     asked, preferred = [], rows.preferred
     monkeypatch.setattr(rows, "preferred", lambda what, found: (asked.append(found), preferred(what, found))[1])

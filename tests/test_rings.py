@@ -65,10 +65,9 @@ def program(*parts: str, slots: int = 3, pending: int = 1) -> str:
 
 
 @pytest.fixture
-def rings(repository, monkeypatch):
+def rings():
     """The module."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    import rings
+    from scalefold.tune.sound import rings
 
     return rings
 

@@ -27,7 +27,16 @@ from scalefold.tune import trials
 from scalefold.tune.candidates import space
 from scalefold.tune.device import Device
 from scalefold.tune.operation_cases import Case
-from scalefold.tune.programs import Problem, Program, all_cases, compile_task, find_problems, operations_of, start_worker
+from scalefold.tune.programs import (
+    Problem,
+    Program,
+    all_cases,
+    compile_task,
+    daps_of,
+    find_problems,
+    operations_of,
+    start_worker,
+)
 from scalefold.tune.trials import Trial, config_text, parse_config
 
 DAPS = (1, 4)
@@ -72,7 +81,7 @@ def jobs(problems: list[Problem], limit: int | None, done: set[tuple[str, str, s
 def first_columns(problem: Problem, cases: list[Case]) -> dict[str, object]:
     """What all trials of a problem share."""
     case = cases[problem.case]
-    dap = DAPS[problem.case * len(DAPS) // len(cases)]
+    dap = daps_of(DAPS, [])[problem.case]
     shared = {"kernel": problem.kernel, "problem": problem.key[1], "operation": case.name, "dap": dap}
     return {**trials.facts(), **shared, "calls": case.calls, "operations": operations_of(case, problem.backward)}
 
@@ -88,7 +97,9 @@ def compiled(pool: ProcessPoolExecutor, todo: list[Job], seconds: float) -> Iter
         print(f"compiling ended with {left} left: {type(error).__name__}", flush=True)
 
 
-def row_of(columns: dict[str, object], config: tuning.Config, program: Program, device: Device, problem: Problem) -> Trial:
+def row_of(
+    columns: dict[str, object], config: tuning.Config, program: Program, device: Device, problem: Problem
+) -> Trial:
     """Try one candidate that was compiled."""
     figures = {name: value for name, value in vars(program).items() if name != "error"}
     trial = Trial(**columns, config=config_text(config), **figures, error=program.error, search="sweep")  # type: ignore[arg-type]
@@ -104,7 +115,9 @@ def closest(rows: list[Trial]) -> list[Trial]:
     sound = [row for row in rows if row.is_sound]
     for row in sound:
         least[row.key] = min(row.us or 0.0, least.get(row.key, float("inf")))
-    return sorted((r for r in sound if (r.us or 0.0) <= CLOSE * least[r.key]), key=lambda r: (r.us or 0.0) / least[r.key])
+    return sorted(
+        (r for r in sound if (r.us or 0.0) <= CLOSE * least[r.key]), key=lambda r: (r.us or 0.0) / least[r.key]
+    )
 
 
 def again(rows: list[Trial], problems: list[Problem], devices: dict[int, Device], end: float) -> Iterator[Trial]:
@@ -159,7 +172,10 @@ def main() -> int:
         trials.append(arguments.csv, rows[-1:])
         if time.monotonic() > said + 20:
             said = time.monotonic()
-            print(f"{said - begin:4.0f} s: {len(rows)} rows, {rows[-1].kernel} {rows[-1].config} {rows[-1].us}", flush=True)
+            print(
+                f"{said - begin:4.0f} s: {len(rows)} rows, {rows[-1].kernel} {rows[-1].config} {rows[-1].us}",
+                flush=True,
+            )
     for process in list(pool._processes.values()):  # what still compiles is not wanted any more
         process.terminate()
     pool.shutdown(cancel_futures=True)

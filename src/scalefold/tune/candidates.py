@@ -214,6 +214,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
 }
 
 
+REGISTERS = (96, 128, 168)  # per thread: five, four and three programs of four warps on a multiprocessor
 FORMS = ("LIBRARY", "COPY_ENGINE", "HOPPER", "UNROLLED")  # say which program runs, not how it is cut
 LADDERS = {
     "BLOCK_M": (32, 64, 128),
@@ -247,6 +248,24 @@ def _grid(members: list[Config]) -> list[Config]:
     values = {name: {member[name] for member in members} for name in members[0] if name != "maxnreg"}
     ladders = [sorted(found | set(LADDERS.get(name, ()) if len(found) > 1 else ())) for name, found in values.items()]
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*ladders)]
+
+
+def neighbours(config: Config) -> list[Config]:
+    """One parameter a step up or down, tile and warps together, or the registers of a thread limited."""
+    found: list[Config] = []
+    for name, value in config.items():
+        if name in ("num_stages", "STAGES"):
+            found += [config | {name: n} for n in (value - 1, value + 1) if 1 <= n <= 5]
+        elif name.startswith("BLOCK") or name in ("num_warps", "ROWS", "GROUPS", "SEQUENCES", "PROGRAMS"):
+            found += [config | {name: n} for n in (value // 2, value * 2) if n]
+        elif name == "LIBRARY" and value > 1:  # into how many ranges a weight gradient's rows are split
+            found += [config | {name: n} for n in (value // 2, value * 2)]
+    rows = next((name for name in ("BLOCK_M", "BLOCK_Q") if name in config), None)
+    if rows is not None:
+        found += [config | {"maxnreg": n} for n in REGISTERS]
+        found += [config | {rows: config[rows] // 2, "num_warps": config["num_warps"] // 2}]
+        found += [config | {rows: config[rows] * 2, "num_warps": config["num_warps"] * 2}]
+    return [c for c in found if 1 <= c.get("num_warps", 1) <= 16]
 
 
 def candidates(name: str, **fields: int | str) -> list[Config]:

@@ -1,8 +1,5 @@
 """One trial on the GPU of this process: does the candidate run, agree, repeat its bits, and how long does it take?"""
 
-import gc
-import statistics
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +9,7 @@ from scalefold.kernels import tuning
 from scalefold.tune.operation_cases import Case, Inputs
 from scalefold.tune.programs import Problem, run_once
 from scalefold.tune.sound.bits import repeat
+from scalefold.tune.sound.clock import graph_microseconds
 
 LARGEST_DIFFERENCE = 0.02  # relative, between candidates: bf16 rounding in another order
 REPLAYS = 12
@@ -23,40 +21,6 @@ class Outcome(NamedTuple):
     us: float | None
     bits: str
     error: str
-
-
-def capture(call: Callable[[], object], warm_up: int = 3) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``call`` after ``warm_up`` eager calls, on the current stream if that is none of the default one.
-
-    Leaves whose gradients were taken on another stream before would make the capture wait for that stream.
-    """
-    current = torch.cuda.current_stream()
-    stream = torch.cuda.Stream() if current == torch.cuda.default_stream() else current
-    gc.collect()  # an autograd graph left from another stream would make the capture wait for that stream
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        call()
-    return graph
-
-
-def graph_microseconds(call: Callable[[], object], replays: int, warm_up: int) -> float:
-    """Median device time of replays of a captured call."""
-    graph = capture(call, warm_up)
-    graph.replay()
-    times = []
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(1000 * start.elapsed_time(stop))
-    return statistics.median(times)
 
 
 def agrees(found: list[Tensor], expected: list[Tensor]) -> bool:
@@ -102,4 +66,4 @@ class Device:
                 us = graph_microseconds(lambda: run_once(inputs, problem.backward), REPLAYS, 1)
             return Outcome(us, ("differ" if differing else "equal") if repeats else "", "")
         except Exception as error:  # what does not launch here is not for this GPU
-            return Outcome(None, "", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120])
+            return Outcome(None, "", f"{type(error).__name__}: {error}".splitlines()[0][:120])

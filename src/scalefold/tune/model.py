@@ -4,8 +4,8 @@ It predicts how far a candidate is from the best of its problem, as the logarith
 that is: the spread of its trees. Fitting needs scikit-learn (the extra ``tune``); a fitted model is a file of arrays
 that NumPy alone evaluates, for machines that have no more.
 
-Every trial is learned from more than once (``augmented``): as it stands, as if its program were not compiled yet, and as
-one of a kernel that nobody knows at another size, with the noise of a clock. The model can so order what to compile
+Every trial is learned from more than once (``augmented``): as it stands, as if its program were not compiled yet, and
+as one of a kernel that nobody knows at another size, with the noise of a clock. The model can so order what to compile
 first, and has something to say on a new kernel.
 """
 
@@ -142,8 +142,9 @@ class Forest:
 
     def matrix(self, trials: Sequence[Trial]) -> np.ndarray:
         """[trials, columns]: features and the kernel's name, one column per known kernel."""
-        names = np.array([[float(t.kernel == kernel) for kernel in self.kernels] for t in trials]).reshape(len(trials), -1)
-        return np.hstack([np.array([features(t) for t in trials]), names]).astype(np.float32)
+        names = np.array([[t.kernel == kernel for kernel in self.kernels] for t in trials], np.float32)
+        numbers = np.array([features(t) for t in trials], np.float32)
+        return np.hstack([numbers, names.reshape(len(trials), len(self.kernels))])
 
     def predict(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
         """Distance from the best and its uncertainty, each [trials]: mean and standard deviation over trees."""
@@ -172,7 +173,9 @@ class Forest:
         except (ValueError, KeyError, OSError, EOFError) as error:
             if isinstance(error, FileNotFoundError):
                 raise
-            raise ConfigError(f"{file}: no model of trials ({error}); make it anew with `scalefold tune --fit`") from None
+            raise ConfigError(
+                f"{file}: no model of trials ({error}); make it anew with `scalefold tune --fit`"
+            ) from None
         return Forest(**{**named, "kernels": tuple(str(name) for name in named["kernels"])})
 
 

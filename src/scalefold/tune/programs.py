@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,12 @@ def all_cases(daps: list[int], lengths: list[int]) -> list[Case]:
     """The cases of a command line; workers build the same list."""
     training = [case for dap in daps for case in training_cases(dap)]
     return training + [case for length in lengths for case in evaluation_cases(length)]
+
+
+def daps_of(daps: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The share that each of ``all_cases`` belongs to; 0 for evaluations."""
+    training = [dap for dap in daps for _ in training_cases(dap)]
+    return training + [0 for length in lengths for _ in evaluation_cases(length)]
 
 
 def gradients(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
@@ -163,6 +169,16 @@ def compile_task(problem: Problem, config: tuning.Config) -> Program:
     return compile_candidate(problem, config, _worker_cases[problem.case])
 
 
+def compile_case(n: int) -> None:
+    """Fill Triton's cache with the kernels of case n as they are chosen at present (in a worker); failures are said."""
+    case = _worker_cases[n]
+    try:
+        with on_device("meta"):
+            run_once(case.build(), case.calls > 0)
+    except Exception as error:
+        print(f"{case.name} does not compile: {type(error).__name__}: {str(error)[:200]}", flush=True)
+
+
 def compile_candidate(problem: Problem, config: tuning.Config, case: Case) -> Program:
     """Fill Triton's cache with a candidate's kernels and read what they use (inside ``compiling_for``)."""
     try:
@@ -172,7 +188,7 @@ def compile_candidate(problem: Problem, config: tuning.Config, case: Case) -> Pr
                 run_once(inputs, problem.backward)
         return _figures(launches)
     except Exception as error:  # whatever the compiler says, this candidate is not for this GPU
-        return Program(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120])
+        return Program(error=f"{type(error).__name__}: {error}".splitlines()[0][:120])
 
 
 @contextmanager

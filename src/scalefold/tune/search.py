@@ -1,9 +1,9 @@
 """Which candidate to try next: what history proposes, corrected by the trials of this search as they come.
 
-The time of a candidate is a priori what the model of history says (``Prior``), up to a factor of the problem. A Gaussian
-process over the launch parameters learns from this search's own trials how the truth departs from that, and history
-fades: its weight falls as own trials grow. What is worth trying is the expected improvement; a share of trials goes to
-what nobody proposed. All of this is plain arithmetic on a few hundred candidates; nothing here knows a device.
+The time of a candidate is a priori what the model of history says (``Prior``), up to a factor of the problem. A
+Gaussian process over the launch parameters learns from this search's own trials how the truth departs from that, and
+history fades: its weight falls as own trials grow. What is worth trying is the expected improvement; a share of trials
+goes to what nobody proposed. All of this is plain arithmetic on a few hundred candidates; nothing here knows a device.
 """
 
 import math
@@ -21,7 +21,7 @@ UNKNOWN_SPREAD = 0.25  # the same without any history
 
 
 class Prior(NamedTuple):
-    """What history says of each candidate: log of the time over the best one's, and its standard deviation; [n] each."""
+    """What history says of each candidate: log of time over the best one's, and its standard deviation; [n] each."""
 
     mean: np.ndarray
     spread: np.ndarray
@@ -73,6 +73,7 @@ class Search:
     def tell(self, candidate: int, us: float | None) -> None:
         """The result of a trial; None: it failed, or its bits differed."""
         self.open.discard(candidate)
+        self.tried.pop(candidate, None)
         if us is not None:
             self.tried[candidate] = us
 

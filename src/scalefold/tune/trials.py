@@ -23,7 +23,7 @@ from scalefold.kernels import tuning
 from scalefold.kernels.tuning import Config
 
 SHIPPED = Path(__file__).parent / "history.csv.gz"
-#: device -> streaming multiprocessors, memory bandwidth in GB/s, usable shared memory of one of them in KiB (data sheets)
+#: device -> streaming multiprocessors, memory bandwidth in GB/s, shared memory of each in KiB (data sheets)
 GPUS = {
     "NVIDIA H100 80GB HBM3": (132, 3350, 228),
     "NVIDIA H200": (132, 4800, 228),
@@ -43,7 +43,7 @@ class Trial:
         operations: floating-point operations of the operation's plain definition.
         bits: ``equal`` or ``differ`` over repeats in poisoned memory; empty if nobody asked.
         error: why there is no time.
-        search: who proposed it: ``history``, ``alone`` (a search without history), ``sweep`` (all were timed), or empty.
+        search: who proposed it: ``history``, ``alone`` (no history asked), ``sweep`` (all were timed), or empty.
         best_of: how many others this one was the fastest of, where only the winner was kept; 0 if it stands for itself.
     """
 
