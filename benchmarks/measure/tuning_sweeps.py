@@ -25,6 +25,7 @@ from common import FOLDER, print_table
 from scalefold.kernels import tuning
 from scalefold.tune import trials
 from scalefold.tune.candidates import space
+from scalefold.tune.command import first_columns
 from scalefold.tune.device import Device
 from scalefold.tune.operation_cases import Case
 from scalefold.tune.programs import (
@@ -34,7 +35,6 @@ from scalefold.tune.programs import (
     compile_task,
     daps_of,
     find_problems,
-    operations_of,
     start_worker,
 )
 from scalefold.tune.trials import Trial, config_text, parse_config
@@ -76,14 +76,6 @@ def jobs(problems: list[Problem], limit: int | None, done: set[tuple[str, str, s
         fresh = list(dict.fromkeys(map(config_text, configs)))[:limit]
         rows += [(n, turn, problem, text) for n, text in enumerate(fresh) if (*problem.key, text) not in done]
     return [(problem, parse_config(text)) for _, _, problem, text in sorted(rows, key=lambda row: row[:2])]
-
-
-def first_columns(problem: Problem, cases: list[Case]) -> dict[str, object]:
-    """What all trials of a problem share."""
-    case = cases[problem.case]
-    dap = daps_of(DAPS, [])[problem.case]
-    shared = {"kernel": problem.kernel, "problem": problem.key[1], "operation": case.name, "dap": dap}
-    return {**trials.facts(), **shared, "calls": case.calls, "operations": operations_of(case, problem.backward)}
 
 
 def compiled(pool: ProcessPoolExecutor, todo: list[Job], seconds: float) -> Iterator[tuple[Job, Program]]:
@@ -159,7 +151,8 @@ def main() -> int:
     begin, limit = time.monotonic(), 60 * arguments.minutes
     cases = all_cases(list(DAPS), [])
     problems = swept_problems(cases)
-    columns = {problem.key: first_columns(problem, cases) for problem in problems}
+    shared = first_columns(problems, cases, daps_of(DAPS, []))
+    columns = {problem.key: row for problem, row in zip(problems, shared, strict=True)}
     devices = {problem.case: Device(cases) for problem in problems}
     rows = trials.read(arguments.csv) if arguments.csv.exists() else []
     todo = jobs(problems, arguments.limit, {(*row.key, row.config) for row in rows})

@@ -261,7 +261,7 @@ def neighbours(config: Config) -> list[Config]:
         elif name == "LIBRARY" and value > 1:  # into how many ranges a weight gradient's rows are split
             found += [config | {name: n} for n in (value // 2, value * 2)]
     rows = next((name for name in ("BLOCK_M", "BLOCK_Q") if name in config), None)
-    if rows is not None:
+    if rows is not None and "num_warps" in config:  # a Gluon program has its own number
         found += [config | {"maxnreg": n} for n in REGISTERS]
         found += [config | {rows: config[rows] // 2, "num_warps": config["num_warps"] // 2}]
         found += [config | {rows: config[rows] * 2, "num_warps": config["num_warps"] * 2}]

@@ -1,6 +1,7 @@
 """What ``scalefold tune`` does, in order: problems, model, search, choices, table and picture."""
 
 import csv
+import functools
 import json
 import math
 import multiprocessing
@@ -152,12 +153,16 @@ def configs_of(problem: Problem) -> list[Config]:
     return [present, *others, *neighbours(present), *space(kernel, problem.fields)]
 
 
-def first_columns(problem: Problem, cases: list[Case], daps: Sequence[int]) -> dict[str, object]:
-    """What all trials of a problem share."""
-    case = cases[problem.case]
-    operations = operations_of(case, problem.backward)
-    place = {"kernel": problem.kernel, "problem": problem.key[1], "operation": case.name, "dap": daps[problem.case]}
-    return {**trials.facts(), **place, "calls": case.calls, "operations": operations}
+def first_columns(problems: Sequence[Problem], cases: list[Case], daps: Sequence[int]) -> list[dict[str, object]]:
+    """What all trials of each problem share."""
+    count = functools.cache(lambda n, backward: operations_of(cases[n], backward))
+    found = []
+    for problem in problems:
+        case = cases[problem.case]
+        place = {"kernel": problem.kernel, "problem": problem.key[1], "operation": case.name}
+        work = {"dap": daps[problem.case], "calls": case.calls, "operations": count(problem.case, problem.backward)}
+        found.append({**trials.facts(), **place, **work})
+    return found
 
 
 def tune(request: Request, note: Note = print) -> list[dict[str, object]]:
@@ -173,7 +178,7 @@ def tune(request: Request, note: Note = print) -> list[dict[str, object]]:
     processes = Processes(request)
     try:
         forest, own = advice(request, note), _own_and_others(request)[0]
-        columns = [first_columns(problem, cases, daps) for problem in problems]
+        columns = first_columns(problems, cases, daps)
         soughts = [
             seek_problem(problem, row, configs_of(problem), forest)
             for problem, row in zip(problems, columns, strict=True)

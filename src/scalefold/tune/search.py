@@ -38,7 +38,7 @@ class Search:
 
     Attributes:
         places: [candidates, parameters], launch parameters as coordinates.
-        open: candidates that may be proposed: neither tried nor known not to run.
+        open: [candidates], which may be proposed: neither tried nor known not to run.
         tried: candidate -> microseconds.
     """
 
@@ -46,11 +46,11 @@ class Search:
     prior: Prior
     random: np.random.Generator
     fades: bool = True
-    open: set[int] = field(default_factory=set)
+    open: np.ndarray = field(init=False)
     tried: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.open = set(range(len(self.places)))
+        self.open = np.ones(len(self.places), bool)
         spread = self.places.std(0)
         scaled = (self.places - self.places.mean(0))[:, spread > 0] / spread[spread > 0]
         squares = ((scaled[:, None] - scaled[None]) ** 2).sum(-1)
@@ -68,11 +68,11 @@ class Search:
 
     def drop(self, candidate: int) -> None:
         """It does not compile, does not fit, spills or races."""
-        self.open.discard(candidate)
+        self.open[candidate] = False
 
     def tell(self, candidate: int, us: float | None) -> None:
         """The result of a trial; None: it failed, or its bits differed."""
-        self.open.discard(candidate)
+        self.open[candidate] = False
         self.tried.pop(candidate, None)
         if us is not None:
             self.tried[candidate] = us
@@ -104,19 +104,16 @@ class Search:
         best = math.log(self.best_us) if self.tried else float(mean.min() + spread[mean.argmin()])
         better = (best - mean) / spread
         expected = spread * (better * _below(better) + np.exp(-(better**2) / 2) / math.sqrt(2 * math.pi))
-        shut = np.ones(len(expected), bool)
-        shut[list(self.open)] = False
-        return np.where(shut, 0.0, expected)
+        return np.where(self.open, expected, 0.0)
 
-    def propose(self, ready: Sequence[int] | None = None) -> int | None:
-        """The next candidate, of those that are ready (default: all); None if none is left."""
-        allowed = sorted(self.open if ready is None else self.open & set(ready))
-        if not allowed:
+    def propose(self, ready: np.ndarray | None = None) -> int | None:
+        """The next candidate, of those that are ready ([candidates], default: all); None if none is left."""
+        allowed = np.flatnonzero(self.open if ready is None else self.open & ready)
+        if not len(allowed):
             return None
         if self.random.random() < EXPLORED:
             return int(self.random.choice(allowed))
-        gains = self.gains()[allowed]
-        return allowed[int(gains.argmax())]
+        return int(allowed[self.gains()[allowed].argmax()])
 
 
 def _below(x: np.ndarray) -> np.ndarray:

@@ -67,39 +67,43 @@ class Sought:
     search: Search
     forest: Forest | None
     calls: int
-    programs: dict[int, Program] = field(default_factory=dict)
     pending: dict[int, "Future[Program]"] = field(default_factory=dict)
     present_us: float | None = None
     finished_present: bool = False
+    ordered: np.ndarray = field(init=False)  # [candidates], given to be compiled
+    built: np.ndarray = field(init=False)  # [candidates], compiled
     _gains: np.ndarray | None = None
 
-    @property
-    def ready(self) -> list[int]:
-        """Compiled, sound as far as the program tells, and not tried."""
-        return [n for n in self.programs if n in self.search.open]
+    def __post_init__(self) -> None:
+        self.ordered, self.built = np.zeros((2, len(self.blanks)), bool)
 
     @property
-    def uncompiled(self) -> list[int]:
-        return [n for n in self.search.open if n not in self.programs and n not in self.pending]
+    def ready(self) -> np.ndarray:
+        """Compiled, sound as far as the program tells, and not tried."""
+        return self.search.open & self.built
+
+    @property
+    def unordered(self) -> np.ndarray:
+        """Neither tried nor given to be compiled."""
+        return self.search.open & ~self.ordered
 
     @property
     def step_us(self) -> float:
         """Microseconds in a training step; in one call, of what belongs to evaluations."""
         return max(1, self.calls) * (self.present_us or 0.0)
 
-    def best_gain(self, among: Sequence[int]) -> tuple[float, int]:
-        """The largest expected gain in microseconds of a step, and whose it is."""
-        if not among:
-            return 0.0, -1
+    def best_gain(self, among: np.ndarray) -> tuple[float, int]:
+        """The largest expected gain in microseconds of a step, and whose it is; 0 if there is none."""
         if self._gains is None:
             best = self.search.best_us
             self._gains = self.search.gains() * max(1, self.calls) * (best if math.isfinite(best) else 1.0)
-        chosen = max(among, key=lambda n: self._gains[n])  # type: ignore[index]
-        return float(self._gains[chosen]), chosen
+        gains = np.where(among, self._gains, 0.0)
+        chosen = int(gains.argmax())
+        return float(gains[chosen]), chosen
 
     def compiled(self, candidate: int, program: Program) -> Trial | None:
         """Take up what compiling said; the row of a candidate that must not be tried. The present choice may spill."""
-        self.programs[candidate], self._gains = program, None
+        self.built[candidate], self._gains = True, None
         self.pending.pop(candidate, None)
         figures = {name: value for name, value in vars(program).items() if name != "error"}
         spilled = candidate != 0 and program.spill_bytes > MOST_SPILL_BYTES
@@ -190,20 +194,21 @@ class Sweep:
         """Fill the queue of the processes that compile: present choices, then whatever promises most."""
         free = self.compiler.slots - sum(len(sought.pending) for sought in self.soughts)
         for _ in range(free):
-            waiting = [sought for sought in self.soughts if 0 in sought.search.open and 0 in sought.uncompiled]
-            if waiting:
-                self._compile(waiting[0], 0)
+            waiting = next((sought for sought in self.soughts if sought.unordered[0]), None)
+            if waiting is not None:
+                self._compile(waiting, 0)
                 continue
-            gain, candidate, sought = self._largest([(s, s.uncompiled) for s in self.soughts if s.finished_present])
+            gain, candidate, sought = self._largest([(s, s.unordered) for s in self.soughts if s.finished_present])
             if sought is None or gain < self._least():
                 return
             self._compile(sought, candidate)
 
     def _compile(self, sought: Sought, candidate: int) -> None:
         config = parse_config(sought.blanks[candidate].config)
+        sought.ordered[candidate] = True
         sought.pending[candidate] = self.compiler.submit(sought.problem, config)
 
-    def _largest(self, choices: list[tuple[Sought, list[int]]]) -> tuple[float, int, Sought | None]:
+    def _largest(self, choices: list[tuple[Sought, np.ndarray]]) -> tuple[float, int, Sought | None]:
         found: tuple[float, int, Sought | None] = (0.0, -1, None)
         for sought, among in choices:
             gain, candidate = sought.best_gain(among)
@@ -218,14 +223,14 @@ class Sweep:
         return LEAST_GAIN_PER_S * seconds * sum(sought.step_us for sought in self.soughts)
 
     def _next_present(self) -> Sought | None:
-        return next((s for s in self.soughts if 0 in s.search.open and 0 in s.programs), None)
+        return next((s for s in self.soughts if s.ready[0]), None)
 
     def _most_promising(self) -> Sought | None:
         gain, _, sought = self._largest([(s, s.ready) for s in self.soughts if s.finished_present])
         return sought if gain >= self._least() else None
 
     def _try(self, sought: Sought) -> None:
-        candidate = 0 if 0 in sought.search.open else sought.search.propose(sought.ready)
+        candidate = 0 if sought.search.open[0] else sought.search.propose(sought.ready)
         assert candidate is not None
         begin = self.clock()
         config = parse_config(sought.blanks[candidate].config)

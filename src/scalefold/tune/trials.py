@@ -7,6 +7,7 @@ trials only grows: a row is written when it is known, so that a sweep that was k
 
 import csv
 import datetime
+import functools
 import gzip
 import hashlib
 import io
@@ -95,6 +96,7 @@ def parse_config(text: str) -> Config:
     return {name: int(value) for name, value in pairs}
 
 
+@functools.cache
 def code_digest() -> str:
     """Of all sources of kernels: equal code gives equal programs."""
     folder = Path(tuning.__file__).parent
@@ -126,12 +128,12 @@ def append(file: Path, trials: Iterable[Trial]) -> None:
 
 def _end_last_line(file: Path) -> None:
     """Cut off what a killed writer left of a line."""
-    if not file.is_file():
+    if not file.is_file() or file.stat().st_size == 0:
         return
-    data = file.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        os.truncate(file, len(whole))
+    with file.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        if stream.read() != b"\n":
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)
 
 
 def _row(trial: Trial) -> dict[str, object]:
