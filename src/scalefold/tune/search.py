@@ -17,7 +17,8 @@ EXPLORED = 0.1  # share of trials that are drawn among all candidates
 FADES_OVER = 6.0  # own trials after which history counts half
 NOISE = 0.005  # of a time, relative
 LEAST_SPREAD = 0.02  # of times, relative: what is assumed until trials say more
-UNKNOWN_SPREAD = 0.25  # the same without any history
+ASSUMED = 0.5  # trials that an assumed spread counts for
+UNKNOWN_SPREAD = 0.1  # the same without any history
 
 
 class Prior(NamedTuple):
@@ -78,25 +79,25 @@ class Search:
             self.tried[candidate] = us
 
     def believed(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of log microseconds of every candidate, [candidates] each."""
-        weight = self.weight
-        prior = weight * self.prior.mean
-        doubt = (weight * self.prior.spread) ** 2
+        """Mean and standard deviation of log microseconds of every candidate, [candidates] each.
+
+        Trials say how far history is off altogether, the trees of its model where it is less sure than elsewhere.
+        """
+        prior = self.weight * self.prior.mean
+        doubt = np.maximum(self.prior.spread, LEAST_SPREAD)
         if not self.tried:
-            return prior, np.sqrt(doubt + LEAST_SPREAD**2)
+            return prior, doubt
         seen = np.array(list(self.tried))
         residual = np.log([self.tried[n] for n in seen]) - prior[seen]
-        level, spread = residual.mean(), max(residual.std(), LEAST_SPREAD if len(seen) > 2 else self._assumed(weight))
-        amplitude = spread**2 + doubt
-        likeness = np.sqrt(np.outer(amplitude, amplitude)) * self._likeness
+        level, assumed = residual.mean(), ASSUMED * doubt.mean() ** 2
+        variance = (((residual - level) ** 2).sum() + assumed) / (len(seen) + ASSUMED)
+        scale = np.sqrt(variance) * doubt / doubt.mean()
+        likeness = np.outer(scale, scale) * self._likeness
         inner = likeness[np.ix_(seen, seen)] + NOISE**2 * np.eye(len(seen))
         solved = np.linalg.solve(inner, np.column_stack([residual - level, likeness[seen]]))
         mean = prior + level + likeness[:, seen] @ solved[:, 0]
-        variance = amplitude - (likeness[seen] * solved[:, 1:]).sum(0)
-        return mean, np.sqrt(np.maximum(variance, NOISE**2))
-
-    def _assumed(self, weight: float) -> float:
-        return max(LEAST_SPREAD, weight * float(self.prior.spread.mean()))
+        left = scale**2 - (likeness[seen] * solved[:, 1:]).sum(0)
+        return mean, np.sqrt(np.maximum(left, NOISE**2))
 
     def gains(self) -> np.ndarray:
         """Expected improvement on the fastest so far, as a share of its time; [candidates], 0 for what is not open."""

@@ -28,6 +28,7 @@ MOST_SPILL_BYTES = 0  # per thread
 SEARCH_REPEATS = 3  # with equal bits, for every trial
 REPEATS = 20  # the same, before a candidate may be chosen
 LEAST_GAIN = 0.01  # of the operation's time: less is noise
+LEAST_EXPECTED = 0.005  # of the operation's time: no trial is made for less
 LEAST_GAIN_PER_S = 2e-5  # of the summed operations of a step: a search that promises less ends
 FINALISTS = 3
 CLOCK_S = 0.25  # a trial, until some were timed
@@ -95,8 +96,9 @@ class Sought:
     def best_gain(self, among: np.ndarray) -> tuple[float, int]:
         """The largest expected gain in microseconds of a step, and whose it is; 0 if there is none."""
         if self._gains is None:
-            best = self.search.best_us
-            self._gains = self.search.gains() * max(1, self.calls) * (best if math.isfinite(best) else 1.0)
+            best, gains = self.search.best_us, self.search.gains()
+            per_step = max(1, self.calls) * (best if math.isfinite(best) else 1.0)
+            self._gains = np.where(gains < LEAST_EXPECTED, 0.0, gains) * per_step
         gains = np.where(among, self._gains, 0.0)
         chosen = int(gains.argmax())
         return float(gains[chosen]), chosen
