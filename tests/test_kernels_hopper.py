@@ -355,8 +355,8 @@ GPU_CASES = [("keys", name) for name in KEYS_CASES] + [("forward", name) for nam
 @on_hopper
 @pytest.mark.parametrize(("pass_", "name"), GPU_CASES)
 def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, pass_, name):
-    import bits
     import hopper_cases as cases
+    from scalefold.tune.sound import bits
 
     inputs = cases.inputs_of(case_of(name), "cuda")
     exact, saved = cases.exact_results(inputs), cases.run_forward(cases.TWIN, inputs)

@@ -306,7 +306,7 @@ def transition_of(draw, shape, c, transposed):
 
 def case_of(name, shape):
     """Builds the inputs of an operation, of a given type; masks and dropout in all the forms that the model has."""
-    import operation_cases as cases
+    from scalefold.tune import operation_cases as cases
 
     batch, i, j = shape
     masks = {"pairs": shape, "column": (batch, 1, j)}
@@ -335,7 +335,7 @@ def case_of(name, shape):
 
 def results(build, ops, dtype):
     """All outputs of an operation, z passed through included, then the gradients of its inputs for random ones."""
-    import operation_cases as cases
+    from scalefold.tune import operation_cases as cases
 
     inputs = build(dtype)
     outputs, probe = cases.outputs_of(inputs, ops), cases.Draw(False, dtype)
@@ -362,10 +362,10 @@ OPERATIONS = [
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch, name, shape):
     """One tile, an odd number of them, more than run at once, and a share of DAP 2; memory is poisoned in between."""
-    import bits
     import hopper_cases as cases
     from scalefold.kernels.table import REFERENCE
     from scalefold.kernels.triton_ops import TRITON
+    from scalefold.tune.sound import bits
 
     asked = []
     for module in (linear, outer_product, transition, triangle):

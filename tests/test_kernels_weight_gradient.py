@@ -99,7 +99,7 @@ def test_sums_of_several_shapes_take_one_launch_and_keep_single_ones():
 @pytest.mark.parametrize(("rows", "n", "c"), [((256, 256), 128, 128), ((128, 256), 1024, 256), ((1024, 256), 64, 64)])
 def test_full_products_repeat_bit_for_bit(rows, n, c, repository, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    from tune_candidates import candidates
+    from scalefold.tune.candidates import candidates
 
     d, a = (torch.randn(1, *rows, width, device="cuda", dtype=torch.bfloat16) for width in (n, c))
     for config in candidates("weight_gradient", rows=1, dtype="bfloat16", n=n, c=c, products=1):

@@ -65,10 +65,9 @@ def program(*parts: str, slots: int = 3, pending: int = 1) -> str:
 
 
 @pytest.fixture
-def rings(repository, monkeypatch):
+def rings():
     """The module."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    import rings
+    from scalefold.tune.sound import rings
 
     return rings
 
@@ -137,7 +136,7 @@ import sys
 import torch, triton
 import triton.language as tl
 import compile_targets
-from rings import ring_faults
+from scalefold.tune.sound.rings import ring_faults
 
 @triton.jit
 def summed(d, weight, out, sums, N: tl.constexpr, STAGES: tl.constexpr):

@@ -1,126 +1,289 @@
-"""The sweep of launch parameters: what it may choose."""
+"""The search for launch parameters: on a recorded device, without a GPU."""
 
-import json
+import math
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton")
 
-CONFIGS = [{"BLOCK": n} for n in (16, 32, 64)]
-TEXTS = [json.dumps(config) for config in CONFIGS]
+from scalefold.kernels import tuning
+from scalefold.tune import trials
+from scalefold.tune.candidates import CANDIDATES, candidates, neighbours, space
+from scalefold.tune.device import Outcome
+from scalefold.tune.model import Forest, augmented, fit, lessons
+from scalefold.tune.programs import Problem, Program
+from scalefold.tune.search import Prior, Search, places_of
+from scalefold.tune.sound.bits import Difference
+from scalefold.tune.sweep import REPEATS, SEARCH_REPEATS, Sweep, seek_problem
+from scalefold.tune.trials import Trial, config_text, parse_config
+
+FIELDS: dict[str, int | str] = {"rows": 65536, "c": 128, "n": 512, "dtype": "bfloat16"}
+KERNEL = "transition_forward"
+PLANTED = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
+PRESENT = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+
+
+def planted_us(config, best=None):
+    """A smooth time with its least at the planted configuration."""
+    best = best or PLANTED
+    steps = sum(abs(math.log2(config[name] / best[name])) for name in best)
+    return 100.0 * (1 + 0.08 * steps)
+
+
+class Record:
+    """A device that knows all times; ``bad`` texts give other bits in every repeat."""
+
+    def __init__(self, us=planted_us, bad=(), dies_after=None):
+        self.us, self.bad, self.dies_after = us, set(bad), dies_after
+        self.asked = []
+
+    def try_out(self, problem, config, repeats):
+        if self.dies_after is not None and len(self.asked) >= self.dies_after:
+            raise KeyboardInterrupt
+        self.asked.append((config_text(config), repeats))
+        return Outcome(self.us(config), "differ" if config_text(config) in self.bad else "equal", "")
+
+
+class Compiled:
+    """Processes that have compiled everything; ``unfit`` says why a configuration has no program, or that it spills."""
+
+    slots = 4
+
+    def __init__(self, unfit=lambda config: Program(registers=128, programs=1024)):
+        self.unfit = unfit
+        self.asked = []
+
+    def submit(self, problem, config):
+        self.asked.append(config_text(config))
+        future = Future()
+        future.set_result(self.unfit(config))
+        return future
 
 
 @pytest.fixture
-def tune(repository, monkeypatch):
-    """The script."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    import tune
-
-    return tune
-
-
-@pytest.fixture
-def problem(tune):
-    return tune.Problem("example", {"n": 256}, case=0, backward=True, candidates=CONFIGS, present=CONFIGS[0])
+def tables(tmp_path, monkeypatch):
+    """Choices and trials are written elsewhere."""
+    monkeypatch.setattr(tuning, "TABLES", tmp_path / "tuned")
+    (tmp_path / "tuned").mkdir()
+    yield tmp_path / "tuned"
+    tuning.table.cache_clear()
+    tuning._resolved.cache_clear()
 
 
-def runner(tune, racing):
-    """Differing repeats of candidates; ``asked`` lists those that were run."""
-    asked = []
-
-    def differing(config):
-        asked.append(config["BLOCK"])
-        difference = tune.Difference(result=2, shape=(64, 64), elements=120, largest=0.87)
-        return [[difference]] * 6 if config["BLOCK"] in racing else []
-
-    return differing, asked
+def columns(kernel=KERNEL, problem=None, **changed):
+    """First columns of trials."""
+    key = problem or tuning.problem_key(FIELDS)
+    facts = {"date": "d", "device": "NVIDIA H100 80GB HBM3", "torch": "t", "code": "c"}
+    place = {"kernel": kernel, "problem": key, "operation": "transition", "dap": 1, "calls": 52, "operations": 10**9}
+    return {**facts, **place, **changed}
 
 
-def test_the_fastest_is_dropped_if_its_bits_differ_and_the_next_one_is_asked(tune, problem, capsys):
-    differing, asked = runner(tune, racing={64})
-    left = tune.without_differing(problem, dict(zip(TEXTS, (9.0, 7.0, 5.0), strict=True)), differing)
-    assert list(left) == TEXTS[:2]
-    assert asked == [64, 32]
-    assert tune.fastest(left) == TEXTS[1]
-    assert (
-        'example n=256: {"BLOCK": 64} is dropped: 6 of 20 repeats differ, result 2 (64x64)' in capsys.readouterr().out
-    )
+def sought(forest=None, seed=0):
+    configs = [PRESENT, *space(KERNEL, FIELDS)]
+    return seek_problem(Problem(KERNEL, FIELDS, 0, False), columns(), configs, forest, seed)
 
 
-def test_the_present_choice_is_dropped_too(tune, problem):
-    differing, _ = runner(tune, racing={16})
-    left = tune.without_differing(problem, dict(zip(TEXTS, (5.0, 7.0, 9.0), strict=True)), differing)
-    assert tune.fastest(left) == TEXTS[1]
+def sweep_of(found, device, compiler, file, clock=lambda: 0.0):
+    return Sweep([found], device, compiler, file, lambda text: None, clock)
 
 
-def test_nothing_is_chosen_where_every_candidate_differs(tune, problem):
-    differing, _ = runner(tune, racing={16, 32, 64})
-    assert tune.without_differing(problem, dict.fromkeys(TEXTS, 5.0), differing) == {}
+def history(best=None, us=planted_us, kernel=KERNEL):
+    """All trials of a problem whose best is ``best``."""
+    rows = []
+    for config in space(kernel, FIELDS):
+        text = config_text(config)
+        problem = "c=128 dtype=bfloat16 n=512 rows=16384"
+        rows.append(Trial(**columns(kernel, problem), config=text, us=us(config, best), registers=128, programs=256))
+    return rows
 
 
-def test_a_gain_that_noise_explains_does_not_replace_the_present_choice(tune):
-    assert tune.fastest(dict(zip(TEXTS, (10.0, 9.95, 12.0), strict=True))) == TEXTS[0]
+@pytest.fixture(scope="module")
+def forest():
+    pytest.importorskip("sklearn")
+    return fit(augmented(lessons(history())))
 
 
-def test_a_candidate_that_races_or_does_not_run_is_not_timed(tune, problem, monkeypatch):
-    """The present choice is no exception; one that was not judged in time is kept only if it is the present one."""
-
-    class Pool:
-        def submit(self, task, problem, config):
-            future = Future()
-            if config["BLOCK"] == 16:
-                future.set_result(False)
-            elif config["BLOCK"] == 32:
-                future.set_result(True)
-            return future
-
-    monkeypatch.setattr(tune, "choices", lambda problem, refine: CONFIGS)
-    tune.compile_all(Pool(), [problem], refine=False, deadline=0.0)
-    assert problem.candidates == [CONFIGS[1]]
-    assert problem.present == CONFIGS[0]
+def trials_to(found, us, seed=0, within=1.02):
+    """How many proposals until one is within two hundredths of the least."""
+    configs = [parse_config(blank.config) for blank in found.blanks]
+    least = min(map(us, configs))
+    while found.search.best_us > within * least:
+        candidate = found.search.propose()
+        found.search.tell(candidate, us(configs[candidate]))
+    return len(found.search.tried)
 
 
-def test_a_kernel_with_a_short_ring_races(tune):
-    from test_rings import LOOP, program
+def test_the_search_finds_the_planted_best_without_history(tables, tmp_path):
+    found, device = sought(), Record()
+    sweep_of(found, device, Compiled(), tmp_path / "trials.csv").run(deadline=1.0)
+    assert found.search.best_us == planted_us(PLANTED)
+    assert device.asked[0] == (config_text(PRESENT), SEARCH_REPEATS)
+    assert len(device.asked) < len(found.blanks) / 2
 
-    assert tune.races(program(LOOP, slots=2), "", 4)
-    assert not tune.races(program(LOOP, slots=3), "", 4)
+
+def test_history_finds_it_in_fewer_trials(forest):
+    alone = [trials_to(sought(seed=seed), planted_us) for seed in range(20)]
+    advised = [trials_to(sought(forest, seed=seed), planted_us) for seed in range(20)]
+    assert np.median(advised) <= np.median(alone) / 2
 
 
-def test_every_kernel_with_launch_parameters_has_candidates_and_no_other_has(tune):
-    from scalefold.kernels import triton_ops, tuning
-    from tune_candidates import CANDIDATES
+def test_history_that_is_wrong_fades(forest):
+    """The truth has its best at the other end of every ladder; the advised search still gets there."""
+    other = {"BLOCK_M": 32, "BLOCK_N": 128, "num_warps": 4, "num_stages": 4}
+    needed = [trials_to(sought(forest, seed=seed), lambda config: planted_us(config, other)) for seed in range(10)]
+    assert np.median(needed) < len(sought().blanks) / 2
+    found = sought(forest)
+    before = found.search.weight
+    found.search.tell(0, 100.0)
+    assert found.search.weight < before == 1.0
+
+
+def test_what_does_not_compile_does_not_fit_spills_or_races_never_reaches_the_device(tables, tmp_path):
+    def unfit(config):
+        if config["BLOCK_N"] == 32:
+            return Program(error="shared memory: 300000 bytes")
+        return Program(registers=255, programs=512, spill_bytes=8 if config["BLOCK_M"] == 128 else 0)
+
+    found, device, file = sought(), Record(), tmp_path / "trials.csv"
+    sweep_of(found, device, Compiled(unfit), file).run(deadline=1.0)
+    asked = [parse_config(text) for text, _ in device.asked]
+    assert len(asked) > 5
+    assert not [config for config in asked if config["BLOCK_N"] == 32 or config["BLOCK_M"] == 128]
+    errors = {row.error for row in trials.read(file)}
+    assert errors == {"", "shared memory: 300000 bytes", "spills 8 bytes per thread"}
+
+
+def test_a_search_that_was_killed_goes_on_where_it_was(tables, tmp_path):
+    file = tmp_path / "trials.csv"
+    with pytest.raises(KeyboardInterrupt):
+        sweep_of(sought(), Record(dies_after=6), Compiled(), file).run(deadline=1.0)
+    with file.open("a") as stream:
+        stream.write("2026-01-01,half a li")
+    rows = trials.read(file)
+    assert sum(row.us is not None for row in rows) == 6
+    found, device = sought(), Record()
+    assert found.resume(rows) == len(rows)
+    sweep_of(found, device, Compiled(), file).run(deadline=1.0)
+    assert found.search.best_us == planted_us(PLANTED)
+    timed = [row.config for row in trials.read(file) if row.us is not None]
+    assert len(timed) == len(set(timed)) == 6 + len(device.asked)
+
+
+def test_the_search_ends_when_no_trial_promises_enough(tables, tmp_path):
+    """All candidates are equally fast: after a few nothing is expected any more."""
+    device = Record(us=lambda config: 100.0)
+    ticks = iter(range(10**6))
+    why = sweep_of(sought(), device, Compiled(), tmp_path / "trials.csv", lambda: next(ticks) * 0.1).run(10**6)
+    assert why == "nothing promises more"
+    assert len(device.asked) < 45
+
+
+def test_the_time_limit_ends_a_search(tables, tmp_path):
+    ticks = iter(range(10**6))
+    device = Record()
+    assert sweep_of(sought(), device, Compiled(), tmp_path / "t.csv", lambda: float(next(ticks))).run(9.0)
+    assert 1 <= len(device.asked) <= 9
+
+
+def test_the_choice_is_run_again_with_all_repeats_and_saved(tables, tmp_path):
+    found, device = sought(), Record()
+    sweep = sweep_of(found, device, Compiled(), tmp_path / "trials.csv")
+    sweep.run(deadline=1.0)
+    (row,) = sweep.choose(deadline=1.0)
+    assert row["config"] == PLANTED
+    assert row["default_us"] == pytest.approx(planted_us(PRESENT), abs=0.1)
+    assert device.asked[-2:] == [(config_text(PRESENT), REPEATS), (config_text(PLANTED), REPEATS)]
+    (file,) = tables.glob("*.json")
+    assert tuning.read_table(file) == {KERNEL: {tuning.problem_key(FIELDS): PLANTED}}
+
+
+def test_the_fastest_is_dropped_if_its_bits_differ(tables, tmp_path):
+    found, device = sought(), Record(bad=[config_text(PLANTED)])
+    sweep = sweep_of(found, device, Compiled(), tmp_path / "trials.csv")
+    sweep.run(deadline=1.0)
+    (row,) = sweep.choose(deadline=1.0)
+    assert row["config"] not in (PLANTED, PRESENT)
+    assert "differ" in {trial.bits for trial in trials.read(tmp_path / "trials.csv")}
+
+
+def test_nothing_is_chosen_where_every_candidate_differs(tables, tmp_path):
+    texts = [config_text(config) for config in [PRESENT, *space(KERNEL, FIELDS)]]
+    sweep = sweep_of(sought(), Record(bad=texts), Compiled(), tmp_path / "trials.csv")
+    sweep.run(deadline=1.0)
+    assert sweep.choose(deadline=1.0) == []
+
+
+def test_a_gain_that_noise_explains_does_not_replace_the_present_choice(tables, tmp_path):
+    device = Record(us=lambda config: 100.0 if config == PRESENT else 99.5)
+    sweep = sweep_of(sought(), device, Compiled(), tmp_path / "trials.csv")
+    sweep.run(deadline=1.0)
+    (row,) = sweep.choose(deadline=1.0)
+    assert row["config"] == PRESENT
+
+
+def test_every_kernel_with_launch_parameters_has_candidates_and_no_other_has():
+    from scalefold.kernels import triton_ops
 
     assert triton_ops.TRITON.name == "triton"  # all kernels are registered by now
     assert sorted(CANDIDATES) == tuning.registered()
 
 
-def test_candidates_start_with_the_present_choice_and_do_not_repeat_it(tune, monkeypatch):
-    from scalefold.kernels import tuning
-
-    fields = {"rows": 512, "c": 128, "dtype": "bfloat16"}
+def test_candidates_start_with_the_present_choice_and_do_not_repeat_it():
+    fields: dict[str, int | str] = {"rows": 512, "c": 128, "dtype": "bfloat16"}
     with tuning.override("layer_norm_forward", {"BLOCK_M": 64, "num_warps": 8}, **fields):
-        found = tune.candidates("layer_norm_forward", **fields)
+        found = candidates("layer_norm_forward", **fields)
     assert found[0] == {"BLOCK_M": 64, "num_warps": 8}
     assert len(found) == 8
     assert found.count(found[0]) == 1
 
 
-def test_candidates_have_the_names_of_the_defaults(tune):
+def test_candidates_and_their_grids_have_the_names_of_the_defaults():
     """A launch parameter that a kernel does not know would be timed in vain."""
-    from scalefold.kernels import tuning
-    from tune_candidates import CANDIDATES
-
     sizes = {"rows": 4096, "n": 256, "c": 128, "batch": 1, "heads": 4, "d": 32, "bias": 1, "sequences": 1024}
     fields = {**sizes, "frames": 256, "points": 256, "products": 1, "dtype": "bfloat16"}
     optional = {"maxnreg", "LIBRARY", "COPY_ENGINE"}
     for name, listed in CANDIDATES.items():
         default = tuning._defaults[name](fields, 90)
-        for config in listed(fields):
+        grid = space(name, fields)
+        assert grid[: len(listed(fields))] == listed(fields)
+        assert len({config_text(config) for config in grid}) == len(grid)
+        for config in [*grid, *neighbours(default)]:
             assert config.keys() - optional <= default.keys() | {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}, name
 
 
-def test_a_sweep_tries_both_forms_of_the_backward_of_transitions(tune):
-    tried = tune.candidates("transition_backward", rows=32768, c=256, n=1024, dtype="bfloat16")
-    assert {bool(config.get("LIBRARY")) for config in tried[: tune.MAX_CANDIDATES]} == {True, False}
+def test_a_sweep_tries_both_forms_of_the_backward_of_transitions():
+    tried = space("transition_backward", {"rows": 32768, "c": 256, "n": 1024, "dtype": "bfloat16"})
+    assert {bool(config.get("LIBRARY")) for config in tried} == {True, False}
+
+
+def test_differences_are_described():
+    assert str(Difference(2, (64, 64), 120, 0.87)) == "result 2 (64x64): 120 elements, by up to 0.87"
+
+
+def test_the_model_is_the_same_from_its_file(forest, tmp_path):
+    forest.save(tmp_path / "model.npz")
+    again = Forest.load(tmp_path / "model.npz")
+    assert np.array_equal(forest.predict(history()), again.predict(history()))
+
+
+def test_the_model_says_what_scikit_learn_says():
+    """Trees evaluated by NumPy alone."""
+    ensemble = pytest.importorskip("sklearn.ensemble")
+    rows = history()
+    known = lessons(rows)
+    ours = fit(known, seed=3)
+    matrix = ours.matrix(rows)
+    theirs = ensemble.ExtraTreesRegressor(64, min_samples_leaf=2, max_features=0.5, random_state=3, bootstrap=True)
+    theirs.fit(matrix, [lesson.distance for lesson in known], sample_weight=[lesson.weight for lesson in known])
+    assert np.allclose(ours.predict(rows)[0], theirs.predict(matrix), atol=1e-6)
+
+
+def test_a_search_without_trials_expects_the_most_of_what_history_likes_best():
+    places = places_of([{"BLOCK": n} for n in (16, 32, 64)])
+    search = Search(places, Prior(np.array([0.3, 0.0, 0.2]), np.full(3, 0.02)), np.random.default_rng(0))
+    assert int(search.gains().argmax()) == 1
+    search.drop(1)
+    assert search.gains()[1] == 0.0
+    assert int(search.gains().argmax()) == 2

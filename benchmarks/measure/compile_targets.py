@@ -36,9 +36,9 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-import operation_cases
-from rings import ring_faults, unguarded_refills
 from scalefold.kernels import triton_ops, tuning
+from scalefold.tune import operation_cases
+from scalefold.tune.sound.rings import ring_faults, unguarded_refills
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use (CUDA programming guide)
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}

@@ -28,7 +28,6 @@ os.environ.pop("TRITON_INTERPRET", None)  # must be settled before triton is imp
 
 import torch
 
-from bits import Difference, repeat
 from common import append_rows, facts, graph_microseconds, print_table
 from compile_targets import recorded_launches
 from hopper_cases import (
@@ -48,6 +47,7 @@ from hopper_cases import (
     too_large,
 )
 from scalefold.kernels import ahead, tuning
+from scalefold.tune.sound.bits import Difference, repeat
 
 WORKERS = 12  # that compile
 JOB_SECONDS = 20.0  # the first job of a case also prepares it

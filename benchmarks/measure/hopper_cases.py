@@ -11,7 +11,7 @@ from torch import Tensor
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import attention as hopper
 from scalefold.kernels.ops import attention as twin
-from tune_candidates import CANDIDATES
+from scalefold.tune.candidates import CANDIDATES
 
 INF = 1e9
 KERNELS = {pass_: f"attention_hopper_{pass_}" for pass_ in ("forward", "keys")}

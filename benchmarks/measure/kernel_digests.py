@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bits import poison
 from common import append_rows, facts, graph_microseconds, print_table, read_rows
-from operation_cases import training_cases
 from reproducibility import compile_beforehand
 from scalefold.kernels.triton_ops import TRITON
-from tune import run_once
+from scalefold.tune.operation_cases import training_cases
+from scalefold.tune.programs import run_once
+from scalefold.tune.sound.bits import poison
 
 REPLAYS = 40
 ELEMENTS = 2**24 + 5  # of the optimizer's buffers: the last block is not full

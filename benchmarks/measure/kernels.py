@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from common import FOLDER, append_rows, facts, graph_microseconds, print_table
-from operation_cases import Case, Inputs, training_cases, triangle_multiplication
 from scalefold.kernels.table import REFERENCE
 from scalefold.kernels.triton_ops import TRITON
+from scalefold.tune.operation_cases import Case, Inputs, training_cases, triangle_multiplication
 
 REPLAYS = 20
 Call = Callable[[], Tensor | Sequence[Tensor]]

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 
 from common import print_table
-from operation_cases import Case, training_cases
 from reproducibility import compile_beforehand
-from tune import run_once
+from scalefold.tune.operation_cases import Case, training_cases
+from scalefold.tune.programs import run_once
 
 DAPS = (8, 1)
 ACCESS = re.compile(r"(Error|Warning): .*?\b(Write|Read) access at (?:void )?([\w:]+)")

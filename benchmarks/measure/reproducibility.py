@@ -30,15 +30,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import operation_cases
-from bits import differences, repeat
 from common import FOLDER, append_rows, facts, print_table
 from multi_gpu import Host, build, join, set_dropout, tell
 from scalefold.data.loading.loader import Batch
+from scalefold.kernels import tuning
 from scalefold.step.graphs import TrainStep
 from scalefold.step.optimizer import Optimizer
+from scalefold.tune import operation_cases
+from scalefold.tune.programs import compile_case, run_once, start_worker
+from scalefold.tune.sound.bits import differences, repeat
 from step_time import module_of
-from tune import find_task, run_once, start_worker
 
 SEED = 11
 DAPS = (1, 2, 4, 8)
@@ -54,11 +55,12 @@ def result_row(what: str, dap: int, passes: int | str, repeats: int, differing: 
 
 
 def compile_beforehand(daps: Sequence[int], workers: int) -> None:
-    """Run every case once in a pool of processes, whose kernels this one then finds in Triton's cache."""
+    """Compile every case in a pool of processes, whose kernels this one then finds in Triton's cache."""
     count = sum(len(operation_cases.training_cases(dap)) for dap in daps)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, start_worker, (list(daps), [])) as pool:
-        list(pool.map(find_task, range(count)))
+    state = (list(daps), [], tuning.capability())
+    with ProcessPoolExecutor(workers, context, start_worker, state) as pool:
+        list(pool.map(compile_case, range(count)))
 
 
 def operation_rows(daps: Sequence[int], only: Sequence[str], repeats: int) -> list[dict[str, object]]:

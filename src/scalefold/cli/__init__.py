@@ -13,6 +13,7 @@ import typer
 
 from scalefold import __version__
 from scalefold.cli import jobs as cli_launch
+from scalefold.cli import tuning as cli_tuning
 from scalefold.cli.data import download, prepare, verify_data
 from scalefold.cli.results import add_verbs, check
 from scalefold.cli.runs import doctor, launch, leave, plan, show, simulate, train
@@ -80,6 +81,7 @@ for verb in (doctor, show, prepare, download, verify_data, train, check, plan, s
 
 
 cli_launch.add_verbs(app)
+cli_tuning.add_verbs(app)
 
 
 add_verbs(app)

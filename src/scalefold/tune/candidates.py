@@ -1,8 +1,10 @@
-"""What a sweep of launch parameters tries, per kernel of ``scalefold.kernels.tuning`` (see ``tune.py``).
+"""What a search for launch parameters may try, per kernel of ``scalefold.kernels.tuning``.
 
-The lists hold what has won or come close on some GPU at some shape; a kernel without a list here is not swept.
+The lists hold what has won or come close on some GPU at some shape; a kernel without a list here is not searched.
+``space`` is the whole grid around them.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 
 from scalefold.kernels import tuning
@@ -210,6 +212,60 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "triangle_project_forward": _tiles(TRIANGLE),
     "weight_gradient": _weight_gradient,
 }
+
+
+REGISTERS = (96, 128, 168)  # per thread: five, four and three programs of four warps on a multiprocessor
+FORMS = ("LIBRARY", "COPY_ENGINE", "HOPPER", "UNROLLED")  # say which program runs, not how it is cut
+LADDERS = {
+    "BLOCK_M": (32, 64, 128),
+    "BLOCK_N": (32, 64, 128),
+    "BLOCK_Q": (16, 32, 64, 128),
+    "num_stages": (1, 2, 3, 4),
+    "STAGES": (1, 2, 3, 4),
+    "num_warps": (4, 8),
+}
+
+
+def space(name: str, fields: Fields) -> list[Config]:
+    """Every combination of the values that a form of the kernel's program takes, its listed ones first."""
+    listed = CANDIDATES[name](fields)
+    forms: dict[tuple[tuple[str, ...], ...], list[Config]] = {}
+    for config in listed:
+        forms.setdefault(_form(config), []).append(config)
+    found = list(listed)
+    for members in forms.values():
+        found += _grid(members)
+    return [dict(items) for items in dict.fromkeys(tuple(sorted(config.items())) for config in found)]
+
+
+def _form(config: Config) -> tuple[tuple[str, ...], ...]:
+    names = tuple(sorted(config.keys() - {"maxnreg"}))
+    return (names, tuple(f"{form}={config[form]}" for form in FORMS if form in config))
+
+
+def _grid(members: list[Config]) -> list[Config]:
+    """All combinations of the members' values; where a parameter varies it takes all of its ladder."""
+    values = {name: {member[name] for member in members} for name in members[0] if name != "maxnreg"}
+    ladders = [sorted(found | set(LADDERS.get(name, ()) if len(found) > 1 else ())) for name, found in values.items()]
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*ladders)]
+
+
+def neighbours(config: Config) -> list[Config]:
+    """One parameter a step up or down, tile and warps together, or the registers of a thread limited."""
+    found: list[Config] = []
+    for name, value in config.items():
+        if name in ("num_stages", "STAGES"):
+            found += [config | {name: n} for n in (value - 1, value + 1) if 1 <= n <= 5]
+        elif name.startswith("BLOCK") or name in ("num_warps", "ROWS", "GROUPS", "SEQUENCES", "PROGRAMS"):
+            found += [config | {name: n} for n in (value // 2, value * 2) if n]
+        elif name == "LIBRARY" and value > 1:  # into how many ranges a weight gradient's rows are split
+            found += [config | {name: n} for n in (value // 2, value * 2)]
+    rows = next((name for name in ("BLOCK_M", "BLOCK_Q") if name in config), None)
+    if rows is not None and "num_warps" in config:  # a Gluon program has its own number
+        found += [config | {"maxnreg": n} for n in REGISTERS]
+        found += [config | {rows: config[rows] // 2, "num_warps": config["num_warps"] // 2}]
+        found += [config | {rows: config[rows] * 2, "num_warps": config["num_warps"] * 2}]
+    return [c for c in found if 1 <= c.get("num_warps", 1) <= 16]
 
 
 def candidates(name: str, **fields: int | str) -> list[Config]:
