@@ -16,7 +16,8 @@ from processes import run_ranks
 from scalefold.config import TrainingConfig
 from scalefold.kernels import triton_ops
 from scalefold.parallel.dap import collectives, direct
-from scalefold.parallel.dap.direct import STAGES, DirectExchanges
+from scalefold.parallel.dap.collectives import Lasts
+from scalefold.parallel.dap.direct import PASSING_TURNS, STAGES, Arrivals, DirectExchanges
 from scalefold.step.graphs import TrainStep
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatParameters
@@ -41,12 +42,12 @@ class OneProcess:
         }
         self.ranks = [DirectExchanges(rank, size, stages[rank], views, lambda turn: None) for rank in range(size)]
 
-    def run(self, name: str, xs: list, *dims: int) -> list:
+    def run(self, name: str, xs: list, *how: int | Lasts) -> list:
         """The exchange on every rank; first all of them stage (and read too early), then all read."""
         for rank, x in zip(self.ranks, xs, strict=True):
-            getattr(rank, name)(x, *dims)
+            getattr(rank, name)(x, *how)
             rank._turn = (rank._turn - 1) % STAGES
-        return [getattr(rank, name)(x, *dims) for rank, x in zip(self.ranks, xs, strict=True)]
+        return [getattr(rank, name)(x, *how) for rank, x in zip(self.ranks, xs, strict=True)]
 
 
 def tensors(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -65,7 +66,7 @@ def test_an_exchange_moves_every_part_to_its_place(dtype, size, shape, split, co
     if split == concat:
         xs = [x[None] for x in xs]
         split, concat = 1, 0
-    outs = group.run("all_to_all", [[x, -x] for x in xs], split, concat)
+    outs = group.run("all_to_all", [[x, -x] for x in xs], split, concat, Lasts.LONG)
     for rank, (out, other) in enumerate(outs):
         assert group.ranks[rank].takes([xs[rank], xs[rank]], split, concat)
         expected = torch.cat([x.chunk(size, split)[rank] for x in xs], concat)
@@ -77,7 +78,7 @@ def test_an_exchange_moves_every_part_to_its_place(dtype, size, shape, split, co
 @pytest.mark.parametrize("shape, dim", [((1, 4, 8, 8), 1), ((1, 4, 8, 8), 2), ((4, 16), 0)])
 def test_gathers_and_their_backward_sums(dtype, shape, dim):
     xs, group = tensors(4, shape, dtype), OneProcess(4)
-    for out in group.run("all_gather", xs, dim):
+    for out in group.run("all_gather", xs, dim, Lasts.LONG):
         torch.testing.assert_close(out, torch.cat(xs, dim), rtol=0, atol=0)
     expected = torch.stack([x.float() for x in xs]).sum(0).to(dtype)
     for rank, out in enumerate(group.run("reduce_scatter", xs, dim)):
@@ -86,7 +87,7 @@ def test_gathers_and_their_backward_sums(dtype, shape, dim):
 
 def test_eight_ranks_exchange_more_than_a_program_moves():
     xs, group = tensors(8, (1, 8, 16, 40), torch.bfloat16), OneProcess(8)
-    for rank, (out,) in enumerate(group.run("all_to_all", [[x] for x in xs], 2, 1)):
+    for rank, (out,) in enumerate(group.run("all_to_all", [[x] for x in xs], 2, 1, Lasts.LONG)):
         torch.testing.assert_close(out, torch.cat([x.chunk(8, 2)[rank] for x in xs], 1), rtol=0, atol=0)
     wide = tensors(2, (1, 2, 4200 * 2), torch.bfloat16)
     for rank, out in enumerate(OneProcess(2).run("reduce_scatter", wide, 1)):
@@ -98,7 +99,7 @@ def test_exchanges_of_other_strides_and_of_both_stages():
     group = OneProcess(2)
     for shape in ((1, 6, 4, 8), (1, 2, 10, 16), (1, 4, 4, 8)):
         xs = [x.transpose(1, 2) for x in tensors(2, shape, torch.float32)]
-        for rank, (out,) in enumerate(group.run("all_to_all", [[x] for x in xs], 1, 2)):
+        for rank, (out,) in enumerate(group.run("all_to_all", [[x] for x in xs], 1, 2, Lasts.LONG)):
             torch.testing.assert_close(out, torch.cat([x.chunk(2, 1)[rank] for x in xs], 2), rtol=0, atol=0)
 
 
@@ -135,7 +136,7 @@ class Exchanged(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, exchanges: DirectExchanges) -> Tensor:
         ctx.exchanges = exchanges
-        return exchanges.all_gather(x, 0)
+        return exchanges.all_gather(x, 0, Lasts.LONG)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -10,7 +10,7 @@ EXCHANGE_KINDS = {  # parts of kernel names: the library's, then those of parall
     "all_gather": ("allgather",),
     "reduce_scatter": ("reducescatter",),
     "all_reduce": ("allreduce",),
-    "direct": ("_copy_parts", "_sum_parts"),
+    "direct": ("_send_parts", "_copy_parts", "_sum_parts"),
     "barrier": ("barrier_kernel",),
 }
 AGREEMENT = 0.05  # relative, between computing and gaps of a share alone and of two GPUs

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node 4 benchmarks/measure/symmetric_exchange.py
 
-Results are compared with NCCL's before timing; rows go to ``exchange_symmetric.csv``. Both move the same bytes; what
-NCCL needs besides, to bring parts into order before and after, is left out.
+Results are compared with NCCL's before timing; rows go to ``exchange_symmetric.csv``. ``staged``: read from the peers'
+stages, as results that somebody holds for long. All move the same bytes; what NCCL needs besides, to bring parts into
+order before and after, is left out.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from common import FOLDER, facts
 from multi_gpu import EXCHANGE_MIB, MIB, Host, join, time_exchange
+from scalefold.parallel.dap.collectives import Lasts
 from scalefold.parallel.dap.direct import DirectExchanges, mapped
 from scalefold.parallel.dap.peer_memory import LANE
 
@@ -27,9 +29,13 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
     x = torch.randn(int(mib * MIB / 2) // (size * LANE) * size, LANE, device="cuda").bfloat16()
     rows = {"all_to_all": x.shape[0], "all_gather": size * x.shape[0], "reduce_scatter": x.shape[0] // size}
     ours: dict[str, Callable[[], Tensor]] = {
-        "all_to_all": lambda: own.all_to_all([x[None]], 1, 0)[0].flatten(0, 1),
-        "all_gather": lambda: own.all_gather(x, 0),
+        "all_to_all": lambda: own.all_to_all([x[None]], 1, 0, Lasts.SHORT)[0].flatten(0, 1),
+        "all_gather": lambda: own.all_gather(x, 0, Lasts.SHORT),
         "reduce_scatter": lambda: own.reduce_scatter(x, 0),
+    }
+    staged: dict[str, Callable[[], Tensor]] = {
+        "all_to_all": lambda: own.all_to_all([x[None]], 1, 0, Lasts.LONG)[0].flatten(0, 1),
+        "all_gather": lambda: own.all_gather(x, 0, Lasts.LONG),
     }
     library: dict[str, Callable[[Tensor, Tensor], object]] = {
         "all_to_all": dist.all_to_all_single,
@@ -40,10 +46,12 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
     for name, length in rows.items():
         expected = x.new_empty(length, LANE)
         library[name](expected, x)
-        if not torch.allclose(ours[name]().float(), expected.float(), rtol=2e-2, atol=2e-2):  # bf16 in another order
-            sys.exit(f"rank {own.rank}: {name} of {mib} MiB differs from NCCL's")
+        for call in filter(None, (ours[name], staged.get(name))):
+            if not torch.allclose(call().float(), expected.float(), rtol=2e-2, atol=2e-2):  # bf16 in another order
+                sys.exit(f"rank {own.rank}: {name} of {mib} MiB differs from NCCL's")
         row[f"{name}_us"] = round(time_exchange(host, ours[name]), 2)
         row[f"{name}_nccl_us"] = round(time_exchange(host, lambda name=name, out=expected: library[name](out, x)), 2)
+    row |= {f"{name}_staged_us": round(time_exchange(host, call), 2) for name, call in staged.items()}
     return row
 
 

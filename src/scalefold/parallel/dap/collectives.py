@@ -8,6 +8,7 @@ shapes that are too odd for it, and exchanges that go on beside other work by th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -15,14 +16,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class DirectReads(Protocol):
-    """Exchanges by reading peers' memory, of what ``takes`` accepts; dimensions count from the front."""
+class Lasts(Enum):
+    """How long the result of an exchange is needed: what may take its place in memory, and when."""
+
+    LONG = "as long as somebody holds it"
+    STEP = "by the backward pass of this step"
+    SHORT = "until a few exchanges later"
+
+    @staticmethod
+    def by(ctx: Any) -> "Lasts":
+        """What the function ``ctx`` returns lasts until its backward, if it has one."""
+        return Lasts.STEP if any(ctx.needs_input_grad) else Lasts.SHORT
+
+
+class Direct(Protocol):
+    """Exchanges by way of peers' memory, of what ``takes`` accepts; dimensions count from the front."""
+
+    def begin(self) -> None: ...
 
     def takes(self, xs: Sequence[Tensor], dim: int, other: int | None = None) -> bool: ...
 
-    def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int) -> list[Tensor]: ...
+    def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]: ...
 
-    def all_gather(self, x: Tensor, dim: int) -> Tensor: ...
+    def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor: ...
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor: ...
 
@@ -32,7 +48,7 @@ class Group:
     """The P ranks that share a sample, and how they exchange: directly where ``direct`` is there and takes it."""
 
     processes: dist.ProcessGroup
-    direct: DirectReads | None = None
+    direct: Direct | None = None
 
     @property
     def size(self) -> int:
@@ -43,6 +59,11 @@ class Group:
     def rank(self) -> int:
         """This process's place among the P."""
         return dist.get_rank(self.processes)
+
+    def begin(self) -> None:
+        """A step begins: nothing that was exchanged before is needed any more."""
+        if self.direct is not None:
+            self.direct.begin()
 
     def disconnect(self) -> None:
         """Let go of memory that GPUs share; the library exchanges from now on."""
@@ -55,11 +76,11 @@ def local_part(x: Tensor, dim: int, group: Group) -> Tensor:
     return x.narrow(dim, group.rank * width, width).contiguous()
 
 
-def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
+def all_gather(x: Tensor, dim: int, group: Group, lasts: Lasts = Lasts.LONG) -> Tensor:
     """Concatenate the ranks' slices along ``dim``."""
     dim, mapped = dim % x.dim(), group.direct
     if mapped is not None and mapped.takes([x], dim):
-        return mapped.all_gather(x, dim)
+        return mapped.all_gather(x, dim, lasts)
     size = group.size
     front = x.movedim(dim, 0).contiguous()
     out = front.new_empty((size * front.shape[0], *front.shape[1:]))
@@ -84,7 +105,9 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     return local_part(front, 0, group).movedim(0, dim)
 
 
-def all_to_all(xs: Sequence[Tensor], split_dim: int, concat_dim: int, group: Group) -> list[Tensor]:
+def all_to_all(
+    xs: Sequence[Tensor], split_dim: int, concat_dim: int, group: Group, lasts: Lasts = Lasts.LONG
+) -> list[Tensor]:
     """Split along one dimension, concatenate along another: the slices change axis. One exchange for all of ``xs``.
 
     xs: equally shaped, [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each.
@@ -94,7 +117,7 @@ def all_to_all(xs: Sequence[Tensor], split_dim: int, concat_dim: int, group: Gro
     size = group.size
     _share(shape[split_dim], size)
     if mapped is not None and mapped.takes(xs, split_dim, concat_dim):
-        return mapped.all_to_all(xs, split_dim, concat_dim)
+        return mapped.all_to_all(xs, split_dim, concat_dim, lasts)
     if len(xs) == 1:
         parts = _parts(xs[0], split_dim, size).contiguous()[:, None]
     else:
@@ -173,7 +196,12 @@ class _GatherSame(torch.autograd.Function):
 
 
 class _GatherShared(_GatherSame):
-    """All-gather forward, reduce-scatter backward: every rank does different work with the result."""
+    """All-gather forward, reduce-scatter backward: every rank does different work with the result, in its block."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return all_gather(x, dim, group, Lasts.by(ctx))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -181,17 +209,17 @@ class _GatherShared(_GatherSame):
 
 
 class _Exchange(torch.autograd.Function):
-    """All-to-all forward, the inverse all-to-all backward, of one or several tensors."""
+    """All-to-all forward, the inverse all-to-all backward, of one or several tensors that a block uses up."""
 
     @staticmethod
     def forward(ctx: Any, split_dim: int, concat_dim: int, group: Group, *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.dims, ctx.group = (split_dim, concat_dim), group
-        return tuple(all_to_all(xs, split_dim, concat_dim, group))
+        return tuple(all_to_all(xs, split_dim, concat_dim, group, Lasts.by(ctx)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         split_dim, concat_dim = ctx.dims
-        return None, None, None, *all_to_all(grads, concat_dim, split_dim, ctx.group)
+        return None, None, None, *all_to_all(grads, concat_dim, split_dim, ctx.group, Lasts.SHORT)
 
 
 class _Overlapped(torch.autograd.Function):

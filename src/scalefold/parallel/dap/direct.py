@@ -1,34 +1,96 @@
 """Exchanges inside an axial-parallel group over memory that the GPUs of a host map from each other.
 
-Every rank stages what it sends in memory that all ranks of its group can read, meets them at a barrier on the device,
-and reads its parts of each peer's stage straight to where they belong: one copy, one barrier and one kernel, where a
-library's exchange needs its own rearranging copies before and after. No multicast, no host in between, so a CUDA graph
-can hold it.
+Two ways, both without multicast and without the host in between, so that a CUDA graph can hold them:
 
-Two stages take turns. Whoever writes to a stage again has passed the barrier of the other stage, which its peers reach
-only after reading the first one. Turns go on from one captured graph to the next, and graphs are replayed in any order,
-so one may begin with the stage that the one before ended with: between them the sum of gradients and logged values
-over all training ranks, with which every captured part of a step ends, is the barrier.
+* **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, and all ranks meet at a
+  barrier on the device: one kernel and one barrier. Results lie in memory that all ranks of the group map, at the same
+  place on each: either until the next step begins (what the backward pass needs), or until some exchanges later.
+* **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's stage:
+  for sums, for results that somebody holds longer, and where there is no room for a result any more.
+
+Why nobody writes what a peer still reads: every exchange is a barrier, and a rank reaches one only after all that stands
+before it in its stream. Two stages take turns: who writes to a stage again has passed the barrier of the other one,
+which its peers reach only after reading the first. The place of a passing result is given away again after at least
+``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a barrier of its own.
+Turns of the stages go on from one captured graph to the next, and graphs are replayed in any order, so one may begin
+with the stage that the one before ended with: the barrier of the step's beginning lies between.
 Measured beside NCCL by ``benchmarks/measure/symmetric_exchange.py``.
 """
 
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from scalefold.parallel.dap.collectives import Group
-from scalefold.parallel.dap.peer_memory import LANE, copy_parts, sum_parts
+from scalefold.parallel.dap.collectives import Group, Lasts
+from scalefold.parallel.dap.peer_memory import LANE, copy_parts, send_parts, sum_parts
 
 log = logging.getLogger(__name__)
 
 STAGE_BYTES = 32 * 2**20  # the largest exchange of the benchmark's shapes has 16 MiB per rank
 STAGES = 2
+KEPT_BYTES = 10 * 2**30  # of all ranks together: what the benchmark's model exchanges with gradients, and some room
+PASSING_BYTES = 2 * 2**30
+PASSING_TURNS = 16
+ALIGNMENT = 512
 DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass
+class Arrivals:
+    """Memory in which results of exchanges arrive, cut alike on all ranks.
+
+    own: this rank's memory; peers: every rank's one as this rank sees it, in rank order; all uint8 of equal length, the
+    first ``kept_bytes`` for results that a backward pass needs. barrier: returns once all ranks are there (on the
+    device: what follows in the stream waits).
+    """
+
+    own: Tensor
+    peers: Sequence[Tensor]
+    kept_bytes: int
+    barrier: Callable[[], None]
+    _kept: int = 0
+    _passing: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._passing = self.kept_bytes
+
+    def begin(self) -> None:
+        """Another step: no rank needs results of the one before."""
+        self.barrier()
+        self._kept, self._passing = 0, self.kept_bytes
+
+    def place(self, count: int, keep: bool) -> int | None:
+        """Where a result of ``count`` bytes goes; None where there is no room for it."""
+        count += -count % ALIGNMENT
+        if keep:
+            place, self._kept = self._kept, self._kept + count
+            if self._kept <= self.kept_bytes:
+                return place
+            self._kept = place
+            return None
+        end = self.own.numel()
+        if count * PASSING_TURNS > end - self.kept_bytes:
+            return None
+        place = self._passing if self._passing + count <= end else self.kept_bytes
+        self._passing = place + count
+        return place
+
+    def at(self, place: int, shape: Sequence[int], dtype: torch.dtype, number: int) -> list[Tensor]:
+        """``number`` tensors behind each other: of their own as autograd sees them, no views of each other."""
+        numel, first = math.prod(shape), self.own.storage_offset() + place
+        return [
+            self.own.new_empty(0, dtype=dtype).set_(
+                self.own.untyped_storage(), first // dtype.itemsize + n * numel, tuple(shape)
+            )
+            for n in range(number)
+        ]
 
 
 class DirectExchanges:
@@ -39,6 +101,7 @@ class DirectExchanges:
         stages: this rank's stages, uint8 of equal length.
         views: per dtype and stage, every rank's stage as this rank sees it, rank order.
         barrier: returns once all ranks of the group are there (on the device: what follows in the stream waits).
+        arrivals: where results arrive that need not last; None: everything goes by stages.
     """
 
     def __init__(
@@ -48,9 +111,16 @@ class DirectExchanges:
         stages: Sequence[Tensor],
         views: dict[torch.dtype, list[list[Tensor]]],
         barrier: Callable[[int], None],
+        arrivals: Arrivals | None = None,
     ) -> None:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
+        self.arrivals = arrivals
         self._turn = 0
+
+    def begin(self) -> None:
+        """A step begins on all ranks of the group."""
+        if self.arrivals is not None:
+            self.arrivals.begin()
 
     def takes(self, xs: Sequence[Tensor], dim: int, other: int | None = None) -> bool:
         """Whether equal shapes fit together, and parts along ``dim`` (and ``other``) are long and even enough."""
@@ -59,24 +129,31 @@ class DirectExchanges:
         fit = len(xs) * shape.numel() * dtype.itemsize <= self.stages[0].numel()
         return dtype in self.views and fit and inner % LANE == 0
 
-    def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int) -> list[Tensor]:
+    def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]:
         """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense."""
         shape = list(xs[0].shape)
         shape[split_dim] //= self.size
         part = shape.copy()
         shape[concat_dim] *= self.size
-        outs = [x.new_empty(shape) for x in xs]
         split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
+        arrived = self._sent(xs, shape, lasts, False, split_block, concat_block)
+        if arrived is not None:
+            return arrived
+        outs = [x.new_empty(shape) for x in xs]
         for staged, out in zip(self._staged(xs), outs, strict=True):
             copy_parts(staged, out, self.rank, split_block, concat_block)
         return outs
 
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+    def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor:
         """The ranks' tensors behind each other along ``dim``, dense."""
         shape = list(x.shape)
         shape[dim] *= self.size
+        block = math.prod(x.shape[dim:])
+        arrived = self._sent([x], shape, lasts, True, x.numel(), block)
+        if arrived is not None:
+            return arrived[0]
         out = x.new_empty(shape)
-        copy_parts(self._staged([x])[0], out, None, x.numel(), math.prod(x.shape[dim:]))
+        copy_parts(self._staged([x])[0], out, None, x.numel(), block)
         return out
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
@@ -86,6 +163,21 @@ class DirectExchanges:
         out = x.new_empty(shape)
         sum_parts(self._staged([x])[0], out, self.rank, math.prod(shape[dim:]))
         return out
+
+    def _sent(
+        self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts, whole: bool, split_block: int, concat_block: int
+    ) -> list[Tensor] | None:
+        """Results of ``shape``, written by all ranks; None where they last longer or there is no room for them."""
+        if self.arrivals is None or lasts is Lasts.LONG:
+            return None
+        dtype = xs[0].dtype
+        place = self.arrivals.place(len(xs) * math.prod(shape) * dtype.itemsize, keep=lasts is Lasts.STEP)
+        if place is None:
+            return None
+        targets = [peer[place:].view(dtype) for peer in self.arrivals.peers]
+        send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
+        self.arrivals.barrier()
+        return self.arrivals.at(place, shape, dtype, len(xs))
 
     def _staged(self, xs: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of each of the tensors every rank's one of this exchange, flat and readable from here."""
@@ -121,10 +213,14 @@ def connect(group: Group, control: dist.ProcessGroup, device: torch.device) -> b
 
 
 def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
-    """Exchanges over new stages that all ranks of ``group`` map, taking part; RuntimeError where one cannot."""
-    stages = [symmetric_memory.empty(STAGE_BYTES, dtype=torch.uint8, device=device) for _ in range(STAGES)]
-    handles = [symmetric_memory.rendezvous(stage, group) for stage in stages]
+    """Exchanges over new memory that all ranks of ``group`` map, taking part; RuntimeError where one cannot."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+
+    def shared(count: int) -> tuple[Tensor, Any]:
+        memory = symmetric_memory.empty(count, dtype=torch.uint8, device=device)
+        return memory, symmetric_memory.rendezvous(memory, group)
+
+    stages, handles = zip(*(shared(STAGE_BYTES) for _ in range(STAGES)), strict=True)
     views = {
         dtype: [
             [handle.get_buffer(peer, (STAGE_BYTES // dtype.itemsize,), dtype) for peer in range(size)]
@@ -132,4 +228,8 @@ def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
         ]
         for dtype in DTYPES
     }
-    return DirectExchanges(rank, size, stages, views, lambda turn: handles[turn].barrier(channel=0))
+    kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
+    memory, handle = shared(kept + passing)
+    peers = [handle.get_buffer(peer, (kept + passing,), torch.uint8) for peer in range(size)]
+    arrivals = Arrivals(memory, peers, kept, lambda: handle.barrier(channel=0))
+    return DirectExchanges(rank, size, stages, views, lambda turn: handles[turn].barrier(channel=0), arrivals)

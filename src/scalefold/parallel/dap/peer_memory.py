@@ -1,8 +1,8 @@
-"""Parts of tensors that lie in the memory of several GPUs, read to where they belong or summed.
+"""Parts of tensors, written to where they belong in the memory of several GPUs, or read from there or summed.
 
 Parts are described by runs: a dense tensor is a row of runs of equal length, and every SIZE-th belongs to one rank.
-That covers parts along any dimension: a run is the part's extent in that dimension and all behind it. What the
-exchanges of ``parallel.direct`` read with these kernels has been staged by its owners before.
+That covers parts along any dimension: a run is the part's extent in that dimension and all behind it. What is read has
+been staged by its owners before; what is written may be read once all ranks have met (``parallel.dap.direct``).
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -25,6 +25,31 @@ def _offsets(unit, first, BLOCK, SIZE: tl.constexpr):
     """Element offsets [units, LANE] of ``unit`` where every run of BLOCK units is one of SIZE, the ``first`` one."""
     unit = ((unit // BLOCK) * SIZE + first) * BLOCK + unit % BLOCK
     return unit.to(tl.int64)[:, None] * _LANE + tl.arange(0, _LANE)[None, :]
+
+
+@triton.jit
+def _send_parts(
+    sources, targets, rank, source_block, target_block, count, result, SIZE: tl.constexpr, TENSORS: tl.constexpr,
+    WHOLE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Program (units, peer, tensor): the peer's part of a source, or all of it, to this rank's place at the peer.
+
+    A peer holds the results of all tensors, each of ``result`` elements, behind each other. Parts that cross a wire are on their way first.
+    """
+    unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    keep = (unit < count)[:, None]
+    peer = (tl.program_id(1) + rank + 1) % SIZE
+    if WHOLE:
+        source = _offsets(unit, 0, source_block, 1)
+    else:
+        source = _offsets(unit, peer, source_block, SIZE)
+    target = _offsets(unit, rank, target_block, SIZE)
+    for n in tl.static_range(TENSORS):
+        if tl.program_id(2) == n:
+            values = tl.load(sources[n] + source, mask=keep)
+            for p in tl.static_range(SIZE):
+                if peer == p:
+                    tl.store(targets[p] + n * result + target, values, mask=keep)
 
 
 @triton.jit
@@ -58,6 +83,22 @@ def _sum_parts(sources, out, rank, source_block, count, SIZE: tl.constexpr, LANE
     tl.store(out + target, total.to(out.dtype.element_ty), mask=keep)
 
 
+def send_parts(
+    sources: Sequence[Tensor], targets: Sequence[Tensor], rank: int, whole: bool, source_block: int, target_block: int
+) -> None:
+    """Every peer's part of each source (``whole``: all of it) to this rank's place in the results at that peer.
+
+    sources: equal shapes, dense; targets: one per peer, long enough for the results of all sources behind each other;
+    source_block, target_block: elements of a run.
+    """
+    size, count = len(targets), sources[0].numel() // LANE
+    count = count if whole else count // size
+    _send_parts[(triton.cdiv(count, LANES), size, len(sources))](
+        tuple(sources), tuple(targets), rank, source_block // LANE, target_block // LANE, count, size * count * LANE,
+        SIZE=size, TENSORS=len(sources), WHOLE=whole, LANES=LANES, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
 def copy_parts(sources: Sequence[Tensor], out: Tensor, rank: int | None, source_block: int, out_block: int) -> None:
     """Part ``rank`` of every source (None: all of it) to its owner's place in ``out``.
 
@@ -89,3 +130,6 @@ def _meta_run(size: int) -> None:
     copy_parts(sources, torch.empty_like(sources[0]), 0, 2048, 4096)
     copy_parts(sources, sources[0].new_empty(size * sources[0].numel()), None, sources[0].numel(), 2048)
     sum_parts(sources, torch.empty_like(sources[0][0]), 0, 2048)
+    for sent in (sources[:1], sources[:2]):
+        send_parts(sent, sources, 1, whole=False, source_block=2048, target_block=4096)
+    send_parts(sources[:1], sources, 1, whole=True, source_block=sources[0].numel(), target_block=2048)

@@ -139,6 +139,7 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
     """Shard the trunk of ``model`` over the ranks of ``group``; None leaves it whole."""
     if group is None:
         return
+    model.register_forward_pre_hook(lambda *_: group.begin())
     for module in model.modules():
         for name, point in _points(group).items():
             if isinstance(getattr(module, name, None), nn.Identity):

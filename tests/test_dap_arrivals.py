@@ -1,0 +1,164 @@
+"""Results that peers write straight to where they belong: places, how long they last, and a whole model's bits."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from processes import run_ranks
+from scalefold.config import load_config
+from scalefold.data.configured import feature_settings
+from scalefold.data.made.synthetic import synthetic_batch
+from scalefold.kernels import triton_ops
+from scalefold.model.alphafold import AlphaFold
+from scalefold.parallel.dap.collectives import Group, Lasts
+from scalefold.parallel.dap.direct import PASSING_TURNS, Arrivals, DirectExchanges
+from scalefold.parallel.dap.points import apply_dap
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="needs a GPU or Triton's interpreter"
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEPT, PASSING = 1 << 18, 1 << 21
+
+
+def memory(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.uint8, device=DEVICE)
+
+
+def group_of(size: int) -> list[DirectExchanges]:
+    """All ranks in one process; their results may be read once all of them have written."""
+    arrived = [memory(KEPT + PASSING) for _ in range(size)]
+    return [
+        DirectExchanges(rank, size, [], {torch.float32: [], torch.bfloat16: []}, lambda turn: None, arrivals)
+        for rank, arrivals in enumerate(Arrivals(own, arrived, KEPT, lambda: None) for own in arrived)
+    ]
+
+
+def tensors(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(size)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("lasts", [Lasts.STEP, Lasts.SHORT])
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize(
+    "shape, split, concat", [((1, 8, 8, 16), 2, 1), ((1, 8, 4, 16), 1, 2), ((2, 8, 3, 5, 8), 1, 3), ((1, 16, 1, 24), 1, 0)]
+)
+def test_parts_arrive_in_their_places_of_all_peers(dtype, lasts, size, shape, split, concat):
+    xs, ranks = tensors(size, shape, dtype), group_of(size)
+    outs = [rank.all_to_all([x, -x], split, concat, lasts) for rank, x in zip(ranks, xs, strict=True)]
+    for rank, (out, other) in enumerate(outs):
+        expected = torch.cat([x.chunk(size, split)[rank] for x in xs], concat)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0)
+        torch.testing.assert_close(other, -expected, rtol=0, atol=0)
+        assert out.is_contiguous() and not out._is_view()
+    gathered = [rank.all_gather(x, split, lasts) for rank, x in zip(ranks, xs, strict=True)]
+    for out in gathered:
+        torch.testing.assert_close(out, torch.cat(xs, split), rtol=0, atol=0)
+
+
+def test_other_strides_and_more_than_a_program_moves():
+    xs, ranks = tensors(2, (1, 40, 4, 64), torch.bfloat16), group_of(2)
+    turned = [x.transpose(1, 2) for x in xs]
+    outs = [rank.all_to_all([x], 2, 1, Lasts.STEP)[0] for rank, x in zip(ranks, turned, strict=True)]
+    for rank, out in enumerate(outs):
+        torch.testing.assert_close(out, torch.cat([x.chunk(2, 2)[rank] for x in turned], 1), rtol=0, atol=0)
+
+
+def test_places_of_kept_results_are_given_away_when_a_step_begins_and_passing_ones_after_some_turns():
+    met = []
+    own = memory(1024 + 512 * PASSING_TURNS)
+    arrivals = Arrivals(own, [own], 1024, lambda: met.append("barrier"))
+    assert [arrivals.place(count, keep=True) for count in (512, 1, 1)] == [0, 512, None]
+    assert arrivals.place(513, keep=False) is None  # fewer turns than promised
+    passing = [arrivals.place(512, keep=False) for _ in range(PASSING_TURNS + 1)]
+    assert len(set(passing[:-1])) == PASSING_TURNS and passing[-1] == passing[0] == 1024
+    arrivals.begin()
+    assert met == ["barrier"]
+    assert (arrivals.place(1, keep=True), arrivals.place(1, keep=False)) == (0, 1024)
+
+
+def test_where_there_is_no_room_results_go_by_stages():
+    rank = group_of(1)[0]
+    rank.stages, rank.views = [memory(1 << 20)], {torch.float32: [[memory(1 << 20).view(torch.float32)]]}
+    large = torch.ones(KEPT // 16, 8, device=DEVICE)
+    assert rank.all_gather(large, 0, Lasts.STEP).untyped_storage().data_ptr() != storage_of(rank)
+    assert rank.all_gather(large[:8], 0, Lasts.LONG).untyped_storage().data_ptr() != storage_of(rank)
+    assert rank.all_gather(large[:8], 0, Lasts.STEP).untyped_storage().data_ptr() == storage_of(rank)
+
+
+def storage_of(rank: DirectExchanges) -> int:
+    assert rank.arrivals is not None
+    return rank.arrivals.own.untyped_storage().data_ptr()
+
+
+# --- a whole model on two ranks -------------------------------------------------------------------------------------
+
+OVERRIDES = (
+    *("model.evoformer.num_blocks=3", "model.structure.num_blocks=1", "data.train_sequence_crop_size=16"),
+    *("data.max_msa_clusters=8", "data.max_extra_msa=8"),
+)
+
+
+class Counted(DirectExchanges):
+    """Counts what arrives directly."""
+
+    arrived = 0
+
+    def _sent(self, xs: Sequence[Tensor], *how: Any) -> list[Tensor] | None:
+        outs = super()._sent(xs, *how)
+        self.arrived += outs is not None
+        return outs
+
+
+def steps(model: AlphaFold, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    """Outputs and gradients of four steps with 1, 3, 2 and 1 passes."""
+    found = []
+    for passes in (1, 3, 2, 1):
+        model.zero_grad()
+        torch.manual_seed(passes)
+        outputs = model(batch, passes)
+        sum(out.float().sin().mean() for out in outputs.values() if out.is_floating_point()).backward()  # type: ignore
+        found += [out.detach().numpy().copy() for out in outputs.values()]
+        found += [p.grad.numpy().copy() for p in model.parameters() if p.grad is not None]
+    return found
+
+
+def compared(rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kept: int) -> tuple[int, int, int]:
+    """Values that differ between the library and direct exchanges, of how many, and exchanges that arrived."""
+    config = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", OVERRIDES).config
+    batch = dict(synthetic_batch(feature_settings(config), 1, num_passes=3, seed=3).features)
+    assert dist.group.WORLD is not None
+    group = Group(dist.group.WORLD)
+    model = AlphaFold(config.model, seed=1).train()
+    apply_dap(model, group)
+    expected = steps(model, batch)
+
+    def barrier(turn: int = 0) -> None:
+        dist.barrier()
+
+    views = {torch.float32: [[own.view(torch.float32) for own in stage] for stage in memories]}
+    arrivals = Arrivals(arrived[rank], arrived, kept, barrier)
+    own = [stage[rank] for stage in memories]
+    group.direct = direct = Counted(rank, 2, own, views, barrier, arrivals)
+    found = steps(model, batch)
+    differing = sum(not np.array_equal(a, b) for a, b in zip(expected, found, strict=True))
+    return differing, len(expected), direct.arrived
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory of CPU processes")
+def test_a_model_computes_the_same_bits_where_results_arrive_directly():
+    largest = 2 * 8 * 16 * 16 * 4  # operands of a triangle multiplication: two, fp32
+    kept, passing = 1 << 25, largest * PASSING_TURNS
+    memories = [[memory(1 << 20).share_memory_() for _ in range(2)] for _ in range(2)]
+    arrived = [memory(kept + passing).share_memory_() for _ in range(2)]
+    for differing, count, direct in run_ranks(compared, 2, memories, arrived, kept):
+        assert (differing, count > 100, direct > 100) == (0, True, True)
