@@ -1,14 +1,15 @@
 """A group of P ranks of which only one is there: what it launches, allocates and moves without P GPUs.
 
 Every peer is taken to hold what this rank holds, and nobody is waited for. So shapes, bytes and launches are those of a
-rank of a real group, and values are not. Exchanges over mapped memory are the package's own, with this rank's stage in
-the place of every peer's; its barrier is a kernel that does not wait. What goes through the library (the exchange
+rank of a real group, and values are not. Exchanges over mapped memory are the package's own, with this rank's memory in
+the place of every peer's; the barrier is a kernel that does not wait. What goes through the library (the exchange
 beside the pair updates, sums of gradients) is one kernel of the same bytes on a stream of its own, as NCCL's would be.
 """
 
 # pyright: reportAssignmentType=false, reportCallIssue=false
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,9 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.config import RankLayout
-from scalefold.parallel.dap.collectives import Group
-from scalefold.parallel.dap.direct import DTYPES, STAGE_BYTES, STAGES, DirectExchanges
-from scalefold.parallel.dap.peer_memory import LANE, copy_parts, sum_parts
+from scalefold.parallel.dap.collectives import Group, Lasts
+from scalefold.parallel.dap.direct import (
+    DTYPES,
+    KEPT_BYTES,
+    PASSING_BYTES,
+    STAGE_BYTES,
+    STAGES,
+    Arrivals,
+    DirectExchanges,
+)
+from scalefold.parallel.dap.peer_memory import LANE, copy_parts, send_parts, sum_parts
 from scalefold.parallel.ranks import Ranks
 
 RANK = 0  # the one that is there
@@ -111,12 +120,38 @@ def _barrier_kernel_alone(flag):
     tl.store(flag, 1)
 
 
+class DirectAlone(DirectExchanges):
+    """What this rank would write to its peers, part by part, goes to where theirs would arrive here."""
+
+    def _sent(
+        self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts, whole: bool, split_block: int, concat_block: int
+    ) -> list[Tensor] | None:
+        """The package's launch; the result holds part p of this rank's tensor in the place of peer p."""
+        assert self.arrivals is not None
+        dtype = xs[0].dtype
+        count = len(xs) * math.prod(shape) * dtype.itemsize
+        place = None if lasts is Lasts.LONG else self.arrivals.place(count, keep=lasts is Lasts.STEP)
+        if place is None:
+            return None
+        arrived = self.arrivals.own[place:].view(dtype)
+        targets = [arrived[peer * concat_block :] for peer in range(self.size)]
+        send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
+        self.arrivals.barrier()
+        return self.arrivals.at(place, shape, dtype, len(xs))
+
+
 def direct_alone(size: int, device: torch.device) -> DirectExchanges:
-    """The package's exchanges over mapped memory, this rank's stage being every peer's."""
+    """The package's exchanges over mapped memory, this rank's memory being every peer's."""
     stages = [torch.zeros(STAGE_BYTES, dtype=torch.uint8, device=device) for _ in range(STAGES)]
     views = {dtype: [[stage.view(dtype)] * size for stage in stages] for dtype in DTYPES}
     flags = torch.zeros(STAGES, dtype=torch.int32, device=device)
-    return DirectExchanges(RANK, size, stages, views, lambda turn: _barrier_kernel_alone[(1,)](flags[turn:]))
+
+    def barrier(turn: int = 0) -> None:
+        _barrier_kernel_alone[(1,)](flags[turn:])
+
+    kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
+    memory = torch.empty(kept + passing, dtype=torch.uint8, device=device)
+    return DirectAlone(RANK, size, stages, views, barrier, Arrivals(memory, [memory] * size, kept, barrier))
 
 
 @contextmanager

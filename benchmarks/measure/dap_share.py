@@ -54,6 +54,7 @@ from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.table import use_operations
+from scalefold.parallel.dap.collectives import Lasts
 from scalefold.parallel.dap.direct import DirectExchanges
 from scalefold.parallel.dap.peer_memory import LANE
 from scalefold.parallel.dap.points import apply_dap
@@ -284,8 +285,8 @@ def exchange_calls(own: DirectExchanges, x: Tensor) -> dict[str, tuple[Callable[
     """Exchanges of x [n P, LANE], and what they give where every peer holds the same."""
     part = x.chunk(own.size)[own.rank]
     return {
-        "all_to_all": (lambda: own.all_to_all([x[None]], 1, 0)[0].flatten(0, 1), part.repeat(own.size, 1)),
-        "all_gather": (lambda: own.all_gather(x, 0), x.repeat(own.size, 1)),
+        "all_to_all": (lambda: own.all_to_all([x[None]], 1, 0, Lasts.SHORT)[0].flatten(0, 1), x),
+        "all_gather": (lambda: own.all_gather(x, 0, Lasts.SHORT), x.repeat(own.size, 1)),
         "reduce_scatter": (lambda: own.reduce_scatter(x, 0), part * own.size),
     }
 
