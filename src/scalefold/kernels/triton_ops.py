@@ -28,7 +28,7 @@ from scalefold.kernels.ops import (
     transition,
     triangle,
 )
-from scalefold.kernels.structure import iterations
+from scalefold.kernels.around import iterations
 from scalefold.kernels.table import Operations
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products belong to the library, which offers tf32
@@ -114,4 +114,5 @@ TRITON = Operations(
     dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
     sum_of_squares=guarded(adam_swa.sum_of_squares, reference.sum_of_squares, buffer_obstacle),
+    copy_tensors=guarded(elementwise.copy_tensors, reference.copy_tensors, buffer_obstacle, elementwise.copy_obstacle),
 )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from scalefold.kernels.rows import normalise, normalise_gradient
-from scalefold.kernels.structure.frames import (
+from scalefold.kernels.around.frames import (
     length_of,
     load_quaternion,
     load_vector,
