@@ -250,6 +250,17 @@ def structure_iterations(
     return None
 
 
+def template_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, inf: float) -> Tensor:
+    """Attention of every residue pair over its templates (Supplement Algorithm 17); logits and softmax in fp32.
+
+    q: [B, I, J, H, D]; k, v: [B, T, I, J, H, D]; mask: [B, T], fp32 -> [B, I, J, H, D].
+    """
+    logits = (q[:, None].float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
+    logits = logits + ((mask - 1.0) * inf)[:, :, None, None, None]
+    weights = torch.softmax(logits, dim=1).to(v.dtype)
+    return (weights[..., None] * v).sum(1)
+
+
 def point_errors(
     rotation: Tensor,
     translation: Tensor,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
+from scalefold.kernels.around import iterations, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -28,7 +29,6 @@ from scalefold.kernels.ops import (
     transition,
     triangle,
 )
-from scalefold.kernels.around import iterations
 from scalefold.kernels.table import Operations
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products belong to the library, which offers tf32
@@ -109,6 +109,9 @@ TRITON = Operations(
     ),
     structure_iterations=guarded(
         iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
+    ),
+    template_attention=guarded(
+        templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
     ),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),
     dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),

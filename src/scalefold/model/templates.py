@@ -154,7 +154,4 @@ class TemplatePointwiseAttention(nn.Module):
         """
         mha = self.mha
         q, k, v = (mha.split_heads(x) for x in (mha.linear_q(z), mha.linear_k(t), mha.linear_v(t)))
-        logits = (q[:, None].float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
-        logits = logits + ((template_mask - 1.0) * POINTWISE_INF)[:, :, None, None, None]
-        weights = torch.softmax(logits, dim=1).to(v.dtype)
-        return mha.linear_o((weights[..., None] * v).sum(1).flatten(-2))
+        return mha.linear_o(self.ops.template_attention(q, k, v, template_mask, POINTWISE_INF).flatten(-2))
