@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.around import iterations, templates
+from scalefold.kernels.around import iterations, naming, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -113,6 +113,7 @@ TRITON = Operations(
     template_attention=guarded(
         templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
     ),
+    better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),
     dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
