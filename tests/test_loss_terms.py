@@ -7,6 +7,7 @@ import torch
 from parity import golden, whole
 from scalefold.config import LossConfig
 from scalefold.data import residues
+from scalefold.kernels import reference
 from scalefold.model import loss, metrics, select_slice
 
 
@@ -54,7 +55,7 @@ def test_confidence_loss_near_the_native_structure_equals_the_reference() -> Non
 
 def test_ambiguous_slots_are_those_of_the_residue_tables() -> None:
     slots = np.flatnonzero(residues.ATOM14_IS_AMBIGUOUS.any(0))
-    assert list(slots) == list(range(14))[loss.AMBIGUOUS_SLOTS]
+    assert list(slots) == list(range(reference.FIRST_AMBIGUOUS, reference.LAST_AMBIGUOUS))
 
 
 def test_half_turn_torsions_are_those_of_the_residue_tables() -> None:

@@ -15,6 +15,10 @@ from torch import Tensor
 
 LAYER_NORM_EPS = 1e-5
 POINT_ERROR_EPS = 1e-4  # under the root of a distance
+NAMING_EPS = 1e-10  # the same, and of a distance's error
+ATOMS = 14  # slots of a residue
+# those that can be ambiguous: OD1/2, OE1/2, CD1/2, CE1/2 of ASP, GLU, PHE, TYR
+FIRST_AMBIGUOUS, LAST_AMBIGUOUS = 6, 10
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -250,6 +254,39 @@ def structure_iterations(
     return None
 
 
+def template_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, inf: float) -> Tensor:
+    """Attention of every residue pair over its templates (Supplement Algorithm 17); logits and softmax in fp32.
+
+    q: [B, I, J, H, D]; k, v: [B, T, I, J, H, D]; mask: [B, T], fp32 -> [B, I, J, H, D].
+    """
+    logits = (q[:, None].float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
+    logits = logits + ((mask - 1.0) * inf)[:, :, None, None, None]
+    weights = torch.softmax(logits, dim=1).to(v.dtype)
+    return (weights[..., None] * v).sum(1)
+
+
+def better_naming(predicted: Tensor, truth: Tensor, alternative: Tensor, exists: Tensor, ambiguous: Tensor) -> Tensor:
+    """Residues whose ambiguous atoms fit the prediction better under their alternative names; all in fp32.
+
+    By distances to the unambiguous atoms of all residues (Supplement Algorithm 26). Positions: [B, N, 14, 3]; exists,
+    ambiguous: [B, N, 14] -> 0 or 1, [B, N].
+    """
+    slots = slice(FIRST_AMBIGUOUS, LAST_AMBIGUOUS)
+
+    def distances_to_all(atoms: Tensor) -> Tensor:  # [B, N, 4, N, 14]
+        difference = atoms[:, :, slots, None, None] - atoms[:, None, None]
+        return torch.sqrt(NAMING_EPS + difference.square().sum(-1))
+
+    found = distances_to_all(predicted)
+    mask = (exists * ambiguous)[:, :, slots, None, None] * (exists * (1.0 - ambiguous))[:, None, None]
+
+    def misfit(candidate: Tensor) -> Tensor:
+        error = torch.sqrt(NAMING_EPS + (found - distances_to_all(candidate)).square())
+        return (error * mask).sum((2, 3, 4))
+
+    return (misfit(alternative) < misfit(truth)).float()
+
+
 def point_errors(
     rotation: Tensor,
     translation: Tensor,
@@ -324,3 +361,13 @@ def adam_swa(
 def sum_of_squares(values: Tensor) -> Tensor:
     """Sum of squares of a flat buffer, fp32 or bf16 [n] -> fp32 scalar on the device."""
     return values.float().square().sum()
+
+
+def copy_tensors(flat: Tensor, starts: Sequence[int], sources: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Copy every tensor into ``flat``, fp32 or bf16 [n], from its place in ``starts`` on; any types and strides.
+
+    Returns (target, source) of what is to be copied when a capture of this in a graph has ended: here nothing.
+    """
+    targets = [flat[start : start + x.numel()].view(x.shape) for start, x in zip(starts, sources, strict=True)]
+    torch._foreach_copy_(targets, list(sources))
+    return []

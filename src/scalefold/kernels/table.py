@@ -33,10 +33,13 @@ class Operations:
     global_attention: Callable[..., Any] = reference.global_attention
     invariant_point_attention: Callable[..., Any] = reference.invariant_point_attention
     structure_iterations: Callable[..., Any] = reference.structure_iterations
+    template_attention: Callable[..., Any] = reference.template_attention
+    better_naming: Callable[..., Any] = reference.better_naming
     point_errors: Callable[..., Any] = reference.point_errors
     dropout_mask: Callable[..., Any] = reference.dropout_mask
     adam_swa: Callable[..., Any] = reference.adam_swa
     sum_of_squares: Callable[..., Any] = reference.sum_of_squares
+    copy_tensors: Callable[..., Any] = reference.copy_tensors
 
 
 REFERENCE = Operations("reference")

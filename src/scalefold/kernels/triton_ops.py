@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
+from scalefold.kernels.around import iterations, naming, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -28,7 +29,6 @@ from scalefold.kernels.ops import (
     transition,
     triangle,
 )
-from scalefold.kernels.structure import iterations
 from scalefold.kernels.table import Operations
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products belong to the library, which offers tf32
@@ -110,8 +110,13 @@ TRITON = Operations(
     structure_iterations=guarded(
         iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
     ),
+    template_attention=guarded(
+        templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
+    ),
+    better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),
     dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
     sum_of_squares=guarded(adam_swa.sum_of_squares, reference.sum_of_squares, buffer_obstacle),
+    copy_tensors=guarded(elementwise.copy_tensors, reference.copy_tensors, buffer_obstacle, elementwise.copy_obstacle),
 )

@@ -35,12 +35,12 @@ class InputEmbedder(nn.Module):
         target_feat, msa_feat = target_feat.to(dtype), msa_feat.to(dtype)
         z = self.linear_tf_z_i(target_feat)[:, :, None] + self.linear_tf_z_j(target_feat)[:, None]
         m = self.linear_msa_m(msa_feat) + self.linear_tf_m(target_feat)[:, None]
-        return m, z + self.linear_relpos(self.relative_positions(residue_index).to(dtype))
+        return m, z + self.linear_relpos(self.relative_positions(residue_index, dtype))
 
-    def relative_positions(self, residue_index: Tensor) -> Tensor:
+    def relative_positions(self, residue_index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Clipped offset i - j as one-hot, in integers: bf16 cannot count beyond 256. [B, N] -> [B, N, N, 2k + 1]."""
         offset = residue_index[:, :, None] - residue_index[:, None, :]
-        return one_hot(offset.clamp(-self.relpos_k, self.relpos_k) + self.relpos_k, 2 * self.relpos_k + 1)
+        return one_hot(offset.clamp(-self.relpos_k, self.relpos_k) + self.relpos_k, 2 * self.relpos_k + 1, dtype)
 
 
 class RecyclingEmbedder(nn.Module):
@@ -57,26 +57,26 @@ class RecyclingEmbedder(nn.Module):
 
         m0_prev: [B, N, c_m]; z_prev: [B, N, N, c_z]; x_prev: pseudo-beta positions [B, N, 3], angstrom, fp32.
         """
-        distances = self.distogram(x_prev).to(self.linear.weight.dtype)
+        distances = self.distogram(x_prev, self.linear.weight.dtype)
         return self.layer_norm_m(m0_prev), self.linear(distances) + self.layer_norm_z(z_prev)
 
     @staticmethod
-    def distogram(x_prev: Tensor) -> Tensor:
-        """One-hot of squared distances between strict edges; below the first edge all zero. -> fp32 [B, N, N, 15]."""
+    def distogram(x_prev: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One-hot of squared distances between strict edges; below the first edge all zero. -> [B, N, N, 15]."""
         edges = torch.linspace(
             RECYCLING_FIRST_EDGE_ANGSTROM, RECYCLING_LAST_EDGE_ANGSTROM, RECYCLING_BINS, device=x_prev.device
         ).square()
         upper = torch.cat((edges[1:], edges.new_full((1,), RECYCLING_OPEN_EDGE_SQ)))
         distance_sq = squared_distances(x_prev)[..., None]
-        return ((distance_sq > edges) & (distance_sq < upper)).float()
+        return ((distance_sq > edges) & (distance_sq < upper)).to(dtype)
 
 
-def extra_msa_features(features: dict[str, Tensor]) -> Tensor:
-    """Residue class, has-deletion, deletion value of the extra sequences, fp32 [B, S_extra, N, 25]."""
+def extra_msa_features(features: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Residue class, has-deletion, deletion value of the extra sequences, [B, S_extra, N, 25] in ``dtype``."""
     parts = (
-        one_hot(features["extra_msa"], EXTRA_MSA_CLASSES),
-        features["extra_has_deletion"][..., None],
-        features["extra_deletion_value"][..., None],
+        one_hot(features["extra_msa"], EXTRA_MSA_CLASSES, dtype),
+        features["extra_has_deletion"][..., None].to(dtype),
+        features["extra_deletion_value"][..., None].to(dtype),
     )
     return torch.cat(parts, dim=-1)
 
@@ -89,5 +89,5 @@ class ExtraMSAEmbedder(nn.Module):
         self.linear = Linear(EXTRA_MSA_CLASSES + 2, c_e)
 
     def forward(self, extra_features: Tensor) -> Tensor:
-        """[B, S_extra, N, 25], fp32 -> [B, S_extra, N, c_e]."""
-        return self.linear(extra_features.to(self.linear.weight.dtype))
+        """[B, S_extra, N, 25], in the type of the weights -> [B, S_extra, N, c_e]."""
+        return self.linear(extra_features)

@@ -25,11 +25,8 @@ CHI_WEIGHT, ANGLE_NORM_WEIGHT = 0.5, 0.01
 CHI = slice(3, 7)
 MEAN_EPS = 1e-8
 NORM_EPS = 1e-8
-DISTANCE_EPS = 1e-10
 DISTOGRAM_FIRST_ANGSTROM, DISTOGRAM_LAST_ANGSTROM = 2.3125, 21.6875
 RESOLUTION_RANGE_ANGSTROM = (0.1, 3.0)
-# atom14 slots that can be ambiguous: OD1/2, OE1/2, CD1/2, CE1/2 of ASP, GLU, PHE, TYR
-AMBIGUOUS_SLOTS = slice(6, 10)
 
 Tensors = Mapping[str, Tensor]
 Terms = Mapping[str, tuple[float, Callable[[Tensors, Tensors], Tensor]]]
@@ -84,36 +81,22 @@ class RenamedTruth(NamedTuple):
 
 
 @torch.no_grad()
-def rename_symmetric_atoms(positions: Tensor, batch: Tensors) -> RenamedTruth:
+def rename_symmetric_atoms(positions: Tensor, batch: Tensors, ops: Operations = REFERENCE) -> RenamedTruth:
     """Choose names per residue by distances to the unambiguous atoms of all residues (Supplement Algorithm 26).
 
     positions: predicted [B, N, 14, 3]. The choice is a comparison, so it carries no gradient.
     """
-    truth, alternative = batch["atom14_gt_positions"], batch["atom14_alt_gt_positions"]
-    exists, ambiguous = batch["atom14_gt_exists"], batch["atom14_atom_is_ambiguous"]
-    predicted = _distances_to_all(positions)
-    mask = (exists * ambiguous)[:, :, AMBIGUOUS_SLOTS, None, None] * (exists * (1.0 - ambiguous))[:, None, None]
-
-    def misfit(candidate: Tensor) -> Tensor:
-        error = torch.sqrt(DISTANCE_EPS + (predicted - _distances_to_all(candidate)).square())
-        return (error * mask).sum((2, 3, 4))
-
-    use = (misfit(alternative) < misfit(truth)).float()
+    truth, alternative, exists = (batch[f"atom14_{key}"] for key in ("gt_positions", "alt_gt_positions", "gt_exists"))
+    use = ops.better_naming(positions, truth, alternative, exists, batch["atom14_atom_is_ambiguous"])
     positions_ = torch.where(use[..., None, None] > 0, alternative, truth)
     exists_ = torch.where(use[..., None] > 0, batch["atom14_alt_gt_exists"], exists)
     return RenamedTruth(use, positions_, exists_)
 
 
-def _distances_to_all(atom14: Tensor) -> Tensor:
-    """From the slots that can be ambiguous to every atom: [B, N, 14, 3] -> [B, N, 4, N, 14]."""
-    difference = atom14[:, :, AMBIGUOUS_SLOTS, None, None] - atom14[:, None, None]
-    return torch.sqrt(DISTANCE_EPS + difference.square().sum(-1))
-
-
 def sidechain_fape(outputs: Tensors, batch: Tensors, ops: Operations = REFERENCE) -> Tensor:
     """FAPE of all rigid groups and atoms of the last iteration, clamped (Supplement 1.9.3). -> [B]."""
     positions = outputs["sm_positions"][:, -1]
-    renamed = rename_symmetric_atoms(positions, batch)
+    renamed = rename_symmetric_atoms(positions, batch, ops)
     use = renamed.use_alternative[..., None, None, None] > 0
     target = torch.where(use, batch["rigidgroups_alt_gt_frames"], batch["rigidgroups_gt_frames"])
     return frame_aligned_point_error(

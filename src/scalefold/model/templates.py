@@ -22,20 +22,26 @@ BACKBONE_SLOTS = slice(0, 3)  # N, CA, C in atom37 order
 PSI = 2
 
 
+<<<<<<< HEAD
 def template_pair_features(features: Mapping[str, Tensor]) -> Tensor:
     """Pair features of all templates, fp32 [B, T, N, N, 88].
+=======
+def template_pair_features(features: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Pair features of all templates, [B, T, N, N, 88] of zeros and ones in ``dtype``.
+>>>>>>> w-stitch
 
     39 distogram bins of pseudo-beta distances, pseudo-beta pair mask, residue type of j, of i, three channels for
     unit vectors (always zero: the benchmark leaves them out), backbone pair mask; all times the backbone pair mask.
     """
     aatype, beta_mask = features["template_aatype"], features["template_pseudo_beta_mask"]
     backbone = features["template_all_atom_mask"][..., BACKBONE_SLOTS].prod(-1)
+    backbone, beta_mask = backbone.to(dtype), beta_mask.to(dtype)
     pair_mask = (backbone[..., :, None] * backbone[..., None, :])[..., None]
     num_residues = aatype.shape[-1]
-    kinds = one_hot(aatype, NUM_CLASSES)
+    kinds = one_hot(aatype, NUM_CLASSES, dtype)
     shape = (*aatype.shape[:2], num_residues, num_residues)
     parts = (
-        template_distogram(features["template_pseudo_beta"]),
+        template_distogram(features["template_pseudo_beta"], dtype),
         (beta_mask[..., :, None] * beta_mask[..., None, :])[..., None],
         kinds[:, :, None, :, :].expand(*shape, NUM_CLASSES),
         kinds[:, :, :, None, :].expand(*shape, NUM_CLASSES),
@@ -45,14 +51,14 @@ def template_pair_features(features: Mapping[str, Tensor]) -> Tensor:
     return torch.cat(parts, dim=-1) * pair_mask
 
 
-def template_distogram(pseudo_beta: Tensor) -> Tensor:
-    """One-hot of squared distances between strict edges, fp32. pseudo_beta: [*, N, 3] -> [*, N, N, 39]."""
+def template_distogram(pseudo_beta: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """One-hot of squared distances between strict edges, in ``dtype``. pseudo_beta: [*, N, 3] -> [*, N, N, 39]."""
     edges = torch.linspace(
         DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM, DISTOGRAM_BINS, device=pseudo_beta.device
     ).square()
     upper = torch.cat((edges[1:], edges.new_full((1,), DISTOGRAM_OPEN_EDGE_SQ)))
     distance_sq = squared_distances(pseudo_beta)[..., None]
-    return ((distance_sq > edges) & (distance_sq < upper)).float()
+    return ((distance_sq > edges) & (distance_sq < upper)).to(dtype)
 
 
 def template_angle_features(features: Mapping[str, Tensor]) -> Tensor:
@@ -87,8 +93,8 @@ class TemplatePairEmbedder(nn.Module):
         self.linear = Linear(PAIR_FEATURES, c_t, init="relu")
 
     def forward(self, pair_features: Tensor) -> Tensor:
-        """[B, T, N, N, 88], fp32 -> [B, T, N, N, c_t]."""
-        return self.linear(pair_features.to(self.linear.weight.dtype))
+        """[B, T, N, N, 88], in the type of the weights -> [B, T, N, N, c_t]."""
+        return self.linear(pair_features)
 
 
 class TemplatePairBlock(nn.Module):
@@ -155,7 +161,4 @@ class TemplatePointwiseAttention(nn.Module):
         """
         mha = self.mha
         q, k, v = (mha.split_heads(x) for x in (mha.linear_q(z), mha.linear_k(t), mha.linear_v(t)))
-        logits = (q[:, None].float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
-        logits = logits + ((template_mask - 1.0) * POINTWISE_INF)[:, :, None, None, None]
-        weights = torch.softmax(logits, dim=1).to(v.dtype)
-        return mha.linear_o((weights[..., None] * v).sum(1).flatten(-2))
+        return mha.linear_o(self.ops.template_attention(q, k, v, template_mask, POINTWISE_INF).flatten(-2))

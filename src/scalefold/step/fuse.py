@@ -33,6 +33,7 @@ REGIONS = {
 # Parts that lie wholly inside regions: the compiler sees through plain operations, not through launches of kernels.
 PLAIN_INSIDE = (
     "recycling_embedder",
+    "template_pointwise_attention",
     "structure_module.layer_norm_s",
     "structure_module.layer_norm_z",
     "structure_module.layer_norm_ipa",

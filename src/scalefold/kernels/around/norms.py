@@ -8,8 +8,7 @@ Rows are residues of all samples, fp32 [rows, C], dense; BLOCK_C is C rounded up
 import triton
 import triton.language as tl
 
-from scalefold.kernels.rows import normalise, normalise_gradient
-from scalefold.kernels.structure.frames import (
+from scalefold.kernels.around.frames import (
     length_of,
     load_quaternion,
     load_vector,
@@ -21,6 +20,7 @@ from scalefold.kernels.structure.frames import (
     turned_by,
     turning_gradient,
 )
+from scalefold.kernels.rows import normalise, normalise_gradient
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""What lies around the trunk: the structure module's iterations in one piece, templates, ambiguous atoms."""
