@@ -22,13 +22,8 @@ BACKBONE_SLOTS = slice(0, 3)  # N, CA, C in atom37 order
 PSI = 2
 
 
-<<<<<<< HEAD
-def template_pair_features(features: Mapping[str, Tensor]) -> Tensor:
-    """Pair features of all templates, fp32 [B, T, N, N, 88].
-=======
-def template_pair_features(features: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+def template_pair_features(features: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """Pair features of all templates, [B, T, N, N, 88] of zeros and ones in ``dtype``.
->>>>>>> w-stitch
 
     39 distogram bins of pseudo-beta distances, pseudo-beta pair mask, residue type of j, of i, three channels for
     unit vectors (always zero: the benchmark leaves them out), backbone pair mask; all times the backbone pair mask.
