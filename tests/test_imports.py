@@ -24,7 +24,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "autopsy": (set(), {"doctor", "errors", "mlperf.log", "report", "parallel.ending", "step.checkpoint"}),
     "node_findings": (set(), {"run.compile_ahead"}),
     "kernels": ({"torch", "triton"}, {"errors", "textfile"}),
-    "tune": ({"torch", "triton", "numpy", "sklearn", "matplotlib"}, {"errors", "kernels"}),
+    "tune": ({"torch", "triton", "numpy", "sklearn", "matplotlib"}, {"config", "errors", "kernels", "model"}),
     "model": (DEEP, {"kernels.table", "config", "data.residues", "data.batch_keys", "errors"}),
     "parallel": ({"torch", "mpi4py"}, {"config", "errors"}),
     "parallel.dap": ({"torch", "triton"}, {"config", "errors", "parallel"}),
