@@ -122,6 +122,22 @@ def test_a_copy_that_is_wide_starts_at_multiples_of_sixteen_bytes_and_has_no_rem
 
 
 @pytest.mark.gpu
+def test_a_captured_move_reads_the_table_that_is_sent_after_the_capture():
+    sources = [torch.randn(n, device="cuda") for n in (5000, 7, 64)]
+    flat, graph = torch.zeros(6000, device="cuda"), torch.cuda.CUDAGraph()
+    elementwise.copy_tensors(flat, [0, 5008, 5024], sources)  # compiles
+    expected = flat.clone()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        later = elementwise.copy_tensors(flat, [0, 5008, 5024], sources)
+    for table, host in later:
+        table.copy_(host)
+    flat.zero_()
+    graph.replay()
+    assert expected.any()
+    assert torch.equal(flat, expected)
+
+
+@pytest.mark.gpu
 def test_full_size_adam_swa_equals_its_definition():
     ours, plain = buffers(93_229_082, torch.bfloat16), buffers(93_229_082, torch.bfloat16)
     scalars = torch.tensor([0.7, 1e-3, 0.3, 0.2, 0.0], device=DEVICE)

@@ -53,6 +53,13 @@ LAYOUTS = {
     "stop_dap2 resumed": "and `--resume`",
     "killed": "one rank killed",
 }
+PARTS = {  # of small_kernels.csv
+    "plain": "plain",
+    "single": "iterations one by one",
+    "ours": "ours",
+    "fused": "ours, Inductor around",
+    "combined": "the same, combined",
+}
 Row = dict[str, str]
 
 
@@ -193,6 +200,20 @@ def kernel_table(largest: int = 6) -> str:
     return markdown([f"kernel ({card(rows[0])}, {rows[0]['commit']}, R = 1)", "ms", "calls"], cells)
 
 
+def part_table() -> str:
+    """Parts around the trunk: microseconds and, in brackets, kernels of each variant that was measured, on one card."""
+    rows = [row for row in read("small_kernels") if row["device"] == devices("small_kernels")[0]]
+    found = newest(rows, "part", "variant")
+    names = [variant for variant in PARTS if any(v == variant for _, v in found)]
+    cells = []
+    for part in dict.fromkeys(part for part, _ in found):
+        own = [found.get((part, variant)) for variant in names]
+        figures = [f"{float(row['us']):.0f} ({row['kernels']})" if row else NONE for row in own]
+        commits = dict.fromkeys(row["commit"] for row in own if row)
+        cells.append([part.replace("_", "-"), *figures, ", ".join(commits)])
+    return markdown([f"µs (kernels) on {card(rows[0])}", *(PARTS[name] for name in names), "commit"], cells)
+
+
 def evaluation_table() -> str:
     """One evaluation chain by its padded length."""
     found = newest(read("evaluation_time"), "device", "variant", "length")
@@ -227,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "history": history_table,
     "operations": operation_table,
     "kernels": kernel_table,
+    "parts": part_table,
     "evaluation": evaluation_table,
     "runs": run_table,
 }

@@ -10,8 +10,8 @@ definitions), ``fused`` (those regions around our operations, as ``execution.com
 same, independent kernels in one launch), ``autotuned`` (``compiled`` with Inductor's max-autotune). Each part runs
 forward and backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the bits
 of REPEATS calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a CUDA graph's
-replay; ``small`` counts PyTorch's and Inductor's kernels, without products of the library. Rows are appended as they
-are known.
+replay; ``small`` counts PyTorch's and Inductor's kernels, without products of the library. A step's error is that of
+its collected gradients, against an uncaptured step that collects them plainly. Rows are appended as they are known.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from bits import repeat
 from common import FOLDER, ROOT, append_rows, capture, facts, graph_microseconds, print_table, time_calls
 from scalefold.config import Config, load_config
 from scalefold.data.configured import feature_settings
+from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.choice import operations
 from scalefold.kernels.table import REFERENCE, Operations, use_operations
@@ -38,6 +39,7 @@ from scalefold.model.alphafold import AlphaFold, Recycled, atom14_to_atom37, cas
 from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.ranks import prepare_process
 from scalefold.step.fuse import can_fuse, fuse_model, fuse_terms
+from scalefold.step.graphs import TrainStep, preserved
 from step_time import build, enliven, kernel_times
 
 REPEATS, REPLAYS = 20, 30
@@ -333,8 +335,25 @@ def step_row(name: str, variant: Variant, passes: int) -> dict[str, object]:
         step.warm_up(batch, passes, lambda text: None)
     milliseconds = time_calls(lambda: step(batch, passes, 1), 15).median_ms
     times = kernel_times(lambda: step(batch, passes, 1), None)
+    row = row_of(1e3 * milliseconds, times) | {"max_rel_error": f"{collection_error(step, batch, passes):.2e}"}
     step.close()
-    return {**facts(), "part": f"step R={passes}", "variant": name, **row_of(1e3 * milliseconds, times)}
+    return {**facts(), "part": f"step R={passes}", "variant": name, **row}
+
+
+def collection_error(step: TrainStep, batch: Batch, passes: int) -> float:
+    """Largest relative difference of a replay's flat gradients from those of an uncaptured step collected plainly."""
+    flat = step.optimizer.flat
+    with preserved(step.optimizer):
+        torch.manual_seed(SEED)
+        step(batch, passes, 1)
+        found = [gradient.float().clone() for gradient in flat.gradients.values()]
+    with preserved(step.optimizer):
+        ops, flat.ops = flat.ops, REFERENCE
+        torch.manual_seed(SEED)
+        step._forward_backward(batch.features, passes, 1, accumulate=False, communicate=True)
+        flat.ops = ops
+        plain = [gradient.float().clone() for gradient in flat.gradients.values()]
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, plain, strict=True))
 
 
 def is_small(kernel: str) -> bool:
