@@ -176,6 +176,8 @@ def test_the_digest_of_weights_tells_one_changed_bit(readings, tmp_path):
         ("dap2", [143, 143], False),
         ("dap2", [4, 137], False),
         ("train_eval", [4, 0], True),
+        ("phases", [6, 143], True),
+        ("phases", [6, 4], False),
         ("killed", [5, 137], True),
         ("killed", [None, 137], False),
     ],
@@ -194,6 +196,17 @@ def test_the_end_counts_from_run_stop_or_from_the_loss_of_a_rank(judge, layouts,
     assert judge.judge_end(starts.Ended(plain, one, None, set(), []), {}).met is False
     line = judge.judge_end(starts.Ended(killed, one, 105.0, set(), []), {"run_stop": 129.0})
     assert (line.value, line.met) == (25.0, True)
+
+
+def test_a_phase_ends_before_its_checkpoint_is_outlived_and_the_next_one_goes_on_in_another_layout(layouts, tmp_path):
+    first, then = (start for start in layouts.STARTS if start.layout == "phases")
+    assert (first.dap, then.dap, then.phase_dap, then.run_name) == (1, 1, 2, first.name), "resumed with its settings"
+    assert (first.statuses, then.statuses) == ((6, 6), (4, 4))
+    plan = layouts.Plan(tmp_path, tmp_path, steps=24)
+    assert (
+        "phases=[{name: apart, until_step: 8}, {name: shared, dap_size: 2, global_batch_size: 1}]"
+        in layouts.settings(plan, first)
+    )
 
 
 def test_files_under_temporary_names_are_found(starts, tmp_path):

@@ -51,6 +51,8 @@ LAYOUTS = {
     "stop_one_gpu resumed": "and `--resume`",
     "stop_dap2": "SIGTERM, DAP 2",
     "stop_dap2 resumed": "and `--resume`",
+    "phases": "phase of two replicas",
+    "phases resumed": "and its next one, of DAP 2",
     "killed": "one rank killed",
 }
 PARTS = {  # of small_kernels.csv

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common import facts
-from gpu_layouts import STEP_TIMEOUT_S, STEPS_DONE, TARGET_REACHED, Plan, Start, run_dir
+from gpu_layouts import NEXT_PHASE, STEP_TIMEOUT_S, STEPS_DONE, TARGET_REACHED, Plan, Start, run_dir
 from gpu_readings import (
     Row,
     checkpoint_stall_ms,
@@ -52,7 +52,7 @@ def judge_statuses(start: Start, statuses: Sequence[int | None], hung: bool) -> 
     """Every rank's status; torchrun may have ended those that were still on their way when the first one left."""
     text = " ".join("none" if status is None else str(status) for status in statuses)
     wanted = " ".join(map(str, start.statuses))
-    first_left = any(status == STEPS_DONE for status in statuses)
+    first_left = any(status in (STEPS_DONE, NEXT_PHASE) for status in statuses)
     pairs = zip(statuses, start.statuses, strict=True)
     good = all(own == want or (own == ENDED_BY_LAUNCHER and first_left) for own, want in pairs)
     return Line("exit_status", text, good and not hung, f"expected {wanted}" + (", hung and was ended" if hung else ""))
@@ -70,7 +70,7 @@ def judge_end(ended: Ended, times: Mapping[str, float]) -> Line:
 
 def judge_ruler(start: Start, steps: list[Row], plan: Plan, ended: Mapping[str, Ended]) -> Line:
     """Step time over that of the ruler of the same layout, if it ran in this call."""
-    name, shape = "step_over_ruler_percent", (start.ranks - start.eval_ranks, start.dap)
+    name, shape = "step_over_ruler_percent", (start.ranks - start.eval_ranks, start.phase_dap or start.dap)
     tables = [ended[ruler].folder for ruler in ("ruler_one", "ruler_two") if ruler in ended]
     known = next((found for found in (ruler_ms(folder, *shape) for folder in tables) if found), {})
     if start.act == "kill" or not known:
@@ -108,7 +108,7 @@ def judge(plan: Plan, ended: Mapping[str, Ended], name: str) -> list[Line]:
     record = of_this_start(read_record(one.folder / METRICS_FILE))
     steps, (log_kind, log_note) = steps_of(record), log_verdict(one)
     stall = checkpoint_stall_ms(steps, plan.save_every)
-    outlives_a_checkpoint = not start.act and TARGET_REACHED not in start.statuses[:1]
+    outlives_a_checkpoint = not start.act and not {TARGET_REACHED, NEXT_PHASE} & set(start.statuses[:1])
     return [
         judge_statuses(start, one.watched.statuses(), one.watched.hung),
         judge_end(one, times),

@@ -9,7 +9,7 @@ from typing import Any
 from common import ROOT, SCRIPTS
 from watched import torchrun
 
-TARGET_REACHED, STEPS_DONE, RANK_LOST = 0, 4, 5  # exit statuses of ``scalefold train``
+TARGET_REACHED, STEPS_DONE, RANK_LOST, NEXT_PHASE = 0, 4, 5, 6  # exit statuses of ``scalefold train``
 KILLED = 128 + 9  # as a shell tells it
 STEP_TIMEOUT_S = 20  # of the start that loses a rank; half of it passes before a silent rank is noticed
 NEVER = 1_000_000
@@ -72,6 +72,7 @@ class Start:
     act: str = ""  # "stop" or "kill"
     like: str = ""
     after: str = ""
+    phase_dap: int = 0  # of its steps, where a phase changes it
 
     @property
     def run_name(self) -> str:
@@ -127,6 +128,8 @@ STARTS = [  # in this order; starts on one GPU stand in pairs
     ),
     stopped("stop_dap2", like="dap2", dap=2, **TWO),
     resumed("stop_dap2", like="dap2", dap=2, **TWO),
+    Start("phases", "phases", 2, statuses=(NEXT_PHASE, NEXT_PHASE)),
+    Start("phases resumed", "phases", phase_dap=2, after="phases", **TWO),
     Start("ruler_two", "ruler_two", 2, dap=2, statuses=(0, 0)),
 ]
 LAYOUTS = list(dict.fromkeys(start.layout for start in STARTS))
@@ -156,9 +159,16 @@ def settings(plan: Plan, start: Start) -> list[str]:
         f"run.checkpoint_every_iters={plan.save_every}",
         "run.log_every_iters=1",
         *(TINY if plan.tiny else []),
+        *([two_phases(plan)] if start.layout == "phases" else []),
         *start.settings,
         *plan.extra,
     ]
+
+
+def two_phases(plan: Plan) -> str:
+    """Two replicas until the first evaluation, then both GPUs share a sample: another layout, so another start."""
+    first = f"{{name: apart, until_step: {plan.evaluate_every}}}"
+    return f"phases=[{first}, {{name: shared, dap_size: 2, global_batch_size: 1}}]"
 
 
 def run_dir(plan: Plan, start: Start) -> Path:

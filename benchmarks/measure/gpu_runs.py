@@ -7,8 +7,8 @@
 Full model, generated proteins (short ones, so that an evaluation is quick), one shared Triton cache. Layouts:
 ``one_gpu``, ``dap2``, ``dp2`` use up their step budget, twice with one seed; ``train_eval`` is one training and one
 evaluation rank; ``target`` reaches its target; ``stop_one_gpu`` and ``stop_dap2`` are asked to stop (SIGTERM) and
-resumed; ``killed`` loses a rank (SIGKILL); ``ruler_one`` and ``ruler_two`` time bare steps with step_time.py and
-multi_gpu.py.
+resumed; ``phases`` goes from two replicas to DAP 2, in two starts; ``killed`` loses a rank (SIGKILL); ``ruler_one`` and
+``ruler_two`` time bare steps with step_time.py and multi_gpu.py.
 
 Every start is judged: exit status of every rank; seconds from ``run_stop`` (``killed``: from the kill) to the end of
 its last process; from ``run_start`` to the end of the first step; stall at a checkpoint, which is what the steps after
