@@ -4,17 +4,18 @@
     python benchmarks/measure/tuning_replay.py --seeds 20 --csv replay.csv --plot replay.svg
 
 ``tuning_sweeps.py`` has timed every candidate of eight problems. Each is searched anew with its record as the device,
-by a search that has seen everything but this problem ("new shape"), or nothing of its kernel ("new kernel"):
+by a search that has seen everything but this problem ("new shape": none of its width is known either), or nothing of its kernel ("new kernel"):
 
-random: any order. today: the order of the sweeps before there was a history: the nearest table entry of another shape
-(of a new kernel: the default in its code), the kernel's list of candidates, the rest of the grid. TPE: Optuna's, from
-nothing. ours: the search of ``scalefold tune``; then it without each of its three ideas, and history's order alone.
+random: any order. today: the order of the sweeps before there was a history: the default in the kernel's code, its list
+of candidates, the rest of the grid. TPE: Optuna's, from nothing. ours: the search of ``scalefold tune``, which times the
+present choice, that default, first; then it without each of its three ideas, and with an assistant that does not fade.
 
 All draw from what compiles, fits and does not race; ours also leaves out what spills. A trial that a sampler repeats,
 or that has no program, costs it nothing. Intervals: 95 %, of the bootstrap over sweeps and seeds.
 """
 
 import argparse
+import functools
 import statistics
 import sys
 import zlib
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import FOLDER, ROOT, print_table
+from common import FOLDER, ROOT, append_rows, print_table
 from scalefold.kernels import triton_ops, tuning
 from scalefold.tune import trials
 from scalefold.tune.candidates import CANDIDATES, space
@@ -36,8 +37,9 @@ from scalefold.tune.trials import Trial, config_text, parse_config
 WITHIN = 1.02
 CAPABILITY = 90
 OURS = "ours"
-ABLATED = ("ours, no transfer", "ours, no augmentation", "ours, history does not fade", "history's order alone")
+ABLATED = ("ours, no transfer", "ours, no augmentation", "ours, no assistant", "assistant that does not fade")
 RESAMPLES = 2000
+SCENARIOS = ("new shape", "new kernel")
 ASKED = 6  # times the candidates: how often TPE is asked before the rest is taken in any order
 
 
@@ -86,7 +88,7 @@ def recorded(rows: Sequence[Trial]) -> Recorded:
     wanted = [default, *CANDIDATES[kept[0].kernel](fields), *space(kept[0].kernel, fields)]
     places = {row.config: n for n, row in enumerate(kept)}
     known = [places[text] for text in dict.fromkeys(map(config_text, wanted)) if text in places]
-    return Recorded(tuple(kept), tuple([*known, *(n for n in range(len(kept)) if n not in known)]))
+    return Recorded(tuple(kept), (*known, *(n for n in range(len(kept)) if n not in known)))
 
 
 def left(history: Sequence[Trial], out: Trial, new_kernel: bool) -> list[Trial]:
@@ -129,13 +131,14 @@ def tpe_order(sweep: Recorded, seed: int) -> Iterator[int]:
     yield from (n for n in rest if n not in seen)
 
 
-def search_order(sweep: Recorded, prior: Prior, seed: int, fades: bool = True) -> Iterator[int]:
+def search_order(
+    sweep: Recorded, seed: int, prior: Prior, advised: bool = True, assisted: bool = True
+) -> Iterator[int]:
     """The package's search; what it never proposes because it spills comes last."""
     places = places_of([parse_config(row.config) for row in sweep.rows])
-    search = Search(places, prior, np.random.default_rng(seed), fades)
-    spilling = [
-        n for n, row in enumerate(sweep.rows) if (row.spill_bytes or 0) > MOST_SPILL_BYTES and n != sweep.order[0]
-    ]
+    search = Search(places, prior, np.random.default_rng(seed), advised, assisted)
+    spills = [(row.spill_bytes or 0) > MOST_SPILL_BYTES for row in sweep.rows]
+    spilling = [n for n, spilled in enumerate(spills) if spilled and n != sweep.order[0]]
     for n in spilling:
         search.drop(n)
     candidate: int | None = sweep.order[0]
@@ -151,24 +154,32 @@ def priors(sweep: Recorded, history: Sequence[Trial]) -> dict[str, Prior]:
     known = lessons(history)
     flat = Prior.flat(len(sweep.rows))
     advised, plain = (_prior(fit(chosen), sweep) for chosen in (augmented(known), known))
-    return {OURS: advised, ABLATED[0]: flat, ABLATED[1]: plain, ABLATED[2]: advised, ABLATED[3]: advised}
+    return {OURS: advised, ABLATED[0]: flat, ABLATED[1]: plain, ABLATED[2]: advised}
 
 
 def _prior(forest: Forest | None, sweep: Recorded) -> Prior:
     return Prior.flat(len(sweep.rows)) if forest is None else Prior(*forest.predict(sweep.rows))
 
 
-Order = Callable[[Recorded, int], Iterator[int]]
+Order = Callable[..., Iterator[int]]  # of a sweep and a seed
 
 
 def orders(sweep: Recorded, history: Sequence[Trial]) -> dict[str, Order]:
-    """Every method by name."""
+    """Every method that asks history, by name."""
     believed = priors(sweep, history)
-    found: dict[str, Order] = {"random": random_order, "today": today_order, "TPE": tpe_order}
+    found: dict[str, Order] = {}
     for name in (OURS, *ABLATED[:3]):
-        found[name] = lambda s, seed, name=name: search_order(s, believed[name], seed, name != ABLATED[2])
-    found[ABLATED[3]] = lambda s, seed: iter(believed[OURS].mean.argsort(kind="stable").tolist())
+        advised, assisted = name != ABLATED[0], name != ABLATED[2]
+        found[name] = functools.partial(search_order, prior=believed[name], advised=advised, assisted=assisted)
+    found[ABLATED[3]] = functools.partial(prior_order, prior=believed[OURS])
     return found
+
+
+def prior_order(sweep: Recorded, seed: int, prior: Prior) -> Iterator[int]:
+    """The present choice, then what history likes, whatever trials say."""
+    first = sweep.order[0]
+    yield first
+    yield from (n for n in prior.mean.argsort(kind="stable").tolist() if n != first)
 
 
 def curve(sweep: Recorded, order: Iterator[int]) -> np.ndarray:
@@ -182,64 +193,74 @@ def curve(sweep: Recorded, order: Iterator[int]) -> np.ndarray:
     return np.array(found)
 
 
-def interval(ours: list[list[int]], other: list[list[int]], seed: int = 0) -> tuple[float, float, float]:
-    """Ratio of trials, ours over other: per sweep of the medians over seeds, of sweeps the median; with its interval."""
+def ratios(ours: list[list[int]], other: list[list[int]], seed: int = 0) -> dict[str, str]:
+    """Trials of ours over another method's, of the medians over seeds: the median over sweeps, and of the sums."""
     random = np.random.default_rng(seed)
 
-    def ratio(chosen: Sequence[int], draw: bool) -> float:
+    def ratio(chosen: Sequence[int], draw: bool) -> tuple[float, float]:
         def middle(values: list[int]) -> float:
             return float(np.median(random.choice(values, len(values)) if draw else values))
 
-        return float(np.median([middle(ours[n]) / middle(other[n]) for n in chosen]))
+        pairs = np.array([(middle(ours[n]), middle(other[n])) for n in chosen])
+        return float(np.median(pairs[:, 0] / pairs[:, 1])), float(pairs[:, 0].sum() / pairs[:, 1].sum())
 
-    every = range(len(ours))
     drawn = [ratio(random.integers(0, len(ours), len(ours)).tolist(), True) for _ in range(RESAMPLES)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
-    return ratio(every, False), float(low), float(high)
-
-
-def replay(
-    sweeps: dict[tuple[str, str], list[Trial]], others: list[Trial], seeds: int, new_kernel: bool
-) -> dict[str, list[list[np.ndarray]]]:
-    """Curves by method, sweep and seed."""
-    every = [row for rows in sweeps.values() for row in rows] + others
-    found: dict[str, list[list[np.ndarray]]] = {}
-    for rows in sweeps.values():
-        sweep = recorded(rows, new_kernel)
-        start = zlib.crc32(sweep.name.encode())  # sweeps do not share their luck
-        for name, order in orders(sweep, left(every, rows[0], new_kernel)).items():
-            curves = [
-                curve(sweep, order(sweep, start + seed))
-                for seed in range(1 if name in ("today", ABLATED[3]) else seeds)
-            ]
-            found.setdefault(name, []).append(curves)
-            median = np.median([len(c) for c in curves])
-            print(f"{'new kernel' if new_kernel else 'new shape'}: {sweep.name}: {name}: {median:g} trials", flush=True)
+    found = {}
+    for n, name in enumerate(("median_ratio", "ratio_of_sums")):
+        low, high = np.quantile([values[n] for values in drawn], (0.025, 0.975))
+        found |= {name: f"{ratio(range(len(ours)), False)[n]:.2f}", f"{name}_95": f"{low:.2f} to {high:.2f}"}
     return found
 
 
-def table(scenario: str, found: dict[str, list[list[np.ndarray]]], names: list[str]) -> list[dict[str, object]]:
+Curves = dict[str, list[list[np.ndarray]]]  # by method: of each sweep, of each seed
+
+
+def curves_of(sweep: Recorded, name: str, order: Order, seeds: int) -> list[np.ndarray]:
+    """One curve per seed; sweeps do not share their luck."""
+    start, count = zlib.crc32(sweep.name.encode()), 1 if name in ("today", ABLATED[3]) else seeds
+    found = [curve(sweep, order(sweep, start + seed)) for seed in range(count)]
+    print(f"{sweep.name}: {name}: {np.median([len(c) for c in found]):g} trials", flush=True)
+    return found
+
+
+def without_history(sweeps: Sequence[Recorded], seeds: int) -> Curves:
+    """Methods that ask nothing of earlier sweeps."""
+    methods: dict[str, Order] = {"random": random_order, "today": today_order, "TPE": tpe_order}
+    return {name: [curves_of(s, name, order, seeds) for s in sweeps] for name, order in methods.items()}
+
+
+def with_history(sweeps: Sequence[Recorded], known: Sequence[Trial], seeds: int, new_kernel: bool) -> Curves:
+    """Ours and its variants, each sweep left out of what is known."""
+    found: Curves = {}
+    for sweep in sweeps:
+        for name, order in orders(sweep, left(known, sweep.rows[0], new_kernel)).items():
+            found.setdefault(name, []).append(curves_of(sweep, name, order, seeds))
+    return found
+
+
+def table(scenario: str, found: Curves, names: Sequence[str]) -> list[dict[str, object]]:
     """A row per sweep and method, then one of all sweeps with ours over the method and its interval."""
     counts = {name: [[len(c) for c in curves] for curves in per_sweep] for name, per_sweep in found.items()}
     rows: list[dict[str, object]] = []
     for name, per_sweep in counts.items():
-        for sweep, values in zip(names, per_sweep, strict=True):
-            low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
-            rows.append(_row(scenario, sweep, name, middle, f"{low:g} to {high:g}", "", ""))
-        ratio, low, high = interval(counts[OURS], per_sweep)
-        middle = float(np.median([np.median(values) for values in per_sweep]))
-        rows.append(_row(scenario, "all", name, middle, "", f"{ratio:.2f}", f"{low:.2f} to {high:.2f}"))
+        medians = [float(np.median(values)) for values in per_sweep]
+        for sweep, values, middle in zip(names, per_sweep, medians, strict=True):
+            low, high = np.quantile(values, (0.1, 0.9))
+            rows.append(_row(scenario, sweep, name, f"{middle:g}", f"{low:g} to {high:g}", {}))
+        over = {} if name == OURS else ratios(counts[OURS], per_sweep)
+        rows.append(_row(scenario, "all", name, f"{np.median(medians):g}", f"sum {sum(medians):g}", over))
     return rows
 
 
-def _row(
-    scenario: str, sweep: str, name: str, middle: float, spread: str, ratio: str, bounds: str
-) -> dict[str, object]:
-    first = {"scenario": scenario, "sweep": sweep, "method": name, "median_trials": f"{middle:g}", "p10_to_p90": spread}
-    return {**first, "ours_over_this": ratio, "interval_95": bounds}
+RATIOS = ("median_ratio", "median_ratio_95", "ratio_of_sums", "ratio_of_sums_95")
 
 
-def draw(found: dict[str, dict[str, list[list[np.ndarray]]]], file: Path) -> None:
+def _row(scenario: str, sweep: str, name: str, middle: str, spread: str, over: dict[str, str]) -> dict[str, object]:
+    first = {"scenario": scenario, "sweep": sweep, "method": name, "median_trials": middle, "p10_to_p90": spread}
+    return {**first, **{column: over.get(column, "") for column in RATIOS}}
+
+
+def draw(found: dict[str, Curves], file: Path) -> None:
     """Mean over sweeps and seeds of the best time over the best of all, by trials; one panel per scenario."""
     import matplotlib
 
@@ -271,34 +292,31 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "figures" / "tuning_replay.svg")
     arguments = parser.parse_args()
     assert triton_ops.TRITON  # every kernel has registered its default
-    sweeps: dict[tuple[str, str], list[Trial]] = {}
+    by_problem: dict[tuple[str, str], list[Trial]] = {}
     for row in trials.read(arguments.sweeps):
-        sweeps.setdefault(row.key, []).append(row)
-    others = [trial for trial in trials.read(trials.SHIPPED) if trial.best_of or trial.search == ""]
-    names = [" ".join(key) for key in sweeps]
-    found = {s: replay(sweeps, others, arguments.seeds, s == "new kernel") for s in ("new shape", "new kernel")}
+        by_problem.setdefault(row.key, []).append(row)
+    older = [trial for trial in trials.read(trials.SHIPPED) if not trial.search]  # of no recorded search
+    known = [*older, *(row for rows in by_problem.values() for row in rows)]
+    sweeps = [recorded(rows) for rows in by_problem.values()]
+    alone = without_history(sweeps, arguments.seeds)
+    found = {s: alone | with_history(sweeps, known, arguments.seeds, s == "new kernel") for s in SCENARIOS}
+    names = [sweep.name for sweep in sweeps]
     rows = [row for scenario, methods in found.items() for row in table(scenario, methods, names)]
-    trials_csv(arguments.csv, rows)
+    partial = arguments.csv.with_name(f"{arguments.csv.name}.partial")
+    partial.unlink(missing_ok=True)
+    append_rows(partial, rows)
+    partial.replace(arguments.csv)
     draw(found, arguments.plot)
-    print_table([row for row in rows if row["sweep"] == "all"])
-    bad = [row for row in rows if row["sweep"] == "all" and row["method"] in ("today", "TPE") and _exceeds(row)]
+    totals = [row for row in rows if row["sweep"] == "all"]
+    print_table(totals)
+    bad = [row for row in totals if row["method"] in ("today", "TPE") and _exceeds(row)]
     for row in bad:
         print(f"{row['scenario']}: more than half of the trials of {row['method']}, or the interval holds 1")
     return int(bool(bad))
 
 
 def _exceeds(row: dict[str, object]) -> bool:
-    return float(str(row["ours_over_this"])) > 0.5 or float(str(row["interval_95"]).split(" to ")[1]) >= 1
-
-
-def trials_csv(file: Path, rows: list[dict[str, object]]) -> None:
-    """Write the table under a temporary name first."""
-    from common import append_rows
-
-    partial = file.with_name(f"{file.name}.partial")
-    partial.unlink(missing_ok=True)
-    append_rows(partial, rows)
-    partial.replace(file)
+    return float(str(row["median_ratio"])) > 0.5 or float(str(row["median_ratio_95"]).split(" to ")[1]) >= 1
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 The time of a candidate is a priori what the model of history says (``Prior``), up to a factor of the problem. A
 Gaussian process over the launch parameters learns from this search's own trials how the truth departs from that, and
-history fades: its weight in that falls as own trials grow, and so does the share of trials that it proposes outright, as
-an assistant. What is worth trying else is the expected improvement; a share goes to what nobody proposed. All of this is
-plain arithmetic on a few hundred candidates; nothing here knows a device.
+history fades: its weight in that falls as own trials grow, and so does the share of trials that it proposes outright,
+as an assistant. Else what is tried is what promises the largest improvement; a share goes to what nobody proposed. All
+of this is plain arithmetic on a few hundred candidates; nothing here knows a device.
 """
 
 import math
