@@ -4,11 +4,13 @@
     python benchmarks/measure/tuning_replay.py --seeds 20 --csv replay.csv --plot replay.svg
 
 ``tuning_sweeps.py`` has timed every candidate of eight problems. Each is searched anew with its record as the device,
-by a search that has seen everything but this problem ("new shape": none of its width is known either), or nothing of its kernel ("new kernel"):
+by a search that has seen everything but this problem's width, whatever its size ("new shape"), or nothing of its kernel
+("new kernel"):
 
-random: any order. today: the order of the sweeps before there was a history: the default in the kernel's code, its list
-of candidates, the rest of the grid. TPE: Optuna's, from nothing. ours: the search of ``scalefold tune``, which times the
-present choice, that default, first; then it without each of its three ideas, and with an assistant that does not fade.
+random: any order. today: the order of the sweeps before there was a history: the default in the kernel's code, its
+list of candidates, the rest of the grid. TPE: Optuna's, from nothing. ours: the search of ``scalefold tune``, which
+times the present choice, that default, first; then it without each of its three ideas, and with an assistant that does
+not fade.
 
 All draw from what compiles, fits and does not race; ours also leaves out what spills. A trial that a sampler repeats,
 or that has no program, costs it nothing. Intervals: 95 %, of the bootstrap over sweeps and seeds.
