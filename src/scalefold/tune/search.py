@@ -2,8 +2,9 @@
 
 The time of a candidate is a priori what the model of history says (``Prior``), up to a factor of the problem. A
 Gaussian process over the launch parameters learns from this search's own trials how the truth departs from that, and
-history fades: its weight falls as own trials grow. What is worth trying is the expected improvement; a share of trials
-goes to what nobody proposed. All of this is plain arithmetic on a few hundred candidates; nothing here knows a device.
+history fades: its weight in that falls as own trials grow, and so does the share of trials that it proposes outright,
+as an assistant. Else what is tried is what promises the largest improvement; a share goes to what nobody proposed. All
+of this is plain arithmetic on a few hundred candidates; nothing here knows a device.
 """
 
 import math
@@ -13,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-EXPLORED = 0.1  # share of trials that are drawn among all candidates
-FADES_OVER = 6.0  # own trials after which history counts half
+EXPLORED = 0.1  # share of trials that are drawn among all candidates, of those that history does not propose
+FADES_OVER = 8.0  # own trials after which history counts half
 NOISE = 0.005  # of a time, relative
 LEAST_SPREAD = 0.02  # of times, relative: what is assumed until trials say more
 ASSUMED = 0.5  # trials that an assumed spread counts for
@@ -39,6 +40,8 @@ class Search:
 
     Attributes:
         places: [candidates, parameters], launch parameters as coordinates.
+        advised: whether there is a history.
+        assisted: whether it may propose outright.
         open: [candidates], which may be proposed: neither tried nor known not to run.
         tried: candidate -> microseconds.
     """
@@ -46,7 +49,8 @@ class Search:
     places: np.ndarray
     prior: Prior
     random: np.random.Generator
-    fades: bool = True
+    advised: bool = False
+    assisted: bool = True
     open: np.ndarray = field(init=False)
     tried: dict[int, float] = field(default_factory=dict)
 
@@ -60,7 +64,7 @@ class Search:
     @property
     def weight(self) -> float:
         """How much history still counts."""
-        return FADES_OVER / (FADES_OVER + len(self.tried)) if self.fades else 1.0
+        return FADES_OVER / (FADES_OVER + len(self.tried))
 
     @property
     def best_us(self) -> float:
@@ -112,6 +116,8 @@ class Search:
         allowed = np.flatnonzero(self.open if ready is None else self.open & ready)
         if not len(allowed):
             return None
+        if self.advised and self.assisted and self.random.random() < self.weight:
+            return int(allowed[self.prior.mean[allowed].argmin()])
         if self.random.random() < EXPLORED:
             return int(self.random.choice(allowed))
         return int(allowed[self.gains()[allowed].argmax()])

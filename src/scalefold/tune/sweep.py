@@ -24,7 +24,7 @@ from scalefold.tune.programs import Problem, Program
 from scalefold.tune.search import Prior, Search, places_of
 from scalefold.tune.trials import Trial, config_text, parse_config
 
-MOST_SPILL_BYTES = 0  # per thread
+MOST_SPILL_BYTES = 512  # per thread: where fewer spill, the recorded sweeps have winners
 SEARCH_REPEATS = 3  # with equal bits, for every trial
 REPEATS = 20  # the same, before a candidate may be chosen
 LEAST_GAIN = 0.01  # of the operation's time: less is noise
@@ -150,7 +150,8 @@ def seek_problem(
     prior = Prior.flat(len(texts)) if forest is None else Prior(*forest.predict(blanks))
     places = places_of([parse_config(text) for text in texts])
     calls = int(str(columns["calls"]))
-    return Sought(problem, blanks, Search(places, prior, np.random.default_rng(seed)), forest, calls)
+    search = Search(places, prior, np.random.default_rng(seed), advised=forest is not None)
+    return Sought(problem, blanks, search, forest, calls)
 
 
 @dataclass
