@@ -22,7 +22,7 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
-    *("outer_product_hopper", "transition_hopper"),
+    *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient"),
 )
 C = 128
 NO_BIASES = [None, None, None]
@@ -65,15 +65,16 @@ def outer_obstacle(sequences, i, j, z=None, b=None):
     return rows.outer_product_obstacle(z, empty(sequences, i, b.shape[2]), b, empty(C, b.shape[2] ** 2))
 
 
-def transition_obstacle(x, hidden=512):
+def transition_obstacle(x, hidden=512, d_out=None):
     c = x.shape[-1]
-    return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)])
+    return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)], d_out)
 
 
 @pytest.mark.parametrize("x", [empty(1, 16, 64, C), empty(1, 4, 16, 256), empty(1, 16, 8, C).transpose(1, 2)], ids=str)
 def test_a_transition_has_no_obstacle(compiled, x):
     with every_program(1):
         assert transition_obstacle(x) is None
+        assert transition_obstacle(x, d_out=torch.empty_like(x)) is None
 
 
 @pytest.mark.parametrize("sequences", [5, 128])
@@ -118,6 +119,8 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: transition_obstacle(empty(1, 3, 21, C)), "rows do not come in tiles of 64"),
         (lambda: transition_obstacle(empty(1, 16, 128, C)[:, :, :64]), "rows do not lie densely"),
         (lambda: transition_obstacle(empty(1, 16, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
+        (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)), "gradients of"),
+        (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 16, 64, C, dtype=torch.float32)), "float32"),
         (lambda: outer_obstacle(129, 64, 64), "not up to 128 sequences"),
         (lambda: outer_obstacle(8, 64, 64, b=empty(8, 64, 16)), "not up to 128 sequences of 32 channels"),
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
@@ -244,6 +247,7 @@ def test_rows_and_channels_become_matrices_for_the_copy_engine():
 
 
 COMPILED = """
+from contextlib import ExitStack
 import torch
 from compile_hopper import SERIALIZED, assembler_log
 from compile_targets import SHARED_LIMIT, compile_launch, recorded_launches
@@ -254,7 +258,9 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.projections(pair, 128, [128] * 4 + [4])
     cases.triangle_project(pair, 128)
     cases.triangle_output(pair, 128)
-    with tuning.override("outer_product_hopper", {"HOPPER": 1}), tuning.override("transition_hopper", {"HOPPER": 1}):
+    with ExitStack() as stack:
+        for name in ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient"):
+            stack.enter_context(tuning.override(name, {"HOPPER": 1}))
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
@@ -276,7 +282,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_projections", "hopper_operands", "hopper_output", "hopper_output"]
-    programs += ["hopper_outer_product", "hopper_transition", "hopper_transition"]
+    programs += ["hopper_outer_product", *["hopper_transition", "hopper_transition_gradient"] * 2]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]
 
 

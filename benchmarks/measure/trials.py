@@ -45,7 +45,11 @@ def forms_of(case: Case) -> list[tuple[str, dict[str, tuning.Config]]]:
         return [("Gluon", {"outer_product_hopper": GLUON})]
     if case.operation != "transition" or "x64by" in case.shape:
         return []
-    found: list[tuple[str, dict[str, tuning.Config]]] = [("Gluon", {"transition_hopper": GLUON})]
+    backward = {"transition_hopper_gradient": GLUON}
+    found: list[tuple[str, dict[str, tuning.Config]]] = [
+        ("Gluon", {"transition_hopper": GLUON}),
+        ("Gluon backward", backward),
+    ]
     if case.shape.endswith("x128by4"):
         for name, (backward, weights) in RECOMPUTED.items():
             configs = {"transition_backward": {"RECOMPUTED": 1, **tuning.tile_config(backward)}}

@@ -265,11 +265,11 @@ class _Project(torch.autograd.Function):
             norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width, C=c,
         )  # fmt: skip
         if projected is None:
-            weight_sums, bias_sums = _projected_weights(normed, mask, linears, ds)
+            weights = _projected_weights(normed, mask, linears, ds)
+            norm, weight, bias = sum_all([partials, *weights], norm_weight.dtype)
         else:
-            (weight_sums,) = weight_partials([Product(projected, normed)])
-            partials, bias_sums = partials.split([2 * c, 4 * width], 1)
-        norm, weight, bias = sum_all([partials, weight_sums, bias_sums], norm_weight.dtype)
+            sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
+            norm, bias = sums.split([2 * c, 4 * width])
         d_norm_weight, d_norm_bias = norm.chunk(2)
         return dz, None, d_norm_weight, d_norm_bias, *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
