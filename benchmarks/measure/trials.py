@@ -38,11 +38,19 @@ RECOMPUTED = {  # tiles of the backward, then of the weight gradients
     "64,64,4,2 64,64,4,2": ((64, 64, 4, 2), (64, 64, 4, 2)),
 }
 
+RECOMPUTED_TRIANGLE = {
+    "64,64,4,2 64,64,4,2": ((64, 64, 4, 2), (64, 64, 4, 2)),
+    "64,32,4,2 32,64,4,3": ((64, 32, 4, 2), (32, 64, 4, 3)),
+    "64,32,4,2 64,64,8,2": ((64, 32, 4, 2), (64, 64, 8, 2)),
+}
+
 
 def forms_of(case: Case) -> list[tuple[str, dict[str, tuning.Config]]]:
     """What is tried of an operation: names, and launch parameters by kernel."""
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
         return [("Gluon", {"outer_product_hopper": GLUON})]
+    if case.operation == "triangle_project" and case.shape.endswith("x128"):
+        return [(f"recomputed {name}", _triangle(*tiles)) for name, tiles in RECOMPUTED_TRIANGLE.items()]
     if case.operation != "transition" or "x64by" in case.shape:
         return []
     backward = {"transition_hopper_gradient": GLUON}
@@ -55,6 +63,11 @@ def forms_of(case: Case) -> list[tuple[str, dict[str, tuning.Config]]]:
             configs = {"transition_backward": {"RECOMPUTED": 1, **tuning.tile_config(backward)}}
             found.append((f"recomputed {name}", configs | {"transition_weights": tuning.tile_config(weights)}))
     return found
+
+
+def _triangle(backward: tuple[int, ...], weights: tuple[int, ...]) -> dict[str, tuning.Config]:
+    configs = {"triangle_project_backward": {"RECOMPUTED": 1, **tuning.tile_config(backward)}}
+    return configs | {"triangle_project_weights": tuning.tile_config(weights)}
 
 
 def errors(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 Triangle multiplication: operands, output, gates of its gradient. All weights stay in shared memory.
 
-Outer product mean, forward; the outer product stays on chip. A program walks over tiles of ROWS values of i and PAIRED *
-CONSUMERS of j; a consumer has PAIRED of these j. Channels c of a are taken one by one: the products of one with all
-channels d of b, [i, (j, d)], lie in registers as the left operand of the next product takes them, that with the output
-weight of channel c, [d, channels of z], one per j.
+Outer product mean, forward; the outer product stays on chip. A program walks over tiles of ROWS values of i and
+PAIRED * CONSUMERS of j; a consumer has PAIRED of these j. Channels c of a are taken one by one: the products of one
+with all channels d of b, [i, (j, d)], lie in registers as the left operand of the next product takes them, that with
+the output weight of channel c, [d, channels of z], one per j.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
