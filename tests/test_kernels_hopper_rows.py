@@ -22,7 +22,7 @@ ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == 
 on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
-    *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient"),
+    *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "norm_linear_hopper_wide"),
 )
 C = 128
 NO_BIASES = [None, None, None]
@@ -63,6 +63,18 @@ def outer_obstacle(sequences, i, j, z=None, b=None):
     z = empty(i, j, C) if z is None else z
     b = empty(sequences, j, 32) if b is None else b
     return rows.outer_product_obstacle(z, empty(sequences, i, b.shape[2]), b, empty(C, b.shape[2] ** 2))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_wide_projections_have_no_obstacle(compiled, transposed):
+    x, weights = empty(1, 16, 64, 256), {"widths": [256] * 4, "biases": [*NO_BIASES, empty(256)]}
+    with every_program(1):
+        assert projections_obstacle(x.transpose(1, 2) if transposed else x, **weights) is None
+
+
+def wide_obstacle(x, row_mask=None, widths=(256,) * 4, biased=3):
+    biases = [empty(256) if n == biased else None for n in range(len(widths))]
+    return projections_obstacle(x, row_mask, widths, biases)
 
 
 def transition_obstacle(x, hidden=512, d_out=None):
@@ -114,6 +126,15 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: output_obstacle(empty(1, 16, 64, C), d_out=empty(1, 1, 1, C).expand(1, 16, 64, C)), "gradients of"),
         (lambda: output_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)), "gradients of"),
         (lambda: output_obstacle(empty(1, 16, 64, C), d_out=empty(1, 16, 64, C, dtype=torch.float32)), "float32"),
+        (
+            lambda: wide_obstacle(empty(1, 16, 64, 256), empty(1, 16, 64)),
+            "not projections of which the last has a bias",
+        ),
+        (lambda: wide_obstacle(empty(1, 16, 64, 256), biased=1), "not projections of which the last has a bias"),
+        (lambda: wide_obstacle(empty(1, 16, 64, 256), widths=(256, 64)), "not projections of which the last"),
+        (lambda: wide_obstacle(empty(1, 16, 64, 256), widths=[64] * 4), "weights are not 256 x 256"),
+        (lambda: wide_obstacle(empty(1, 3, 21, 256)), "rows do not come in tiles of 64"),
+        (lambda: wide_obstacle(empty(1, 16, 64, 256, dtype=torch.float32)), "float32 is not bfloat16"),
         (lambda: transition_obstacle(empty(1, 16, 64, 64)), "64 channels with 512 hidden ones"),
         (lambda: transition_obstacle(empty(1, 16, 64, C), 128), "128 channels with 128 hidden ones"),
         (lambda: transition_obstacle(empty(1, 3, 21, C)), "rows do not come in tiles of 64"),
@@ -259,8 +280,10 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.triangle_project(pair, 128)
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
-        for name in ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient"):
+        names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "norm_linear_hopper_wide")
+        for name in names:
             stack.enter_context(tuning.override(name, {"HOPPER": 1}))
+        cases.projections((1, 128, 256), 256, [256] * 4)
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
@@ -282,7 +305,11 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_projections", "hopper_operands", "hopper_output", "hopper_output"]
-    programs += ["hopper_outer_product", *["hopper_transition", "hopper_transition_gradient"] * 2]
+    programs += [
+        "hopper_wide_projections",
+        "hopper_outer_product",
+        *["hopper_transition", "hopper_transition_gradient"] * 2,
+    ]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]
 
 
@@ -310,6 +337,14 @@ def transition_of(draw, shape, c, transposed):
     return cases.Inputs(draw.leaves, lambda ops: ops.transition(x, *norm, *linears))
 
 
+def wide_of(draw, shape, count, transposed):
+    import operation_cases as cases
+
+    x, norm = draw(*shape, 256, transposed=transposed), draw.norm(256)
+    weights, biases = [draw.weight(256, 256) for _ in range(count)], [*[None] * (count - 1), draw(256)]
+    return cases.Inputs(draw.leaves, lambda ops: ops.layer_norm_linear(x, *norm, weights, biases))
+
+
 def case_of(name, shape):
     """Builds the inputs of an operation, of a given type; masks and dropout in all the forms that the model has."""
     import operation_cases as cases
@@ -325,6 +360,8 @@ def case_of(name, shape):
             return outer_product_of(draw, int(form), 64 * min(i, 5), j)
         if operation == "transition":
             return transition_of(draw, shape, int(form.removesuffix("t")), form.endswith("t"))
+        if operation == "wide":
+            return wide_of(draw, shape, int(form.removesuffix("t")), form.endswith("t"))
         z, norms = draw(*shape, C, transposed=form == "ending"), [*draw.norm(C), *draw.norm(C)]
         linears = [tensor for _ in range(4) for tensor in (draw.weight(C, C), draw(C))]
         if operation == "projections":
@@ -359,6 +396,7 @@ OPERATIONS = [
     *("projections starting", "projections ending", "operands pairs", "operands column"),
     *("output column", "output row", "output none", "outer 128", "outer 37"),
     *("transition 128", "transition 128t", "transition 256"),
+    *("wide 4", "wide 1t"),
 ]
 
 

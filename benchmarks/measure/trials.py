@@ -49,6 +49,8 @@ def forms_of(case: Case) -> list[tuple[str, dict[str, tuning.Config]]]:
     """What is tried of an operation: names, and launch parameters by kernel."""
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
         return [("Gluon", {"outer_product_hopper": GLUON})]
+    if case.operation == "layer_norm_linear" and case.shape.endswith("x256to256+256+256+256"):
+        return [("Gluon", {"norm_linear_hopper_wide": GLUON})]
     if case.operation == "triangle_project" and case.shape.endswith("x128"):
         return [(f"recomputed {name}", _triangle(*tiles)) for name, tiles in RECOMPUTED_TRIANGLE.items()]
     if case.operation != "transition" or "x64by" in case.shape:

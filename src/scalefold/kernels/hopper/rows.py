@@ -25,7 +25,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from scalefold.kernels.hopper.projections import hopper_projections
+    from scalefold.kernels.hopper.projections import hopper_projections, hopper_wide_projections
     from scalefold.kernels.hopper.transition import HIDDEN, hopper_transition, hopper_transition_gradient
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product, hopper_output
 
@@ -35,6 +35,7 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental: names m
 
 CHANNELS = 128
 SQUARE = (CHANNELS, CHANNELS)
+WIDE = 256  # channels of wide projections
 BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 
 OUTER_CHANNELS = 32  # of a and b
@@ -44,6 +45,7 @@ HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES
 HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
 for _name in (
     "norm_linear_hopper",
+    "norm_linear_hopper_wide",
     "outer_product_hopper",
     "transition_hopper",
     "transition_hopper_gradient",
@@ -58,25 +60,55 @@ def projections_obstacle(
     x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> str | None:
     """Why ``project`` cannot or should not take these arguments of ``ops.linear``, or None."""
+    transposed = int(memory_order(x) != tuple(range(x.dim() - 1)))
+    if x.shape[-1] == WIDE:
+        return _wide_obstacle(x, row_mask, weights, biases) or _preference(
+            "norm_linear_hopper_wide", x, transposed=transposed
+        )
     *wide, narrow = weights
     biased = [bias is not None for bias in biases]
     if row_mask is not None or biased != [False, False, False, True, False] or narrow.shape[0] > BIAS_ROWS:
         return "not queries, keys, values, gates with a bias, and an attention bias"
-    transposed = memory_order(x) != tuple(range(x.dim() - 1))
-    return _program_obstacle(x, wide, [narrow]) or _preference("norm_linear_hopper", x, transposed=int(transposed))
+    return _program_obstacle(x, wide, [narrow]) or _preference("norm_linear_hopper", x, transposed=transposed)
 
 
-def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, narrow_out: Tensor) -> None:
+def _wide_obstacle(
+    x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> str | None:
+    if reason := choice.obstacle(MISSING, (x, *weights)):
+        return reason
+    if row_mask is not None or [bias is not None for bias in biases] != [False] * (len(biases) - 1) + [True]:
+        return "not projections of which the last has a bias"
+    if any(tuple(weight.shape) != (WIDE, WIDE) for weight in weights):
+        return f"weights are not {WIDE} x {WIDE}"
+    return _rows_obstacle(x)
+
+
+def project(
+    x: Tensor, norm: Norm, linear: Affine, narrow: Tensor | None, out: Tensor, narrow_out: Tensor | None
+) -> None:
     """Layer norm of x: [*, c] and its projections.
 
     linear: weight [4 c, c], bias [c] of the last c; narrow: [h, c]. out: [4, rows, c], rows in the memory order of x;
-    narrow_out: [*, h], of any strides.
+    narrow_out: [*, h], of any strides. Wide projections, of any number, have no narrow one.
     """
+    if narrow is None:
+        _project_wide(x, norm, linear, out)
+        return
     views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
     hopper_projections[_programs(x)](
         _rows(x, memory_order(x)), _weight(linear.weight), _weight(narrow, BIAS_ROWS),
         _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
         COUNT=out.shape[0], NARROW=narrow.shape[0], num_warps=4,
+    )  # fmt: skip
+
+
+def _project_wide(x: Tensor, norm: Norm, linear: Affine, out: Tensor) -> None:
+    tiles, per_weight = x.shape[:-1].numel() // PART, WIDE // PART
+    hopper_wide_projections[_programs(x)](
+        _matrix(_by_rows(x, memory_order(x)), PART, WIDE), _weight_block(linear.weight, PART, WIDE),
+        _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, (out.shape[0] - 1) * per_weight,
+        out.shape[0] * per_weight, tiles, num_warps=4,
     )  # fmt: skip
 
 
