@@ -22,9 +22,10 @@ from torch import Tensor
 from bits import repeat
 from common import append_rows, facts, graph_microseconds, print_table
 from hopper_cases import too_large
-from kernels import exact_results, outputs_of, results, seeds_of
-from operation_cases import Case, Inputs, training_cases
+from kernels import outputs_of, results, seeds_of
+from operation_cases import Case, Inputs, evaluation_cases, training_cases
 from scalefold.kernels import tuning
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.kernels.triton_ops import TRITON
 
 REPEATS, REPLAYS = 20, 30
@@ -51,16 +52,15 @@ def forms_of(case: Case) -> list[tuple[str, dict[str, tuning.Config]]]:
         return [("Gluon", {"outer_product_hopper": GLUON})]
     if case.operation == "layer_norm_linear" and case.shape.endswith("x256to256+256+256+256"):
         return [("Gluon", {"norm_linear_hopper_wide": GLUON})]
-    if case.operation == "triangle_project" and case.shape.endswith("x128"):
+    if case.operation == "triangle_project" and case.calls and case.shape.endswith("x128"):
         return [(f"recomputed {name}", _triangle(*tiles)) for name, tiles in RECOMPUTED_TRIANGLE.items()]
     if case.operation != "transition" or "x64by" in case.shape:
         return []
     backward = {"transition_hopper_gradient": GLUON}
-    found: list[tuple[str, dict[str, tuning.Config]]] = [
-        ("Gluon", {"transition_hopper": GLUON}),
-        ("Gluon backward", backward),
-    ]
-    if case.shape.endswith("x128by4"):
+    found: list[tuple[str, dict[str, tuning.Config]]] = [("Gluon", {"transition_hopper": GLUON})]
+    found += [("Gluon backward", backward)] * (case.calls > 0)
+    if case.shape.endswith("x128by4") and case.calls:
+        found.append(("Gluon, blocks of 128", {"transition_hopper": GLUON | {"BLOCK": 128}}))
         for name, (backward, weights) in RECOMPUTED.items():
             configs = {"transition_backward": {"RECOMPUTED": 1, **tuning.tile_config(backward)}}
             found.append((f"recomputed {name}", configs | {"transition_weights": tuning.tile_config(weights)}))
@@ -78,8 +78,8 @@ def errors(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> di
     return {str(n): float((a.float() - b).norm() / b.norm()) for n, a, b in pairs}
 
 
-def times(inputs: Inputs) -> tuple[float, float]:
-    """Microseconds forward, and forward and backward."""
+def times(inputs: Inputs, backward: bool) -> tuple[float, float]:
+    """Microseconds forward, and forward and backward (0 without)."""
 
     def call() -> Sequence[Tensor]:
         return outputs_of(lambda: inputs.call(TRITON))
@@ -87,25 +87,35 @@ def times(inputs: Inputs) -> tuple[float, float]:
     seeds = seeds_of(call())
     with torch.no_grad():
         forward = graph_microseconds(call, REPLAYS, 2)
+    if not backward:
+        return forward, 0.0
     both = graph_microseconds(lambda: torch.autograd.grad(call(), inputs.leaves, seeds, allow_unused=True), REPLAYS, 2)
     return forward, both
 
 
-def measured(inputs: Inputs, exact: Sequence[Tensor | None]) -> tuple[dict[str, float], int, tuple[float, float]]:
+def results_of(inputs: Inputs, backward: bool, table: Operations = TRITON) -> list[Tensor | None]:
+    """Outputs, and gradients if they are wanted."""
+    if backward:
+        return results(lambda: inputs.call(table), inputs.leaves)
+    return [*outputs_of(lambda: inputs.call(table))]
+
+
+def measured(
+    inputs: Inputs, exact: Sequence[Tensor | None], backward: bool
+) -> tuple[dict[str, float], int, tuple[float, float]]:
     """Errors, repeats whose bits differ, and times of the form in use."""
 
     def call() -> list[Tensor]:
-        found = results(lambda: inputs.call(TRITON), inputs.leaves)
-        return [result for result in found if result is not None]
+        return [result for result in results_of(inputs, backward) if result is not None]
 
-    own = errors(results(lambda: inputs.call(TRITON), inputs.leaves), exact)
-    return own, len(repeat(call, REPEATS)), times(inputs)
+    own = errors(results_of(inputs, backward), exact)
+    return own, len(repeat(call, REPEATS)), times(inputs, backward)
 
 
 def rows_of(case: Case, chosen: Sequence[str]) -> Iterator[dict[str, object]]:
     """A row for the present form of a case, then one per form."""
-    inputs, exact = case.build(), exact_results(case)
-    present = None
+    inputs, present, backward = case.build(), None, case.calls > 0
+    exact = results_of(case.build(torch.float32), backward, REFERENCE)
     for name, configs in [("present", {}), *forms_of(case)]:
         if present is not None and chosen and not any(part in name for part in chosen):
             continue
@@ -113,7 +123,7 @@ def rows_of(case: Case, chosen: Sequence[str]) -> Iterator[dict[str, object]]:
             with ExitStack() as stack:
                 for kernel, config in configs.items():
                     stack.enter_context(tuning.override(kernel, config))
-                own, differing, us = measured(inputs, exact)
+                own, differing, us = measured(inputs, exact, backward)
         except Exception as problem:  # what the compiler or a launch refuses; other forms go on
             yield {"case": case.name, "form": name, "status": f"failed: {str(problem).strip()[:150]}"}
             continue
@@ -134,7 +144,8 @@ def rows_of(case: Case, chosen: Sequence[str]) -> Iterator[dict[str, object]]:
 def main() -> int:
     """Print a row per form; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dap", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dap", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--evaluation", type=int, nargs="+", default=[], help="chains of these lengths, forward only")
     parser.add_argument("--only", nargs="+", default=[], help="cases whose name contains one of these")
     parser.add_argument("--forms", nargs="+", default=[], help="forms whose name contains one of these")
     parser.add_argument("--minutes", type=float, default=2.0, help="later cases are not started")
@@ -143,7 +154,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     deadline, known, found, late = time.monotonic() + 60 * arguments.minutes, facts(), [], 0
-    cases = [case for dap in arguments.dap for case in training_cases(dap) if forms_of(case)]
+    cases = [case for dap in arguments.dap for case in training_cases(dap)]
+    cases += [case for length in arguments.evaluation for case in evaluation_cases(length)]
+    cases = [case for case in cases if forms_of(case)]
     cases = [case for case in cases if not arguments.only or any(part in case.name for part in arguments.only)]
     empty = dict.fromkeys(("case", "form", "status", "forward_us", "gain", "both_us", "gain_us", "errors"), "")
     with torch.cuda.stream(torch.cuda.Stream()):  # one for everything, captures included

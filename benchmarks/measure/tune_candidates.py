@@ -43,6 +43,9 @@ TRANSITION_FUSED: tuple[Tile, ...] = (
 TRANSITION_BY_LIBRARY: tuple[Tile, ...] = (
     *((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
 )
+RECOMPUTED_WEIGHTS: tuple[Tile, ...] = (
+    *((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3)),
+)
 WEIGHT_GRADIENT: tuple[Tile, ...] = (
     *((64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)),
 )
@@ -171,6 +174,12 @@ def _point_errors(fields: Fields) -> list[Config]:
     return [{"BLOCK_F": frames, "BLOCK_P": points, "num_warps": 4} for frames, points in tiles]
 
 
+def _transition_hopper(fields: Fields) -> list[Config]:
+    """Twice the block where its products leave registers for it."""
+    blocks = (64, 128) if fields["c"] == 128 else (64,)
+    return [{"HOPPER": 0, "BLOCK": 64}, *({"HOPPER": 1, "BLOCK": block} for block in blocks)]
+
+
 CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "attention_backward": _attention_backward,
     "attention_backward_keys": _attention_keys,
@@ -203,8 +212,9 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "point_errors_points": _point_errors,
     "transition_backward": _transition_backward,
     "transition_forward": _tiles(TRANSITION_FORWARD),
-    "transition_hopper": _row_programs,
+    "transition_hopper": _transition_hopper,
     "transition_hopper_gradient": _row_programs,
+    "transition_weights": _tiles(RECOMPUTED_WEIGHTS),
     "triangle_hopper_gates": _row_programs,
     "triangle_hopper_operands": _row_programs,
     "triangle_hopper_output": _row_programs,
@@ -212,6 +222,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "triangle_output_forward": _tiles(TRIANGLE),
     "triangle_project_backward": _tiles(TRIANGLE),
     "triangle_project_forward": _tiles(TRIANGLE),
+    "triangle_project_weights": _tiles(RECOMPUTED_WEIGHTS),
     "weight_gradient": _weight_gradient,
 }
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.hopper import CONSUMERS, MULTIPROCESSORS, PART, choice
+from scalefold.kernels.hopper import CONSUMERS, HIDDEN_BLOCK, MULTIPROCESSORS, PART, choice
 from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
@@ -26,7 +26,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from scalefold.kernels.hopper.projections import hopper_projections, hopper_wide_projections
-    from scalefold.kernels.hopper.transition import HIDDEN, hopper_transition, hopper_transition_gradient
+    from scalefold.kernels.hopper.transition import hopper_transition, hopper_transition_gradient
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product, hopper_output
 
     MISSING = None
@@ -41,19 +41,19 @@ BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 OUTER_CHANNELS = 32  # of a and b
 MOST_SEQUENCES = 128  # of an outer product: one product's depth
 OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
-HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES of a transition's program by channels
+HIDDEN_TILES = {128: (True, 2, 256), 256: (False, 1, 128)}  # KEPT, X_STAGES, hidden channels on their way by channels
 HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
 for _name in (
     "norm_linear_hopper",
     "norm_linear_hopper_wide",
     "outer_product_hopper",
-    "transition_hopper",
     "transition_hopper_gradient",
     "triangle_hopper_gates",
     "triangle_hopper_operands",
     "triangle_hopper_output",
 ):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
+tuning.register("transition_hopper", lambda fields, capability: {"HOPPER": 0, "BLOCK": HIDDEN_BLOCK})
 
 
 def projections_obstacle(
@@ -169,7 +169,7 @@ def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | No
     c, hidden = x.shape[-1], weights[0].shape[0]
     if reason := choice.obstacle(MISSING, (x, *weights, d_out)):
         return reason
-    if c not in HIDDEN_TILES or hidden % HIDDEN.value or hidden < HIDDEN.value * HIDDEN_TILES[c][2]:
+    if c not in HIDDEN_TILES or hidden % HIDDEN_TILES[c][2]:
         return f"{c} channels with {hidden} hidden ones"
     if d_out is not None and not _is_aligned(_by_rows(d_out, memory_order(x))):
         return "gradients of the output do not lie densely"
@@ -180,13 +180,13 @@ def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | No
 def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
     """``reference.transition``; out: [*, c] lies as x does."""
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
-    kept, x_stages, stages = HIDDEN_TILES[c]
-    tiles = x.shape[:-1].numel() // PART
+    kept, x_stages, in_flight = HIDDEN_TILES[c]
+    block = _launch_parameters("transition_hopper", x, n=hidden).get("BLOCK", HIDDEN_BLOCK)
     hopper_transition[_programs(x)](
-        _matrix(_by_rows(x, order), PART, c), _weight_block(linear_1.weight, HIDDEN.value, c),
-        _weight_block(linear_2.weight, c, HIDDEN.value), _matrix(_by_rows(out, order), PART, c), norm,
-        (linear_1.bias, linear_2.bias), hidden // HIDDEN.value, tiles, KEPT=kept, X_STAGES=x_stages, STAGES=stages,
-        num_warps=4,
+        _matrix(_by_rows(x, order), PART, c), _weight_block(linear_1.weight, block, c),
+        _weight_block(linear_2.weight, c, block), _matrix(_by_rows(out, order), PART, c), norm,
+        (linear_1.bias, linear_2.bias), hidden // block, x.shape[:-1].numel() // PART, KEPT=kept, X_STAGES=x_stages,
+        STAGES=in_flight // block, num_warps=4,
     )  # fmt: skip
 
 
@@ -201,9 +201,9 @@ def transition_gradient(
     partials = x.new_empty(count // PART, c + hidden, dtype=torch.float32)
     hopper_transition_gradient[_programs(x)](
         _matrix(_by_rows(x, order), PART, c), _matrix(_by_rows(d_out, order), PART, c),
-        _weight_block(linear_1.weight, HIDDEN.value, c), _weight_block(weight_2, c, HIDDEN.value),
-        *(_matrix(out, PART, HIDDEN.value) for out in outs[:2]), *(_matrix(out, PART, c) for out in outs[2:]), norm,
-        linear_1.bias, partials, hidden // HIDDEN.value, count // PART, PAIRS=HIDDEN_PAIRS[c], num_warps=4,
+        _weight_block(linear_1.weight, HIDDEN_BLOCK, c), _weight_block(weight_2, c, HIDDEN_BLOCK),
+        *(_matrix(out, PART, HIDDEN_BLOCK) for out in outs[:2]), *(_matrix(out, PART, c) for out in outs[2:]), norm,
+        linear_1.bias, partials, hidden // HIDDEN_BLOCK, count // PART, PAIRS=HIDDEN_PAIRS[c], num_warps=4,
     )  # fmt: skip
     return (*outs, partials)
 
@@ -260,9 +260,11 @@ def _pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor
 
 def _preference(name: str, x: Tensor, **fields: int) -> str | None:
     """What the tuned tables have against a program that takes rows of x."""
-    return choice.preference(
-        tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
-    )
+    return choice.preference(_launch_parameters(name, x, **fields))
+
+
+def _launch_parameters(name: str, x: Tensor, **fields: int) -> tuning.Config:
+    return tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
 
 
 def _by_rows(x: Tensor, order: Sequence[int]) -> Tensor | None:

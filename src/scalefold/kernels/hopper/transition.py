@@ -1,7 +1,7 @@
 """Transition for Hopper in Gluon; twins: the programs of ``ops.transition``.
 
-Forward: norm, both linears and residual in one program. Blocks of HIDDEN channels of the hidden layer stream by, their
-weights for all consumers at once. The norm of a tile is the left operand of the first product: in registers where they
+Forward: norm, both linears and residual in one program. Blocks of the hidden layer stream by, their weights for all
+consumers at once. The norm of a tile is the left operand of the first product: in registers where they
 suffice (KEPT), else it is written over its x, which is fetched once more for the residual connection while the last
 product runs.
 
@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from scalefold.kernels import hopper
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     ROWS,
@@ -42,13 +43,13 @@ from scalefold.kernels.hopper.row_pieces import (
     wait_until_sent,
 )
 
-HIDDEN = gl.constexpr(64)  # channels of the hidden layer at a time
+HIDDEN = gl.constexpr(hopper.HIDDEN_BLOCK)  # backward
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
 class Weights(NamedTuple):
-    """Slots for blocks of both weights, [HIDDEN, C] and [C, HIDDEN], that all consumers read."""
+    """Slots for blocks of both weights, [block, C] and [C, block], that all consumers read."""
 
     first: Any
     second: Any
@@ -64,6 +65,7 @@ def _fetch_blocks(descriptors, ring, weights, blocks, tiles):
     """
     x, weight_1, weight_2 = descriptors
     STAGES: gl.constexpr = weights.first.shape[0]
+    BLOCK: gl.constexpr = weights.first.shape[1]
     WITH_X: gl.constexpr = 0 if ring.slots.shape[0] > CONSUMERS else STAGES - 1
     n = 0
     step = 0
@@ -73,8 +75,8 @@ def _fetch_blocks(descriptors, ring, weights, blocks, tiles):
             full = weights.full.index(slot)
             mbarrier.wait(weights.empty.index(slot), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full, weight_1.block_type.nbytes + weight_2.block_type.nbytes)
-            tma.async_copy_global_to_shared(weight_1, [block * HIDDEN, 0], full, weights.first.index(slot))
-            tma.async_copy_global_to_shared(weight_2, [0, block * HIDDEN], full, weights.second.index(slot))
+            tma.async_copy_global_to_shared(weight_1, [block * BLOCK, 0], full, weights.first.index(slot))
+            tma.async_copy_global_to_shared(weight_2, [0, block * BLOCK], full, weights.second.index(slot))
             step += 1
             if block == WITH_X:
                 fetch(ring, x, tile * ROWS, 0, 0, n)
@@ -86,7 +88,8 @@ def _fetch_blocks(descriptors, ring, weights, blocks, tiles):
 @gluon.jit
 def _hidden(left, weight, bias, C: gl.constexpr):
     """relu(left W^T + bias) of a block as the left operand of the second product."""
-    acc = gl.zeros([ROWS, HIDDEN], gl.float32, product_layout(HIDDEN))
+    BLOCK: gl.constexpr = weight.shape[0]
+    acc = gl.zeros([ROWS, BLOCK], gl.float32, product_layout(BLOCK))
     acc = warpgroup_mma(left, weight.permute((1, 0)), acc, use_acc=False)
     return gl.convert_layout(gl.maximum(acc + bias, 0.0).to(gl.bfloat16), operand_layout(C))
 
@@ -104,6 +107,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
     x, out, norm, biases, ring, weights, again, blocks, tiles = shared
     C: gl.constexpr = weights.first.shape[2]
     STAGES: gl.constexpr = weights.first.shape[0]
+    BLOCK: gl.constexpr = weights.first.shape[1]
     n = 0
     step = 0
     for pair in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
@@ -116,7 +120,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
             slot_x = receive(ring, SIDE, n)
             value = normalised(read(slot_x), norm)
             if KEPT:
-                left = gl.convert_layout(value, operand_layout(HIDDEN))
+                left = gl.convert_layout(value, operand_layout(BLOCK))
                 if n > 0:
                     wait_until_sent(0)
                     leave(ring, SIDE, n - 1)
@@ -129,7 +133,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
             acc = gl.zeros([ROWS, C], gl.float32, product_layout(C))
             for block in range(blocks):
                 slot = step % STAGES
-                bias = per_column(biases[0], block * HIDDEN, HIDDEN)
+                bias = per_column(biases[0], block * BLOCK, BLOCK)
                 mbarrier.wait(weights.full.index(slot), (step // STAGES) & 1)
                 hidden = _hidden(left, weights.first.index(slot), bias, C)
                 if not KEPT:  # noqa: SIM102
@@ -161,7 +165,7 @@ def hopper_transition(
     x, weight_1, weight_2, out, norm, biases, blocks, tiles,
     KEPT: gl.constexpr, X_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Descriptors of x and out [64 tiles, C] and weights [HIDDEN * blocks, C] and [C, HIDDEN * blocks].
+    """Descriptors of x and out [64 tiles, C] and weights [hidden, C] and [C, hidden] in ``blocks``.
 
     biases: of both linears. At least STAGES blocks.
     """
