@@ -77,7 +77,7 @@ def test_gradients_of_projections_that_are_not_stored_are_as_accurate_as_pytorch
     ("shape", "transposed"), [((2, 8, 16, 32), False), ((1, 9, 16, 32), False), ((1, 8, 16, 32), True)]
 )
 def test_pairs_that_the_copy_engine_cannot_fetch_take_the_form_that_stores(shape, transposed, monkeypatch):
-    monkeypatch.setattr(triangle, "_projected_weights", None)
+    monkeypatch.setattr(triangle, "projected_partials", None)
     with recomputing(SMALL_TILES):
         check_project(shape, torch.bfloat16, transposed)
 

@@ -1,12 +1,11 @@
-"""Forms of row-wise operations that no table prefers yet, against the form that the tables name: errors, bits and time.
+"""Forms of row-wise operations between which launch parameters choose, against the first: errors, bits and time.
 
     python benchmarks/measure/trials.py                               # all forms, shares of DAP 1 and 2, 2 minutes
-    python benchmarks/measure/trials.py --only outer_product --forms Gluon --dap 1 --csv trial.csv
+    python benchmarks/measure/trials.py --only outer_product --dap 1 --evaluation 320 --csv trial.csv
 
-Each form is a choice of launch parameters. Its outputs and gradients are compared with fp32 and with the errors of the
-present form, repeated REPEATS times with memory poisoned in between, and timed in CUDA graphs, forward alone and with
-backward; what is shared with the present form should take as long. Exit status 1 if a result is worse than ALLOWED
-times the present one's error, if bits differ, if a form fails, or if one was not reached.
+Outputs and gradients of each form are compared with fp32 and with the errors of the first form, repeated REPEATS times
+with memory poisoned in between, and timed in CUDA graphs, forward alone and with backward. Exit status 1 if a result is
+worse than ALLOWED times the first form's error, if bits differ, if a form fails, or if one was not reached.
 """
 
 import argparse
@@ -30,46 +29,40 @@ from scalefold.kernels.triton_ops import TRITON
 
 REPEATS, REPLAYS = 20, 30
 
-GLUON = {"HOPPER": 1}
-RECOMPUTED = {  # tiles of the backward, then of the weight gradients
-    "128,64,8,3 64,64,4,2": ((128, 64, 8, 3), (64, 64, 4, 2)),
-    "128,64,8,3 64,64,4,3": ((128, 64, 8, 3), (64, 64, 4, 3)),
-    "128,64,8,3 64,128,8,3": ((128, 64, 8, 3), (64, 128, 8, 3)),
-    "128,32,8,2 64,64,4,2": ((128, 32, 8, 2), (64, 64, 4, 2)),
-    "64,64,4,2 64,64,4,2": ((64, 64, 4, 2), (64, 64, 4, 2)),
-}
-
-RECOMPUTED_TRIANGLE = {
-    "64,64,4,2 64,64,4,2": ((64, 64, 4, 2), (64, 64, 4, 2)),
-    "64,32,4,2 32,64,4,3": ((64, 32, 4, 2), (32, 64, 4, 3)),
-    "64,32,4,2 64,64,8,2": ((64, 32, 4, 2), (64, 64, 8, 2)),
-}
+TRITON_FORM, GLUON = {"HOPPER": 0}, {"HOPPER": 1}
+Form = dict[str, tuning.Config]
 
 
-def forms_of(case: Case) -> list[tuple[str, dict[str, tuning.Config]]]:
-    """What is tried of an operation: names, and launch parameters by kernel."""
+def _tiles(recomputed: bool, *tiles: int) -> tuning.Config:
+    return {"RECOMPUTED": int(recomputed), **tuning.tile_config(tiles)}
+
+
+def transition_forms(c: int, backward: bool) -> dict[str, Form]:
+    """Forward by either program; backward by either, or in Triton without storing the hidden layer."""
+    triton = {"transition_hopper": TRITON_FORM, "transition_hopper_gradient": TRITON_FORM}
+    if c == 128:
+        triton["transition_backward"] = _tiles(False, 128, 64, 8, 3)
+    forms = {"Triton": triton, "Gluon forward": triton | {"transition_hopper": GLUON}}
+    if backward:
+        forms["Gluon backward"] = triton | {"transition_hopper_gradient": GLUON}
+    if backward and c == 128:
+        weights = {"transition_weights": tuning.tile_config((64, 64, 4, 2))}
+        forms["recomputed"] = triton | {"transition_backward": _tiles(True, 128, 64, 8, 3)} | weights
+    return forms
+
+
+def forms_of(case: Case) -> dict[str, Form]:
+    """Forms of an operation by name, launch parameters by kernel; the first is what others are compared with."""
+    backward = case.calls > 0
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
-        return [("Gluon", {"outer_product_hopper": GLUON})]
-    if case.operation == "layer_norm_linear" and case.shape.endswith("x256to256+256+256+256"):
-        return [("Gluon", {"norm_linear_hopper_wide": GLUON})]
-    if case.operation == "triangle_project" and case.calls and case.shape.endswith("x128"):
-        return [(f"recomputed {name}", _triangle(*tiles)) for name, tiles in RECOMPUTED_TRIANGLE.items()]
-    if case.operation != "transition" or "x64by" in case.shape:
-        return []
-    backward = {"transition_hopper_gradient": GLUON}
-    found: list[tuple[str, dict[str, tuning.Config]]] = [("Gluon", {"transition_hopper": GLUON})]
-    found += [("Gluon backward", backward)] * (case.calls > 0)
-    if case.shape.endswith("x128by4") and case.calls:
-        found.append(("Gluon, blocks of 128", {"transition_hopper": GLUON | {"BLOCK": 128}}))
-        for name, (backward, weights) in RECOMPUTED.items():
-            configs = {"transition_backward": {"RECOMPUTED": 1, **tuning.tile_config(backward)}}
-            found.append((f"recomputed {name}", configs | {"transition_weights": tuning.tile_config(weights)}))
-    return found
-
-
-def _triangle(backward: tuple[int, ...], weights: tuple[int, ...]) -> dict[str, tuning.Config]:
-    configs = {"triangle_project_backward": {"RECOMPUTED": 1, **tuning.tile_config(backward)}}
-    return configs | {"triangle_project_weights": tuning.tile_config(weights)}
+        return {"library": {"outer_product_hopper": TRITON_FORM}, "Gluon": {"outer_product_hopper": GLUON}}
+    if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
+        stored = {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
+        weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
+        return {"stored": stored, "recomputed": {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)} | weights}
+    if case.operation == "transition" and "x64by" not in case.shape:
+        return transition_forms(128 if "x128by" in case.shape else 256, backward)
+    return {}
 
 
 def errors(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> dict[str, float]:
@@ -113,11 +106,11 @@ def measured(
 
 
 def rows_of(case: Case, chosen: Sequence[str]) -> Iterator[dict[str, object]]:
-    """A row for the present form of a case, then one per form."""
-    inputs, present, backward = case.build(), None, case.calls > 0
+    """A row for the first form of a case, then one per other form."""
+    inputs, first, backward = case.build(), None, case.calls > 0
     exact = results_of(case.build(torch.float32), backward, REFERENCE)
-    for name, configs in [("present", {}), *forms_of(case)]:
-        if present is not None and chosen and not any(part in name for part in chosen):
+    for name, configs in forms_of(case).items():
+        if first is not None and chosen and not any(part in name for part in chosen):
             continue
         try:
             with ExitStack() as stack:
@@ -127,17 +120,17 @@ def rows_of(case: Case, chosen: Sequence[str]) -> Iterator[dict[str, object]]:
         except Exception as problem:  # what the compiler or a launch refuses; other forms go on
             yield {"case": case.name, "form": name, "status": f"failed: {str(problem).strip()[:150]}"}
             continue
-        present = present or (own, us)
-        worse = too_large(own, present[0])
+        first = first or (own, us)
+        worse = too_large(own, first[0])
         yield {
             "case": case.name,
             "form": name,
             "status": "wrong: " + " ".join(worse) if worse else "bits differ" if differing else "ok",
             "forward_us": round(us[0], 1),
-            "gain": f"{100 * (1 - us[0] / present[1][0]):.0f} %",
+            "gain": f"{100 * (1 - us[0] / first[1][0]):.0f} %",
             "both_us": round(us[1], 1),
-            "gain_us": round(present[1][1] - us[1], 1),
-            "errors": " ".join(f"{n}:{own[n]:.1e}/{present[0][n]:.1e}" for n in own),
+            "gain_us": round(first[1][1] - us[1], 1),
+            "errors": " ".join(f"{n}:{own[n]:.1e}/{first[0][n]:.1e}" for n in own),
         }
 
 

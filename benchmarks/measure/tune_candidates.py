@@ -174,12 +174,6 @@ def _point_errors(fields: Fields) -> list[Config]:
     return [{"BLOCK_F": frames, "BLOCK_P": points, "num_warps": 4} for frames, points in tiles]
 
 
-def _transition_hopper(fields: Fields) -> list[Config]:
-    """Twice the block where its products leave registers for it."""
-    blocks = (64, 128) if fields["c"] == 128 else (64,)
-    return [{"HOPPER": 0, "BLOCK": 64}, *({"HOPPER": 1, "BLOCK": block} for block in blocks)]
-
-
 CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "attention_backward": _attention_backward,
     "attention_backward_keys": _attention_keys,
@@ -200,7 +194,6 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "norm_linear_backward": _tiles(NORM_LINEAR_BACKWARD),
     "norm_linear_forward": _tiles(NORM_LINEAR_FORWARD),
     "norm_linear_hopper": _row_programs,
-    "norm_linear_hopper_wide": _row_programs,
     "outer_product_backward": _tiles(OUTER_PRODUCT),
     "outer_product_forward": _tiles(OUTER_PRODUCT),
     "outer_product_hopper": _row_programs,
@@ -212,7 +205,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "point_errors_points": _point_errors,
     "transition_backward": _transition_backward,
     "transition_forward": _tiles(TRANSITION_FORWARD),
-    "transition_hopper": _transition_hopper,
+    "transition_hopper": _row_programs,
     "transition_hopper_gradient": _row_programs,
     "transition_weights": _tiles(RECOMPUTED_WEIGHTS),
     "triangle_hopper_gates": _row_programs,

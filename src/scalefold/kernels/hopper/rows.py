@@ -25,7 +25,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from scalefold.kernels.hopper.projections import hopper_projections, hopper_wide_projections
+    from scalefold.kernels.hopper.projections import hopper_projections
     from scalefold.kernels.hopper.transition import hopper_transition, hopper_transition_gradient
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product, hopper_output
 
@@ -35,80 +35,48 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental: names m
 
 CHANNELS = 128
 SQUARE = (CHANNELS, CHANNELS)
-WIDE = 256  # channels of wide projections
 BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 
 OUTER_CHANNELS = 32  # of a and b
 MOST_SEQUENCES = 128  # of an outer product: one product's depth
 OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
-HIDDEN_TILES = {128: (True, 2, 256), 256: (False, 1, 128)}  # KEPT, X_STAGES, hidden channels on their way by channels
+HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES of a transition's program by channels
 HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
 for _name in (
     "norm_linear_hopper",
-    "norm_linear_hopper_wide",
     "outer_product_hopper",
+    "transition_hopper",
     "transition_hopper_gradient",
     "triangle_hopper_gates",
     "triangle_hopper_operands",
     "triangle_hopper_output",
 ):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
-tuning.register("transition_hopper", lambda fields, capability: {"HOPPER": 0, "BLOCK": HIDDEN_BLOCK})
 
 
 def projections_obstacle(
     x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> str | None:
     """Why ``project`` cannot or should not take these arguments of ``ops.linear``, or None."""
-    transposed = int(memory_order(x) != tuple(range(x.dim() - 1)))
-    if x.shape[-1] == WIDE:
-        return _wide_obstacle(x, row_mask, weights, biases) or _preference(
-            "norm_linear_hopper_wide", x, transposed=transposed
-        )
     *wide, narrow = weights
     biased = [bias is not None for bias in biases]
     if row_mask is not None or biased != [False, False, False, True, False] or narrow.shape[0] > BIAS_ROWS:
         return "not queries, keys, values, gates with a bias, and an attention bias"
-    return _program_obstacle(x, wide, [narrow]) or _preference("norm_linear_hopper", x, transposed=transposed)
+    transposed = memory_order(x) != tuple(range(x.dim() - 1))
+    return _program_obstacle(x, wide, [narrow]) or _preference("norm_linear_hopper", x, transposed=int(transposed))
 
 
-def _wide_obstacle(
-    x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> str | None:
-    if reason := choice.obstacle(MISSING, (x, *weights)):
-        return reason
-    if row_mask is not None or [bias is not None for bias in biases] != [False] * (len(biases) - 1) + [True]:
-        return "not projections of which the last has a bias"
-    if any(tuple(weight.shape) != (WIDE, WIDE) for weight in weights):
-        return f"weights are not {WIDE} x {WIDE}"
-    return _rows_obstacle(x)
-
-
-def project(
-    x: Tensor, norm: Norm, linear: Affine, narrow: Tensor | None, out: Tensor, narrow_out: Tensor | None
-) -> None:
+def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, narrow_out: Tensor) -> None:
     """Layer norm of x: [*, c] and its projections.
 
     linear: weight [4 c, c], bias [c] of the last c; narrow: [h, c]. out: [4, rows, c], rows in the memory order of x;
-    narrow_out: [*, h], of any strides. Wide projections, of any number, have no narrow one.
+    narrow_out: [*, h], of any strides.
     """
-    if narrow is None:
-        _project_wide(x, norm, linear, out)
-        return
     views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
     hopper_projections[_programs(x)](
         _rows(x, memory_order(x)), _weight(linear.weight), _weight(narrow, BIAS_ROWS),
         _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
         COUNT=out.shape[0], NARROW=narrow.shape[0], num_warps=4,
-    )  # fmt: skip
-
-
-def _project_wide(x: Tensor, norm: Norm, linear: Affine, out: Tensor) -> None:
-    tiles, per_weight = x.shape[:-1].numel() // PART, WIDE // PART
-    hopper_wide_projections[_programs(x)](
-        _matrix(_by_rows(x, memory_order(x)), PART, WIDE), _weight_block(linear.weight, PART, WIDE),
-        _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, (out.shape[0] - 1) * per_weight,
-        out.shape[0] * per_weight, tiles, num_warps=4,
     )  # fmt: skip
 
 
@@ -169,7 +137,7 @@ def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | No
     c, hidden = x.shape[-1], weights[0].shape[0]
     if reason := choice.obstacle(MISSING, (x, *weights, d_out)):
         return reason
-    if c not in HIDDEN_TILES or hidden % HIDDEN_TILES[c][2]:
+    if c not in HIDDEN_TILES or hidden % (HIDDEN_BLOCK * HIDDEN_TILES[c][2]):
         return f"{c} channels with {hidden} hidden ones"
     if d_out is not None and not _is_aligned(_by_rows(d_out, memory_order(x))):
         return "gradients of the output do not lie densely"
@@ -180,13 +148,12 @@ def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | No
 def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
     """``reference.transition``; out: [*, c] lies as x does."""
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
-    kept, x_stages, in_flight = HIDDEN_TILES[c]
-    block = _launch_parameters("transition_hopper", x, n=hidden).get("BLOCK", HIDDEN_BLOCK)
+    kept, x_stages, stages = HIDDEN_TILES[c]
     hopper_transition[_programs(x)](
-        _matrix(_by_rows(x, order), PART, c), _weight_block(linear_1.weight, block, c),
-        _weight_block(linear_2.weight, c, block), _matrix(_by_rows(out, order), PART, c), norm,
-        (linear_1.bias, linear_2.bias), hidden // block, x.shape[:-1].numel() // PART, KEPT=kept, X_STAGES=x_stages,
-        STAGES=in_flight // block, num_warps=4,
+        _matrix(_by_rows(x, order), PART, c), _weight_block(linear_1.weight, HIDDEN_BLOCK, c),
+        _weight_block(linear_2.weight, c, HIDDEN_BLOCK), _matrix(_by_rows(out, order), PART, c), norm,
+        (linear_1.bias, linear_2.bias), hidden // HIDDEN_BLOCK, x.shape[:-1].numel() // PART,
+        KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
     )  # fmt: skip
 
 
@@ -260,11 +227,9 @@ def _pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor
 
 def _preference(name: str, x: Tensor, **fields: int) -> str | None:
     """What the tuned tables have against a program that takes rows of x."""
-    return choice.preference(_launch_parameters(name, x, **fields))
-
-
-def _launch_parameters(name: str, x: Tensor, **fields: int) -> tuning.Config:
-    return tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
+    return choice.preference(
+        tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
+    )
 
 
 def _by_rows(x: Tensor, order: Sequence[int]) -> Tensor | None:

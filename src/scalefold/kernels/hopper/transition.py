@@ -1,9 +1,9 @@
 """Transition for Hopper in Gluon; twins: the programs of ``ops.transition``.
 
-Forward: norm, both linears and residual in one program. Blocks of the hidden layer stream by, their weights for all
-consumers at once. The norm of a tile is the left operand of the first product: in registers where they
-suffice (KEPT), else it is written over its x, which is fetched once more for the residual connection while the last
-product runs.
+Forward: norm, both linears and residual in one program. Blocks of HIDDEN channels of the hidden layer stream by,
+their weights for all consumers at once. The norm of a tile is the left operand of the first product: in registers
+where they suffice (KEPT), else it is written over its x, which is fetched once more for the residual connection while
+the last product runs.
 
 Backward: the hidden layer again, its gradient and that of the norm, all stored, with sums for both biases. A weight's
 two blocks of a step share two slots: the block of weight 1 is needed longer, so the next one takes the other's slot.
@@ -43,13 +43,13 @@ from scalefold.kernels.hopper.row_pieces import (
     wait_until_sent,
 )
 
-HIDDEN = gl.constexpr(hopper.HIDDEN_BLOCK)  # backward
+HIDDEN = gl.constexpr(hopper.HIDDEN_BLOCK)
 
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
 class Weights(NamedTuple):
-    """Slots for blocks of both weights, [block, C] and [C, block], that all consumers read."""
+    """Slots for blocks of both weights, [HIDDEN, C] and [C, HIDDEN], that all consumers read."""
 
     first: Any
     second: Any
@@ -65,7 +65,6 @@ def _fetch_blocks(descriptors, ring, weights, blocks, tiles):
     """
     x, weight_1, weight_2 = descriptors
     STAGES: gl.constexpr = weights.first.shape[0]
-    BLOCK: gl.constexpr = weights.first.shape[1]
     WITH_X: gl.constexpr = 0 if ring.slots.shape[0] > CONSUMERS else STAGES - 1
     n = 0
     step = 0
@@ -75,8 +74,8 @@ def _fetch_blocks(descriptors, ring, weights, blocks, tiles):
             full = weights.full.index(slot)
             mbarrier.wait(weights.empty.index(slot), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(full, weight_1.block_type.nbytes + weight_2.block_type.nbytes)
-            tma.async_copy_global_to_shared(weight_1, [block * BLOCK, 0], full, weights.first.index(slot))
-            tma.async_copy_global_to_shared(weight_2, [0, block * BLOCK], full, weights.second.index(slot))
+            tma.async_copy_global_to_shared(weight_1, [block * HIDDEN, 0], full, weights.first.index(slot))
+            tma.async_copy_global_to_shared(weight_2, [0, block * HIDDEN], full, weights.second.index(slot))
             step += 1
             if block == WITH_X:
                 fetch(ring, x, tile * ROWS, 0, 0, n)
@@ -88,8 +87,7 @@ def _fetch_blocks(descriptors, ring, weights, blocks, tiles):
 @gluon.jit
 def _hidden(left, weight, bias, C: gl.constexpr):
     """relu(left W^T + bias) of a block as the left operand of the second product."""
-    BLOCK: gl.constexpr = weight.shape[0]
-    acc = gl.zeros([ROWS, BLOCK], gl.float32, product_layout(BLOCK))
+    acc = gl.zeros([ROWS, HIDDEN], gl.float32, product_layout(HIDDEN))
     acc = warpgroup_mma(left, weight.permute((1, 0)), acc, use_acc=False)
     return gl.convert_layout(gl.maximum(acc + bias, 0.0).to(gl.bfloat16), operand_layout(C))
 
@@ -107,7 +105,6 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
     x, out, norm, biases, ring, weights, again, blocks, tiles = shared
     C: gl.constexpr = weights.first.shape[2]
     STAGES: gl.constexpr = weights.first.shape[0]
-    BLOCK: gl.constexpr = weights.first.shape[1]
     n = 0
     step = 0
     for pair in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
@@ -120,7 +117,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
             slot_x = receive(ring, SIDE, n)
             value = normalised(read(slot_x), norm)
             if KEPT:
-                left = gl.convert_layout(value, operand_layout(BLOCK))
+                left = gl.convert_layout(value, operand_layout(HIDDEN))
                 if n > 0:
                     wait_until_sent(0)
                     leave(ring, SIDE, n - 1)
@@ -133,7 +130,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
             acc = gl.zeros([ROWS, C], gl.float32, product_layout(C))
             for block in range(blocks):
                 slot = step % STAGES
-                bias = per_column(biases[0], block * BLOCK, BLOCK)
+                bias = per_column(biases[0], block * HIDDEN, HIDDEN)
                 mbarrier.wait(weights.full.index(slot), (step // STAGES) & 1)
                 hidden = _hidden(left, weights.first.index(slot), bias, C)
                 if not KEPT:  # noqa: SIM102

@@ -7,7 +7,6 @@ compute capability 9.0 programs of ``kernels.hopper`` take the place of three of
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,16 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
-from scalefold.kernels.instructions import sigmoid, to_fp32
+from scalefold.kernels.instructions import sigmoid
 from scalefold.kernels.ops.linear import input_gradient
 from scalefold.kernels.rows import (
     Affine,
-    Extent,
     Norm,
     dot,
     launch,
@@ -34,17 +31,15 @@ from scalefold.kernels.rows import (
     load_per_row,
     load_tile,
     norm_input_gradient,
-    row_views,
     store_column_sums,
     store_tile,
     sum_all,
     width_obstacle,
 )
-from scalefold.kernels.weight_gradient import NUM_PROGRAMS, Product, row_ranges, weight_partials
+from scalefold.kernels.weight_gradient import Product, projected_partials, weight_partials
 
 for _name, _default in {
     "triangle_project_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
-    "triangle_project_weights": {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)},
     "triangle_project_backward": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 1)},
     "triangle_output_forward": {64: (64, 32, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2)},
     "triangle_output_backward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
@@ -86,7 +81,7 @@ def _project_backward_kernel(
     """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward, plus the
     gradient of z that came ``through`` the output's residual connection (None: there was none). The norm is stored too.
 
-    Without ``projected`` these gradients are not stored, nor their sums: ``_project_weights_kernel`` finds them itself.
+    Without ``projected`` these gradients are not stored, nor their sums: ``projected_partials`` finds them itself.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C)
@@ -116,67 +111,6 @@ def _project_backward_kernel(
     if through is not None:
         gradient += load_tile(through, rows, c, extent).to(tl.float32)
     store_tile(dz, gradient, rows, c, extent)
-
-
-@triton.jit
-def _add_projected(
-    normed, mask, value, gate, d, partials, extent, start, end, first,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Rows start..end of output channels from ``first`` on of one operand: gradients of both weights [2 WIDTH, C] to
-    ``partials``; returns those of both biases [BLOCK_N].
-
-    Value and gate come as [BLOCK_N, rows], the left operands of the products.
-    """
-    n, c = first + tl.arange(0, BLOCK_N), tl.arange(0, C)
-    offsets = n[:, None] * C + c[None, :]
-    value_block, gate_block = tl.load(value.weight + offsets), tl.load(gate.weight + offsets)
-    value_bias, gate_bias = tl.load(value.bias + n).to(tl.float32), tl.load(gate.bias + n).to(tl.float32)
-    acc_value, acc_gate = tl.zeros([BLOCK_N, C], tl.float32), tl.zeros([BLOCK_N, C], tl.float32)
-    sum_value, sum_gate = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
-    for row in range(start, end, BLOCK_M):
-        keep = load_per_row(mask, row + tl.arange(0, BLOCK_M), extent)
-        x = normed.load([row, 0])
-        logits = dot(gate_block, tl.trans(x), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-        values = dot(value_block, tl.trans(x), tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) + value_bias[:, None]
-        opening = sigmoid(logits + gate_bias[:, None])
-        d_value = to_fp32(d.load([first, row])) * keep[None, :] * opening
-        d_gate = (d_value * values * (1.0 - opening)).to(x.dtype)
-        d_value = d_value.to(x.dtype)
-        sum_value += tl.sum(to_fp32(d_value), 1)
-        sum_gate += tl.sum(to_fp32(d_gate), 1)
-        acc_value = dot(d_value, x, acc_value)
-        acc_gate = dot(d_gate, x, acc_gate)
-    tl.store(partials + offsets, acc_value)
-    tl.store(partials + WIDTH * C + offsets, acc_gate)
-    return sum_value, sum_gate
-
-
-@triton.jit
-def _project_weights_kernel(
-    normed, mask, linears, d_a, d_b, partials, extent, num_rows, rows_per_split,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Program (block of channels of both operands, range of rows) -> partials[range]: gradients of the four weights
-    [4 WIDTH, C] and biases [4 WIDTH]. The norm [rows, C] and d [WIDTH, rows] are read by descriptors.
-    """
-    blocks: tl.constexpr = WIDTH // BLOCK_N
-    block = tl.program_id(0)
-    start = tl.program_id(1) * rows_per_split
-    end = tl.minimum(start + rows_per_split, num_rows)
-    partials += tl.program_id(1).to(tl.int64) * (4 * WIDTH * (C + 1))
-    ds = (d_a, d_b)
-    for side in tl.static_range(2):
-        if block // blocks == side:
-            first = (block % blocks) * BLOCK_N
-            own = partials + 2 * side * WIDTH * C
-            sum_value, sum_gate = _add_projected(
-                normed, mask, linears[2 * side], linears[2 * side + 1], ds[side], own, extent, start, end, first,
-                WIDTH, C, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
-            sums = partials + 4 * WIDTH * C + 2 * side * WIDTH + first + tl.arange(0, BLOCK_N)
-            tl.store(sums, sum_value)
-            tl.store(sums + WIDTH, sum_gate)
 
 
 @triton.jit
@@ -265,7 +199,7 @@ class _Project(torch.autograd.Function):
             norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width, C=c,
         )  # fmt: skip
         if projected is None:
-            weights = _projected_weights(normed, mask, linears, ds)
+            weights = projected_partials(normed, mask, linears, ds)
             norm, weight, bias = sum_all([partials, *weights], norm_weight.dtype)
         else:
             sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
@@ -278,30 +212,6 @@ def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
     """Whether the copy engine reads pairs z: [1, I, J, c] and channels first [1, c, I, J] as matrices."""
     dense = all(x.shape[0] == 1 and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (z, *ds))
     return dense and z.shape[1] * z.shape[2] % 8 == 0
-
-
-def _projected_weights(
-    normed: Tensor, mask: Tensor, linears: Sequence[Affine], ds: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """Partial gradients of all weights and biases, [ranges, 4 width * c] and [ranges, 4 width], from ``_are_matrices``.
-
-    normed: [1, I, J, c]; mask: [1, I, J]; ds: gradients of both operands, [1, width, I, J].
-    """
-    width, c = linears[0].weight.shape
-    config = tuning.chosen_tiles("triangle_project_weights", normed, width, width)
-    views, dims, num_rows = row_views({"normed": normed, "mask": mask[..., None]})
-    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    rows = TensorDescriptor.from_tensor(normed.view(num_rows, c), [block_m, c])
-    gradients = [TensorDescriptor.from_tensor(d.view(width, num_rows), [block_n, block_m]) for d in ds]
-    blocks = 2 * (width // block_n)
-    per_range, num_ranges = row_ranges(num_rows, block_m, blocks, NUM_PROGRAMS)
-    partials = torch.empty(num_ranges, 4 * width * (c + 1), dtype=torch.float32, device=normed.device)
-    extent = Extent(dims, num_rows if num_rows % block_m else None)
-    _project_weights_kernel[(blocks, num_ranges)](
-        rows, views["mask"], tuple(linears), *gradients, partials, extent, num_rows, per_range, WIDTH=width, C=c,
-        **config,
-    )  # fmt: skip
-    return partials.split([4 * width * c, 4 * width], 1)
 
 
 class _Product(torch.autograd.Function):
