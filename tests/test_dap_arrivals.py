@@ -49,7 +49,8 @@ def tensors(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tenso
 @pytest.mark.parametrize("lasts", [Lasts.STEP, Lasts.SHORT])
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize(
-    "shape, split, concat", [((1, 8, 8, 16), 2, 1), ((1, 8, 4, 16), 1, 2), ((2, 8, 3, 5, 8), 1, 3), ((1, 16, 1, 24), 1, 0)]
+    "shape, split, concat",
+    [((1, 8, 8, 16), 2, 1), ((1, 8, 4, 16), 1, 2), ((2, 8, 3, 5, 8), 1, 3), ((1, 16, 1, 24), 1, 0)],
 )
 def test_parts_arrive_in_their_places_of_all_peers(dtype, lasts, size, shape, split, concat):
     xs, ranks = tensors(size, shape, dtype), group_of(size)

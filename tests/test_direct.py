@@ -17,7 +17,7 @@ from scalefold.config import TrainingConfig
 from scalefold.kernels import triton_ops
 from scalefold.parallel.dap import collectives, direct
 from scalefold.parallel.dap.collectives import Lasts
-from scalefold.parallel.dap.direct import PASSING_TURNS, STAGES, Arrivals, DirectExchanges
+from scalefold.parallel.dap.direct import STAGES, DirectExchanges
 from scalefold.step.graphs import TrainStep
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatParameters

@@ -1,40 +1,24 @@
-"""Row-wise programs in Gluon: which calls take them and that they compile, without a GPU; what they compute, on 9.0.
+"""Row-wise programs in Gluon: which calls take them and that they compile, without a GPU.
 
-Triton's interpreter cannot run Gluon.
+Triton's interpreter cannot run Gluon; what the programs compute is tested in ``test_kernels_hopper_accuracy.py``.
 """
 
 import logging
 import os
 import subprocess
 import sys
-from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
 import triton.language as tl
 
+from hopper_programs import C, empty, every_program
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import choice as hopper_choice
 from scalefold.kernels.hopper import rows
 from scalefold.kernels.ops import linear, outer_product, transition, triangle
 
-ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
-KERNELS = (
-    *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
-    *("outer_product_hopper", "transition_hopper"),
-)
-C = 128
 NO_BIASES = [None, None, None]
-
-
-@contextmanager
-def every_program(hopper: int):
-    """The tables prefer Gluon (1) or Triton (0) for all rows."""
-    with ExitStack() as stack:
-        for name in KERNELS:
-            stack.enter_context(tuning.override(name, {"HOPPER": hopper}))
-        yield
 
 
 @pytest.fixture
@@ -43,10 +27,6 @@ def compiled(monkeypatch):
     monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
     with tuning.assume_capability(90):
         yield
-
-
-def empty(*shape, dtype=torch.bfloat16):
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def projections_obstacle(x, row_mask=None, widths=(C, C, C, C, 4), biases=None):
@@ -65,15 +45,16 @@ def outer_obstacle(sequences, i, j, z=None, b=None):
     return rows.outer_product_obstacle(z, empty(sequences, i, b.shape[2]), b, empty(C, b.shape[2] ** 2))
 
 
-def transition_obstacle(x, hidden=512):
+def transition_obstacle(x, hidden=512, d_out=None):
     c = x.shape[-1]
-    return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)])
+    return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)], d_out)
 
 
 @pytest.mark.parametrize("x", [empty(1, 16, 64, C), empty(1, 4, 16, 256), empty(1, 16, 8, C).transpose(1, 2)], ids=str)
 def test_a_transition_has_no_obstacle(compiled, x):
     with every_program(1):
         assert transition_obstacle(x) is None
+        assert transition_obstacle(x, d_out=torch.empty_like(x)) is None
 
 
 @pytest.mark.parametrize("sequences", [5, 128])
@@ -118,6 +99,8 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: transition_obstacle(empty(1, 3, 21, C)), "rows do not come in tiles of 64"),
         (lambda: transition_obstacle(empty(1, 16, 128, C)[:, :, :64]), "rows do not lie densely"),
         (lambda: transition_obstacle(empty(1, 16, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
+        (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)), "gradients of"),
+        (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 16, 64, C, dtype=torch.float32)), "float32"),
         (lambda: outer_obstacle(129, 64, 64), "not up to 128 sequences"),
         (lambda: outer_obstacle(8, 64, 64, b=empty(8, 64, 16)), "not up to 128 sequences of 32 channels"),
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
@@ -167,6 +150,23 @@ def test_programs_are_preferred_where_they_were_found_faster(compiled, shape, st
     assert (output_obstacle(z, d_out=torch.empty_like(z)) is None) == starting
 
 
+@pytest.mark.parametrize(
+    ("shares", "pair", "msa", "outer"), [(1, True, True, True), (2, False, True, True), (4, False, False, False)]
+)
+def test_transitions_and_outer_products_take_gluon_where_it_was_found_faster(compiled, shares, pair, msa, outer):
+    z, m = empty(1, 256 // shares, 256, C), empty(1, 128, 256 // shares, 256)
+    assert (transition_obstacle(z) is None) == pair
+    assert transition_obstacle(z, d_out=torch.empty_like(z)) is not None
+    assert (transition_obstacle(m, 1024) is None) == msa
+    assert (transition_obstacle(m, 1024, torch.empty_like(m)) is None) == msa
+    assert (outer_obstacle(128, 256 // shares, 256) is None) == outer
+
+
+def test_whole_chains_keep_the_triton_programs(compiled):
+    pair, msa = empty(1, 320, 320, C), empty(1, 128, 320, 256)
+    assert None not in [transition_obstacle(pair), transition_obstacle(msa, 1024), outer_obstacle(128, 320, 320)]
+
+
 def launched(monkeypatch, shape):
     """Which programs the operations of a pair representation launch, forward and backward."""
     from scalefold.kernels.compile_cases import projections, triangle_output, triangle_project
@@ -180,6 +180,7 @@ def launched(monkeypatch, shape):
         monkeypatch.setattr(module, "launch_with_sums", lambda *_, **__: empty(4, 8))
         monkeypatch.setattr(module, "weight_partials", lambda products: [])
         monkeypatch.setattr(module, "sum_all", lambda *_: pytest.skip("gradients of parameters are not wanted"))
+    monkeypatch.setattr(triangle, "projected_partials", lambda *_: [])
     for call in (
         lambda: projections(shape, C, [C] * 4 + [4]),
         lambda: triangle_project(shape, C),
@@ -202,6 +203,21 @@ def test_operations_take_gluon_where_nothing_stands_in_its_way(compiled, monkeyp
             "Gluon output",
         ]
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize("hopper", [0, 1])
+def test_other_operations_take_what_the_tables_prefer(compiled, monkeypatch, hopper):
+    calls = []
+    for name in ("outer_product", "transition"):
+        monkeypatch.setattr(rows, name, lambda *_, name=name: calls.append(name))
+    monkeypatch.setattr(transition, "launch", lambda *_, **__: calls.append("Triton"))
+    monkeypatch.setattr(outer_product, "_contract", lambda *_: calls.append("Triton"))
+    x, norm, weights = empty(1, 16, 64, 256), [empty(256)] * 2, [empty(1024, 256), empty(1024), empty(256, 1024)]
+    z, a, b, counts = empty(1, 64, 16, C), empty(1, 8, 64, 32), empty(1, 8, 16, 32), empty(1, 64, 16)
+    with every_program(hopper):
+        outer_product.outer_product_update(z, a, b, counts, empty(C, 1024), empty(C))
+        transition.transition(x, *norm, *weights, empty(256))
+    assert calls == (["outer_product", "transition"] if hopper else ["Triton"] * 2)
 
 
 def test_operations_say_once_why_they_stay_with_triton(compiled, monkeypatch, caplog):
@@ -244,6 +260,7 @@ def test_rows_and_channels_become_matrices_for_the_copy_engine():
 
 
 COMPILED = """
+from contextlib import ExitStack
 import torch
 from compile_hopper import SERIALIZED, assembler_log
 from compile_targets import SHARED_LIMIT, compile_launch, recorded_launches
@@ -254,7 +271,10 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.projections(pair, 128, [128] * 4 + [4])
     cases.triangle_project(pair, 128)
     cases.triangle_output(pair, 128)
-    with tuning.override("outer_product_hopper", {"HOPPER": 1}), tuning.override("transition_hopper", {"HOPPER": 1}):
+    with ExitStack() as stack:
+        names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient")
+        for name in names:
+            stack.enter_context(tuning.override(name, {"HOPPER": 1}))
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
@@ -276,107 +296,8 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_projections", "hopper_operands", "hopper_output", "hopper_output"]
-    programs += ["hopper_outer_product", "hopper_transition", "hopper_transition"]
+    programs += [
+        "hopper_outer_product",
+        *["hopper_transition", "hopper_transition_gradient"] * 2,
+    ]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]
-
-
-@pytest.fixture
-def scripts(repository, monkeypatch):
-    """The folder of the scripts can be imported from."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-
-
-def outer_product_of(draw, sequences, i, j):
-    """An outer product whose pairs have several counts of common rows."""
-    import operation_cases as cases
-
-    z, a, b = draw(1, i, j, C), draw(1, sequences, i, 32), draw(1, sequences, j, 32)
-    counts = 1.0 + 9 * draw.dropout(1, i, j)
-    weight, bias = draw.weight(C, 1024), draw(C)
-    return cases.Inputs(draw.leaves, lambda ops: ops.outer_product_update(z, a, b, counts, weight, bias))
-
-
-def transition_of(draw, shape, c, transposed):
-    import operation_cases as cases
-
-    x, norm = draw(*shape, c, transposed=transposed), draw.norm(c)
-    linears = [draw.weight(4 * c, c), draw(4 * c), draw.weight(c, 4 * c), draw(c)]
-    return cases.Inputs(draw.leaves, lambda ops: ops.transition(x, *norm, *linears))
-
-
-def case_of(name, shape):
-    """Builds the inputs of an operation, of a given type; masks and dropout in all the forms that the model has."""
-    from scalefold.tune import operation_cases as cases
-
-    batch, i, j = shape
-    masks = {"pairs": shape, "column": (batch, 1, j)}
-    scales = {"column": (batch, 1, j, C), "row": (batch, i, 1, C), "none": None}
-    operation, form = name.split()
-
-    def build(dtype):
-        draw = cases.Draw(True, dtype)
-        if operation == "outer":
-            return outer_product_of(draw, int(form), 64 * min(i, 5), j)
-        if operation == "transition":
-            return transition_of(draw, shape, int(form.removesuffix("t")), form.endswith("t"))
-        z, norms = draw(*shape, C, transposed=form == "ending"), [*draw.norm(C), *draw.norm(C)]
-        linears = [tensor for _ in range(4) for tensor in (draw.weight(C, C), draw(C))]
-        if operation == "projections":
-            biases, weights = [*NO_BIASES, linears[1], None], [*linears[::2], draw.weight(4, C)]
-            return cases.Inputs(draw.leaves, lambda ops: ops.layer_norm_linear(z, *norms[:2], weights, biases))
-        if operation == "operands":
-            mask = (draw.dropout(*masks[form]) > 0).to(dtype).expand(shape)
-            return cases.Inputs(draw.leaves, lambda ops: ops.triangle_project(z, mask, *norms[:2], *linears))
-        x, dropout = draw(batch, C, i, j), draw.dropout(*scales[form]) if scales[form] else None
-        return cases.Inputs(draw.leaves, lambda ops: ops.triangle_output(z, x, *norms, *linears[:4], dropout))
-
-    return build
-
-
-def results(build, ops, dtype):
-    """All outputs of an operation, z passed through included, then the gradients of its inputs for random ones."""
-    from scalefold.tune import operation_cases as cases
-
-    inputs = build(dtype)
-    outputs, probe = cases.outputs_of(inputs, ops), cases.Draw(False, dtype)
-    probes = [probe(*output.shape) for output in outputs]
-    gradients = torch.autograd.grad(outputs, inputs.leaves, probes, allow_unused=True)
-    return [*(output.detach() for output in outputs), *(gradient for gradient in gradients if gradient is not None)]
-
-
-def errors(found, exact):
-    pairs = zip(found, exact, strict=True)
-    return {str(n): float((own.float() - true).norm() / true.norm()) for n, (own, true) in enumerate(pairs)}
-
-
-OPERATIONS = [
-    *("projections starting", "projections ending", "operands pairs", "operands column"),
-    *("output column", "output row", "output none", "outer 128", "outer 37"),
-    *("transition 128", "transition 128t", "transition 256"),
-]
-
-
-@pytest.mark.gpu
-@on_hopper
-@pytest.mark.parametrize("shape", [(1, 1, 64), (1, 17, 64), (1, 290, 64), (1, 128, 256)], ids=str)
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch, name, shape):
-    """One tile, an odd number of them, more than run at once, and a share of DAP 2; memory is poisoned in between."""
-    import hopper_cases as cases
-    from scalefold.kernels.table import REFERENCE
-    from scalefold.kernels.triton_ops import TRITON
-    from scalefold.tune.sound import bits
-
-    asked = []
-    for module in (linear, outer_product, transition, triangle):
-        monkeypatch.setattr(module, "chosen", lambda _, found: (asked.append(found), found is None)[1])
-    build = case_of(name, shape)
-    exact = results(build, REFERENCE, torch.float32)
-    with every_program(0):
-        twin = results(build, TRITON, torch.bfloat16)
-    asked.clear()
-    with every_program(1):
-        own, other = errors(results(build, TRITON, torch.bfloat16), exact), errors(twin, exact)
-        assert asked == [None] * len(asked) != []
-        assert cases.too_large(own, other) == [], (own, other)
-        assert bits.repeat(lambda: results(build, TRITON, torch.bfloat16), 20) == []

@@ -1,13 +1,16 @@
 """Triton triangle multiplication against its plain definition."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
 from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
-from scalefold.kernels import reference
+from scalefold.kernels import reference, tuning
 from scalefold.kernels.ops import triangle
 
 SMALL = [(1, 9, 32, 16), (2, 7, 16, 32)]  # batch, residues, pair channels, product channels
+SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 FULL = [(1, 256, 128, 128), (4, 256, 64, 64), (1, 301, 128, 128)]
 
 
@@ -51,6 +54,32 @@ def check_output(shape, dtype, dropped: str | None, transposed=False):
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_projections_are_as_accurate_as_pytorch(shape, dtype):
     check_project(shape, dtype)
+
+
+def recomputing(tiles, weight_tiles=None):
+    """Launch parameters of a projections' backward that stores no gradients of theirs."""
+    stack = ExitStack()
+    stack.enter_context(tuning.override("triangle_project_backward", {"RECOMPUTED": 1, **tiles}))
+    if weight_tiles:
+        stack.enter_context(tuning.override("triangle_project_weights", weight_tiles))
+    return stack
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 12, 32, 16), (1, 8, 16, 32)], ids=str)
+def test_gradients_of_projections_that_are_not_stored_are_as_accurate_as_pytorch(shape, dtype, monkeypatch):
+    monkeypatch.setattr(triangle, "weight_partials", None)  # it must take the other form
+    with recomputing(SMALL_TILES, SMALL_TILES):
+        check_project(shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("shape", "transposed"), [((2, 8, 16, 32), False), ((1, 9, 16, 32), False), ((1, 8, 16, 32), True)]
+)
+def test_pairs_that_the_copy_engine_cannot_fetch_take_the_form_that_stores(shape, transposed, monkeypatch):
+    monkeypatch.setattr(triangle, "projected_partials", None)
+    with recomputing(SMALL_TILES):
+        check_project(shape, torch.bfloat16, transposed)
 
 
 @pytest.mark.parametrize("outgoing", [True, False])

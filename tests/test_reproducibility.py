@@ -76,8 +76,9 @@ def rows_of(script, monkeypatch):
     return rows
 
 
-def test_bits_tell_apart_what_numbers_do_not(script):
-    bits = script("bits")
+def test_bits_tell_apart_what_numbers_do_not():
+    from scalefold.tune.sound import bits
+
     nan, zero = torch.tensor([float("nan"), 1.0]), torch.zeros(2)
     assert bits.differences([nan, zero], [nan.clone(), zero.clone()]) == []
     (found,) = bits.differences([nan, zero], [nan.clone(), -zero])
@@ -86,7 +87,8 @@ def test_bits_tell_apart_what_numbers_do_not(script):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool])
 def test_one_changed_bit_of_any_type_is_found(script, dtype):
-    bits = script("bits")
+    from scalefold.tune.sound import bits
+
     first = torch.ones(3, 5, dtype=dtype).t()
     again = first.clone()
     bits.bits(again)[2, 1] ^= 1
@@ -96,7 +98,8 @@ def test_one_changed_bit_of_any_type_is_found(script, dtype):
 
 
 def test_repeats_that_differ_from_the_first_are_counted(script):
-    bits = script("bits")
+    from scalefold.tune.sound import bits
+
     turns, values = [], iter([1.0, 1.0, 2.0, 1.0, 3.0])
     found = bits.repeat(lambda: [torch.tensor([next(values)])], 4, between=turns.append)
     assert turns == [0, 1, 2, 3]
@@ -104,7 +107,8 @@ def test_repeats_that_differ_from_the_first_are_counted(script):
 
 
 def test_a_result_in_a_buffer_that_is_used_again_is_compared_with_the_first(script):
-    bits = script("bits")
+    from scalefold.tune.sound import bits
+
     buffer = torch.zeros(1)
     assert len(bits.repeat(lambda: [buffer.add_(1)], 3, between=lambda turn: None)) == 3
 

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
-from bits import repeat
 from common import FOLDER, ROOT, append_rows, capture, facts, graph_microseconds, print_table, time_calls
 from scalefold.config import Config, load_config
 from scalefold.data.configured import feature_settings
@@ -40,6 +39,7 @@ from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.ranks import prepare_process
 from scalefold.step.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.step.graphs import TrainStep, preserved
+from scalefold.tune.sound.bits import repeat
 from step_time import build, enliven, kernel_times
 
 REPEATS, REPLAYS = 20, 30

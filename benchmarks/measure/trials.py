@@ -1,12 +1,11 @@
-"""Forms of row-wise operations that no table prefers yet, against the form that the tables name: errors, bits and time.
+"""Forms of row-wise operations between which launch parameters choose, against the first: errors, bits and time.
 
     python benchmarks/measure/trials.py                               # all forms, shares of DAP 1 and 2, 2 minutes
-    python benchmarks/measure/trials.py --only outer_product --forms Gluon --dap 1 --csv trial.csv
+    python benchmarks/measure/trials.py --only outer_product --dap 1 --evaluation 320 --csv trial.csv
 
-Each form is a choice of launch parameters. Its outputs and gradients are compared with fp32 and with the errors of the
-present form, repeated REPEATS times with memory poisoned in between, and timed in CUDA graphs, forward alone and with
-backward; what is shared with the present form should take as long. Exit status 1 if a result is worse than ALLOWED
-times the present one's error, if bits differ, if a form fails, or if one was not reached.
+Outputs and gradients of each form are compared with fp32 and with the errors of the first form, repeated REPEATS times
+with memory poisoned in between, and timed in CUDA graphs, forward alone and with backward. Exit status 1 if a result is
+worse than ALLOWED times the first form's error, if bits differ, if a form fails, or if one was not reached.
 """
 
 import argparse
@@ -19,38 +18,51 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bits import repeat
 from common import append_rows, facts, graph_microseconds, print_table
 from hopper_cases import too_large
-from kernels import exact_results, outputs_of, results, seeds_of
-from operation_cases import Case, Inputs, training_cases
+from kernels import outputs_of, results, seeds_of
 from scalefold.kernels import tuning
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.kernels.triton_ops import TRITON
+from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, training_cases
+from scalefold.tune.sound.bits import repeat
 
 REPEATS, REPLAYS = 20, 30
 
-GLUON = {"HOPPER": 1}
-RECOMPUTED = {  # tiles of the backward, then of the weight gradients
-    "128,64,8,3 64,64,4,2": ((128, 64, 8, 3), (64, 64, 4, 2)),
-    "128,64,8,3 64,64,4,3": ((128, 64, 8, 3), (64, 64, 4, 3)),
-    "128,64,8,3 64,128,8,3": ((128, 64, 8, 3), (64, 128, 8, 3)),
-    "128,32,8,2 64,64,4,2": ((128, 32, 8, 2), (64, 64, 4, 2)),
-    "64,64,4,2 64,64,4,2": ((64, 64, 4, 2), (64, 64, 4, 2)),
-}
+TRITON_FORM, GLUON = {"HOPPER": 0}, {"HOPPER": 1}
+Form = dict[str, tuning.Config]
 
 
-def forms_of(case: Case) -> list[tuple[str, dict[str, tuning.Config]]]:
-    """What is tried of an operation: names, and launch parameters by kernel."""
+def _tiles(recomputed: bool, *tiles: int) -> tuning.Config:
+    return {"RECOMPUTED": int(recomputed), **tuning.tile_config(tiles)}
+
+
+def transition_forms(c: int, backward: bool) -> dict[str, Form]:
+    """Forward by either program; backward by either, or in Triton without storing the hidden layer."""
+    triton = {"transition_hopper": TRITON_FORM, "transition_hopper_gradient": TRITON_FORM}
+    if c == 128:
+        triton["transition_backward"] = _tiles(False, 128, 64, 8, 3)
+    forms = {"Triton": triton, "Gluon forward": triton | {"transition_hopper": GLUON}}
+    if backward:
+        forms["Gluon backward"] = triton | {"transition_hopper_gradient": GLUON}
+    if backward and c == 128:
+        weights = {"transition_weights": tuning.tile_config((64, 64, 4, 2))}
+        forms["recomputed"] = triton | {"transition_backward": _tiles(True, 128, 64, 8, 3)} | weights
+    return forms
+
+
+def forms_of(case: Case) -> dict[str, Form]:
+    """Forms of an operation by name, launch parameters by kernel; the first is what others are compared with."""
+    backward = case.calls > 0
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
-        return [("Gluon", {"outer_product_hopper": GLUON})]
-    if case.operation != "transition" or "x64by" in case.shape:
-        return []
-    found: list[tuple[str, dict[str, tuning.Config]]] = [("Gluon", {"transition_hopper": GLUON})]
-    if case.shape.endswith("x128by4"):
-        for name, (backward, weights) in RECOMPUTED.items():
-            configs = {"transition_backward": {"RECOMPUTED": 1, **tuning.tile_config(backward)}}
-            found.append((f"recomputed {name}", configs | {"transition_weights": tuning.tile_config(weights)}))
-    return found
+        return {"library": {"outer_product_hopper": TRITON_FORM}, "Gluon": {"outer_product_hopper": GLUON}}
+    if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
+        stored = {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
+        weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
+        return {"stored": stored, "recomputed": {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)} | weights}
+    if case.operation == "transition" and "x64by" not in case.shape:
+        return transition_forms(128 if "x128by" in case.shape else 256, backward)
+    return {}
 
 
 def errors(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> dict[str, float]:
@@ -59,8 +71,8 @@ def errors(found: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> di
     return {str(n): float((a.float() - b).norm() / b.norm()) for n, a, b in pairs}
 
 
-def times(inputs: Inputs) -> tuple[float, float]:
-    """Microseconds forward, and forward and backward."""
+def times(inputs: Inputs, backward: bool) -> tuple[float, float]:
+    """Microseconds forward, and forward and backward (0 without)."""
 
     def call() -> Sequence[Tensor]:
         return outputs_of(lambda: inputs.call(TRITON))
@@ -68,54 +80,65 @@ def times(inputs: Inputs) -> tuple[float, float]:
     seeds = seeds_of(call())
     with torch.no_grad():
         forward = graph_microseconds(call, REPLAYS, 2)
+    if not backward:
+        return forward, 0.0
     both = graph_microseconds(lambda: torch.autograd.grad(call(), inputs.leaves, seeds, allow_unused=True), REPLAYS, 2)
     return forward, both
 
 
-def measured(inputs: Inputs, exact: Sequence[Tensor | None]) -> tuple[dict[str, float], int, tuple[float, float]]:
+def results_of(inputs: Inputs, backward: bool, table: Operations = TRITON) -> list[Tensor | None]:
+    """Outputs, and gradients if they are wanted."""
+    if backward:
+        return results(lambda: inputs.call(table), inputs.leaves)
+    return [*outputs_of(lambda: inputs.call(table))]
+
+
+def measured(
+    inputs: Inputs, exact: Sequence[Tensor | None], backward: bool
+) -> tuple[dict[str, float], int, tuple[float, float]]:
     """Errors, repeats whose bits differ, and times of the form in use."""
 
     def call() -> list[Tensor]:
-        found = results(lambda: inputs.call(TRITON), inputs.leaves)
-        return [result for result in found if result is not None]
+        return [result for result in results_of(inputs, backward) if result is not None]
 
-    own = errors(results(lambda: inputs.call(TRITON), inputs.leaves), exact)
-    return own, len(repeat(call, REPEATS)), times(inputs)
+    own = errors(results_of(inputs, backward), exact)
+    return own, len(repeat(call, REPEATS)), times(inputs, backward)
 
 
 def rows_of(case: Case, chosen: Sequence[str]) -> Iterator[dict[str, object]]:
-    """A row for the present form of a case, then one per form."""
-    inputs, exact = case.build(), exact_results(case)
-    present = None
-    for name, configs in [("present", {}), *forms_of(case)]:
-        if present is not None and chosen and not any(part in name for part in chosen):
+    """A row for the first form of a case, then one per other form."""
+    inputs, first, backward = case.build(), None, case.calls > 0
+    exact = results_of(case.build(torch.float32), backward, REFERENCE)
+    for name, configs in forms_of(case).items():
+        if first is not None and chosen and not any(part in name for part in chosen):
             continue
         try:
             with ExitStack() as stack:
                 for kernel, config in configs.items():
                     stack.enter_context(tuning.override(kernel, config))
-                own, differing, us = measured(inputs, exact)
+                own, differing, us = measured(inputs, exact, backward)
         except Exception as problem:  # what the compiler or a launch refuses; other forms go on
             yield {"case": case.name, "form": name, "status": f"failed: {str(problem).strip()[:150]}"}
             continue
-        present = present or (own, us)
-        worse = too_large(own, present[0])
+        first = first or (own, us)
+        worse = too_large(own, first[0])
         yield {
             "case": case.name,
             "form": name,
             "status": "wrong: " + " ".join(worse) if worse else "bits differ" if differing else "ok",
             "forward_us": round(us[0], 1),
-            "gain": f"{100 * (1 - us[0] / present[1][0]):.0f} %",
+            "gain": f"{100 * (1 - us[0] / first[1][0]):.0f} %",
             "both_us": round(us[1], 1),
-            "gain_us": round(present[1][1] - us[1], 1),
-            "errors": " ".join(f"{n}:{own[n]:.1e}/{present[0][n]:.1e}" for n in own),
+            "gain_us": round(first[1][1] - us[1], 1),
+            "errors": " ".join(f"{n}:{own[n]:.1e}/{first[0][n]:.1e}" for n in own),
         }
 
 
 def main() -> int:
     """Print a row per form; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dap", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dap", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--evaluation", type=int, nargs="+", default=[], help="chains of these lengths, forward only")
     parser.add_argument("--only", nargs="+", default=[], help="cases whose name contains one of these")
     parser.add_argument("--forms", nargs="+", default=[], help="forms whose name contains one of these")
     parser.add_argument("--minutes", type=float, default=2.0, help="later cases are not started")
@@ -124,7 +147,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     deadline, known, found, late = time.monotonic() + 60 * arguments.minutes, facts(), [], 0
-    cases = [case for dap in arguments.dap for case in training_cases(dap) if forms_of(case)]
+    cases = [case for dap in arguments.dap for case in training_cases(dap)]
+    cases += [case for length in arguments.evaluation for case in evaluation_cases(length)]
+    cases = [case for case in cases if forms_of(case)]
     cases = [case for case in cases if not arguments.only or any(part in case.name for part in arguments.only)]
     empty = dict.fromkeys(("case", "form", "status", "forward_us", "gain", "both_us", "gain_us", "errors"), "")
     with torch.cuda.stream(torch.cuda.Stream()):  # one for everything, captures included

@@ -5,7 +5,7 @@ fills few multiprocessors, so the rows are split: the library takes the ranges a
 gives each range to a program. Either way the partial products are summed in fixed order afterwards, together with the
 other partial sums of the operation (``rows.sum_all``), so results repeat bit for bit. Of the two kernels one fetches
 matrices by the copy engine, which leaves its threads little but products; the other also takes operands that are no
-matrices in the common order of rows.
+matrices in the common order of rows. A third computes the d of a triangle's projections by itself.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -20,7 +20,18 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.rows import Extent, Strides, common_rows, dot, load_tile, row_views, tile_offsets
+from scalefold.kernels.instructions import sigmoid, to_fp32
+from scalefold.kernels.rows import (
+    Affine,
+    Extent,
+    Strides,
+    common_rows,
+    dot,
+    load_per_row,
+    load_tile,
+    row_views,
+    tile_offsets,
+)
 
 NUM_PROGRAMS = 264  # two per multiprocessor of an H200
 NUM_COPYING_PROGRAMS = 132  # one, whose ring of tiles fills the shared memory
@@ -43,6 +54,7 @@ def _default(fields: tuning.Fields, capability: int) -> tuning.Config:
 
 
 tuning.register("weight_gradient", _default)
+tuning.register_tiles("triangle_project_weights", {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)})
 
 
 @dataclass(frozen=True)
@@ -284,3 +296,88 @@ def _tiles(product: Product, num_products: int) -> tuning.Config:
     if not chosen or "COPY_ENGINE" in chosen:
         return _tiles_default(_fields(product, num_products), tuning.capability())
     return chosen
+
+
+@triton.jit
+def _add_projected(
+    normed, mask, value, gate, d, partials, extent, start, end, first,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Rows start..end of output channels from ``first`` on of one operand: gradients of both weights [2 WIDTH, C] to
+    ``partials``; returns those of both biases [BLOCK_N].
+
+    Value and gate come as [BLOCK_N, rows], the left operands of the products.
+    """
+    n, c = first + tl.arange(0, BLOCK_N), tl.arange(0, C)
+    offsets = n[:, None] * C + c[None, :]
+    value_block, gate_block = tl.load(value.weight + offsets), tl.load(gate.weight + offsets)
+    value_bias, gate_bias = tl.load(value.bias + n).to(tl.float32), tl.load(gate.bias + n).to(tl.float32)
+    acc_value, acc_gate = tl.zeros([BLOCK_N, C], tl.float32), tl.zeros([BLOCK_N, C], tl.float32)
+    sum_value, sum_gate = tl.zeros([BLOCK_N], tl.float32), tl.zeros([BLOCK_N], tl.float32)
+    for row in range(start, end, BLOCK_M):
+        keep = load_per_row(mask, row + tl.arange(0, BLOCK_M), extent)
+        x = normed.load([row, 0])
+        logits = dot(gate_block, tl.trans(x), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        values = dot(value_block, tl.trans(x), tl.zeros([BLOCK_N, BLOCK_M], tl.float32)) + value_bias[:, None]
+        opening = sigmoid(logits + gate_bias[:, None])
+        d_value = to_fp32(d.load([first, row])) * keep[None, :] * opening
+        d_gate = (d_value * values * (1.0 - opening)).to(x.dtype)
+        d_value = d_value.to(x.dtype)
+        sum_value += tl.sum(to_fp32(d_value), 1)
+        sum_gate += tl.sum(to_fp32(d_gate), 1)
+        acc_value = dot(d_value, x, acc_value)
+        acc_gate = dot(d_gate, x, acc_gate)
+    tl.store(partials + offsets, acc_value)
+    tl.store(partials + WIDTH * C + offsets, acc_gate)
+    return sum_value, sum_gate
+
+
+@triton.jit
+def _projected_kernel(
+    normed, mask, linears, d_a, d_b, partials, extent, num_rows, rows_per_split,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (block of channels of both operands, range of rows) -> partials[range]: gradients of the four weights
+    [4 WIDTH, C] and biases [4 WIDTH]. The norm [rows, C] and d [WIDTH, rows] are read by descriptors.
+    """
+    blocks: tl.constexpr = WIDTH // BLOCK_N
+    block = tl.program_id(0)
+    start = tl.program_id(1) * rows_per_split
+    end = tl.minimum(start + rows_per_split, num_rows)
+    partials += tl.program_id(1).to(tl.int64) * (4 * WIDTH * (C + 1))
+    ds = (d_a, d_b)
+    for side in tl.static_range(2):
+        if block // blocks == side:
+            first = (block % blocks) * BLOCK_N
+            own = partials + 2 * side * WIDTH * C
+            sum_value, sum_gate = _add_projected(
+                normed, mask, linears[2 * side], linears[2 * side + 1], ds[side], own, extent, start, end, first,
+                WIDTH, C, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            sums = partials + 4 * WIDTH * C + 2 * side * WIDTH + first + tl.arange(0, BLOCK_N)
+            tl.store(sums, sum_value)
+            tl.store(sums + WIDTH, sum_gate)
+
+
+def projected_partials(
+    normed: Tensor, mask: Tensor, linears: Sequence[Affine], ds: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Partial gradients of all weights and biases, [ranges, 4 width * c] and [ranges, 4 width], from ``_are_matrices``.
+
+    normed: [1, I, J, c]; mask: [1, I, J]; ds: gradients of both operands, [1, width, I, J].
+    """
+    width, c = linears[0].weight.shape
+    config = tuning.chosen_tiles("triangle_project_weights", normed, width, width)
+    views, dims, num_rows = row_views({"normed": normed, "mask": mask[..., None]})
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    rows = TensorDescriptor.from_tensor(normed.view(num_rows, c), [block_m, c])
+    gradients = [TensorDescriptor.from_tensor(d.view(width, num_rows), [block_n, block_m]) for d in ds]
+    blocks = 2 * (width // block_n)
+    per_range, num_ranges = row_ranges(num_rows, block_m, blocks, NUM_PROGRAMS)
+    partials = torch.empty(num_ranges, 4 * width * (c + 1), dtype=torch.float32, device=normed.device)
+    extent = Extent(dims, num_rows if num_rows % block_m else None)
+    _projected_kernel[(blocks, num_ranges)](
+        rows, views["mask"], tuple(linears), *gradients, partials, extent, num_rows, per_range, WIDTH=width, C=c,
+        **config,
+    )  # fmt: skip
+    return partials.split([4 * width * c, 4 * width], 1)

@@ -45,6 +45,9 @@ TRANSITION_FUSED: tuple[Tile, ...] = (
 TRANSITION_BY_LIBRARY: tuple[Tile, ...] = (
     *((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
 )
+RECOMPUTED_WEIGHTS: tuple[Tile, ...] = (
+    *((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3)),
+)
 WEIGHT_GRADIENT: tuple[Tile, ...] = (
     *((64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)),
 )
@@ -195,6 +198,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "norm_linear_hopper": _row_programs,
     "outer_product_backward": _tiles(OUTER_PRODUCT),
     "outer_product_forward": _tiles(OUTER_PRODUCT),
+    "outer_product_hopper": _row_programs,
     "outer_product_weight": _tiles(OUTER_PRODUCT),
     "point_attention_columns": _point_attention,
     "point_attention_forward": _point_attention,
@@ -203,6 +207,9 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "point_errors_points": _point_errors,
     "transition_backward": _transition_backward,
     "transition_forward": _tiles(TRANSITION_FORWARD),
+    "transition_hopper": _row_programs,
+    "transition_hopper_gradient": _row_programs,
+    "transition_weights": _tiles(RECOMPUTED_WEIGHTS),
     "triangle_hopper_gates": _row_programs,
     "triangle_hopper_operands": _row_programs,
     "triangle_hopper_output": _row_programs,
@@ -210,6 +217,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "triangle_output_forward": _tiles(TRIANGLE),
     "triangle_project_backward": _tiles(TRIANGLE),
     "triangle_project_forward": _tiles(TRIANGLE),
+    "triangle_project_weights": _tiles(RECOMPUTED_WEIGHTS),
     "weight_gradient": _weight_gradient,
 }
 

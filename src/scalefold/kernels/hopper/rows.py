@@ -18,16 +18,16 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.hopper import CONSUMERS, MULTIPROCESSORS, PART, choice
+from scalefold.kernels.hopper import CONSUMERS, HIDDEN_BLOCK, MULTIPROCESSORS, PART, choice
 from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from scalefold.kernels.hopper.outer_product import hopper_outer_product
-    from scalefold.kernels.hopper.projections import HIDDEN, hopper_projections, hopper_transition
-    from scalefold.kernels.hopper.triangle import hopper_operands, hopper_output
+    from scalefold.kernels.hopper.projections import hopper_projections
+    from scalefold.kernels.hopper.transition import hopper_transition, hopper_transition_gradient
+    from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product, hopper_output
 
     MISSING = None
 except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
@@ -41,10 +41,12 @@ OUTER_CHANNELS = 32  # of a and b
 MOST_SEQUENCES = 128  # of an outer product: one product's depth
 OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
 HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES of a transition's program by channels
+HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
 for _name in (
     "norm_linear_hopper",
     "outer_product_hopper",
     "transition_hopper",
+    "transition_hopper_gradient",
     "triangle_hopper_gates",
     "triangle_hopper_operands",
     "triangle_hopper_output",
@@ -130,27 +132,47 @@ def output(
     )  # fmt: skip
 
 
-def transition_obstacle(x: Tensor, weights: Sequence[Tensor]) -> str | None:
-    """Why ``transition`` cannot or should not take these arguments, or None."""
+def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | None = None) -> str | None:
+    """Why ``transition``, or with d_out its gradient, cannot or should not take these arguments, or None."""
     c, hidden = x.shape[-1], weights[0].shape[0]
-    if reason := choice.obstacle(MISSING, (x, *weights)):
+    if reason := choice.obstacle(MISSING, (x, *weights, d_out)):
         return reason
-    if c not in HIDDEN_TILES or hidden % HIDDEN.value or hidden < HIDDEN.value * HIDDEN_TILES[c][2]:
+    if c not in HIDDEN_TILES or hidden % (HIDDEN_BLOCK * HIDDEN_TILES[c][2]):
         return f"{c} channels with {hidden} hidden ones"
-    return _rows_obstacle(x) or _preference("transition_hopper", x, n=hidden)
+    if d_out is not None and not _is_aligned(_by_rows(d_out, memory_order(x))):
+        return "gradients of the output do not lie densely"
+    name = "transition_hopper" if d_out is None else "transition_hopper_gradient"
+    return _rows_obstacle(x) or _preference(name, x, n=hidden)
 
 
 def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
     """``reference.transition``; out: [*, c] lies as x does."""
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
     kept, x_stages, stages = HIDDEN_TILES[c]
-    tiles = x.shape[:-1].numel() // PART
     hopper_transition[_programs(x)](
-        _matrix(_by_rows(x, order), PART, c), _weight_block(linear_1.weight, HIDDEN.value, c),
-        _weight_block(linear_2.weight, c, HIDDEN.value), _matrix(_by_rows(out, order), PART, c), norm,
-        (linear_1.bias, linear_2.bias), hidden // HIDDEN.value, tiles, KEPT=kept, X_STAGES=x_stages, STAGES=stages,
-        num_warps=4,
+        _matrix(_by_rows(x, order), PART, c), _weight_block(linear_1.weight, HIDDEN_BLOCK, c),
+        _weight_block(linear_2.weight, c, HIDDEN_BLOCK), _matrix(_by_rows(out, order), PART, c), norm,
+        (linear_1.bias, linear_2.bias), hidden // HIDDEN_BLOCK, x.shape[:-1].numel() // PART,
+        KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
     )  # fmt: skip
+
+
+def transition_gradient(
+    x: Tensor, d_out: Tensor, norm: Norm, linear_1: Affine, weight_2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden layer, its gradient, norm and its gradient, rows [rows, *] in the memory order of x, and partial sums
+    [tiles, c + hidden] of d_out and of the hidden layer's gradient: those of both biases.
+    """
+    order, (hidden, c), count = memory_order(x), linear_1.weight.shape, x.shape[:-1].numel()
+    outs = [x.new_empty(count, width) for width in (hidden, hidden, c, c)]
+    partials = x.new_empty(count // PART, c + hidden, dtype=torch.float32)
+    hopper_transition_gradient[_programs(x)](
+        _matrix(_by_rows(x, order), PART, c), _matrix(_by_rows(d_out, order), PART, c),
+        _weight_block(linear_1.weight, HIDDEN_BLOCK, c), _weight_block(weight_2, c, HIDDEN_BLOCK),
+        *(_matrix(out, PART, HIDDEN_BLOCK) for out in outs[:2]), *(_matrix(out, PART, c) for out in outs[2:]), norm,
+        linear_1.bias, partials, hidden // HIDDEN_BLOCK, count // PART, PAIRS=HIDDEN_PAIRS[c], num_warps=4,
+    )  # fmt: skip
+    return (*outs, partials)
 
 
 def outer_product_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> str | None:

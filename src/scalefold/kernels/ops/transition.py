@@ -186,6 +186,9 @@ class _Transition(torch.autograd.Function):
         by_library, recomputed = bool(config.pop("LIBRARY", 0)), bool(config.pop("RECOMPUTED", 0))
         order, places = memory_order(x), tuple(range(x.dim() - 1))
         x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
+        if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
+            dx, gradients = _by_gluon(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2)
+            return dx.movedim(places, order), *gradients
         if recomputed and d_out.is_contiguous() and d_out.data_ptr() % 16 == 0:
             dx, gradients = _recomputed(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2, config)
             return dx.movedim(places, order), *gradients
@@ -213,6 +216,21 @@ class _Transition(torch.autograd.Function):
         d_bias_2, d_bias_1 = bias.split([c, width])
         weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
         return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
+
+
+def _by_gluon(
+    x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The backward around the program of ``kernels.hopper``: gradient of x: [*, c], and those of all parameters."""
+    (width, c), linear = weight_1.shape, Affine(weight_1, bias_1)
+    *rows, bias_sums = hopper.transition_gradient(x, d_out, norm, linear, weight_2)
+    hidden, d_hidden, normed, d_normed = (matrix.view(*x.shape[:-1], matrix.shape[1]) for matrix in rows)
+    dx, norm_sums = norm_gradient(d_normed, x, norm.weight, through=d_out)
+    weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
+    d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm.weight.dtype)
+    d_bias_2, d_bias_1 = d_bias.split([c, width])
+    weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
+    return dx, (*d_norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2)
 
 
 def _recomputed(

@@ -36,7 +36,7 @@ from scalefold.kernels.rows import (
     sum_all,
     width_obstacle,
 )
-from scalefold.kernels.weight_gradient import Product, weight_partials
+from scalefold.kernels.weight_gradient import Product, projected_partials, weight_partials
 
 for _name, _default in {
     "triangle_project_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
@@ -80,11 +80,15 @@ def _project_backward_kernel(
 ):  # fmt: skip
     """Tile of pairs: values and gates again, their gradients [rows, 4 WIDTH] stored, then the norm's backward, plus the
     gradient of z that came ``through`` the output's residual connection (None: there was none). The norm is stored too.
+
+    Without ``projected`` these gradients are not stored, nor their sums: ``projected_partials`` finds them itself.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C)
     keep = load_per_row(mask, rows, extent)
-    own = partials + tl.program_id(0).to(tl.int64) * (2 * C + 4 * WIDTH)
+    own = partials + tl.program_id(0).to(tl.int64) * (2 * C)
+    if projected is not None:
+        own += tl.program_id(0).to(tl.int64) * (4 * WIDTH)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
     for side in tl.static_range(2):
@@ -96,10 +100,11 @@ def _project_backward_kernel(
             d = load_tile(ds[side], rows, n, extent).to(tl.float32) * keep[:, None] * gate
             d_logits = d * value * (1.0 - gate)
             d_value, d_logits = d.to(normed.dtype), d_logits.to(normed.dtype)
-            store_column_sums(own + 2 * C + 2 * side * WIDTH, d_value, n, None)
-            store_column_sums(own + 2 * C + (2 * side + 1) * WIDTH, d_logits, n, None)
-            store_tile(projected, d_value, rows, 2 * side * WIDTH + n, extent)
-            store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, extent)
+            if projected is not None:
+                store_column_sums(own + 2 * C + 2 * side * WIDTH, d_value, n, None)
+                store_column_sums(own + 2 * C + (2 * side + 1) * WIDTH, d_logits, n, None)
+                store_tile(projected, d_value, rows, 2 * side * WIDTH + n, extent)
+                store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, extent)
             acc = dot(d_value, value_block, acc)
             acc = dot(d_logits, gate_block, acc)
     gradient = norm_input_gradient(acc, z, norm, None, normed_out, own, rows, extent, C)
@@ -179,18 +184,34 @@ class _Project(torch.autograd.Function):
         z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
         c, width = z.shape[-1], weights[0].shape[0]
-        config = tuning.chosen_tiles("triangle_project_backward", z, width, width)
-        projected, dz, normed = z.new_empty(*z.shape[:-1], 4 * width), torch.empty_like(z), torch.empty_like(z)
+        config, linears = (
+            tuning.chosen_tiles("triangle_project_backward", z, width, width),
+            map(Affine, weights, biases),
+        )
+        linears, dz, normed = tuple(linears), torch.empty_like(z), torch.empty_like(z)
         ds = tuple(z.new_zeros(z.shape[0], width, *z.shape[1:3]) if d is None else d for d in ds)
+        recomputed = bool(config.pop("RECOMPUTED", 0)) and _are_matrices(z, *ds)
+        projected = None if recomputed else z.new_empty(*z.shape[:-1], 4 * width)
         inputs = {"z": z, "mask": mask[..., None], "ds": tuple(map(_channels_last, ds)), "through": through}
         outputs = {"projected": projected, "dz": dz, "normed_out": normed}
         partials = launch_with_sums(
-            _project_backward_kernel, config, inputs | outputs, 2 * c + 4 * width, norm=Norm(norm_weight, norm_bias),
-            linears=tuple(map(Affine, weights, biases)), WIDTH=width, C=c,
+            _project_backward_kernel, config, inputs | outputs, 2 * c + (0 if recomputed else 4 * width),
+            norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width, C=c,
         )  # fmt: skip
-        sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
-        d_norm_weight, d_norm_bias, bias = sums.split([c, c, 4 * width])
+        if projected is None:
+            weights = projected_partials(normed, mask, linears, ds)
+            norm, weight, bias = sum_all([partials, *weights], norm_weight.dtype)
+        else:
+            sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
+            norm, bias = sums.split([2 * c, 4 * width])
+        d_norm_weight, d_norm_bias = norm.chunk(2)
         return dz, None, d_norm_weight, d_norm_bias, *weight.view(4, width, c).unbind(0), *bias.chunk(4)
+
+
+def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
+    """Whether the copy engine reads pairs z: [1, I, J, c] and channels first [1, c, I, J] as matrices."""
+    dense = all(x.shape[0] == 1 and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (z, *ds))
+    return dense and z.shape[1] * z.shape[2] % 8 == 0
 
 
 class _Product(torch.autograd.Function):

@@ -1,0 +1,26 @@
+"""What tests of the row-wise programs in Gluon share."""
+
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from scalefold.kernels import tuning
+
+KERNELS = (
+    *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
+    *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient"),
+)
+C = 128
+
+
+@contextmanager
+def every_program(hopper: int):
+    """The tables prefer Gluon (1) or Triton (0) for all rows."""
+    with ExitStack() as stack:
+        for name in KERNELS:
+            stack.enter_context(tuning.override(name, {"HOPPER": hopper}))
+        yield
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,0 +1,113 @@
+"""Row-wise programs in Gluon on a GPU of compute capability 9.0: what they compute, and that its bits repeat."""
+
+import pytest
+import torch
+
+from hopper_programs import C, every_program
+from scalefold.kernels.ops import linear, outer_product, transition, triangle
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
+NO_BIASES = [None, None, None]
+
+
+@pytest.fixture
+def scripts(repository, monkeypatch):
+    """The folder of the scripts can be imported from."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+
+
+def outer_product_of(draw, sequences, i, j):
+    """An outer product whose pairs have several counts of common rows."""
+    from scalefold.tune import operation_cases as cases
+
+    z, a, b = draw(1, i, j, C), draw(1, sequences, i, 32), draw(1, sequences, j, 32)
+    counts = 1.0 + 9 * draw.dropout(1, i, j)
+    weight, bias = draw.weight(C, 1024), draw(C)
+    return cases.Inputs(draw.leaves, lambda ops: ops.outer_product_update(z, a, b, counts, weight, bias))
+
+
+def transition_of(draw, shape, c, transposed):
+    from scalefold.tune import operation_cases as cases
+
+    x, norm = draw(*shape, c, transposed=transposed), draw.norm(c)
+    linears = [draw.weight(4 * c, c), draw(4 * c), draw.weight(c, 4 * c), draw(c)]
+    return cases.Inputs(draw.leaves, lambda ops: ops.transition(x, *norm, *linears))
+
+
+def case_of(name, shape):
+    """Builds the inputs of an operation, of a given type; masks and dropout in all the forms that the model has."""
+    from scalefold.tune import operation_cases as cases
+
+    batch, i, j = shape
+    masks = {"pairs": shape, "column": (batch, 1, j)}
+    scales = {"column": (batch, 1, j, C), "row": (batch, i, 1, C), "none": None}
+    operation, form = name.split()
+
+    def build(dtype):
+        draw = cases.Draw(True, dtype)
+        if operation == "outer":
+            return outer_product_of(draw, int(form), 64 * min(i, 5), j)
+        if operation == "transition":
+            return transition_of(draw, shape, int(form.removesuffix("t")), form.endswith("t"))
+        z, norms = draw(*shape, C, transposed=form == "ending"), [*draw.norm(C), *draw.norm(C)]
+        linears = [tensor for _ in range(4) for tensor in (draw.weight(C, C), draw(C))]
+        if operation == "projections":
+            biases, weights = [*NO_BIASES, linears[1], None], [*linears[::2], draw.weight(4, C)]
+            return cases.Inputs(draw.leaves, lambda ops: ops.layer_norm_linear(z, *norms[:2], weights, biases))
+        if operation == "operands":
+            mask = (draw.dropout(*masks[form]) > 0).to(dtype).expand(shape)
+            return cases.Inputs(draw.leaves, lambda ops: ops.triangle_project(z, mask, *norms[:2], *linears))
+        x, dropout = draw(batch, C, i, j), draw.dropout(*scales[form]) if scales[form] else None
+        return cases.Inputs(draw.leaves, lambda ops: ops.triangle_output(z, x, *norms, *linears[:4], dropout))
+
+    return build
+
+
+def results(build, ops, dtype):
+    """All outputs of an operation, z passed through included, then the gradients of its inputs for random ones."""
+    from scalefold.tune import operation_cases as cases
+
+    inputs = build(dtype)
+    outputs, probe = cases.outputs_of(inputs, ops), cases.Draw(False, dtype)
+    probes = [probe(*output.shape) for output in outputs]
+    gradients = torch.autograd.grad(outputs, inputs.leaves, probes, allow_unused=True)
+    return [*(output.detach() for output in outputs), *(gradient for gradient in gradients if gradient is not None)]
+
+
+def errors(found, exact):
+    pairs = zip(found, exact, strict=True)
+    return {str(n): float((own.float() - true).norm() / true.norm()) for n, (own, true) in enumerate(pairs)}
+
+
+OPERATIONS = [
+    *("projections starting", "projections ending", "operands pairs", "operands column"),
+    *("output column", "output row", "output none", "outer 128", "outer 37"),
+    *("transition 128", "transition 128t", "transition 256"),
+]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("shape", [(1, 1, 64), (1, 17, 64), (1, 290, 64), (1, 128, 256)], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch, name, shape):
+    """One tile, an odd number of them, more than run at once, and a share of DAP 2; memory is poisoned in between."""
+    import hopper_cases as cases
+    from scalefold.kernels.table import REFERENCE
+    from scalefold.kernels.triton_ops import TRITON
+    from scalefold.tune.sound import bits
+
+    asked = []
+    for module in (linear, outer_product, transition, triangle):
+        monkeypatch.setattr(module, "chosen", lambda _, found: (asked.append(found), found is None)[1])
+    build = case_of(name, shape)
+    exact = results(build, REFERENCE, torch.float32)
+    with every_program(0):
+        twin = results(build, TRITON, torch.bfloat16)
+    asked.clear()
+    with every_program(1):
+        own, other = errors(results(build, TRITON, torch.bfloat16), exact), errors(twin, exact)
+        assert asked == [None] * len(asked) != []
+        assert cases.too_large(own, other) == [], (own, other)
+        assert bits.repeat(lambda: results(build, TRITON, torch.bfloat16), 20) == []
