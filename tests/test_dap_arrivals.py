@@ -59,7 +59,8 @@ def test_parts_arrive_in_their_places_of_all_peers(dtype, lasts, size, shape, sp
         expected = torch.cat([x.chunk(size, split)[rank] for x in xs], concat)
         torch.testing.assert_close(out, expected, rtol=0, atol=0)
         torch.testing.assert_close(other, -expected, rtol=0, atol=0)
-        assert out.is_contiguous() and not out._is_view()
+        assert out.is_contiguous()
+        assert not out._is_view()
     gathered = [rank.all_gather(x, split, lasts) for rank, x in zip(ranks, xs, strict=True)]
     for out in gathered:
         torch.testing.assert_close(out, torch.cat(xs, split), rtol=0, atol=0)
@@ -80,7 +81,8 @@ def test_places_of_kept_results_are_given_away_when_a_step_begins_and_passing_on
     assert [arrivals.place(count, keep=True) for count in (512, 1, 1)] == [0, 512, None]
     assert arrivals.place(513, keep=False) is None  # fewer turns than promised
     passing = [arrivals.place(512, keep=False) for _ in range(PASSING_TURNS + 1)]
-    assert len(set(passing[:-1])) == PASSING_TURNS and passing[-1] == passing[0] == 1024
+    assert len(set(passing[:-1])) == PASSING_TURNS
+    assert passing[-1] == passing[0] == 1024
     arrivals.begin()
     assert met == ["barrier"]
     assert (arrivals.place(1, keep=True), arrivals.place(1, keep=False)) == (0, 1024)
