@@ -5,12 +5,12 @@ Two ways, both without multicast and without the host in between, so that a CUDA
 * **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, tells each peer so, and
   waits until all peers have told it, in one kernel. Results lie in memory that all ranks of the group map, at the same
   place on each: either until the next step begins (what the backward pass needs), or until some exchanges later.
-* **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's stage:
-  for sums, for results that somebody holds longer, and where there is no room for a result any more.
+* **Stages.** Every rank stages what it sends, meets the others at a barrier on the device, and reads its parts of each
+  peer's stage: for sums, for results that somebody holds longer, and where there is no room for a result any more.
 
-Why nobody writes what a peer still reads: every exchange is a barrier among the ranks, and a rank reaches one only after
-all that stands before it in its stream. Two stages take turns: who writes to a stage again has passed the barrier of
-the other one, which its peers reach only after reading the first. The place of a passing result is given away again
+Why nobody writes what a peer still reads: every exchange is a barrier among the ranks, and a rank reaches one only
+after all that stands before it in its stream. Two stages take turns: who writes to a stage again has passed the barrier
+of the other one, which its peers reach only after reading the first. The place of a passing result is given away again
 after at least ``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a barrier of its own.
 Turns of the stages go on from one captured graph to the next, and graphs are replayed in any order, so one may begin
 with the stage that the one before ended with: the barrier of the step's beginning lies between.
@@ -48,8 +48,8 @@ class Arrivals:
 
     own: this rank's memory; peers: every rank's one as this rank sees it, in rank order; all uint8 of equal length, the
     first ``kept_bytes`` for results that a backward pass needs. barrier: returns once all ranks are there (on the
-    device: what follows in the stream waits). signals: every rank's counts of what arrived, int32 [P], zeros; None: every
-    exchange ends with the barrier instead.
+    device: what follows in the stream waits). signals: every rank's counts of what arrived, int32 [P], zeros; None:
+    every exchange ends with the barrier instead.
     """
 
     own: Tensor
