@@ -140,10 +140,15 @@ def test_distances_and_bins_do_not_depend_on_the_trunks_type(monkeypatch: pytest
 
     seen: dict[str, list[Tensor]] = {"template": [], "recycling": []}
     plain_template, plain_recycling = templates.template_distogram, embedders.RecyclingEmbedder.distogram
-    monkeypatch.setattr(templates, "template_distogram", lambda x: note(seen["template"], plain_template(x)))
-    monkeypatch.setattr(
-        embedders.RecyclingEmbedder, "distogram", staticmethod(lambda x: note(seen["recycling"], plain_recycling(x)))
-    )
+
+    def template(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return note(seen["template"], plain_template(x, dtype))
+
+    def recycling(x: Tensor, dtype: torch.dtype) -> Tensor:
+        return note(seen["recycling"], plain_recycling(x, dtype))
+
+    monkeypatch.setattr(templates, "template_distogram", template)
+    monkeypatch.setattr(embedders.RecyclingEmbedder, "distogram", staticmethod(recycling))
     batch = golden.small_batch()
     shifted = batch | {"template_pseudo_beta": batch["template_pseudo_beta"] + 100.0}
     for dtype in (torch.float32, torch.bfloat16):
@@ -153,8 +158,8 @@ def test_distances_and_bins_do_not_depend_on_the_trunks_type(monkeypatch: pytest
         with torch.no_grad():
             model.iteration(select_slice(shifted, 0), recycled)
     for found in seen.values():
-        assert len(found) == 2
-        assert torch.equal(found[0], found[1])
+        assert [x.dtype for x in found] == [torch.float32, torch.bfloat16]
+        assert torch.equal(found[0], found[1].float())
 
 
 def note(seen: list[Tensor], value: Tensor) -> Tensor:

@@ -254,7 +254,8 @@ class StructureModule(nn.Module):
         weights = (*shared[1:], *self.weights_of_iterations())
         found = self.ops.structure_iterations(s, z, shared.pair_bias, mask, dropout, weights, sizes, MASK_INF)
         if found is not None:  # in one operation
-            return tuple(x.transpose(0, 1) for x in found)
+            states, quaternions, translations = (x.transpose(0, 1) for x in found)
+            return states, quaternions, translations
         quaternion, translation = self._identity_frames(s)
         after: list[tuple[Tensor, Tensor, Tensor]] = []
         for index in range(self.num_iterations):
@@ -264,7 +265,8 @@ class StructureModule(nn.Module):
             after.append((s, quaternion, translation))
             # Gradients flow between iterations through translations and s only (Supplement 1.8.3).
             quaternion = quaternion.detach()
-        return tuple(torch.stack(values, dim=1) for values in zip(*after, strict=True))
+        states, quaternions, translations = (torch.stack(values, dim=1) for values in zip(*after, strict=True))
+        return states, quaternions, translations
 
     def weights_of_iterations(self) -> list[Tensor]:
         """Weight and bias of every layer of an iteration after the attention itself, in the order of its lines."""

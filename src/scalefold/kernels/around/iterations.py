@@ -305,7 +305,8 @@ class _Iterations(torch.autograd.Function):
         if every:
             ctx.save_for_backward(z, dropout, *weights, *kept)
             ctx.sizes = sizes
-        return tuple(x[1:].unflatten(1, s.shape[:2]) for x in kept[:3])
+        states, quaternions, translations = (x[1:].unflatten(1, s.shape[:2]) for x in kept[:3])
+        return states, quaternions, translations
 
     @staticmethod
     @once_differentiable
