@@ -50,7 +50,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "textfile", "mlperf.log", "mlperf.judge", "config", "scaling.step_time"},
     ),
     "report": ({"numpy", "rich", "matplotlib"}, {"errors", "textfile", "mlperf.log", "mlperf.judge", "telemetry"}),
-    "scaling": (NUMBERS, {"errors", "config", "mlperf.log"}),
+    "scaling": (NUMBERS, {"errors", "config", "mlperf.log", "report.record"}),
     "launch": ({"torch", "yaml"}, {"config", "errors", "parallel", "mlperf", "report", "scaling", "telemetry"}),
     "rehearse": (DEEP, {"errors"}),
     "eval": (

@@ -20,6 +20,7 @@ import argparse
 import functools
 import statistics
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ OURS = "ours"
 ABLATED = ("ours, no transfer", "ours, no augmentation", "ours, no assistant", "assistant that does not fade")
 RESAMPLES = 2000
 SCENARIOS = ("new shape", "new kernel")
-ASKED = 6  # times the candidates: how often TPE is asked before the rest is taken in any order
+STALE = 5  # proposals of TPE in a row that are known or have no program, before it gets the next in any order
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def today_order(sweep: Recorded, seed: int) -> Iterator[int]:
 
 
 def tpe_order(sweep: Recorded, seed: int) -> Iterator[int]:
-    """Optuna's tree-structured Parzen estimator, from nothing."""
+    """Optuna's tree-structured Parzen estimator over all launch parameters together, from nothing."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -117,20 +118,27 @@ def tpe_order(sweep: Recorded, seed: int) -> Iterator[int]:
     names = sorted({name for config in configs for name in config})
     values = {name: sorted({config.get(name, 0) for config in configs}) for name in names}
     places = {tuple(config.get(name, 0) for name in names): n for n, config in enumerate(configs)}
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    seen: set[int] = set()
-    for _ in range(ASKED * len(configs)):
-        asked = study.ask({name: optuna.distributions.CategoricalDistribution(values[name]) for name in names})
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
+    choices = {name: optuna.distributions.CategoricalDistribution(values[name]) for name in names}
+    rest = np.random.default_rng(seed).permutation(len(configs)).tolist()
+    stale = 0
+    while rest:
+        if stale == STALE:
+            study.enqueue_trial({name: configs[rest[0]].get(name, 0) for name in names})
+        asked = study.ask(choices)
         place = places.get(tuple(asked.params[name] for name in names))
+        stale += 1
         if place is None:
             study.tell(asked, state=optuna.trial.TrialState.FAIL)
             continue
-        if place not in seen:
-            seen.add(place)
+        if place in rest:
+            stale = 0
+            rest.remove(place)
             yield place
-        study.tell(asked, float(np.log(sweep.us[place])))
-    rest = np.random.default_rng(seed).permutation(len(configs)).tolist()
-    yield from (n for n in rest if n not in seen)
+            study.tell(asked, float(np.log(sweep.us[place])))
+        else:
+            study.tell(asked, state=optuna.trial.TrialState.FAIL)  # known: it would only count twice
 
 
 def search_order(

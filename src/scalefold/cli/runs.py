@@ -126,12 +126,31 @@ def plan(
     kind: KindOption = None,
     convergence: ConvergenceOption = "reference",
     extrapolate: Extrapolate = False,
+    tune: Annotated[
+        list[Path] | None, typer.Option(help="folder of an earlier run; again for more, the newest last")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print memory, loader demand and minutes that a system will need, with the source of every number.
 
-    Example: scalefold plan configs/eos_h100_260x8_dap8.yaml --kind target
+    With --tune: what earlier runs of it would change in loader workers, prefetch, evaluation ranks and padding, and
+    what that is worth.
+
+    Examples: scalefold plan configs/eos_h100_260x8_dap8.yaml --kind target;
+    scalefold plan configs/mine.yaml --tune runs/mine
     """
+    if tune:
+        from dataclasses import asdict
+
+        from scalefold.config import load_config
+        from scalefold.scaling.from_runs import changes
+
+        proposed = changes(load_config(config, overrides or []).config, tune)
+        if as_json:
+            print_json([asdict(change) for change in proposed])
+        else:
+            print("\n".join(change.text() for change in proposed))
+        return
     from scalefold.scaling.from_config import plan_config
 
     found = plan_config(config, overrides or [], step_times, eval_times, kind, convergence, extrapolate)
