@@ -110,8 +110,9 @@ def send_parts(
     """Every peer's part of each source (``whole``: all of it) to this rank's place in the results at that peer.
 
     sources: equal shapes, dense; targets: one per peer, long enough for the results of all sources behind each other;
-    signals: every rank's counts of parts that arrived from each rank, int32 [P]: the kernel ends when all parts for this
-    rank have. None: who reads results waits for all ranks in another way. source_block, target_block: elements of a run.
+    signals: every rank's counts of parts that arrived from each rank, int32 [P]: the kernel ends when all parts for
+    this rank have. None: who reads results waits for all ranks in another way. source_block, target_block: elements of
+    a run.
     """
     size, count = len(targets), sources[0].numel() // LANE
     count = count if whole else count // size
