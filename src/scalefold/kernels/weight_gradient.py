@@ -366,7 +366,7 @@ def projected_partials(
 
     normed: [1, I, J, c]; mask: [1, I, J]; ds: gradients of both operands, [1, width, I, J].
     """
-    width, c = linears[0].weight.shape
+    width, c = ds[0].shape[1], normed.shape[-1]
     config = tuning.chosen_tiles("triangle_project_weights", normed, width, width)
     views, dims, num_rows = row_views({"normed": normed, "mask": mask[..., None]})
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]

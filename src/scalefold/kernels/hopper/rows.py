@@ -147,6 +147,7 @@ def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | No
 
 def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
     """``reference.transition``; out: [*, c] lies as x does."""
+    assert linear_1.weight is not None
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
     kept, x_stages, stages = HIDDEN_TILES[c]
     hopper_transition[_programs(x)](
@@ -163,6 +164,7 @@ def transition_gradient(
     """Hidden layer, its gradient, norm and its gradient, rows [rows, *] in the memory order of x, and partial sums
     [tiles, c + hidden] of d_out and of the hidden layer's gradient: those of both biases.
     """
+    assert linear_1.weight is not None
     order, (hidden, c), count = memory_order(x), linear_1.weight.shape, x.shape[:-1].numel()
     outs = [x.new_empty(count, width) for width in (hidden, hidden, c, c)]
     partials = x.new_empty(count // PART, c + hidden, dtype=torch.float32)
@@ -172,7 +174,7 @@ def transition_gradient(
         *(_matrix(out, PART, HIDDEN_BLOCK) for out in outs[:2]), *(_matrix(out, PART, c) for out in outs[2:]), norm,
         linear_1.bias, partials, hidden // HIDDEN_BLOCK, count // PART, PAIRS=HIDDEN_PAIRS[c], num_warps=4,
     )  # fmt: skip
-    return (*outs, partials)
+    return outs[0], outs[1], outs[2], outs[3], partials
 
 
 def outer_product_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> str | None:
