@@ -290,7 +290,7 @@ def draw(found: dict[str, Curves], file: Path) -> None:
     panels[0].set_ylabel("best so far above the best of all, % (mean)")
     panels[0].set_yscale("log")
     panels[-1].legend()
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
 
 
