@@ -18,6 +18,7 @@ from scalefold.step.graphs import TrainStep
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatParameters
 from scalefold.step.reducer import GradientReducer
+from scalefold.tune.sound import bits
 
 REPORT = """\
 ========= COMPUTE-SANITIZER
@@ -77,8 +78,6 @@ def rows_of(script, monkeypatch):
 
 
 def test_bits_tell_apart_what_numbers_do_not():
-    from scalefold.tune.sound import bits
-
     nan, zero = torch.tensor([float("nan"), 1.0]), torch.zeros(2)
     assert bits.differences([nan, zero], [nan.clone(), zero.clone()]) == []
     (found,) = bits.differences([nan, zero], [nan.clone(), -zero])
@@ -86,9 +85,7 @@ def test_bits_tell_apart_what_numbers_do_not():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.bool])
-def test_one_changed_bit_of_any_type_is_found(script, dtype):
-    from scalefold.tune.sound import bits
-
+def test_one_changed_bit_of_any_type_is_found(dtype):
     first = torch.ones(3, 5, dtype=dtype).t()
     again = first.clone()
     bits.bits(again)[2, 1] ^= 1
@@ -97,18 +94,14 @@ def test_one_changed_bit_of_any_type_is_found(script, dtype):
     assert found.shape == (5, 3)
 
 
-def test_repeats_that_differ_from_the_first_are_counted(script):
-    from scalefold.tune.sound import bits
-
+def test_repeats_that_differ_from_the_first_are_counted():
     turns, values = [], iter([1.0, 1.0, 2.0, 1.0, 3.0])
     found = bits.repeat(lambda: [torch.tensor([next(values)])], 4, between=turns.append)
     assert turns == [0, 1, 2, 3]
     assert [different[0].largest for different in found] == [1.0, 2.0]
 
 
-def test_a_result_in_a_buffer_that_is_used_again_is_compared_with_the_first(script):
-    from scalefold.tune.sound import bits
-
+def test_a_result_in_a_buffer_that_is_used_again_is_compared_with_the_first():
     buffer = torch.zeros(1)
     assert len(bits.repeat(lambda: [buffer.add_(1)], 3, between=lambda turn: None)) == 3
 

@@ -18,6 +18,7 @@ or that has no program, costs it nothing. Intervals: 95 %, of the bootstrap over
 
 import argparse
 import functools
+import importlib.util
 import statistics
 import sys
 import warnings
@@ -289,7 +290,7 @@ def draw(found: dict[str, Curves], file: Path) -> None:
     panels[0].set_ylabel("best so far above the best of all, % (mean)")
     panels[0].set_yscale("log")
     panels[-1].legend()
-    figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
     pyplot.close(figure)
 
 
@@ -301,6 +302,8 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=FOLDER / "tuning_replay.csv", help="table, written anew")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "figures" / "tuning_replay.svg")
     arguments = parser.parse_args()
+    if missing := [name for name in ("optuna", "sklearn") if importlib.util.find_spec(name) is None]:
+        parser.error(f"{' and '.join(missing)} cannot be imported: pip install 'scalefold[tune]' optuna")
     assert triton_ops.TRITON  # every kernel has registered its default
     by_problem: dict[tuple[str, str], list[Trial]] = {}
     for row in trials.read(arguments.sweeps):

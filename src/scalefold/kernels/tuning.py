@@ -10,7 +10,7 @@ Fields name everything that the best choice depends on (shape class and storage 
 appear as shapes). ``lookup`` takes the first of: an active ``override``, the table of this GPU
 (``tuned/<name of the device>.json``), the table of its compute capability (``tuned/sm_90.json``), the entry of the
 nearest problem in those tables (the same but for its SIZES, see ``nearest``), the default. Nothing is timed here, so
-nothing is tuned on the clock. A sweep (``benchmarks/measure/tune.py``, which knows what is worth timing) times each
+nothing is tuned on the clock. A search (``scalefold tune``, which knows what is worth timing) times each
 candidate under ``override`` and calls ``save``::
 
     with tuning.override("layer_norm_forward", config, **fields):
@@ -49,7 +49,7 @@ FALLBACK_CAPABILITY = 90  # what interpreter runs and compile checks assume wher
 
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
-_REPAIR = "remove it or tune again (benchmarks/measure/tune.py)"
+_REPAIR = "remove it or run `scalefold tune`"
 
 
 _defaults: dict[str, Callable[[Fields, int], Config]] = {}

@@ -1,7 +1,7 @@
 """Calls of every operation at the benchmark's shapes and their shares under axial parallelism, on the device.
 
-A case builds its inputs and calls one operation of any table, so the same list serves the sweep of launch parameters
-(``tune.py``) and the comparison with other implementations (``kernels.py``).
+A case builds its inputs and calls one operation of any table, so the same list serves the search for launch parameters
+and the comparison with other implementations (``benchmarks/measure/kernels.py``).
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -199,7 +199,7 @@ def _recorded_launches(problem: Problem, config: tuning.Config) -> Iterator[list
 
     def record(self: JITFunction, *arguments: Any, grid: Any, **options: Any) -> Any:
         kernel = original(self, *arguments, grid=grid, **options)
-        sizes = grid(options) if callable(grid) else grid
+        sizes: Any = grid(options) if callable(grid) else grid
         moved = sum(_bytes_of(value) for value in (*arguments, *options.values()))
         looked = [(name, tuning.problem_key(fields)) for name, fields in lookups[-1:]]
         own = looked == [problem.key] or _takes(options, config)

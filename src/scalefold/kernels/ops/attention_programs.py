@@ -191,8 +191,8 @@ def forward_rows(
     offs_k = tl.arange(0, BLOCK_K)
     tiles = ()
     if bias is not None:
-        base = bias.pointer + b * bias.strides[0] + h * bias.strides[1]
-        tiles = _bias_tiles(base, offs_q, bias.strides[2], bias.strides[3], n, BLOCK_Q, BLOCK_K, STEPS, EVEN)
+        own_bias = bias.pointer + b * bias.strides[0] + h * bias.strides[1]
+        tiles = _bias_tiles(own_bias, offs_q, bias.strides[2], bias.strides[3], n, BLOCK_Q, BLOCK_K, STEPS, EVEN)
     first = tl.program_id(1) * rows_per_program
     last = tl.minimum(first + rows_per_program, rows)
     for row in tl.range(first, last, num_stages=STAGES):

@@ -2,16 +2,16 @@
 
 Two ways, both without multicast and without the host in between, so that a CUDA graph can hold them:
 
-* **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, tells each peer so, and
-  waits until all peers have told it, in one kernel. Results lie in memory that all ranks of the group map, at the same
+* **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, and all ranks meet at a
+  barrier on the device: one kernel and one barrier. Results lie in memory that all ranks of the group map, at the same
   place on each: either until the next step begins (what the backward pass needs), or until some exchanges later.
-* **Stages.** Every rank stages what it sends, meets the others at a barrier on the device, and reads its parts of each
-  peer's stage: for sums, for results that somebody holds longer, and where there is no room for a result any more.
+* **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's stage:
+  for sums, for results that somebody holds longer, and where there is no room for a result any more.
 
-Why nobody writes what a peer still reads: every exchange is a barrier among the ranks, and a rank reaches one only
-after all that stands before it in its stream. Two stages take turns: who writes to a stage again has passed the barrier
-of the other one, which its peers reach only after reading the first. The place of a passing result is given away again
-after at least ``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a barrier of its own.
+Why nobody writes what a peer still reads: every exchange is a barrier, and a rank reaches one only after all that stands
+before it in its stream. Two stages take turns: who writes to a stage again has passed the barrier of the other one,
+which its peers reach only after reading the first. The place of a passing result is given away again after at least
+``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a barrier of its own.
 Turns of the stages go on from one captured graph to the next, and graphs are replayed in any order, so one may begin
 with the stage that the one before ended with: the barrier of the step's beginning lies between.
 Measured beside NCCL by ``benchmarks/measure/symmetric_exchange.py``.
@@ -48,15 +48,13 @@ class Arrivals:
 
     own: this rank's memory; peers: every rank's one as this rank sees it, in rank order; all uint8 of equal length, the
     first ``kept_bytes`` for results that a backward pass needs. barrier: returns once all ranks are there (on the
-    device: what follows in the stream waits). signals: every rank's counts of what arrived, int32 [P], zeros; None:
-    every exchange ends with the barrier instead.
+    device: what follows in the stream waits).
     """
 
     own: Tensor
     peers: Sequence[Tensor]
     kept_bytes: int
     barrier: Callable[[], None]
-    signals: Sequence[Tensor] | None = None
     _kept: int = 0
     _passing: int = field(init=False)
 
@@ -177,10 +175,8 @@ class DirectExchanges:
         if place is None:
             return None
         targets = [peer[place:].view(dtype) for peer in self.arrivals.peers]
-        signals = self.arrivals.signals
-        send_parts([x.contiguous() for x in xs], targets, signals, self.rank, whole, split_block, concat_block)
-        if signals is None:
-            self.arrivals.barrier()
+        send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
+        self.arrivals.barrier()
         return self.arrivals.at(place, shape, dtype, len(xs))
 
     def _staged(self, xs: Sequence[Tensor]) -> list[list[Tensor]]:
@@ -235,9 +231,5 @@ def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
     memory, handle = shared(kept + passing)
     peers = [handle.get_buffer(peer, (kept + passing,), torch.uint8) for peer in range(size)]
-    counts, counted = shared(size * torch.int32.itemsize)
-    counts.zero_()
-    counted.barrier(channel=0)
-    signals = [counted.get_buffer(peer, (size,), torch.int32) for peer in range(size)]
-    arrivals = Arrivals(memory, peers, kept, lambda: handle.barrier(channel=0), signals)
+    arrivals = Arrivals(memory, peers, kept, lambda: handle.barrier(channel=0))
     return DirectExchanges(rank, size, stages, views, lambda turn: handles[turn].barrier(channel=0), arrivals)

@@ -29,15 +29,12 @@ def _offsets(unit, first, BLOCK, SIZE: tl.constexpr):
 
 @triton.jit
 def _send_parts(
-    sources, targets, signals, own_signals, rank, source_block, target_block, count, result, SIZE: tl.constexpr,
-    TENSORS: tl.constexpr, WHOLE: tl.constexpr, SIGNALS: tl.constexpr, LANES: tl.constexpr,
+    sources, targets, rank, source_block, target_block, count, result, SIZE: tl.constexpr, TENSORS: tl.constexpr,
+    WHOLE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Program (units, peer, tensor): the peer's part of a source, or all of it, to this rank's place at the peer.
 
-    A peer holds the results of all tensors, each of ``result`` elements, behind each other. Parts that cross a wire are
-    on their way first. SIGNALS: every program adds one to what its peer has counted of this rank, after its part; one
-    program ends only when every peer's programs have been counted here, and takes them off the count again, which a
-    peer may meanwhile raise by its next exchange.
+    A peer holds the results of all tensors, each of ``result`` elements, behind each other. Parts that cross a wire are on their way first.
     """
     unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
     keep = (unit < count)[:, None]
@@ -53,18 +50,6 @@ def _send_parts(
             for p in tl.static_range(SIZE):
                 if peer == p:
                     tl.store(targets[p] + n * result + target, values, mask=keep)
-    if SIGNALS:
-        tl.debug_barrier()  # the parts of all threads lie before the signal of one
-        for p in tl.static_range(SIZE):
-            if peer == p:
-                tl.atomic_add(signals[p] + rank, 1, sem="release", scope="sys")
-        if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
-            sent = tl.num_programs(0) * tl.num_programs(2)
-            for p in tl.static_range(SIZE):
-                counted = tl.atomic_add(own_signals + p, 0, sem="acquire", scope="sys")
-                while counted < sent:
-                    counted = tl.atomic_add(own_signals + p, 0, sem="acquire", scope="sys")
-                tl.atomic_add(own_signals + p, -sent, sem="acq_rel", scope="sys")
 
 
 @triton.jit
@@ -99,27 +84,18 @@ def _sum_parts(sources, out, rank, source_block, count, SIZE: tl.constexpr, LANE
 
 
 def send_parts(
-    sources: Sequence[Tensor],
-    targets: Sequence[Tensor],
-    signals: Sequence[Tensor] | None,
-    rank: int,
-    whole: bool,
-    source_block: int,
-    target_block: int,
+    sources: Sequence[Tensor], targets: Sequence[Tensor], rank: int, whole: bool, source_block: int, target_block: int
 ) -> None:
     """Every peer's part of each source (``whole``: all of it) to this rank's place in the results at that peer.
 
     sources: equal shapes, dense; targets: one per peer, long enough for the results of all sources behind each other;
-    signals: every rank's counts of parts that arrived from each rank, int32 [P]: the kernel ends when all parts for
-    this rank have. None: who reads results waits for all ranks in another way. source_block, target_block: elements of
-    a run.
+    source_block, target_block: elements of a run.
     """
     size, count = len(targets), sources[0].numel() // LANE
     count = count if whole else count // size
     _send_parts[(triton.cdiv(count, LANES), size, len(sources))](
-        tuple(sources), tuple(targets), tuple(signals or ()), signals and signals[rank], rank, source_block // LANE,
-        target_block // LANE, count, size * count * LANE, SIZE=size, TENSORS=len(sources), WHOLE=whole,
-        SIGNALS=signals is not None, LANES=LANES, num_warps=NUM_WARPS,
+        tuple(sources), tuple(targets), rank, source_block // LANE, target_block // LANE, count, size * count * LANE,
+        SIZE=size, TENSORS=len(sources), WHOLE=whole, LANES=LANES, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -154,7 +130,6 @@ def _meta_run(size: int) -> None:
     copy_parts(sources, torch.empty_like(sources[0]), 0, 2048, 4096)
     copy_parts(sources, sources[0].new_empty(size * sources[0].numel()), None, sources[0].numel(), 2048)
     sum_parts(sources, torch.empty_like(sources[0][0]), 0, 2048)
-    signals = [torch.empty(size, dtype=torch.int32, device="meta") for _ in range(size)]
     for sent in (sources[:1], sources[:2]):
-        send_parts(sent, sources, signals, 1, whole=False, source_block=2048, target_block=4096)
-    send_parts(sources[:1], sources, signals, 1, whole=True, source_block=sources[0].numel(), target_block=2048)
+        send_parts(sent, sources, 1, whole=False, source_block=2048, target_block=4096)
+    send_parts(sources[:1], sources, 1, whole=True, source_block=sources[0].numel(), target_block=2048)

@@ -174,8 +174,7 @@ class _Walk:
             count = min(ROUNDS, len(range(first, end, step)))
         carried = self.read(initial)
         for turn in range(count):
-            known = isinstance(first, int) and isinstance(step, int)
-            self.values[counter] = first + turn * step if known else None
+            self.values[counter] = first + turn * step if isinstance(first, int) and isinstance(step, int) else None
             self.values.update(zip(arguments, carried, strict=True))
             carried = self.run(operation.regions[0])
         return carried

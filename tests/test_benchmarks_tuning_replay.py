@@ -1,0 +1,97 @@
+"""Replayed searches: what they leave out of history, and how trials are counted."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+
+from scalefold.kernels import triton_ops, tuning
+from scalefold.tune import trials
+from scalefold.tune.search import Prior
+from scalefold.tune.trials import config_text
+
+
+@pytest.fixture
+def script(repository, monkeypatch):
+    """The script."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    import tuning_replay
+
+    assert triton_ops.TRITON
+    return tuning_replay
+
+
+@pytest.fixture(scope="module")
+def rows(repository):
+    """The first recorded sweep."""
+    found = trials.read(repository / "benchmarks" / "results" / "tuning_sweeps.csv")
+    return [row for row in found if row.key == found[0].key]
+
+
+def test_the_record_holds_eight_sweeps_of_four_kernels(repository):
+    found = trials.read(repository / "benchmarks" / "results" / "tuning_sweeps.csv")
+    assert len({row.key for row in found}) == 8
+    assert len({row.kernel for row in found}) == 4
+    assert all(row.bits == "equal" for row in found if row.us is not None)
+
+
+def test_only_sound_trials_are_replayed_and_today_begins_with_the_default(script, rows):
+    broken = replace(rows[1], bits="differ")
+    sweep = script.recorded([rows[0], broken, *rows[2:]])
+    texts = [row.config for row in sweep.rows]
+    assert broken.config not in texts
+    assert not any(row.error for row in sweep.rows)
+    default = tuning._defaults[rows[0].kernel](script.fields_of(rows[0]), 90)
+    assert texts[sweep.order[0]] == config_text(default)
+    assert sorted(sweep.order) == list(range(len(texts)))
+
+
+def test_history_leaves_out_the_width_or_the_kernel(script, rows):
+    out = rows[0]
+    smaller = replace(out, problem=out.problem.replace("rows=65536", "rows=16384"))
+    wider = replace(out, problem=out.problem.replace("c=128", "c=256"))
+    other = replace(out, kernel="gated_output_forward")
+    known = [out, smaller, wider, other]
+    assert script.left(known, out, new_kernel=False) == [wider, other]
+    assert script.left(known, out, new_kernel=True) == [other]
+
+
+def test_a_curve_ends_when_a_trial_is_close_enough_to_the_best(script, rows):
+    sweep = script.recorded(rows)
+    best = int(sweep.us.argmin())
+    others = [n for n in range(len(sweep.us)) if sweep.us[n] > 1.02 * sweep.us[best]]
+    found = script.curve(sweep, iter([*others[:4], best, *others[4:]]))
+    assert len(found) == 5
+    assert found[-1] == 1.0
+    assert list(found) == sorted(found, reverse=True)
+
+
+@pytest.mark.parametrize("method", ["random_order", "today_order", "tpe_order"])
+def test_every_method_proposes_every_candidate_once(script, rows, method):
+    if method == "tpe_order":
+        pytest.importorskip("optuna")
+    sweep = script.recorded(rows)
+    order = list(getattr(script, method)(sweep, 3))
+    assert sorted(order) == list(range(len(sweep.rows)))
+
+
+def test_ours_begins_with_the_present_choice_and_ends_with_what_spills(script, rows):
+    sweep = script.recorded(rows)
+    order = list(script.search_order(sweep, 3, Prior.flat(len(sweep.rows)), advised=False))
+    assert order[0] == sweep.order[0]
+    assert sorted(order) == list(range(len(sweep.rows)))
+    spilling = {n for n, row in enumerate(sweep.rows) if (row.spill_bytes or 0) > 512}
+    assert spilling
+    assert set(order[-len(spilling) :]) == spilling
+
+
+def test_ratios_are_of_medians_and_of_their_sums(script):
+    ours, other = [[2, 2, 2], [3, 3, 3], [10, 10, 10]], [[4, 4, 4], [12, 12, 12], [10, 10, 10]]
+    found = script.ratios(ours, other)
+    assert found["median_ratio"] == "0.50"
+    assert found["ratio_of_sums"] == f"{15 / 26:.2f}"
+    low, high = map(float, found["median_ratio_95"].split(" to "))
+    assert low <= 0.5 <= high <= 1.0
+    assert np.isfinite(low)
