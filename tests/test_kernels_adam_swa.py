@@ -97,46 +97,6 @@ def test_masks_drawn_together_have_their_shapes_and_the_rate():
     assert 0.22 < (first == 0).float().mean().item() < 0.28
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tensors_are_moved_into_one_buffer_whatever_their_sizes_places_and_strides(dtype, monkeypatch):
-    monkeypatch.setattr(elementwise, "COPIED", 64)
-    draw = Draw(1)
-    sources = [draw(9, 7), draw(7, 16).t(), draw(64), draw(65)[1:], draw(3, 4, 5), draw(1)]
-    sources = [torch.empty_strided(x.shape, x.stride(), dtype=dtype, device=DEVICE).copy_(x) for x in sources]
-    starts, place = [], 3
-    for source in sources:
-        starts.append(place)
-        place += source.numel() + 13
-    ours, plain = (torch.full((place,), 5.0, dtype=dtype, device=DEVICE) for _ in range(2))
-    assert elementwise.copy_tensors(ours, starts, sources) == []
-    reference.copy_tensors(plain, starts, sources)
-    assert torch.equal(ours, plain)
-
-
-def test_a_copy_that_is_wide_starts_at_multiples_of_sixteen_bytes_and_has_no_remainder():
-    x = torch.zeros(80, dtype=torch.bfloat16)
-    assert x.data_ptr() % 16 == 0
-    table, programs = elementwise.copy_table([16, 16, 17, 16], [x[:16], x[1:17], x[:16], x[:20]])
-    assert table[: 4 * 4].view(4, 4)[:, 3].tolist() == [1, 0, 0, 0]
-    assert programs == 4
-
-
-@pytest.mark.gpu
-def test_a_captured_move_reads_the_table_that_is_sent_after_the_capture():
-    sources = [torch.randn(n, device="cuda") for n in (5000, 7, 64)]
-    flat, graph = torch.zeros(6000, device="cuda"), torch.cuda.CUDAGraph()
-    elementwise.copy_tensors(flat, [0, 5008, 5024], sources)  # compiles
-    expected = flat.clone()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        later = elementwise.copy_tensors(flat, [0, 5008, 5024], sources)
-    for table, host in later:
-        table.copy_(host)
-    flat.zero_()
-    graph.replay()
-    assert expected.any()
-    assert torch.equal(flat, expected)
-
-
 @pytest.mark.gpu
 def test_full_size_adam_swa_equals_its_definition():
     ours, plain = buffers(93_229_082, torch.bfloat16), buffers(93_229_082, torch.bfloat16)

@@ -1,7 +1,6 @@
 """The flat optimizer against torch's own Adam, clipping and averaged model; the learning-rate schedule."""
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from scalefold.config import TrainingConfig
 from scalefold.kernels.rows import fused_view
-from scalefold.kernels.table import REFERENCE
 from scalefold.step.optimizer import Optimizer, learning_rate
 from scalefold.step.parameters import FlatParameters, lay_out, storage_order
 from scalefold.step.reducer import GradientReducer
@@ -148,21 +146,6 @@ def test_bf16_parameters_compute_from_a_copy_that_follows_the_master() -> None:
     master = dict(flat.named_views(flat.master))
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), master[name].to(parameter.dtype), rtol=0, atol=0)
-
-
-def test_what_a_capture_could_not_send_is_sent_when_it_has_ended() -> None:
-    late = (torch.zeros(3), torch.arange(3.0))
-    model = Attention()
-    ops = dataclasses.replace(REFERENCE, copy_tensors=lambda flat, starts, sources: [late])
-    flat = FlatParameters(model, torch.device("cpu"), ops=ops)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    flat.collect_gradients()
-    assert not late[0].any()
-    (kept,) = flat.capture_ended()
-    assert kept is late[0]
-    assert kept.tolist() == [0.0, 1.0, 2.0]
-    assert flat.capture_ended() == []
 
 
 def test_accumulated_gradients_are_the_sum_of_their_parts() -> None:

@@ -232,7 +232,8 @@ def test_the_trace_of_a_gpu_shows_the_kernels_that_a_replay_starts(tmp_path: Pat
         for _ in steps:
             step.replay()
     (found,) = read_anatomies(tmp_path)
-    assert (found.steps, found.on_gpu, found.launches) == (2, True, 2)
+    assert (found.steps, found.on_gpu) == (2, True)
+    assert found.launches in {2, 3}  # the library may split the product and sum its parts in a kernel of its own
     assert found.work["matrix products"] > 0
     assert found.host["replay"] > 0
     assert 0 < found.idle_ms < found.step_ms

@@ -192,6 +192,7 @@ def test_every_operation_gives_the_same_bits_again(script):
     assert [row["what"] for row in rows if row["differing"] != 0] == []
 
 
+@pytest.mark.own_work(3600)  # many processes compile
 @pytest.mark.gpu
 def test_whole_steps_give_the_same_bits_again_and_in_another_process(repository, tmp_path):
     command = [

@@ -135,10 +135,8 @@ class DirectAlone(DirectExchanges):
             return None
         arrived = self.arrivals.own[place:].view(dtype)
         targets = [arrived[peer * concat_block :] for peer in range(self.size)]
-        signals = self.arrivals.signals
-        send_parts([x.contiguous() for x in xs], targets, signals, self.rank, whole, split_block, concat_block)
-        if signals is None:
-            self.arrivals.barrier()
+        send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
+        self.arrivals.barrier()
         return self.arrivals.at(place, shape, dtype, len(xs))
 
 
@@ -153,11 +151,7 @@ def direct_alone(size: int, device: torch.device) -> DirectExchanges:
 
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
     memory = torch.empty(kept + passing, dtype=torch.uint8, device=device)
-    counts = torch.zeros(size, dtype=torch.int32, device=device)
-    signals = [counts[peer:] for peer in range(size)]  # what goes to a peer is counted as if it came from there
-    running = signals if device.type == "cuda" else None  # Triton's interpreter runs one program after the other
-    arrivals = Arrivals(memory, [memory] * size, kept, barrier, running)
-    return DirectAlone(RANK, size, stages, views, barrier, arrivals)
+    return DirectAlone(RANK, size, stages, views, barrier, Arrivals(memory, [memory] * size, kept, barrier))
 
 
 @contextmanager

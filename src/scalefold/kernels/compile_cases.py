@@ -87,11 +87,6 @@ def _draw_masks() -> None:
     elementwise.dropout_masks([(1, 1, 256, 128), (1, 256, 1, 128)], 0.25, META)
 
 
-def _move_gradients() -> None:
-    flat = torch.empty(4096, dtype=torch.bfloat16, device=META)
-    elementwise.copy_tensors(flat, [0, 1024], [flat[:512], flat[512:]])
-
-
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
     """Forward and backward of every operation; see ``tuning``."""
     msa, extra, pair, template = (1, 128, 256), (1, 1024, 256), (1, 256, 256), (4, 256, 256)
@@ -119,5 +114,4 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("layer_norm_single", lambda: run_backward(layer_norm.layer_norm(leaf(1, 256, 384), *norm(384)))),
         ("optimizer", lambda: optimizer(93_229_082)),
         ("dropout_mask", _draw_masks),
-        ("copy_tensors", _move_gradients),
     ]

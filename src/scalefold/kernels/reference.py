@@ -361,13 +361,3 @@ def adam_swa(
 def sum_of_squares(values: Tensor) -> Tensor:
     """Sum of squares of a flat buffer, fp32 or bf16 [n] -> fp32 scalar on the device."""
     return values.float().square().sum()
-
-
-def copy_tensors(flat: Tensor, starts: Sequence[int], sources: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Copy every tensor into ``flat``, fp32 or bf16 [n], from its place in ``starts`` on; any types and strides.
-
-    Returns (target, source) of what is to be copied when a capture of this in a graph has ended: here nothing.
-    """
-    targets = [flat[start : start + x.numel()].view(x.shape) for start, x in zip(starts, sources, strict=True)]
-    torch._foreach_copy_(targets, list(sources))
-    return []

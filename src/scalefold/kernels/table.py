@@ -39,7 +39,6 @@ class Operations:
     dropout_mask: Callable[..., Any] = reference.dropout_mask
     adam_swa: Callable[..., Any] = reference.adam_swa
     sum_of_squares: Callable[..., Any] = reference.sum_of_squares
-    copy_tensors: Callable[..., Any] = reference.copy_tensors
 
 
 REFERENCE = Operations("reference")

@@ -118,5 +118,4 @@ TRITON = Operations(
     dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
     sum_of_squares=guarded(adam_swa.sum_of_squares, reference.sum_of_squares, buffer_obstacle),
-    copy_tensors=guarded(elementwise.copy_tensors, reference.copy_tensors, buffer_obstacle, elementwise.copy_obstacle),
 )

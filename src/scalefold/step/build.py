@@ -91,7 +91,6 @@ def build_optimizer(
         compute_dtype=partial(compute_dtype, config),
         gradient_scale=scale_of(ranks.layout),
         gradient_dtype=torch.float32 if in_parts else None,
-        ops=ops,
     )
     return Optimizer(flat, config.training, ops)
 

@@ -129,7 +129,6 @@ class GraphedTrainStep(TrainStep):
         self._input: Batch | None = None
         self._values: dict[int, Tensor] = {}
         self._pool = None
-        self._tables: list[Tensor] = []
 
     def warm_up(self, batch: Batch, passes: int, progress: Callable[[str], None]) -> None:
         """Compile, warm up and capture the graph of every number of passes; state is put back."""
@@ -152,7 +151,6 @@ class GraphedTrainStep(TrainStep):
         for graph in (*self._graphs.values(), *([self._update_graph] if self._update_graph is not None else [])):
             graph.reset()
         self._graphs, self._values, self._update_graph, self._input, self._pool = {}, {}, None, None, None
-        self._tables = []
 
     def _part(self, batch: Batch, number: int, passes: int, index: int, total: int) -> Tensor:
         assert self._input is not None, "warm_up comes first"
@@ -192,7 +190,6 @@ class GraphedTrainStep(TrainStep):
             if whole:
                 self.optimizer.apply()
         self._graphs[passes] = graph
-        self._tables += self.optimizer.flat.capture_ended()
         if not whole and self._update_graph is None:
             self._update_graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from scalefold.kernels.table import REFERENCE, Operations
-
 ALIGNMENT = 16
 
 
@@ -127,7 +125,6 @@ class FlatParameters(FlatLayout):
         device: where the buffers live.
         compute_dtype, gradient_scale: see ``FlatLayout``.
         gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
-        ops: moves gradients.
     """
 
     def __init__(
@@ -137,11 +134,8 @@ class FlatParameters(FlatLayout):
         compute_dtype: Callable[[str], torch.dtype] = lambda name: torch.float32,
         gradient_scale: Callable[[str], float] = lambda name: 1.0,
         gradient_dtype: torch.dtype | None = None,
-        ops: Operations = REFERENCE,
     ) -> None:
         super().__init__(model, compute_dtype, gradient_scale)
-        self.ops = ops
-        self._after_capture: list[tuple[Tensor, Tensor]] = []
         parameters = dict(model.named_parameters())
         self.master = torch.zeros(self.size, dtype=torch.float32, device=device)
         self.parameters = [parameters[slot.name] for slot in self.slots]
@@ -180,27 +174,20 @@ class FlatParameters(FlatLayout):
     @torch.no_grad()
     def collect_range(self, segment: Segment, flat: Tensor, start: int, stop: int, accumulate: bool) -> None:
         """The same for the parameters that begin in [start, stop) of one segment."""
-        slots, sources = [], []
+        targets, sources = [], []
         for slot, parameter in self._members(start, stop):
+            target = self.view(flat, slot, segment.start)
             if parameter.grad is not None:
-                slots.append(slot)
+                targets.append(target)
                 sources.append(parameter.grad)
                 parameter.grad = None
             elif not accumulate:
-                self.view(flat, slot, segment.start).zero_()
-        if sources and accumulate:
-            targets = [self.view(flat, slot, segment.start) for slot in slots]
-            torch._foreach_add_(targets, [s.to(flat.dtype) for s in sources])
-        elif sources:
-            places = [slot.start - segment.start for slot in slots]
-            self._after_capture += self.ops.copy_tensors(flat, places, sources)
-
-    def capture_ended(self) -> list[Tensor]:
-        """Send what a captured collection of gradients could not. The graph reads the tensors that are returned."""
-        tables, self._after_capture = self._after_capture, []
-        for target, source in tables:
-            target.copy_(source)
-        return [target for target, _ in tables]
+                target.zero_()
+        if targets:
+            if accumulate:
+                torch._foreach_add_(targets, [s.to(targets[0].dtype) for s in sources])
+            else:
+                torch._foreach_copy_(targets, sources)
 
     def _members(self, start: int, stop: int) -> list[tuple[Slot, nn.Parameter]]:
         first = bisect.bisect_left(self.slots, start, key=lambda slot: slot.start)
