@@ -5,13 +5,13 @@ Two ways, both without multicast and without the host in between, so that a CUDA
 * **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, and all ranks meet at a
   barrier on the device: one kernel and one barrier. Results lie in memory that all ranks of the group map, at the same
   place on each: either until the next step begins (what the backward pass needs), or until some exchanges later.
-* **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's stage:
-  for sums, for results that somebody holds longer, and where there is no room for a result any more.
+* **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's
+  stage: for sums, for results that somebody holds longer, and where there is no room for a result any more.
 
-Why nobody writes what a peer still reads: every exchange is a barrier, and a rank reaches one only after all that stands
-before it in its stream. Two stages take turns: who writes to a stage again has passed the barrier of the other one,
-which its peers reach only after reading the first. The place of a passing result is given away again after at least
-``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a barrier of its own.
+Why nobody writes what a peer still reads: every exchange is a barrier, and a rank reaches one only after all that
+stands before it in its stream. Two stages take turns: who writes to a stage again has passed the barrier of the other
+one, which its peers reach only after reading the first. The place of a passing result is given away again after at
+least ``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a barrier of its own.
 Turns of the stages go on from one captured graph to the next, and graphs are replayed in any order, so one may begin
 with the stage that the one before ended with: the barrier of the step's beginning lies between.
 Measured beside NCCL by ``benchmarks/measure/symmetric_exchange.py``.
@@ -84,13 +84,10 @@ class Arrivals:
 
     def at(self, place: int, shape: Sequence[int], dtype: torch.dtype, number: int) -> list[Tensor]:
         """``number`` tensors behind each other: of their own as autograd sees them, no views of each other."""
-        numel, first = math.prod(shape), self.own.storage_offset() + place
-        return [
-            self.own.new_empty(0, dtype=dtype).set_(
-                self.own.untyped_storage(), first // dtype.itemsize + n * numel, tuple(shape)
-            )
-            for n in range(number)
-        ]
+        numel, first = math.prod(shape), (int(self.own.storage_offset()) + place) // dtype.itemsize
+        empty: Any = [self.own.new_empty(0, dtype=dtype) for _ in range(number)]
+        storage = self.own.untyped_storage()
+        return [out.set_(storage, first + n * numel, tuple(shape)) for n, out in enumerate(empty)]
 
 
 class DirectExchanges:

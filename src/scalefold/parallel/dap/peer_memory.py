@@ -34,7 +34,8 @@ def _send_parts(
 ):  # fmt: skip
     """Program (units, peer, tensor): the peer's part of a source, or all of it, to this rank's place at the peer.
 
-    A peer holds the results of all tensors, each of ``result`` elements, behind each other. Parts that cross a wire are on their way first.
+    A peer holds the results of all tensors, each of ``result`` elements, behind each other. Parts that cross a wire are
+    on their way first.
     """
     unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
     keep = (unit < count)[:, None]
