@@ -45,11 +45,12 @@ def test_triton_is_hidden_here(python) -> None:
     assert "No module named 'triton'" in python("-c", "import triton").stderr
 
 
-def test_only_the_kernels_need_triton(python) -> None:
+def test_only_the_kernels_and_their_tuning_need_triton(python) -> None:
     code = (
         "import importlib, pkgutil, scalefold\n"
         "for module in pkgutil.walk_packages(scalefold.__path__, 'scalefold.'):\n"
-        "    if not module.name.startswith('scalefold.kernels.') and not module.name.endswith('__main__'):\n"
+        "    needs = module.name.startswith(('scalefold.kernels.', 'scalefold.tune.'))\n"
+        "    if not needs and not module.name.endswith('__main__'):\n"
         "        try:\n"
         "            importlib.import_module(module.name)\n"
         "        except ModuleNotFoundError as error:\n"
