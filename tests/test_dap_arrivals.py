@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernel_accuracy import DEVICE
 from processes import run_ranks
+from rank_tensors import tensors
 from scalefold.config import load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.made.synthetic import synthetic_batch
@@ -23,7 +25,6 @@ from scalefold.parallel.dap.points import apply_dap
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="needs a GPU or Triton's interpreter"
 )
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEPT, PASSING = 1 << 18, 1 << 21
 
 
@@ -38,11 +39,6 @@ def group_of(size: int) -> list[DirectExchanges]:
         DirectExchanges(rank, size, [], {torch.float32: [], torch.bfloat16: []}, lambda turn: None, arrivals)
         for rank, arrivals in enumerate(Arrivals(own, arrived, KEPT, lambda: None) for own in arrived)
     ]
-
-
-def tensors(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(size)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

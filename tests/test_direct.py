@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernel_accuracy import DEVICE
 from processes import run_ranks
+from rank_tensors import tensors
 from scalefold.config import TrainingConfig
 from scalefold.kernels import triton_ops
 from scalefold.parallel.dap import collectives, direct
@@ -27,7 +29,6 @@ pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="needs a GPU or Triton's interpreter"
 )
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BYTES = 1 << 16
 
 
@@ -48,11 +49,6 @@ class OneProcess:
             getattr(rank, name)(x, *how)
             rank._turn = (rank._turn - 1) % STAGES
         return [getattr(rank, name)(x, *how) for rank, x in zip(self.ranks, xs, strict=True)]
-
-
-def tensors(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(sum(shape))
-    return [torch.randn(shape, generator=generator).to(DEVICE, dtype) for _ in range(size)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_accuracy import DEVICE, Draw, results
+from launches import Launches
 from loose_products import FAR, LooseProducts
 from scalefold.config import StructureConfig
 from scalefold.eval.model import precision
@@ -151,31 +151,16 @@ def test_products_with_coordinates_or_their_gradients_never_use_tf32(function, g
     assert mode.with_coordinates == []
 
 
-class Launches(TorchDispatchMode):
-    """Names of everything that runs on the device: operations that are no views, and kernels (recorded, not run)."""
+class PointLaunches(Launches):
+    """Of point attention, and no operand of a product that the library would copy."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        for module, name in [*((point_attention, name) for name in KERNELS), (rows, "_sum_kernel")]:
-            monkeypatch.setattr(module, name, self._recorder(name))
+        kernels = [*((point_attention, name) for name in KERNELS), (rows, "_sum_kernel")]
+        super().__init__(monkeypatch, kernels, lambda name: any(part in name for part in VIEWS))
 
-    def _recorder(self, name: str):
-        names = self.names
-
-        class Recorder:
-            def __getitem__(self, grid):
-                return lambda *arguments, **options: names.append(name)
-
-        return Recorder()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if not any(part in name for part in VIEWS):
-            self.names.append(name)
-            if "bmm" in name:  # the library copies an operand whose rows and columns are both strided
-                assert all(1 in x.stride()[-2:] for x in args if isinstance(x, Tensor)), name
-        return func(*args, **(kwargs or {}))
+    def check(self, name: str, args: tuple) -> None:
+        if "bmm" in name:  # the library copies an operand whose rows and columns are both strided
+            assert all(1 in x.stride()[-2:] for x in args if isinstance(x, Tensor)), name
 
 
 def meta_inputs(n: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -186,7 +171,7 @@ def meta_inputs(n: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 def test_the_number_of_launches_is_small_whatever_the_strides(monkeypatch):
     inputs = meta_inputs(24)
-    with Launches(monkeypatch) as launches:
+    with PointLaunches(monkeypatch) as launches:
         outputs = point_attention.invariant_point_attention(*inputs, MASK_INF)
         assert launches.names == ["_pack_kernel", "_forward_kernel", "bmm", "bmm"]
         launches.names.clear()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_accuracy import DEVICE, Draw
+from launches import Launches
 from loose_products import LooseProducts
 from scalefold.config import ModelConfig
 from scalefold.eval.model import precision
@@ -103,39 +103,24 @@ def test_products_with_coordinates_never_use_tf32():
     assert mode.with_coordinates == []
 
 
-class Launches(TorchDispatchMode):
-    """Counts what would run on the device: operations that are no views, and programs (recorded, not run)."""
+FREE = ("empty", "view", "slice", "select", "transpose", "permute", "unbind", "split", "detach", "expand", "t")
 
-    FREE = ("empty", "view", "slice", "select", "transpose", "permute", "unbind", "split", "detach", "expand", "t")
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        own = [*((norms, n) for n in PROGRAMS[:2]), *((points, n) for n in (*PROGRAMS[2:], "features_backward_kernel"))]
-        attention = iterations.attention
-        for module, name in [*own, *((attention, n) for n in ("_forward_kernel", "_rows_kernel", "_columns_kernel"))]:
-            monkeypatch.setattr(module, name, self._recorder(name))
-        monkeypatch.setattr(iterations, "sum_all", lambda partials, dtype: [p[0] for p in partials])
+def is_view(name: str) -> bool:
+    return name.lstrip("_").removeprefix("unsafe_") in FREE or "empty" in name or "view" in name
 
-    def _recorder(self, name: str):
-        names = self.names
 
-        class Recorder:
-            def __getitem__(self, grid):
-                return lambda *arguments, **options: names.append(name)
-
-        return Recorder()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name.lstrip("_").removeprefix("unsafe_") not in self.FREE and "empty" not in name and "view" not in name:
-            self.names.append(name)
-        return func(*args, **(kwargs or {}))
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    own = [*((norms, n) for n in PROGRAMS[:2]), *((points, n) for n in (*PROGRAMS[2:], "features_backward_kernel"))]
+    attention = iterations.attention
+    kernels = [*own, *((attention, n) for n in ("_forward_kernel", "_rows_kernel", "_columns_kernel"))]
+    monkeypatch.setattr(iterations, "sum_all", lambda partials, dtype: [p[0] for p in partials])
+    return Launches(monkeypatch, kernels, is_view)
 
 
 def test_an_iteration_is_a_dozen_launches_forward_and_seventeen_backward(monkeypatch):
     def launches(count: int) -> int:
-        with Launches(monkeypatch) as mode:
+        with recorded(monkeypatch) as mode:
             iterations.meta_call(24, 16, 8, iterations.Sizes(count, 2, 8, 4, 8))
         return len(mode.names)
 

@@ -8,8 +8,7 @@ beside the pair updates, sums of gradients) is one kernel of the same bytes on a
 
 # pyright: reportAssignmentType=false, reportCallIssue=false
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.config import RankLayout
-from scalefold.parallel.dap.collectives import Group, Lasts
+from scalefold.parallel.dap.collectives import Group
 from scalefold.parallel.dap.direct import (
     DTYPES,
     KEPT_BYTES,
@@ -30,7 +29,7 @@ from scalefold.parallel.dap.direct import (
     Arrivals,
     DirectExchanges,
 )
-from scalefold.parallel.dap.peer_memory import LANE, copy_parts, send_parts, sum_parts
+from scalefold.parallel.dap.peer_memory import LANE, copy_parts, sum_parts
 from scalefold.parallel.ranks import Ranks
 
 RANK = 0  # the one that is there
@@ -123,21 +122,10 @@ def _barrier_kernel_alone(flag):
 class DirectAlone(DirectExchanges):
     """What this rank would write to its peers, part by part, goes to where theirs would arrive here."""
 
-    def _sent(
-        self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts, whole: bool, split_block: int, concat_block: int
-    ) -> list[Tensor] | None:
-        """The package's launch; the result holds part p of this rank's tensor in the place of peer p."""
-        assert self.arrivals is not None
-        dtype = xs[0].dtype
-        count = len(xs) * math.prod(shape) * dtype.itemsize
-        place = None if lasts is Lasts.LONG else self.arrivals.place(count, keep=lasts is Lasts.STEP)
-        if place is None:
-            return None
-        arrived = self.arrivals.own[place:].view(dtype)
-        targets = [arrived[peer * concat_block :] for peer in range(self.size)]
-        send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
-        self.arrivals.barrier()
-        return self.arrivals.at(place, shape, dtype, len(xs))
+    def _targets(self, arrivals: Arrivals, place: int, dtype: torch.dtype, concat_block: int) -> list[Tensor]:
+        """Its own results, so shifted that part p of this rank's tensor lands in the place of peer p."""
+        arrived = arrivals.own[place:].view(dtype)
+        return [arrived[peer * concat_block :] for peer in range(self.size)]
 
 
 def direct_alone(size: int, device: torch.device) -> DirectExchanges:

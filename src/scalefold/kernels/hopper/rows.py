@@ -1,8 +1,8 @@
 """Row-wise programs for compute capability 9.0 in Gluon, beside those of ``ops`` in Triton.
 
-Each launch has an obstacle: the Gluon program takes bf16 rows of 128 channels that lie densely and fill whole tiles,
-and runs only where it is known to win, which the tuned tables say (HOPPER = 1). Everything else stays with Triton.
-Results have the same layout, and nothing but the program differs.
+Each launch has an obstacle: the Gluon program takes bf16 rows of 128 channels (a transition also of 256) that lie
+densely and fill whole tiles, and runs only where it is known to win, which the tuned tables say (HOPPER = 1).
+Everything else stays with Triton. Results have the same layout, and nothing but the program differs.
 
 Triton's interpreter cannot run Gluon. What can be tested without a GPU is that the programs compile and that obstacles
 are found; what they compute is tested on a GPU.
@@ -151,8 +151,8 @@ def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: T
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
     kept, x_stages, stages = HIDDEN_TILES[c]
     hopper_transition[_programs(x)](
-        _matrix(_by_rows(x, order), PART, c), _weight_block(linear_1.weight, HIDDEN_BLOCK, c),
-        _weight_block(linear_2.weight, c, HIDDEN_BLOCK), _matrix(_by_rows(out, order), PART, c), norm,
+        _matrix(_by_rows(x, order), PART, c), _weight(linear_1.weight, HIDDEN_BLOCK, c),
+        _weight(linear_2.weight, c, HIDDEN_BLOCK), _matrix(_by_rows(out, order), PART, c), norm,
         (linear_1.bias, linear_2.bias), hidden // HIDDEN_BLOCK, x.shape[:-1].numel() // PART,
         KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
     )  # fmt: skip
@@ -170,7 +170,7 @@ def transition_gradient(
     partials = x.new_empty(count // PART, c + hidden, dtype=torch.float32)
     hopper_transition_gradient[_programs(x)](
         _matrix(_by_rows(x, order), PART, c), _matrix(_by_rows(d_out, order), PART, c),
-        _weight_block(linear_1.weight, HIDDEN_BLOCK, c), _weight_block(weight_2, c, HIDDEN_BLOCK),
+        _weight(linear_1.weight, HIDDEN_BLOCK, c), _weight(weight_2, c, HIDDEN_BLOCK),
         *(_matrix(out, PART, HIDDEN_BLOCK) for out in outs[:2]), *(_matrix(out, PART, c) for out in outs[2:]), norm,
         linear_1.bias, partials, hidden // HIDDEN_BLOCK, count // PART, PAIRS=HIDDEN_PAIRS[c], num_warps=4,
     )  # fmt: skip
@@ -200,7 +200,7 @@ def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine,
     tiles_i, tiles = i // PART, i // PART * (j // OUTER_COLUMNS)
     hopper_outer_product[(min(_multiprocessors(z.device), tiles),)](
         _matrix(z.flatten(1), PART, c), _matrix(by_channel, MOST_SEQUENCES, PART),
-        _matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), _weight_block(linear.weight, c, OUTER_CHANNELS),
+        _matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), _weight(linear.weight, c, OUTER_CHANNELS),
         _matrix(out.flatten(1), PART, c), norm, linear.bias, a.shape[0], j, tiles_i, tiles, num_warps=4,
     )  # fmt: skip
 
@@ -263,12 +263,8 @@ def _rows(x: Tensor, order: Sequence[int]) -> Any:
     return _matrix(_by_rows(x, order), PART, CHANNELS)
 
 
-def _weight(weight: Tensor, lines: int = CHANNELS) -> Any:
+def _weight(weight: Tensor, lines: int = CHANNELS, columns: int = CHANNELS) -> Any:
     """Blocks of a dense weight, copied first if it begins at no multiple of 16 bytes; see ``rows.weight_blocks``."""
-    return _weight_block(weight, lines, CHANNELS)
-
-
-def _weight_block(weight: Tensor, lines: int, columns: int) -> Any:
     return _matrix(weight if weight.data_ptr() % 16 == 0 else weight.clone(), lines, columns)
 
 

@@ -171,10 +171,14 @@ class DirectExchanges:
         place = self.arrivals.place(len(xs) * math.prod(shape) * dtype.itemsize, keep=lasts is Lasts.STEP)
         if place is None:
             return None
-        targets = [peer[place:].view(dtype) for peer in self.arrivals.peers]
+        targets = self._targets(self.arrivals, place, dtype, concat_block)
         send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
         self.arrivals.barrier()
         return self.arrivals.at(place, shape, dtype, len(xs))
+
+    def _targets(self, arrivals: Arrivals, place: int, dtype: torch.dtype, concat_block: int) -> list[Tensor]:
+        """Of each peer the results at ``place``, in which this rank's parts are runs of ``concat_block`` elements."""
+        return [peer[place:].view(dtype) for peer in arrivals.peers]
 
     def _staged(self, xs: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of each of the tensors every rank's one of this exchange, flat and readable from here."""
