@@ -137,7 +137,9 @@ def counted_kernels(run: Run) -> Iterator[None]:
 
 
 def warm_up_step(run: Run) -> None:
-    """The training step's part of it, also at the beginning of a later phase."""
+    """The training step's part of it, also at the beginning of a later phase that has a step of its own."""
+    if run.training.step.warm:
+        return
     run.ranks.watch.at("warm-up")
     if run.config.execution.warm_up or run.config.execution.cuda_graphs:
         passes = run.config.data.num_recycling_iters + 1
