@@ -1,6 +1,8 @@
 """Delivery of batches: order, determinism, slow samples, failures, evaluation cache."""
 
+import atexit
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from chains import random_chain
 from scalefold.data.batch_keys import PER_SLICE_KEYS
@@ -273,6 +276,29 @@ def test_an_evaluation_worker_that_stands_still_is_named(tmp_path):
     with pytest.raises(DataError, match="no batch within 2 s: loader worker"):
         list(evaluation)
     evaluation.close()
+
+
+def test_closed_workers_leave_no_pipe_although_pytorch_notes_them_for_its_end(tmp_path, monkeypatch):
+    def pipes():
+        gc.collect()
+        found = 0
+        for descriptor in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # the one that the list was read through
+                found += os.readlink(f"/proc/self/fd/{descriptor}").startswith("pipe:")
+        return found
+
+    note = staticmethod(lambda worker: None)  # as PyTorch does with the workers of a loader of page-locked batches
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter, "_clean_up_worker", note, raising=False)
+    counts = []
+    for _ in range(3):
+        loader = TrainLoader(tmp_path, SMALL, num_workers=2)
+        loader.spawn()
+        for worker in loader.processes():
+            atexit.register(_MultiProcessingDataLoaderIter._clean_up_worker, worker)
+        loader.close()
+        del loader, worker
+        counts.append(pipes())
+    assert counts[1] == counts[2] == counts[0]
 
 
 def test_workers_that_are_alive_and_slow_are_not_called_dead():
