@@ -87,7 +87,7 @@ def worked(tmp_path: Path, device: str) -> tuple[dict[int, bool], list[int]]:
     """Steps 1 to 4 of a worker with a window at 2: whether its method was wrapped, and how often training paused."""
     worker, during, paused = Worker(), {}, []
     profile, spans = ProfileConfig(steps="2"), [(worker, "work", "w")]
-    window = Window(profile, tmp_path, 0, torch.device(device), lambda: spans, lambda: paused.append(1))
+    window = Window(profile, tmp_path, 0, torch.device(device), lambda: spans, lambda: None, lambda: paused.append(1))
     with window.around(range(1, 5)) as steps:
         for step in steps:
             during[step] = "work" in vars(worker)
@@ -99,6 +99,27 @@ def test_every_name_is_taken_off_when_the_window_closes(tmp_path: Path, monkeypa
     monkeypatch.setenv(UNDER_NSYS, "1")  # means nothing on a CPU
     assert worked(tmp_path, "cpu") == ({1: False, 2: True, 3: False, 4: False}, [1])
     assert (tmp_path / "profile" / "steps_2-2_rank_0.json").exists()
+
+
+def test_exchanges_of_other_threads_are_over_before_what_was_recorded_is_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that begins to record during the collection costs the events of others."""
+    order: list[str] = []
+    stop = torch.profiler.profile.stop
+    monkeypatch.setattr(torch.profiler.profile, "stop", lambda self: (order.append("collected"), stop(self)))
+    window = Window(
+        ProfileConfig(steps="2"),
+        tmp_path,
+        0,
+        torch.device("cpu"),
+        lambda: [(Worker(), "work", "w")],
+        lambda: order.append("settled"),
+        lambda: order.append("paused"),
+    )
+    with window.around(range(1, 5)) as steps:
+        assert list(steps) == [1, 2, 3, 4]
+    assert order == ["settled", "collected", "paused"]
 
 
 def test_nsys_is_given_the_range_and_the_names_and_no_trace_is_written(
@@ -119,7 +140,7 @@ def test_nsys_is_given_the_range_and_the_names_and_no_trace_is_written(
 def test_another_rank_has_no_window(tmp_path: Path) -> None:
     profile = ProfileConfig(steps="1-2", ranks=(1,))
     steps = range(1, 5)
-    with Window(profile, tmp_path, 0, torch.device("cpu"), list, lambda: None).around(steps) as walk:
+    with Window(profile, tmp_path, 0, torch.device("cpu"), list, lambda: None, lambda: None).around(steps) as walk:
         assert walk is steps
 
 
@@ -228,7 +249,8 @@ def test_the_trace_of_a_gpu_shows_the_kernels_that_a_replay_starts(tmp_path: Pat
 
     step = Step()
     spans, profile = [(step, "replay", "replay")], ProfileConfig(steps="2-3")
-    with Window(profile, tmp_path, 0, torch.device("cuda"), lambda: spans, lambda: None).around(range(1, 5)) as steps:
+    window = Window(profile, tmp_path, 0, torch.device("cuda"), lambda: spans, lambda: None, lambda: None)
+    with window.around(range(1, 5)) as steps:
         for _ in steps:
             step.replay()
     (found,) = read_anatomies(tmp_path)
