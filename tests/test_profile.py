@@ -31,19 +31,25 @@ def names(trace: dict[str, Any]) -> list[str]:
     return [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
 
 
-def test_a_window_writes_a_chrome_trace_with_named_ranges_for_its_steps(tiny_store: Path, tmp_path: Path) -> None:
-    found = names(profiled_run(tiny_store, tmp_path / "run"))
+@pytest.fixture(scope="module")
+def profiled(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run with a window, and what its trace holds."""
+    run_dir = tmp_path_factory.mktemp("profiled") / "run"
+    return run_dir, profiled_run(tiny_store, run_dir)
+
+
+def test_a_window_writes_a_chrome_trace_with_named_ranges_for_its_steps(profiled: tuple[Path, dict]) -> None:
+    run_dir, found = profiled[0], names(profiled[1])
     assert [name for name in found if name.startswith("step ")] == ["step 2", "step 3"]
     for name in ("data wait", "copy", "forward and backward", "update", "log", "comparison of ranks", "stop code"):
         assert found.count(name) == 2, name
     assert found.count("evaluation") == 1
-    assert [file.name for file in (tmp_path / "run" / "profile").iterdir()] == ["steps_2-3_rank_0.json"]
+    assert [file.name for file in (run_dir / "profile").iterdir()] == ["steps_2-3_rank_0.json"]
 
 
-def test_a_profiled_run_is_the_same_run(tiny_store: Path, tmp_path: Path) -> None:
-    profiled_run(tiny_store, tmp_path / "seen")
+def test_a_profiled_run_is_the_same_run(profiled: tuple[Path, dict], tiny_store: Path, tmp_path: Path) -> None:
     run_rank(tiny_config(tiny_store, tmp_path / "plain"), RunOptions())
-    seen, plain = read_metrics(tmp_path / "seen"), read_metrics(tmp_path / "plain")
+    seen, plain = read_metrics(profiled[0]), read_metrics(tmp_path / "plain")
     assert seen.loss.tolist() == plain.loss.tolist()
     assert seen.eval_lddt_ca.tolist() == plain.eval_lddt_ca.tolist()
     assert (seen.step_ms > 0).all()
@@ -197,9 +203,8 @@ def test_a_gpu_trace_is_split_into_host_groups_of_kernels_exchange_and_idle(tmp_
     assert ["GPU: idle", "2.00", "20.0 %"] in found.rows()
 
 
-def test_the_trace_of_a_cpu_run_is_split_into_host_and_operators(tiny_store: Path, tmp_path: Path) -> None:
-    profiled_run(tiny_store, tmp_path / "run")
-    (found,) = read_anatomies(tmp_path / "run")
+def test_the_trace_of_a_cpu_run_is_split_into_host_and_operators(profiled: tuple[Path, dict]) -> None:
+    (found,) = read_anatomies(profiled[0])
     assert (found.steps, found.on_gpu) == (2, False)
     assert sum(found.host.values()) == pytest.approx(found.step_ms)
     assert found.host["forward and backward"] > found.host["update"] > 0
