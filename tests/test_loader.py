@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,14 +30,13 @@ SMALL = FeatureSettings(
     train_sequence_crop_size=16, max_msa_clusters=4, max_extra_msa=8, max_templates=2, num_recycling_iters=3
 )
 NUM_CHAINS = 12
-SLOW_SEED = 63  # draws the slow row 3 once in 40 iterations, as the 11th
+SLOW_SEED = 63  # draws row 3 once in 40 iterations, as the 11th
 
 
 class FakeStore:
     """Chains made from their row number; row 7 cannot be read if the folder is called "broken".
 
-    In a folder called "slow" every sample takes 20 ms and row 3 a hundred times that; in one called "dead" the process
-    ends.
+    In a folder called "gated" row 3 is read once the folder holds a file "open"; in one called "dead" the process ends.
     """
 
     def __init__(self, path):
@@ -57,8 +57,8 @@ class FakeStore:
             raise DataError("record is cut")
         if self.path.name == "dead":
             os._exit(1)
-        if self.path.name == "slow":
-            time.sleep(2.0 if row == 3 else 0.02)
+        while self.path.name == "gated" and row == 3 and not (self.path / "open").exists():
+            time.sleep(0.01)
         return random_chain(10 + row, 12, seed=row)
 
 
@@ -74,6 +74,19 @@ class FakeDataset(ChainDataset):
 @pytest.fixture(autouse=True)
 def fake_store(monkeypatch):
     monkeypatch.setattr(loading, "ChainDataset", FakeDataset)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """PyTorch looks every 5 s whether the workers live; here more often."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+
+
+@pytest.fixture
+def gated(tmp_path):
+    """A folder whose row 3 cannot be read yet."""
+    (tmp_path / "gated").mkdir()
+    return tmp_path / "gated"
 
 
 def sampler(local_batch_size=1, seed=5):
@@ -147,22 +160,21 @@ def test_out_of_order_delivery_loses_and_repeats_nothing(tmp_path):
         assert torch.equal(batch.features["msa_feat"][..., :shared], reference.features["msa_feat"][..., :shared])
 
 
-def test_draws_passed_over_by_one_loader_are_the_first_of_the_next(tmp_path):
-    (tmp_path / "slow").mkdir()
-
+def test_draws_passed_over_by_one_loader_are_the_first_of_the_next(gated):
     def run(first, last, samples, left_over):
         draws = TrainingSampler(
             np.arange(NUM_CHAINS), np.ones(NUM_CHAINS), SLOW_SEED, 0, 1, 1, 3, 1, first - 1, samples, left_over
         )
-        loader = TrainLoader(tmp_path / "slow", SMALL, num_workers=2, prefetch_factor=2, in_order=False)
+        loader = TrainLoader(gated, SMALL, num_workers=2, prefetch_factor=2, in_order=False)
         loader.start(draws, first, 40)
         try:
             batches = [loader.next(iteration) for iteration in range(first, last + 1)]
             return [batch.seeds[0] for batch in batches], draws.passed_over([loader.delivered()])
         finally:
+            (gated / "open").touch()
             loader.close()
 
-    before, left_over = run(1, 14, 0, [])  # the slow row is the 11th draw
+    before, left_over = run(1, 14, 0, [])  # row 3 is the 11th draw
     assert 10 in left_over
     after, nothing = run(15, 40, 14, left_over)
     assert nothing == []
@@ -170,28 +182,30 @@ def test_draws_passed_over_by_one_loader_are_the_first_of_the_next(tmp_path):
     assert sorted([*before, *after]) == sorted(whole.pairs(i)[0][1] for i in range(1, 41))
 
 
-def waits_ms(folder, in_order):
-    loader = TrainLoader(folder, SMALL, num_workers=2, prefetch_factor=2, in_order=in_order)
-    loader.spawn()
+@pytest.fixture(params=[True, False], ids=["in order", "as ready"])
+def waiting(request, gated):
+    """A loader of 40 samples that has delivered the ten before the one that cannot be read yet."""
+    loader = TrainLoader(gated, SMALL, num_workers=2, prefetch_factor=2, in_order=request.param)
     loader.start(sampler(seed=SLOW_SEED), 1, 40)
-    try:
-        batches = []
-        for iteration in range(1, 41):
-            batches.append(loader.next(iteration))
-            time.sleep(0.04)
-        return batches
-    finally:
-        loader.close()
-
-
-def test_a_slow_sample_stalls_the_ordered_loader_and_not_the_other(tmp_path):
-    folder = tmp_path / "slow"
-    folder.mkdir()
     assert [i for i in range(1, 41) if sampler(seed=SLOW_SEED).task(i).indices == (3,)] == [11]
-    ordered = max(batch.wait_ms for batch in waits_ms(folder, in_order=True)[2:])
-    ready = max(batch.wait_ms for batch in waits_ms(folder, in_order=False)[2:-6])
-    assert ordered > 1000
-    assert ready < 500
+    before = [loader.next(iteration) for iteration in range(1, 11)]
+    yield request.param, loader, before
+    (gated / "open").touch()
+    loader.close()
+
+
+def test_a_slow_sample_stalls_the_ordered_loader_and_not_the_other(waiting, gated):
+    in_order, loader, batches = waiting
+    opener = threading.Timer(0.5, (gated / "open").touch)
+    if in_order:
+        opener.start()
+        late = loader.next(11)
+        assert (late.indices, late.wait_ms > 400) == ((3,), True)
+        return
+    batches += [loader.next(iteration) for iteration in range(11, 39)]  # one more draw may wait behind it
+    assert (3,) not in [batch.indices for batch in batches]
+    opener.start()
+    assert (3,) in [loader.next(iteration).indices for iteration in (39, 40)]
 
 
 def test_of_the_ready_batches_the_earliest_draw_comes_first():
@@ -267,10 +281,8 @@ def test_a_worker_that_stands_still_at_the_start_is_named(tmp_path):
     loader.close()
 
 
-def test_an_evaluation_worker_that_stands_still_is_named(tmp_path):
-    folder = tmp_path / "slow"
-    folder.mkdir()
-    evaluation = EvalSet(folder, SMALL, num_workers=1, limit_s=2)
+def test_an_evaluation_worker_that_stands_still_is_named(gated):
+    evaluation = EvalSet(gated, SMALL, num_workers=1, limit_s=2)
     evaluation.start(["chain03_A"])
     stop_workers(evaluation)
     with pytest.raises(DataError, match="no batch within 2 s: loader worker"):

@@ -182,7 +182,12 @@ def report_loading(run: Run) -> None:
 def window(run: Run, steps: StepLog) -> Window:
     """The steps that this rank profiles, usually none."""
     r, ranks = run.config.run, run.ranks
-    return Window(r.profile, r.run_dir, ranks.rank, ranks.device, lambda: spans(run, steps), steps.pause)
+
+    def settle() -> None:
+        run.stops.wait()
+        run.saves.wait()
+
+    return Window(r.profile, r.run_dir, ranks.rank, ranks.device, lambda: spans(run, steps), settle, steps.pause)
 
 
 def spans(run: Run, steps: StepLog) -> list[Span]:
