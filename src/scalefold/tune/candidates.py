@@ -243,7 +243,12 @@ def space(name: str, fields: Fields) -> list[Config]:
     found = list(listed)
     for members in forms.values():
         found += _grid(members)
-    return [dict(items) for items in dict.fromkeys(tuple(sorted(config.items())) for config in found)]
+    return [dict(items) for items in dict.fromkeys(tuple(sorted(c.items())) for c in found if not _stands_still(c))]
+
+
+def _stands_still(config: Config) -> bool:
+    """Whether a GPU would never end it: with one slot a Gluon program waits for a row that nobody may fetch."""
+    return bool(config.get("HOPPER")) and config.get("STAGES", 2) < 2
 
 
 def _form(config: Config) -> tuple[tuple[str, ...], ...]:
@@ -260,6 +265,8 @@ def _grid(members: list[Config]) -> list[Config]:
 
 def neighbours(config: Config) -> list[Config]:
     """One parameter a step up or down, tile and warps together, or the registers of a thread limited."""
+    if config.get("HOPPER") == 0:  # the Triton program, whose launch parameters are another kernel's
+        return []
     found: list[Config] = []
     for name, value in config.items():
         if name in ("num_stages", "STAGES"):
@@ -273,7 +280,7 @@ def neighbours(config: Config) -> list[Config]:
         found += [config | {"maxnreg": n} for n in REGISTERS]
         found += [config | {rows: config[rows] // 2, "num_warps": config["num_warps"] // 2}]
         found += [config | {rows: config[rows] * 2, "num_warps": config["num_warps"] * 2}]
-    return [c for c in found if 1 <= c.get("num_warps", 1) <= 16]
+    return [c for c in found if 1 <= c.get("num_warps", 1) <= 16 and not _stands_still(c)]
 
 
 def candidates(name: str, **fields: int | str) -> list[Config]:
