@@ -16,8 +16,8 @@ not fade.
 All draw from what compiles, fits and does not race; ours also leaves out what spills. A trial that a sampler repeats,
 or that has no program, costs it nothing. Intervals: 95 %, of the bootstrap over sweeps and seeds.
 
-Writes ``tuning_replay.csv`` (trials and ratios), ``tuning_spills.csv`` (what each sweep holds, and what spilling is worth)
-and the figure ``tuning_replay.svg``.
+Writes ``tuning_replay.csv`` (trials and ratios), ``tuning_spills.csv`` (what each sweep holds, what spilling is
+worth) and the figure ``tuning_replay.svg``.
 """
 
 import argparse

@@ -70,7 +70,7 @@ class Request:
 
 
 class Processes:
-    """Workers that compile without a GPU, starting at once (0: all processors but one); a pool that broke is made anew."""
+    """Workers that compile without a GPU, 0: all processors but one. A pool that broke is made anew."""
 
     def __init__(self, daps: Sequence[int], lengths: Sequence[int], workers: int) -> None:
         self._workers = workers or max(1, processors() - 1)

@@ -6,13 +6,14 @@ itself launches it reads registers, spills and shared memory from the machine co
 """
 
 import functools
+import io
 import math
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,9 @@ def start_worker(daps: list[int], lengths: list[int], capability: int) -> None:
 
 
 def compile_task(problem: Problem, config: tuning.Config) -> Program:
-    """``compile_candidate`` in a worker."""
-    return compile_candidate(problem, config, _worker_cases[problem.case])
+    """``compile_candidate`` in a worker; what the compiler prints of a failure, whole programs, is nobody's to read."""
+    with redirect_stdout(io.StringIO()):
+        return compile_candidate(problem, config, _worker_cases[problem.case])
 
 
 def compile_case(n: int) -> None:

@@ -248,7 +248,7 @@ class Sweep:
         return row
 
     def choose(self, deadline: float) -> Iterator[dict[str, object]]:
-        """Settle every problem that was searched and save its choice, what gains most first; a row of the table each."""
+        """Settle every problem that was searched, the largest gains first, and save its choice; a row each."""
         for sought in sorted(self.soughts, key=lambda s: -_hoped(s)):
             if len(sought.search.tried) > 1 and self.clock() < deadline:
                 config, times = self._settle(sought)
