@@ -21,187 +21,48 @@ worth) and the figure ``tuning_replay.svg``.
 """
 
 import argparse
-import functools
+import hashlib
 import importlib.util
 import multiprocessing
 import statistics
 import sys
 import time
-import warnings
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common import FOLDER, ROOT, append_rows, print_table
-from scalefold.kernels import triton_ops, tuning
+from scalefold.kernels import triton_ops
 from scalefold.tune import trials
-from scalefold.tune.candidates import CANDIDATES, space
-from scalefold.tune.model import Forest, augmented, fit, lessons
+from scalefold.tune.candidates import space
 from scalefold.tune.programs import processors
-from scalefold.tune.search import Prior, Search, places_of
 from scalefold.tune.sweep import MOST_SPILL_BYTES
-from scalefold.tune.trials import Trial, config_text, parse_config
+from scalefold.tune.trials import Trial, config_text
+from tuning_methods import (
+    ABLATED,
+    OURS,
+    Order,
+    Recorded,
+    fields_of,
+    left,
+    merged,
+    orders,
+    random_order,
+    recorded,
+    today_order,
+    tpe_order,
+)
 
 WITHIN = 1.02
-CAPABILITY = 90
-OURS = "ours"
-ABLATED = ("ours, no transfer", "ours, no augmentation", "ours, no assistant", "assistant that does not fade")
 RESAMPLES = 2000
 SCENARIOS = ("new shape", "new kernel")
 SETS = {"development": "tuning_sweeps.csv", "held-out": "tuning_held_out.csv"}
 SHOWN = 40  # trials in the figure
-STALE = 5  # proposals of TPE in a row that are known or have no program, before it gets the next in any order
 Place = tuple[str, str]  # a set of sweeps and a scenario
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One sweep: its sound trials, one per candidate, and the order of today."""
-
-    rows: tuple[Trial, ...]
-    order: tuple[int, ...]
-
-    @property
-    def us(self) -> np.ndarray:
-        return np.array([row.us for row in self.rows])
-
-    @property
-    def name(self) -> str:
-        return f"{self.rows[0].kernel} {self.rows[0].problem}"
-
-
-def merged(rows: Sequence[Trial]) -> list[Trial]:
-    """One trial per candidate: the mean of its times; none if it was ever unsound."""
-    by_config: dict[str, list[Trial]] = {}
-    for row in rows:
-        by_config.setdefault(row.config, []).append(row)
-    sound = [members for members in by_config.values() if all(member.is_sound for member in members)]
-    return [replace(members[0], us=statistics.fmean(member.us or 0.0 for member in members)) for members in sound]
-
-
-def fields_of(trial: Trial) -> dict[str, int | str]:
-    """The fields of a problem's key."""
-    pairs = [part.split("=", 1) for part in trial.problem.split()]
-    return {name: int(value) if value.isdigit() else value for name, value in pairs}
-
-
-def same_width(trial: Trial, other: Trial) -> bool:
-    """Whether two trials are of one kernel at problems that differ in sizes only."""
-    kinds = [{name: v for name, v in fields_of(t).items() if name not in tuning.SIZES} for t in (trial, other)]
-    return trial.kernel == other.kernel and kinds[0] == kinds[1]
-
-
-def recorded(rows: Sequence[Trial]) -> Recorded:
-    """A sweep in the order of today, as far as its candidates have sound times."""
-    kept = merged(rows)
-    fields = fields_of(kept[0])
-    default = tuning._defaults[kept[0].kernel](fields, CAPABILITY)
-    wanted = [default, *CANDIDATES[kept[0].kernel](fields), *space(kept[0].kernel, fields)]
-    places = {row.config: n for n, row in enumerate(kept)}
-    known = [places[text] for text in dict.fromkeys(map(config_text, wanted)) if text in places]
-    return Recorded(tuple(kept), (*known, *(n for n in range(len(kept)) if n not in known)))
-
-
-def left(history: Sequence[Trial], out: Trial, new_kernel: bool) -> list[Trial]:
-    """History without all problems of this one's width, or without its kernel."""
-    return [t for t in history if not (t.kernel == out.kernel if new_kernel else same_width(t, out))]
-
-
-def random_order(sweep: Recorded, seed: int) -> Iterator[int]:
-    """Any order."""
-    yield from np.random.default_rng(seed).permutation(len(sweep.rows)).tolist()
-
-
-def today_order(sweep: Recorded, seed: int) -> Iterator[int]:
-    """The order of the sweeps before."""
-    yield from sweep.order
-
-
-def tpe_order(sweep: Recorded, seed: int) -> Iterator[int]:
-    """Optuna's tree-structured Parzen estimator over all launch parameters together, from nothing."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    configs = [parse_config(row.config) for row in sweep.rows]
-    names = sorted({name for config in configs for name in config})
-    values = {name: sorted({config.get(name, 0) for config in configs}) for name in names}
-    places = {tuple(config.get(name, 0) for name in names): n for n, config in enumerate(configs)}
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
-    choices = {name: optuna.distributions.CategoricalDistribution(values[name]) for name in names}
-    rest = np.random.default_rng(seed).permutation(len(configs)).tolist()
-    stale = 0
-    while rest:
-        if stale == STALE:
-            study.enqueue_trial({name: configs[rest[0]].get(name, 0) for name in names})
-        asked = study.ask(choices)
-        place = places.get(tuple(asked.params[name] for name in names))
-        stale += 1
-        if place is None:
-            study.tell(asked, state=optuna.trial.TrialState.FAIL)
-            continue
-        if place in rest:
-            stale = 0
-            rest.remove(place)
-            yield place
-            study.tell(asked, float(np.log(sweep.us[place])))
-        else:
-            study.tell(asked, state=optuna.trial.TrialState.FAIL)  # known: it would only count twice
-
-
-def search_order(
-    sweep: Recorded, seed: int, prior: Prior, advised: bool = True, assisted: bool = True
-) -> Iterator[int]:
-    """The package's search; what it never proposes because it spills comes last."""
-    places = places_of([parse_config(row.config) for row in sweep.rows])
-    search = Search(places, prior, np.random.default_rng(seed), advised, assisted)
-    spills = [(row.spill_bytes or 0) > MOST_SPILL_BYTES for row in sweep.rows]
-    spilling = [n for n, spilled in enumerate(spills) if spilled and n != sweep.order[0]]
-    for n in spilling:
-        search.drop(n)
-    candidate: int | None = sweep.order[0]
-    while candidate is not None:
-        yield candidate
-        search.tell(candidate, float(sweep.us[candidate]))
-        candidate = search.propose()
-    yield from spilling
-
-
-def priors(sweep: Recorded, history: Sequence[Trial]) -> dict[str, Prior]:
-    """What each variant of ours believes at the beginning."""
-    known = lessons(history)
-    flat = Prior.flat(len(sweep.rows))
-    advised, plain = (_prior(fit(chosen), sweep) for chosen in (augmented(known), known))
-    return {OURS: advised, ABLATED[0]: flat, ABLATED[1]: plain, ABLATED[2]: advised}
-
-
-def _prior(forest: Forest | None, sweep: Recorded) -> Prior:
-    return Prior.flat(len(sweep.rows)) if forest is None else Prior(*forest.predict(sweep.rows))
-
-
-Order = Callable[..., Iterator[int]]  # of a sweep and a seed
-
-
-def orders(sweep: Recorded, history: Sequence[Trial]) -> dict[str, Order]:
-    """Every method that asks history, by name."""
-    believed = priors(sweep, history)
-    found: dict[str, Order] = {}
-    for name in (OURS, *ABLATED[:3]):
-        advised, assisted = name != ABLATED[0], name != ABLATED[2]
-        found[name] = functools.partial(search_order, prior=believed[name], advised=advised, assisted=assisted)
-    found[ABLATED[3]] = functools.partial(prior_order, prior=believed[OURS])
-    return found
-
-
-def prior_order(sweep: Recorded, seed: int, prior: Prior) -> Iterator[int]:
-    """The present choice, then what history likes, whatever trials say."""
-    first = sweep.order[0]
-    yield first
-    yield from (n for n in prior.mean.argsort(kind="stable").tolist() if n != first)
 
 
 def curve(sweep: Recorded, order: Iterator[int]) -> np.ndarray:
@@ -245,6 +106,13 @@ class Task:
     scenario: str
     known: tuple[Trial, ...]
     seeds: int
+    keep: Path | None = None
+
+    @property
+    def file(self) -> Path | None:
+        """Where its curves are kept: the name holds a digest of all that goes into them but code."""
+        text = repr((self.sweep, self.scenario, self.known if self.scenario else (), self.seeds))
+        return None if self.keep is None else self.keep / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.npz"
 
     @property
     def methods(self) -> dict[str, Order]:
@@ -255,11 +123,33 @@ class Task:
 
 
 def replay(task: Task) -> dict[str, list[np.ndarray]]:
-    """Curves of every method, one per seed."""
+    """Curves of every method, one per seed; those that are kept are not made again."""
+    if task.file is not None and task.file.is_file():
+        return load_curves(task.file)
     found = {name: curves_of(task.sweep, name, order, task.seeds) for name, order in task.methods.items()}
     counts = ", ".join(f"{name} {np.median([len(c) for c in curves]):g}" for name, curves in found.items())
     print(f"{task.sweep.name}, {task.scenario or 'from nothing'}: {counts}", flush=True)
+    if task.file is not None:
+        save_curves(task.file, found)
     return found
+
+
+def save_curves(file: Path, found: dict[str, list[np.ndarray]]) -> None:
+    """Curves of every method, one after the other, and their lengths."""
+    arrays = {name: np.concatenate(curves) for name, curves in found.items()}
+    lengths = {f"{name} lengths": np.array([len(c) for c in curves]) for name, curves in found.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial.npz")
+    np.savez_compressed(partial, **arrays, **lengths)
+    partial.replace(file)
+
+
+def load_curves(file: Path) -> dict[str, list[np.ndarray]]:
+    """What ``save_curves`` wrote."""
+    with np.load(file) as arrays:
+        names = [name for name in arrays if not name.endswith(" lengths")]
+        ends = {name: np.cumsum(arrays[f"{name} lengths"])[:-1] for name in names}
+        return {name: np.split(arrays[name], ends[name]) for name in names}
 
 
 def curves_of(sweep: Recorded, name: str, order: Order, seeds: int) -> list[np.ndarray]:
@@ -269,9 +159,9 @@ def curves_of(sweep: Recorded, name: str, order: Order, seeds: int) -> list[np.n
 
 
 def replay_all(
-    sets: dict[str, list[Recorded]], known: Sequence[Trial], seeds: int, workers: int
+    sets: dict[str, list[Recorded]], known: Sequence[Trial], seeds: int, workers: int, keep: Path | None
 ) -> dict[Place, Curves]:
-    """Curves of every set in both scenarios."""
+    """Curves of every set in both scenarios; the longest tasks, those of TPE, first."""
     scenarios = ("", *SCENARIOS)
     tasks = {
         (name, s, n): Task(sweep, s, tuple(known), seeds)
@@ -365,15 +255,23 @@ def draw(found: dict[Place, Curves], file: Path) -> None:
 
 
 def read_sets(folder: Path) -> dict[str, list[list[Trial]]]:
-    """Rows of each sweep of each set that is recorded."""
+    """Rows of each complete sweep of each set that is recorded."""
     found: dict[str, list[list[Trial]]] = {}
     for name, file in SETS.items():
         by_problem: dict[tuple[str, str], list[Trial]] = {}
         for row in trials.read(folder / file) if (folder / file).exists() else []:
             by_problem.setdefault(row.key, []).append(row)
-        if by_problem:
-            found[name] = list(by_problem.values())
+        complete = [rows for rows in by_problem.values() if is_complete(rows)]
+        print(f"{name}: {len(complete)} sweeps, {len(by_problem) - len(complete)} that are not complete", flush=True)
+        if complete:
+            found[name] = complete
     return found
+
+
+def is_complete(rows: Sequence[Trial]) -> bool:
+    """Whether every candidate of the problem was tried."""
+    wanted = set(map(config_text, space(rows[0].kernel, fields_of(rows[0]))))
+    return wanted <= {row.config for row in rows}
 
 
 def write(file: Path, rows: list[dict[str, object]]) -> None:
@@ -390,6 +288,7 @@ def main() -> int:
     parser.add_argument("--sweeps", type=Path, default=FOLDER, help="folder of the recorded sweeps")
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--workers", type=int, default=processors(), help="processes that replay")
+    parser.add_argument("--keep", type=Path, help="folder of finished curves, from which a later call goes on")
     parser.add_argument("--out", type=Path, help="folder for tables and figure; default: where the repository has them")
     arguments = parser.parse_args()
     if missing := [name for name in ("optuna", "sklearn") if importlib.util.find_spec(name) is None]:
@@ -400,7 +299,7 @@ def main() -> int:
     older = [trial for trial in trials.read(trials.SHIPPED) if not trial.search]  # of no recorded search
     known = [*older, *(row for rows in rows_of["development"] for row in rows)]
     sets = {name: [recorded(rows) for rows in sweeps] for name, sweeps in rows_of.items()}
-    found = replay_all(sets, known, arguments.seeds, arguments.workers)
+    found = replay_all(sets, known, arguments.seeds, arguments.workers, arguments.keep)
     rows = [r for place, curves in found.items() for r in table(place, curves, [s.name for s in sets[place[0]]])]
     folder = arguments.out or FOLDER
     folder.mkdir(parents=True, exist_ok=True)
