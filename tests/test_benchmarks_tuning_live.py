@@ -28,9 +28,14 @@ def test_the_table_of_the_device_comes_back_whatever_happens(script, tmp_path, p
         table.write_text(present)
     with script.choices_in_force(None):
         assert not table.exists()
-    with pytest.raises(KeyboardInterrupt), script.choices_in_force(choices):
-        assert table.read_text() == choices.read_text()
-        raise KeyboardInterrupt
+
+    def stopped():
+        with script.choices_in_force(choices):
+            assert table.read_text() == choices.read_text()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
     assert (table.read_text() if table.exists() else None) == present
 
 

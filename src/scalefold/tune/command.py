@@ -75,7 +75,7 @@ class Processes:
     def __init__(self, daps: Sequence[int], lengths: Sequence[int], workers: int) -> None:
         self._workers = workers or max(1, processors() - 1)
         self.slots = self._workers + 2
-        self._state = (list(daps), list(lengths), tuning.capability())
+        self._state = (list(daps), list(lengths), tuning.capability(), tuning.device_kind())
         self._pool = self._new()
 
     def _new(self) -> ProcessPoolExecutor:

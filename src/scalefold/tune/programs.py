@@ -163,11 +163,12 @@ _worker_cases: list[Case] = []
 _worker = ExitStack()
 
 
-def start_worker(daps: list[int], lengths: list[int], capability: int) -> None:
-    """State of a process that compiles: the list of cases, and no GPU."""
+def start_worker(daps: list[int], lengths: list[int], capability: int, device_kind: str) -> None:
+    """State of a process that compiles: the list of cases, the tables of the GPU that it compiles for, and no GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.nice(5)  # the process that times comes first
     torch.set_num_threads(1)
+    tuning._device_capability, tuning.device_kind = (lambda: capability), (lambda: device_kind)
     _worker_cases.extend(all_cases(daps, lengths))
     _worker.enter_context(compiling_for(capability))
     triton_ops.device_obstacle = lambda device: None
