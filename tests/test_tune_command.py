@@ -1,5 +1,6 @@
 """The whole of ``scalefold tune`` on a recorded device: what it leaves behind, whenever it ends."""
 
+import builtins
 import csv
 import shutil
 
@@ -112,6 +113,20 @@ def test_a_second_call_tries_nothing_again_that_was_tried(machine, tmp_path):
     assert len(after) == len(set(after))
     assert before <= set(after)
     assert len(machine.asked) - first < first
+
+
+def test_a_machine_without_matplotlib_gets_no_picture_and_all_the_rest(machine, tmp_path, monkeypatch):
+    original, said = builtins.__import__, []
+
+    def without(name, *arguments, **named):
+        if name.startswith("matplotlib"):
+            raise ImportError("No module named 'matplotlib'")
+        return original(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert tune(request_for(tmp_path / "out"), said.append)
+    assert said[-1] == "no picture: No module named 'matplotlib'"
+    assert table_of(tmp_path / "out")
 
 
 def test_where_the_time_is_over_the_sums_say_what_they_lack(machine, tmp_path, monkeypatch):

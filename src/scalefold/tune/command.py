@@ -198,8 +198,7 @@ def tune(request: Request, note: Note = print) -> list[dict[str, object]]:
         _keep(request.out, row)
     note(f"{len(rows)} of {len(soughts)} problems settled after {time.monotonic() - begin:.0f} s")
     note(_shares(soughts, rows, device, cases, daps, begin + limit))
-    if trials.own_file().is_file():
-        draw(trials.read(trials.own_file()), request.out / "tuning.svg")
+    _picture(request.out, note)
     return rows
 
 
@@ -278,6 +277,16 @@ def _copy(out: Path) -> None:
         if file.is_file():
             out.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, out)
+
+
+def _picture(out: Path, note: Note) -> None:
+    """What the search came to, if it can be drawn: everything else is there by now."""
+    if not trials.own_file().is_file():
+        return
+    try:
+        draw(trials.read(trials.own_file()), out / "tuning.svg")
+    except ImportError as error:
+        note(f"no picture: {error}")
 
 
 def _append(file: Path, row: dict[str, object]) -> None:
