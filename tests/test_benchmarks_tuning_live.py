@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import importlib
 
 import pytest
 
@@ -13,8 +14,7 @@ from scalefold.kernels import tuning
 @pytest.fixture
 def script(repository, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    import tuning_live
-
+    tuning_live = importlib.import_module("tuning_live")
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
     monkeypatch.setattr(tuning, "device_kind", lambda: "a_gpu")
     return tuning_live

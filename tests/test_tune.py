@@ -9,7 +9,7 @@ from recorded_device import FIELDS, KERNEL, PLANTED, PRESENT, Compiled, Record, 
 from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
 from scalefold.tune import trials
-from scalefold.tune.candidates import CANDIDATES, candidates, neighbours, space
+from scalefold.tune.candidates import CANDIDATES, neighbours, space
 from scalefold.tune.model import Forest, augmented, fit, lessons
 from scalefold.tune.programs import Problem, Program
 from scalefold.tune.search import Prior, Search, places_of
@@ -190,15 +190,6 @@ def test_every_kernel_with_launch_parameters_has_candidates_and_no_other_has():
 
     assert triton_ops.TRITON.name == "triton"  # all kernels are registered by now
     assert sorted(CANDIDATES) == tuning.registered()
-
-
-def test_candidates_start_with_the_present_choice_and_do_not_repeat_it():
-    fields: dict[str, int | str] = {"rows": 512, "c": 128, "dtype": "bfloat16"}
-    with tuning.override("layer_norm_forward", {"BLOCK_M": 64, "num_warps": 8}, **fields):
-        found = candidates("layer_norm_forward", **fields)
-    assert found[0] == {"BLOCK_M": 64, "num_warps": 8}
-    assert len(found) == 8
-    assert found.count(found[0]) == 1
 
 
 def test_candidates_and_their_grids_have_the_names_of_the_defaults():

@@ -5,6 +5,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +96,7 @@ def tpe_order(sweep: Recorded, seed: int) -> Iterator[int]:
     places = {tuple(config.get(name, 0) for name in names): n for n, config in enumerate(configs)}
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True))
-    choices = {name: optuna.distributions.CategoricalDistribution(values[name]) for name in names}
+    choices: dict[str, Any] = {name: optuna.distributions.CategoricalDistribution(values[name]) for name in names}
     rest = np.random.default_rng(seed).permutation(len(configs)).tolist()
     stale = 0
     while rest:

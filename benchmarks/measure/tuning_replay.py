@@ -32,6 +32,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -136,8 +137,8 @@ def replay(task: Task) -> dict[str, list[np.ndarray]]:
 
 def save_curves(file: Path, found: dict[str, list[np.ndarray]]) -> None:
     """Curves of every method, one after the other, and their lengths."""
-    arrays = {name: np.concatenate(curves) for name, curves in found.items()}
-    lengths = {f"{name} lengths": np.array([len(c) for c in curves]) for name, curves in found.items()}
+    arrays: dict[str, Any] = {name: np.concatenate(curves) for name, curves in found.items()}
+    lengths: dict[str, Any] = {f"{name} lengths": np.array([len(c) for c in curves]) for name, curves in found.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npz")
     np.savez_compressed(partial, **arrays, **lengths)

@@ -7,7 +7,6 @@ The lists hold what has won or come close on some GPU at some shape; a kernel wi
 import itertools
 from collections.abc import Callable, Iterable
 
-from scalefold.kernels import tuning
 from scalefold.kernels.hopper.attention import forward_default, keys_default
 from scalefold.kernels.tuning import Config, Fields, tile_config
 from scalefold.kernels.weight_gradient import NARROWEST
@@ -281,9 +280,3 @@ def neighbours(config: Config) -> list[Config]:
         found += [config | {rows: config[rows] // 2, "num_warps": config["num_warps"] // 2}]
         found += [config | {rows: config[rows] * 2, "num_warps": config["num_warps"] * 2}]
     return [c for c in found if 1 <= c.get("num_warps", 1) <= 16 and not _stands_still(c)]
-
-
-def candidates(name: str, **fields: int | str) -> list[Config]:
-    """What a sweep should time for a problem: the present choice first, then the kernel's candidates."""
-    present = tuning.lookup(name, **fields)
-    return [present] + [config for config in CANDIDATES[name](fields) if config != present]
