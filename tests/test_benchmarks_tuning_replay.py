@@ -1,5 +1,6 @@
 """Replayed searches: what they leave out of history, and how trials are counted."""
 
+import importlib
 import sys
 from dataclasses import replace
 
@@ -139,7 +140,7 @@ def test_what_spilling_is_worth_is_said_of_each_sweep(script, rows):
 
 def test_the_held_out_sweeps_are_of_shapes_that_no_table_has_and_mostly_of_other_kernels(repository, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    import tuning_sweeps
+    tuning_sweeps = importlib.import_module("tuning_sweeps")
 
     known = {kernel for kernel, _ in tuning_sweeps.SETS["development"].problems}
     held_out = tuning_sweeps.SETS["held-out"]

@@ -244,6 +244,7 @@ def test_the_model_says_what_scikit_learn_says():
     rows = history()
     known = lessons(rows)
     ours = fit(known, seed=3)
+    assert ours is not None
     matrix = ours.matrix(rows)
     theirs = ensemble.ExtraTreesRegressor(64, min_samples_leaf=2, max_features=0.5, random_state=3, bootstrap=True)
     theirs.fit(matrix, [lesson.distance for lesson in known], sample_weight=[lesson.weight for lesson in known])

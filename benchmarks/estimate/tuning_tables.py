@@ -68,17 +68,15 @@ def title_of(row: Row) -> str:
     return f"`{row['sweep'].split(' ')[0]}` in {row['operation']} (DAP {row['dap']})"
 
 
+OVER_BEST = ("without_spills_over_best", "allowed_spills_over_best")
+
+
 def spill_table() -> str:
     """What the fastest candidate of each sweep spills, and how much slower those are that the rules leave."""
     lines = [
         [
             *(row["set"], title_of(row), f"{float(row['best_us']):.1f}", f"{float(row['median_us']):.1f}"),
-            *(
-                row["best_spills_bytes"],
-                row["without_spills_over_best"] or NONE,
-                row["allowed_spills_over_best"] or NONE,
-            ),
-            row["differing"],
+            *(row[name] or NONE for name in ("best_spills_bytes", *OVER_BEST, "differing")),
         ]
         for row in read("tuning_spills")
     ]
