@@ -242,10 +242,10 @@ def _shares(
     deadline: float,
 ) -> str:
     """Summed operations of a training step before and after; each that changed is timed with both choices."""
-    order = {str(row["operation"]): n for n, row in enumerate(rows) if row["best_us"] != row["default_us"]}
-    changed = [n for n, case in enumerate(cases) if case.calls and case.name in order]
+    names = [str(row["operation"]) for row in rows if row["best_us"] != row["default_us"]]
+    changed = [n for n, case in enumerate(cases) if case.calls and case.name in names]
     totals: dict[int, list[float]] = {}
-    left = sorted(changed, key=lambda n: -order[cases[n].name])  # the largest gains are its end
+    left = sorted(changed, key=lambda n: -names.index(cases[n].name))  # the largest gains are its end
     while left and time.monotonic() < deadline:
         n = left.pop()
         with presents(soughts):
