@@ -24,6 +24,13 @@ def test_a_page_is_what_its_csv_files_say(tables: ModuleType, repository: Path, 
     assert tables.fill(text, tables.TABLES) == text, remedy
 
 
+def test_the_page_on_tuning_is_what_its_csv_files_say(tables: ModuleType, repository: Path) -> None:
+    own = __import__("tuning_tables")
+    text = (repository / "docs" / "tuning.md").read_text(encoding="utf-8")
+    assert "<!-- table: spills -->" in text
+    assert own.fill(text, own.TABLES) == text, "run python benchmarks/estimate/tuning_tables.py --write docs/tuning.md"
+
+
 def steps(*rows: tuple[str, str, str, float]) -> str:
     """A table of steps: device, commit, passes, ms."""
     lines = [f"2026-01-01,{d},t,{c},ours,1,1,bf16,{r},{ms},1,1,{ms / 10}" for d, c, r, ms in rows]
