@@ -7,8 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_WORKERS ?= 2
-# tests in halves of the list, so that most set-ups are made once; who ends first takes over from the other
-SPREAD := -n $(TEST_WORKERS) --dist worksteal
+# tests in parts of the list, so that most set-ups are made once; who ends first takes over from the others
+SPREAD := --dist worksteal -n $(TEST_WORKERS)
+# ranks wait for each other, or for a timeout, most of the time
+SPREAD_RANKS := --dist worksteal -n $(shell expr $(TEST_WORKERS) + 1)
 REHEARSED := tests/test_kills.py tests/test_benchmarks_gpu_runs.py::test_two_ranks_are_launched_judged_and_tabulated
 export OMP_NUM_THREADS ?= 1
 
@@ -32,7 +34,7 @@ test: setup  ## CPU tests
 	$(MAKE) test-distributed
 
 test-distributed: setup  ## multi-process CPU tests
-	$(BIN)/python -m pytest -q $(SPREAD) -m "distributed and not gpu and not multi_gpu and not faults and not long"
+	$(BIN)/python -m pytest -q $(SPREAD_RANKS) -m "distributed and not gpu and not multi_gpu and not faults and not long"
 
 faults: setup  ## rehearse every fault, kills at random and the judge of starts, write the table in docs/faults.md (CPU, minutes)
 	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults $(REHEARSED)
