@@ -147,6 +147,7 @@ def test_operations_of_every_share_are_asked_about(script, monkeypatch):
     assert all(row["differing"] == int("transition" in row["what"]) for row in rows)
 
 
+@pytest.mark.long
 def test_the_script_runs_on_the_cpu(repository):
     command = [sys.executable, "benchmarks/measure/reproducibility.py", "--small", "--repeats", "1", "--passes", "1"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ from triton.runtime.interpreter import TensorHandle
 
 
 def repair() -> None:
-    """Let loops take run-time bounds under NumPy >= 2.4, bf16 be rounded and multiplied as numbers, calls be quick."""
+    """Let loops take run-time bounds under NumPy >= 2.4, bf16 be numbers that are rounded, and calls be quick."""
     _repair_scalars()
     _repair_calls()
     _repair_types()
@@ -29,9 +29,9 @@ def _repair_scalars() -> None:
 
 
 def _repair_calls() -> None:
-    """Within a launch the interpreter exchanges the whole language again at every call: most of its time.
+    """Within a launch the interpreter exchanges the whole language again at every call, be it ``tl.sum``.
 
-    It is exchanged once per launch, for programs and for the library of functions that they call.
+    Here it is exchanged once per launch, for programs and for the library of functions that they call.
     """
     patch, parts = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     under_way: list[interpreter._LangPatchScope] = []

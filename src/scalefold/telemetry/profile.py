@@ -35,8 +35,8 @@ class Window:
         rank: of this process.
         device: of this process.
         spans: what to name, asked for when the window opens.
-        settle: called before what was recorded is collected: waits for exchanges that threads of the library still
-            carry out. One that begins to record meanwhile would cost the events of other threads, the loop's too.
+        settle: called before what was recorded is collected: waits for what threads of the library still exchange. One
+            that begins to record meanwhile would cost the events of other threads, the loop's among them.
         pause: called when the trace has been written, which takes seconds that no step should be charged with.
     """
 
