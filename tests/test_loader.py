@@ -33,11 +33,13 @@ SLOW_SEED = 63  # draws row 3 once in 40 iterations, as the 11th
 class FakeStore:
     """Chains made from their row number; row 7 cannot be read if the folder is called "broken".
 
-    In a folder called "gated" row 3 is read once the folder holds a file "open"; in one called "dead" the process ends.
+    In "gated" row 3 is read once that folder holds a file "open"; in "dead" the process ends; "noted" keeps who opens.
     """
 
     def __init__(self, path):
         self.path = path
+        if path.name == "noted":
+            (path / f"{os.getpid()}").touch()
         self.table = SimpleNamespace(length=np.arange(10, 10 + NUM_CHAINS))
 
     def __len__(self):
@@ -78,8 +80,8 @@ def fake_store(monkeypatch):
 @pytest.fixture
 def gated(tmp_path):
     """A folder whose row 3 cannot be read yet."""
-    (tmp_path / "gated").mkdir()
-    return tmp_path / "gated"
+    (folder := tmp_path / "gated").mkdir()
+    return folder
 
 
 def sampler(local_batch_size=1, seed=5):
@@ -132,12 +134,16 @@ def test_a_resumed_loader_continues_the_stream(tmp_path):
 
 
 def test_workers_touch_no_data_before_start(tmp_path):
-    loader = TrainLoader(tmp_path / "absent", SMALL, num_workers=1)
-    loader.spawn()
-    loader.close()
-    evaluation = EvalSet(tmp_path / "absent", SMALL, num_workers=1)
-    evaluation.spawn()
+    (tmp_path / "noted").mkdir()
+    loader, evaluation = (kind(tmp_path / "noted", SMALL, num_workers=1) for kind in (TrainLoader, EvalSet))
+    loader.spawn(), evaluation.spawn()
+    begun = time.time_ns()
+    loader.start(sampler(), 1, 2)
+    loader.next(1)
+    (opened,) = (tmp_path / "noted").iterdir()
+    assert opened.stat().st_mtime_ns > begun - 10**7, "the clock of files is a coarse one"
     evaluation.close()
+    loader.close()
 
 
 def test_out_of_order_delivery_loses_and_repeats_nothing(tmp_path):
@@ -191,8 +197,8 @@ def test_a_slow_sample_stalls_the_ordered_loader_and_not_the_other(waiting, gate
     opener = threading.Timer(0.5, (gated / "open").touch)
     if in_order:
         opener.start()
-        late = loader.next(11)
-        assert (late.indices, late.wait_ms > 400) == ((3,), True)
+        assert (late := loader.next(11)).indices == (3,)
+        assert late.wait_ms > 400
         return
     batches += [loader.next(iteration) for iteration in range(11, 39)]  # one more draw may wait behind it
     assert (3,) not in [batch.indices for batch in batches]
@@ -268,18 +274,16 @@ def test_a_worker_that_stands_still_at_the_start_is_named(tmp_path):
     loader = TrainLoader(tmp_path, SMALL, num_workers=1, limits_s=(2, 2))
     loader.spawn()
     stop_workers(loader)
-    with pytest.raises(DataError, match="no batch within 2 s: loader worker"):
+    with pytest.raises(DataError, match="no batch within 2 s: loader worker"), contextlib.closing(loader):
         loader.start(sampler(), 1, 40)
-    loader.close()
 
 
 def test_an_evaluation_worker_that_stands_still_is_named(gated):
     evaluation = EvalSet(gated, SMALL, num_workers=1, limit_s=2)
     evaluation.start(["chain03_A"])
     stop_workers(evaluation)
-    with pytest.raises(DataError, match="no batch within 2 s: loader worker"):
+    with pytest.raises(DataError, match="no batch within 2 s: loader worker"), contextlib.closing(evaluation):
         list(evaluation)
-    evaluation.close()
 
 
 def test_nothing_keeps_closed_workers_and_their_pipes_although_pytorch_notes_them_for_its_end(tmp_path, monkeypatch):
@@ -297,8 +301,8 @@ def test_nothing_keeps_closed_workers_and_their_pipes_although_pytorch_notes_the
 
 
 def test_workers_that_are_alive_and_slow_are_not_called_dead():
-    text = no_batch_text([SimpleNamespace(pid=os.getpid())], 540)
-    assert text.startswith("no batch within 540 s, and all 1 loader workers are alive: slow storage?")
+    alive = "no batch within 540 s, and all 1 loader workers are alive: slow storage?"
+    assert no_batch_text([SimpleNamespace(pid=os.getpid())], 540).startswith(alive)
     assert "has ended" in no_batch_text([SimpleNamespace(pid=2**22 + 1)], 540)
 
 
@@ -308,20 +312,16 @@ def test_missing_descriptors_are_not_taken_for_missing_memory():
     assert "/dev/shm" in ended_text(RuntimeError("DataLoader worker (pid 3) is killed by signal: Bus error."))
 
 
-def test_more_iterations_than_announced_are_an_error(tmp_path):
+@pytest.mark.parametrize(
+    ("last", "asked", "message"),
+    [(5, 3, "iteration 3: the loader delivers iteration 2"), (1, 2, "iteration 2: the loader was started for fewer")],
+)
+def test_only_the_announced_iterations_are_delivered_and_in_their_order(tmp_path, last, asked, message):
     loader = TrainLoader(tmp_path, SMALL, num_workers=0)
-    loader.start(sampler(), 1, 2)
-    loader.next(1), loader.next(2)
-    with pytest.raises(DataError, match="iteration 3: the loader was started for fewer"):
-        loader.next(3)
-
-
-def test_skipping_an_iteration_is_an_error(tmp_path):
-    loader = TrainLoader(tmp_path, SMALL, num_workers=0)
-    loader.start(sampler(), 1, 5)
+    loader.start(sampler(), 1, last)
     loader.next(1)
-    with pytest.raises(DataError, match="iteration 3: the loader delivers iteration 2"):
-        loader.next(3)
+    with pytest.raises(DataError, match=message):
+        loader.next(asked)
 
 
 def test_the_slowest_samples_are_remembered():
