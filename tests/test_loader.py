@@ -136,14 +136,13 @@ def test_a_resumed_loader_continues_the_stream(tmp_path):
 def test_workers_touch_no_data_before_start(tmp_path):
     (tmp_path / "noted").mkdir()
     loader, evaluation = (kind(tmp_path / "noted", SMALL, num_workers=1) for kind in (TrainLoader, EvalSet))
-    loader.spawn(), evaluation.spawn()
-    begun = time.time_ns()
-    loader.start(sampler(), 1, 2)
-    loader.next(1)
-    (opened,) = (tmp_path / "noted").iterdir()
+    with contextlib.closing(loader), contextlib.closing(evaluation):
+        loader.spawn(), evaluation.spawn()
+        begun = time.time_ns()
+        loader.start(sampler(), 1, 2)
+        loader.next(1)
+        (opened,) = (tmp_path / "noted").iterdir()
     assert opened.stat().st_mtime_ns > begun - 10**7, "the clock of files is a coarse one"
-    evaluation.close()
-    loader.close()
 
 
 def test_out_of_order_delivery_loses_and_repeats_nothing(tmp_path):
