@@ -1,6 +1,7 @@
 """Delivery of batches: order, determinism, slow samples, failures, evaluation cache."""
 
 import atexit
+import contextlib
 import gc
 import os
 import signal

@@ -75,7 +75,7 @@ class _Launch:
 def processors() -> int:
     """Processors that this process may use: those it may run on, or its container's quota if that is less."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = (CPU_QUOTA.read_text() if CPU_QUOTA.is_file() else "max").partition(" ")
+    quota, _, period = (CPU_QUOTA.read_text(encoding="ascii") if CPU_QUOTA.is_file() else "max").partition(" ")
     return allowed if quota.strip() == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
