@@ -7,14 +7,12 @@ Newer rows stand further down in a file. Of steps and operations the newest comm
 so that no table mixes the numbers of passes of two commits.
 """
 
-import argparse
 import csv
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from pages import fill, markdown
+from pages import markdown, print_or_write
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -257,18 +255,5 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> int:
-    """Print the tables, or write the pages that show them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE", help="pages to bring up to date")
-    arguments = parser.parse_args()
-    for page in arguments.write or []:
-        page.write_text(fill(page.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
-        print(page)
-    if not arguments.write:
-        print("\n\n".join(table() for table in TABLES.values()))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print_or_write(__doc__, TABLES)

@@ -4,13 +4,9 @@ python benchmarks/estimate/tuning_tables.py                           # prints a
 python benchmarks/estimate/tuning_tables.py --write docs/tuning.md    # after new rows
 """
 
-import argparse
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from statistics import median
 
-from pages import fill, markdown
+from pages import markdown, print_or_write
 from tables import NONE, Row, read
 
 SCENARIOS = ("new shape", "new kernel")
@@ -84,58 +80,12 @@ def spill_table() -> str:
     return markdown(["set", "kernel and operation", *head], lines)
 
 
-def share_table() -> str:
-    """A rank's share of a step with one pass, before and after the live run; all turns of the newest commit."""
-    rows = read("tuning_live")
-    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
-    lines = []
-    for dap in dict.fromkeys(row["dap"] for row in rows):
-        times = {
-            choices: [row for row in rows if (row["dap"], row["choices"]) == (dap, choices)]
-            for choices in ("before", "after")
-        }
-        before, after = (median(float(row["median_ms"]) for row in own) for own in times.values())
-        texts = [", ".join(row["median_ms"] for row in own) for own in times.values()]
-        computing = [", ".join(row["computing_ms"] for row in own) for own in times.values()]
-        lines.append([dap, *texts, f"{after / before - 1:+.1%}", *computing])
-    return markdown(["DAP", "before, ms", "after, ms", "", "computing before, ms", "computing after, ms"], lines)
-
-
-def choice_table(shown: int = 12) -> str:
-    """The choices of the live run that save most of a step: microseconds of the operation, and calls in a step."""
-    calls = {(row["kernel"], row["problem"]): int(row["calls"]) for row in read("tuning_trials")}
-    lines = []
-    for row in read("tuning_choices"):
-        before, after = float(row["default_us"]), float(row["best_us"])
-        saved = (before - after) * max(1, calls[row["kernel"], row["problem"]])
-        lines.append((saved, [f"`{row['kernel']}`", row["problem"], before, after, f"{1 - after / before:.0%}"]))
-    lines.sort(key=lambda line: -line[0])
-    cells = [[*line, f"{saved / 1000:.2f}"] for saved, line in lines[:shown]]
-    return markdown(["kernel", "problem", "before, µs", "after, µs", "gain", "saved in a step, ms"], cells)
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "replay_held_out": lambda: replay_table("held-out"),
     "replay_development": lambda: replay_table("development"),
     "replay_trials": trial_table,
     "spills": spill_table,
-    "shares": share_table,
-    "choices": choice_table,
 }
 
 
-def main() -> int:
-    """Print the tables, or write the page that shows them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE", help="pages to bring up to date")
-    arguments = parser.parse_args()
-    for page in arguments.write or []:
-        page.write_text(fill(page.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
-        print(page)
-    if not arguments.write:
-        print("\n\n".join(table() for table in TABLES.values()))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print_or_write(__doc__, TABLES)
