@@ -34,6 +34,7 @@ from common import FOLDER, append_rows, facts, print_table
 from multi_gpu import Host, build, join, set_dropout, tell
 from scalefold.data.loading.loader import Batch
 from scalefold.kernels import tuning
+from scalefold.processors import processors
 from scalefold.step.graphs import TrainStep
 from scalefold.step.optimizer import Optimizer
 from scalefold.tune import operation_cases
@@ -218,7 +219,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--digests", type=Path, help="compare steps with an earlier process; the file is made if absent"
     )
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile; 0: none")
+    parser.add_argument("--workers", type=int, default=max(1, processors() - 2), help="that compile; 0: none")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU, plain operations; no CSV rows")
     parser.add_argument("--csv", type=Path, default=FOLDER / "reproducibility.csv")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")

@@ -38,9 +38,9 @@ import numpy as np
 
 from common import FOLDER, ROOT, append_rows, print_table
 from scalefold.kernels import triton_ops
+from scalefold.processors import processors
 from scalefold.tune import trials
 from scalefold.tune.candidates import space
-from scalefold.tune.programs import processors
 from scalefold.tune.sweep import MOST_SPILL_BYTES
 from scalefold.tune.trials import Trial, config_text
 from tuning_methods import (

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from scalefold.kernels.table import REFERENCE, use_operations
+from scalefold.processors import processors
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def can_fuse(device: torch.device) -> bool:
     from torch._inductor import config as inductor_config
 
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        inductor_config.compile_threads = min(MAX_COMPILE_THREADS, os.cpu_count() or 1)
+        inductor_config.compile_threads = min(MAX_COMPILE_THREADS, processors())
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MAX_VARIANTS)
     inductor_config.deterministic = True  # tiles of reductions by rule, not by stopwatch: same bits in every process
     start = time.monotonic()

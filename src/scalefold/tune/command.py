@@ -19,6 +19,7 @@ import torch
 from scalefold.errors import ConfigError
 from scalefold.kernels import tuning
 from scalefold.kernels.tuning import Config
+from scalefold.processors import processors
 from scalefold.tune import trials
 from scalefold.tune.candidates import neighbours, space
 from scalefold.tune.device import REPLAYS, Device
@@ -33,7 +34,6 @@ from scalefold.tune.programs import (
     daps_of,
     find_problems,
     operations_of,
-    processors,
     run_once,
     start_worker,
 )
