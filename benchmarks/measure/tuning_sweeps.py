@@ -121,17 +121,16 @@ def compiled(pool: Processes, todo: list[list[Job]], seconds: float) -> Iterator
     """
     end, others = time.monotonic() + seconds, {own[0][0].key: own[1:] for own in todo if own}
     pending = {pool.submit(*own[0]): own[0] for own in todo if own}
-    while pending:
-        done = wait(pending, max(0.0, end - time.monotonic()), FIRST_COMPLETED).done
-        if not done:
-            left = len(pending) + sum(map(len, others.values()))
-            print(f"compiling ended with {left} left: the time is over", flush=True)
-            return
-        for future in done:
+    while pending and time.monotonic() < end:
+        for future in wait(pending, max(0.0, end - time.monotonic()), FIRST_COMPLETED).done:
+            if time.monotonic() > end:  # compiling may be far ahead of timing
+                break
             job = pending.pop(future)
             pending |= {pool.submit(*other): other for other in others.pop(job[0].key, [])}
             if future.exception() is None:  # else the process died; a further call tries again
                 yield job, future.result()
+    if pending:
+        print(f"{len(pending) + sum(map(len, others.values()))} are left: the time is over", flush=True)
 
 
 def row_of(
