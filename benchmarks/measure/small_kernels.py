@@ -89,7 +89,8 @@ class Parts:
         enliven(self.model)
         cast_trunk(self.model, dtype)
         use_operations(self.model, variant.ops)
-        self.terms = loss_terms(config.loss, REFERENCE if variant.compiled else variant.ops)
+        self.ops = REFERENCE if variant.compiled else variant.ops  # of the losses
+        self.terms = loss_terms(config.loss, self.ops)
         if variant.compiled:
             fuse_model(self.model)
             self.terms = fuse_terms(self.terms)
@@ -173,7 +174,7 @@ class Parts:
         leaves = [outputs[key].requires_grad_() for key in outputs if key.startswith("sm_") or key.endswith("logits")]
 
         def call() -> Sequence[Tensor]:
-            return [total_of_terms(outputs, features, self.terms)[0]]
+            return [total_of_terms(outputs, features, self.terms, self.ops)[0]]
 
         return Part(call, leaves)
 

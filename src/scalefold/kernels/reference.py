@@ -8,6 +8,7 @@ over the update (kept entries hold 1 / (1 - rate)), or None.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -285,6 +286,21 @@ def better_naming(predicted: Tensor, truth: Tensor, alternative: Tensor, exists:
         return (error * mask).sum((2, 3, 4))
 
     return (misfit(alternative) < misfit(truth)).float()
+
+
+def side_losses(groups: Sequence[Sequence[Tensor]], resolution: Tensor, constants: Sequence[Any]) -> Tensor | None:
+    """All loss terms but FAPE in one operation; in fp32.
+
+    The definitions are the functions of ``model.loss``: None, as here, sends the caller there.
+
+    groups: what ``kernels.around.losses`` names, samples first: torsions (angles [B, I, N, 7, 2], before normalisation
+    [B, I, N, 7, 2], truth [B, N, 4, 2], its mask [B, N, 4], residue mask [B, N], types int64 [B, N]), pairs (logits
+    [B, N, N, C], positions [B, N, 3], mask [B, N], squared edges [C - 1]), sequences (logits [B, S, N, C], truth int64
+    [B, S, N], mask [B, S, N]), confidence (logits [B, N, C], Cα predicted and true [B, N, 3], mask [B, N]), presence
+    (logits, truth, mask: [B, N, A]); resolution: [B], angstrom; constants: numbers of the definitions -> [5, B], one
+    line per group. A term whose gradient is zero gives gradients of exactly zero, even where its own would be NaN.
+    """
+    return None
 
 
 def point_errors(

@@ -35,6 +35,7 @@ class Operations:
     structure_iterations: Callable[..., Any] = reference.structure_iterations
     template_attention: Callable[..., Any] = reference.template_attention
     better_naming: Callable[..., Any] = reference.better_naming
+    side_losses: Callable[..., Any] = reference.side_losses
     point_errors: Callable[..., Any] = reference.point_errors
     dropout_mask: Callable[..., Any] = reference.dropout_mask
     adam_swa: Callable[..., Any] = reference.adam_swa

@@ -5,14 +5,14 @@ plain definition, and the log says so once per operation and reason. Kernels the
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.around import iterations, naming, templates
+from scalefold.kernels.around import iterations, losses, naming, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -56,6 +56,11 @@ def matrix_obstacle(x: Tensor, *_: object) -> str | None:
 def draw_obstacle(shape: object, rate: float, device: torch.device) -> str | None:
     """Why a kernel cannot draw on ``device``, or None."""
     return device_obstacle(torch.device(device))
+
+
+def groups_obstacle(groups: Sequence[Sequence[Tensor]], *_: object) -> str | None:
+    """The same for groups of tensors that lie together."""
+    return device_obstacle(groups[0][0].device)
 
 
 def guarded(fast: Callable[..., Any], plain: Callable[..., Any], *obstacles: Obstacle) -> Callable[..., Any]:
@@ -114,6 +119,7 @@ TRITON = Operations(
         templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
     ),
     better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
+    side_losses=guarded(losses.side_losses, reference.side_losses, groups_obstacle, losses.obstacle),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),
     dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),

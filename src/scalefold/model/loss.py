@@ -13,7 +13,13 @@ from torch import Tensor
 
 from scalefold.config import LossConfig
 from scalefold.kernels.table import REFERENCE, Operations
-from scalefold.model.metrics import CA, lddt_ca_per_residue
+from scalefold.model.metrics import (
+    CA,
+    LDDT_CUTOFF_ANGSTROM,
+    LDDT_EPS,
+    LDDT_THRESHOLDS_ANGSTROM,
+    lddt_ca_per_residue,
+)
 from scalefold.model.rigid import Rigid, squared_distances
 from scalefold.model.violations import violation_loss
 
@@ -134,12 +140,15 @@ def chi_pi_periodic(aatype: Tensor) -> Tensor:
 def distogram_loss(outputs: Tensors, batch: Tensors) -> Tensor:
     """Cross-entropy of binned pseudo-beta distances (Supplement 1.9.8). -> [B]."""
     logits, mask = outputs["distogram_logits"], batch["pseudo_beta_mask"]
-    edges = torch.linspace(
-        DISTOGRAM_FIRST_ANGSTROM, DISTOGRAM_LAST_ANGSTROM, logits.shape[-1] - 1, device=logits.device
-    ).square()
+    edges = _squared_edges(logits.shape[-1] - 1, logits.device)
     bins = (squared_distances(batch["pseudo_beta"])[..., None] > edges).sum(-1)
     pair_mask = mask[:, :, None] * mask[:, None, :]
     return masked_mean(cross_entropy(logits, bins), pair_mask, MEAN_EPS, (1, 2))
+
+
+@cache
+def _squared_edges(count: int, device: torch.device) -> Tensor:
+    return torch.linspace(DISTOGRAM_FIRST_ANGSTROM, DISTOGRAM_LAST_ANGSTROM, count, device=device).square()
 
 
 def masked_msa_loss(outputs: Tensors, batch: Tensors) -> Tensor:
@@ -174,6 +183,33 @@ def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     possible = (classes >= 0) & (classes < num_classes)
     picked = F.log_softmax(logits, dim=-1).gather(-1, classes.clamp(0, num_classes - 1)[..., None])[..., 0]
     return torch.where(possible, -picked, torch.full_like(picked, torch.nan))
+
+
+SIDE_TERMS = ("supervised_chi", "distogram", "masked_msa", "plddt_loss", "experimentally_resolved")
+SIDE_CONSTANTS = (
+    *(TORSION_EPS, MEAN_EPS, NORM_EPS, CHI_WEIGHT, ANGLE_NORM_WEIGHT, *RESOLUTION_RANGE_ANGSTROM),
+    *(LDDT_CUTOFF_ANGSTROM, LDDT_THRESHOLDS_ANGSTROM, LDDT_EPS),
+)
+
+
+def side_losses(outputs: Tensors, batch: Tensors, ops: Operations) -> dict[str, Tensor]:
+    """``SIDE_TERMS`` of ``loss_terms``, [B] each, where ``ops`` has them in one operation; else nothing.
+
+    Gradients of these need no ``FiniteGate``.
+    """
+    angles, logits, atoms = outputs["sm_angles"], outputs["distogram_logits"], batch["all_atom_mask"]
+    mask = (batch["chi_angles_sin_cos"], batch["chi_mask"], batch["seq_mask"], batch["aatype"])
+    edges = _squared_edges(logits.shape[-1] - 1, logits.device)
+    predicted, truth = outputs["final_atom_positions"].detach(), batch["all_atom_positions"]
+    groups = (
+        (angles, outputs["sm_unnormalized_angles"], *mask),
+        (logits, batch["pseudo_beta"], batch["pseudo_beta_mask"], edges),
+        (outputs["masked_msa_logits"], batch["true_msa"], batch["bert_mask"]),
+        (outputs["lddt_logits"], predicted[:, :, CA], truth[:, :, CA], atoms[:, :, CA]),
+        (outputs["experimentally_resolved_logits"], atoms, batch["atom37_atom_exists"]),
+    )
+    values = ops.side_losses(groups, batch["resolution"], SIDE_CONSTANTS)
+    return {} if values is None else dict(zip(SIDE_TERMS, values.unbind(), strict=True))
 
 
 class FiniteGate:
@@ -225,10 +261,13 @@ def alphafold_loss(outputs: Tensors, batch: Tensors, weights: LossConfig) -> tup
     return total_of_terms(outputs, batch, loss_terms(weights))
 
 
-def total_of_terms(outputs: Tensors, batch: Tensors, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
+def total_of_terms(
+    outputs: Tensors, batch: Tensors, terms: Terms, ops: Operations = REFERENCE
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar to minimise, and what to log.
 
-    outputs: of ``AlphaFold.forward``; batch: fp32 features of the supervised slice. The total is the mean over samples
+    outputs: of ``AlphaFold.forward``; batch: fp32 features of the supervised slice; ops: may have several terms in one
+    operation, which then takes the place of their functions. The total is the mean over samples
     of sqrt(number of residues in the crop) times the weighted sum of terms. A term that is NaN or infinite for any
     sample of this batch counts as zero; it is counted in ``non_finite_terms`` and logged as it is.
 
@@ -236,13 +275,14 @@ def total_of_terms(outputs: Tensors, batch: Tensors, terms: Terms) -> tuple[Tens
         total (scalar with graph) and detached scalars on the device: the unweighted mean of every term,
         ``weighted_total_loss`` (without the square root), ``scaled_weighted_total_loss``, ``non_finite_terms``.
     """
-    gates = [FiniteGate() for _ in terms]
-    values = torch.stack(
-        [function(gate.open(outputs), batch) for gate, (_, function) in zip(gates, terms.values(), strict=True)]
-    )
+    together = side_losses(outputs, batch, ops)
+    gates = {name: FiniteGate() for name in terms if name not in together}
+    alone = {name: terms[name][1](gate.open(outputs), batch) for name, gate in gates.items()}
+    values = torch.stack([(together | alone)[name] for name in terms])
     finite = torch.isfinite(values.detach()).all(1)
-    for gate, own in zip(gates, finite.unbind(), strict=True):
-        gate.finite = own
+    for name, own in zip(terms, finite.unbind(), strict=True):
+        if name in gates:
+            gates[name].finite = own
     weights = _weights(tuple(weight for weight, _ in terms.values()), values.device)
     per_sample = (torch.where(finite[:, None], values, 0.0) * weights[:, None]).sum(0)
     scale = torch.sqrt(batch["seq_length"].clamp(max=batch["aatype"].shape[1]).float())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError
 from scalefold.kernels.choice import operations
-from scalefold.kernels.table import Operations, use_operations
+from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.dap.collectives import Group
@@ -110,7 +110,8 @@ def build_step(
         terms = loss_terms(config.loss, optimizer.ops)
 
     def objective(batch: Mapping[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms)
+        side = REFERENCE if fused else optimizer.ops
+        return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms, side)
 
     graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
     group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None
