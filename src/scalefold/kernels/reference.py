@@ -255,6 +255,26 @@ def structure_iterations(
     return None
 
 
+def place_residues(
+    quaternions: Tensor,
+    translations: Tensor,
+    unnormalised: Tensor,
+    aatype: Tensor,
+    tables: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, ...] | None:
+    """Rigid groups and atoms of all iterations from frames and torsions (Supplement Algorithm 24); in fp32.
+
+    The definition is ``model.structure.AtomPlacement``: None, as here, sends the caller there.
+
+    quaternions: [B, I, N, 4]; translations: [B, I, N, 3], times ``scale`` in angstrom; unnormalised: sin and cos of
+    angles, [B, I, N, 7, 2]; aatype: int64 [B, N]; tables: default frames [21, 8, 4, 4], groups of atoms, one-hot
+    [21, 14, 8], their positions [21, 14, 3] and mask [21, 14] -> frames [B, I, N, 7], groups [B, I, N, 8, 4, 4], the
+    angles as they were and normalised, positions [B, I, N, 14, 3], angstrom.
+    """
+    return None
+
+
 def template_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, inf: float) -> Tensor:
     """Attention of every residue pair over its templates (Supplement Algorithm 17); logits and softmax in fp32.
 

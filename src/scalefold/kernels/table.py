@@ -33,6 +33,7 @@ class Operations:
     global_attention: Callable[..., Any] = reference.global_attention
     invariant_point_attention: Callable[..., Any] = reference.invariant_point_attention
     structure_iterations: Callable[..., Any] = reference.structure_iterations
+    place_residues: Callable[..., Any] = reference.place_residues
     template_attention: Callable[..., Any] = reference.template_attention
     better_naming: Callable[..., Any] = reference.better_naming
     side_losses: Callable[..., Any] = reference.side_losses

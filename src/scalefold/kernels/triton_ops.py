@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.around import iterations, losses, naming, templates
+from scalefold.kernels.around import iterations, losses, naming, placement, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -114,6 +114,9 @@ TRITON = Operations(
     ),
     structure_iterations=guarded(
         iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
+    ),
+    place_residues=guarded(
+        placement.place_residues, reference.place_residues, buffer_obstacle, placement.obstacle
     ),
     template_attention=guarded(
         templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle

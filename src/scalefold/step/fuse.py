@@ -39,6 +39,7 @@ PLAIN_INSIDE = (
     "structure_module.layer_norm_ipa",
     "structure_module.ipa",
     "structure_module.transition",
+    "structure_module.place_atoms",
     "auxiliary_heads",
 )
 # A region is compiled with and without gradients and for the first iteration; several models may live in one process.
