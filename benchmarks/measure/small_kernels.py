@@ -1,17 +1,16 @@
 """What lies around the trunk: structure module, heads, losses, embedders, templates, as many small kernels or as few.
 
     python benchmarks/measure/small_kernels.py --minutes 6                 # every part, then whole steps at R = 1
-    python benchmarks/measure/small_kernels.py --parts losses --variants plain ours --passes
     python benchmarks/measure/small_kernels.py --small                     # tiny sizes on the CPU, to try the script
 
 Variants: ``plain`` (the definitions in PyTorch), ``single`` (our operations, iterations of the structure module one by
-one), ``ours`` (the operations as a run takes them), ``compiled`` (regions of ``step/fuse.py`` around the plain
-definitions), ``fused`` (those regions around our operations, as ``execution.compile`` runs them), ``combined`` (the
-same, independent kernels in one launch), ``autotuned`` (``compiled`` with Inductor's max-autotune). Each part runs
-forward and backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the bits
-of REPEATS calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a CUDA graph's
-replay; ``small`` counts PyTorch's and Inductor's kernels, without products of the library. A step's error is that of
-its collected gradients, against an uncaptured step that collects them plainly. Rows are appended as they are known.
+one), ``ours`` (the operations as a run takes them), ``stitched`` (those and what awaits its measurement), ``compiled``
+(regions of ``step/fuse.py`` around the plain definitions), ``fused`` (those regions around our operations, as
+``execution.compile`` runs them), ``autotuned`` (``compiled`` with Inductor's max-autotune). Each part runs forward and
+backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the bits of REPEATS
+calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a CUDA graph's replay;
+``small`` counts PyTorch's and Inductor's kernels, without products of the library. A step's error is that of its
+gradients against those of the first variant's step, its bits are those of two replays. ``--list``: its small kernels.
 """
 
 import argparse
@@ -39,7 +38,7 @@ from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.ranks import prepare_process
 from scalefold.step.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.step.graphs import TrainStep, preserved
-from scalefold.tune.sound.bits import repeat
+from scalefold.tune.sound.bits import differences, repeat
 from step_time import build, enliven, kernel_times
 
 REPEATS, REPLAYS = 20, 30
@@ -71,11 +70,11 @@ def variants(small: bool) -> dict[str, Variant]:
     """All of them; where there is no GPU, those that run on a CPU."""
     ours = REFERENCE if small else operations("triton")
     single = dataclasses.replace(ours, structure_iterations=REFERENCE.structure_iterations)
-    found = {"plain": Variant(REFERENCE), "single": Variant(single), "ours": Variant(ours)}
+    more = REFERENCE if small else operations("stitched")
+    found = {"plain": Variant(REFERENCE), "single": Variant(single), "ours": Variant(ours), "stitched": Variant(more)}
     found |= {"fused": Variant(ours, True), "compiled": Variant(REFERENCE, True)}
-    combos: dict[str, object] = {"combo_kernels": True, "combo_kernels_autotune": 0}
     tuned: dict[str, object] = {"max_autotune": True, "deterministic": False}
-    return found | {"combined": Variant(ours, True, combos), "autotuned": Variant(REFERENCE, True, tuned)}
+    return found | {"autotuned": Variant(REFERENCE, True, tuned)}
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -314,10 +313,11 @@ def measure_parts(
 def measure_steps(chosen: dict[str, Variant], arguments: argparse.Namespace) -> list[dict[str, object]]:
     """The whole step, for variants that a run can have: time, kernels, and which of them are small."""
     rows: list[dict[str, object]] = []
-    for name in ("single", "ours", "fused", "combined"):
+    first: dict[int, list[Tensor]] = {}
+    for name in ("single", "ours", "stitched", "fused"):
         for passes in arguments.passes:
             if name in chosen and time.monotonic() < arguments.deadline:
-                rows.append(step_row(name, chosen[name], passes))
+                rows.append(step_row(name, chosen[name], passes, first, arguments.list))
                 append_rows(arguments.csv, rows[-1:])
                 print(f"  {rows[-1]}", flush=True)
                 gc.collect()
@@ -325,36 +325,37 @@ def measure_steps(chosen: dict[str, Variant], arguments: argparse.Namespace) -> 
     return rows
 
 
-def step_row(name: str, variant: Variant, passes: int) -> dict[str, object]:
-    """One row, for a step of its own."""
+def step_row(
+    name: str, variant: Variant, passes: int, first: dict[int, list[Tensor]], listed: bool
+) -> dict[str, object]:
+    """One row, for a step of its own. ``first``: gradients of the first variant, by passes, on the host."""
+    start = time.monotonic()
     config = load_config(ROOT / "configs" / "base.yaml", [f"execution.compile={str(variant.compiled).lower()}"]).config
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
     torch._dynamo.reset()
-    model, step = build(config)
-    model.structure_module.ops = variant.ops
+    _, step = build(config, variant.ops)
     with inductor_config.patch(variant.inductor):
         step.warm_up(batch, passes, lambda text: None)
     milliseconds = time_calls(lambda: step(batch, passes, 1), 15).median_ms
     times = kernel_times(lambda: step(batch, passes, 1), None)
-    row = row_of(1e3 * milliseconds, times) | {"max_rel_error": f"{collection_error(step, batch, passes):.2e}"}
+    found, again = gradients(step, batch, passes), gradients(step, batch, passes)
+    exact = first.setdefault(passes, found)
+    error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, exact, strict=True))
+    judged = {"max_rel_error": f"{error:.2e}", "repeats": 1, "differing": len(differences(found, again))}
     step.close()
-    return {**facts(), "part": f"step R={passes}", "variant": name, **row}
+    for kernel, own in sorted(times.items(), key=lambda item: -len(item[1])) if listed else ():
+        if is_small(kernel):
+            print(f"    {name} {len(own):5d} x {sum(own) / len(own):7.1f} us  {kernel[:110]}", flush=True)
+    print(f"  {name} R={passes}: {time.monotonic() - start:.0f} s", flush=True)
+    return {**facts(), "part": f"step R={passes}", "variant": name, **row_of(1e3 * milliseconds, times), **judged}
 
 
-def collection_error(step: TrainStep, batch: Batch, passes: int) -> float:
-    """Largest relative difference of a replay's flat gradients from those of an uncaptured step collected plainly."""
-    flat = step.optimizer.flat
+def gradients(step: TrainStep, batch: Batch, passes: int) -> list[Tensor]:
+    """Flat gradients of one step from one state of weights and generator, on the host."""
     with preserved(step.optimizer):
         torch.manual_seed(SEED)
         step(batch, passes, 1)
-        found = [gradient.float().clone() for gradient in flat.gradients.values()]
-    with preserved(step.optimizer):
-        ops, flat.ops = flat.ops, REFERENCE
-        torch.manual_seed(SEED)
-        step._forward_backward(batch.features, passes, 1, accumulate=False, communicate=True)
-        flat.ops = ops
-        plain = [gradient.float().clone() for gradient in flat.gradients.values()]
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, plain, strict=True))
+        return [gradient.cpu() for gradient in step.optimizer.flat.gradients.values()]
 
 
 def is_small(kernel: str) -> bool:
@@ -369,11 +370,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--variants", nargs="+", help="default: all but autotuned")
-    parser.add_argument(
-        "--passes", type=int, nargs="*", default=[1], help="whole steps with so many passes; none: no step"
-    )
+    parser.add_argument("--passes", type=int, nargs="*", default=[1], help="of whole steps; none: no step")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--minutes", type=float, default=6.0, help="no variant begins later than this")
+    parser.add_argument("--list", action="store_true", help="print the small kernels of each step")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU; no CSV rows")
     parser.add_argument("--csv", type=Path, default=FOLDER / "small_kernels.csv")
     arguments = parser.parse_args()

@@ -255,24 +255,8 @@ def structure_iterations(
     return None
 
 
-def place_residues(
-    quaternions: Tensor,
-    translations: Tensor,
-    unnormalised: Tensor,
-    aatype: Tensor,
-    tables: Sequence[Tensor],
-    scale: float,
-) -> tuple[Tensor, ...] | None:
-    """Rigid groups and atoms of all iterations from frames and torsions (Supplement Algorithm 24); in fp32.
-
-    The definition is ``model.structure.AtomPlacement``: None, as here, sends the caller there.
-
-    quaternions: [B, I, N, 4]; translations: [B, I, N, 3], times ``scale`` in angstrom; unnormalised: sin and cos of
-    angles, [B, I, N, 7, 2]; aatype: int64 [B, N]; tables: default frames [21, 8, 4, 4], groups of atoms, one-hot
-    [21, 14, 8], their positions [21, 14, 3] and mask [21, 14] -> frames [B, I, N, 7], groups [B, I, N, 8, 4, 4], the
-    angles as they were and normalised, positions [B, I, N, 14, 3], angstrom.
-    """
-    return None
+def elsewhere(*arguments: Any) -> None:
+    """An operation that the model defines by others: None sends the caller to that definition."""
 
 
 def template_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, inf: float) -> Tensor:
@@ -306,21 +290,6 @@ def better_naming(predicted: Tensor, truth: Tensor, alternative: Tensor, exists:
         return (error * mask).sum((2, 3, 4))
 
     return (misfit(alternative) < misfit(truth)).float()
-
-
-def side_losses(groups: Sequence[Sequence[Tensor]], resolution: Tensor, constants: Sequence[Any]) -> Tensor | None:
-    """All loss terms but FAPE in one operation; in fp32.
-
-    The definitions are the functions of ``model.loss``: None, as here, sends the caller there.
-
-    groups: what ``kernels.around.losses`` names, samples first: torsions (angles [B, I, N, 7, 2], before normalisation
-    [B, I, N, 7, 2], truth [B, N, 4, 2], its mask [B, N, 4], residue mask [B, N], types int64 [B, N]), pairs (logits
-    [B, N, N, C], positions [B, N, 3], mask [B, N], squared edges [C - 1]), sequences (logits [B, S, N, C], truth int64
-    [B, S, N], mask [B, S, N]), confidence (logits [B, N, C], Cα predicted and true [B, N, 3], mask [B, N]), presence
-    (logits, truth, mask: [B, N, A]); resolution: [B], angstrom; constants: numbers of the definitions -> [5, B], one
-    line per group. A term whose gradient is zero gives gradients of exactly zero, even where its own would be NaN.
-    """
-    return None
 
 
 def point_errors(

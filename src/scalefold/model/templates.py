@@ -1,12 +1,14 @@
 """Template embedding (Supplement 1.7.1, Algorithms 16 and 17, tables 1 and 10)."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from scalefold.config import TemplateConfig
 from scalefold.kernels.table import REFERENCE, Operations
+from scalefold.model.embedders import squared_edges
 from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, Transition, one_hot, relu_linear, run_block
 from scalefold.model.rigid import squared_distances
 from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node
@@ -22,21 +24,27 @@ BACKBONE_SLOTS = slice(0, 3)  # N, CA, C in atom37 order
 PSI = 2
 
 
-def template_pair_features(features: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+def template_pair_features(
+    features: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, ops: Operations = REFERENCE
+) -> Tensor:
     """Pair features of all templates, [B, T, N, N, 88] of zeros and ones in ``dtype``.
 
     39 distogram bins of pseudo-beta distances, pseudo-beta pair mask, residue type of j, of i, three channels for
     unit vectors (always zero: the benchmark leaves them out), backbone pair mask; all times the backbone pair mask.
     """
     aatype, beta_mask = features["template_aatype"], features["template_pseudo_beta_mask"]
-    backbone = features["template_all_atom_mask"][..., BACKBONE_SLOTS].prod(-1)
+    atoms, points = features["template_all_atom_mask"], features["template_pseudo_beta"]
+    found = ops.template_features(aatype, points, beta_mask, atoms, template_edges(points.device), dtype)
+    if found is not None:
+        return found
+    backbone = atoms[..., BACKBONE_SLOTS].prod(-1)
     backbone, beta_mask = backbone.to(dtype), beta_mask.to(dtype)
     pair_mask = (backbone[..., :, None] * backbone[..., None, :])[..., None]
     num_residues = aatype.shape[-1]
     kinds = one_hot(aatype, NUM_CLASSES, dtype)
     shape = (*aatype.shape[:2], num_residues, num_residues)
     parts = (
-        template_distogram(features["template_pseudo_beta"], dtype),
+        template_distogram(points, dtype),
         (beta_mask[..., :, None] * beta_mask[..., None, :])[..., None],
         kinds[:, :, None, :, :].expand(*shape, NUM_CLASSES),
         kinds[:, :, :, None, :].expand(*shape, NUM_CLASSES),
@@ -48,12 +56,15 @@ def template_pair_features(features: Mapping[str, Tensor], dtype: torch.dtype = 
 
 def template_distogram(pseudo_beta: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """One-hot of squared distances between strict edges, in ``dtype``. pseudo_beta: [*, N, 3] -> [*, N, N, 39]."""
-    edges = torch.linspace(
-        DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM, DISTOGRAM_BINS, device=pseudo_beta.device
-    ).square()
-    upper = torch.cat((edges[1:], edges.new_full((1,), DISTOGRAM_OPEN_EDGE_SQ)))
-    distance_sq = squared_distances(pseudo_beta)[..., None]
-    return ((distance_sq > edges) & (distance_sq < upper)).to(dtype)
+    edges, distance_sq = template_edges(pseudo_beta.device), squared_distances(pseudo_beta)[..., None]
+    return ((distance_sq > edges[:-1]) & (distance_sq < edges[1:])).to(dtype)
+
+
+@cache
+def template_edges(device: torch.device) -> Tensor:
+    """Bounds of the distances' bins, angstrom squared: [40]."""
+    first, last = DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM
+    return squared_edges(first, last, DISTOGRAM_BINS, DISTOGRAM_OPEN_EDGE_SQ, device)
 
 
 def template_angle_features(features: Mapping[str, Tensor]) -> Tensor:
@@ -82,6 +93,8 @@ class TemplateAngleEmbedder(nn.Module):
 
 class TemplatePairEmbedder(nn.Module):
     """Pair features to the template representation (Supplement Algorithm 2, line 9)."""
+
+    ops: Operations = REFERENCE
 
     def __init__(self, c_t: int) -> None:
         super().__init__()

@@ -32,7 +32,10 @@ REGIONS = {
 }
 # Parts that lie wholly inside regions: the compiler sees through plain operations, not through launches of kernels.
 PLAIN_INSIDE = (
+    "input_embedder",
     "recycling_embedder",
+    "extra_msa_embedder",
+    "template_pair_embedder",
     "template_pointwise_attention",
     "structure_module.layer_norm_s",
     "structure_module.layer_norm_z",

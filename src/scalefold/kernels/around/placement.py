@@ -1,8 +1,8 @@
 """From frames and torsions to rigid groups and atoms (Supplement Algorithm 24), in two launches each way.
 
 A residue of an iteration is a lane. Forward: one program turns and chains the eight groups of residues, one places
-atoms. Backward: one sums what atoms say about their groups, one takes it back through the chain, whose rotations it
-finds again. All element-wise in fp32. Saved: the inputs.
+atoms. Backward: one sums what atoms say about their groups, one takes it back through the chain. All element-wise in
+fp32. Saved: inputs, and the groups as their backbones see them.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -18,11 +18,17 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around.frames import (
+    added,
+    load_matrix,
     load_quaternion,
     load_vector,
+    outer,
+    product,
     rotation_of,
+    store_matrix,
     store_quaternion,
     store_vector,
+    transposed,
     turn,
     turn_back,
 )
@@ -44,67 +50,7 @@ class Tables(NamedTuple):
 
 
 @triton.jit
-def _product(a, b):
-    """a times b, rotations."""
-    xx, xy, xz, yx, yy, yz, zx, zy, zz = a
-    x, y, z = turn((xx, xy, xz, yx, yy, yz, zx, zy, zz), (b[0], b[3], b[6]))
-    u, v, w = turn((xx, xy, xz, yx, yy, yz, zx, zy, zz), (b[1], b[4], b[7]))
-    r, s, t = turn((xx, xy, xz, yx, yy, yz, zx, zy, zz), (b[2], b[5], b[8]))
-    return x, u, r, y, v, s, z, w, t
-
-
-@triton.jit
-def _transposed(a):
-    """transpose(a)."""
-    return a[0], a[3], a[6], a[1], a[4], a[7], a[2], a[5], a[8]
-
-
-@triton.jit
-def _sum(a, b):
-    """a + b, rotations."""
-    return (
-        a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7],
-        a[8] + b[8],
-    )  # fmt: skip
-
-
-@triton.jit
-def _outer(a, b):
-    """a transpose(b), vectors."""
-    return (
-        a[0] * b[0], a[0] * b[1], a[0] * b[2], a[1] * b[0], a[1] * b[1], a[1] * b[2], a[2] * b[0], a[2] * b[1],
-        a[2] * b[2],
-    )  # fmt: skip
-
-
-@triton.jit
-def _load_matrix(pointer, index, exists):
-    """Rotation and translation of a homogeneous matrix."""
-    at = pointer + index * 16
-    xx, xy = tl.load(at, mask=exists, other=0.0), tl.load(at + 1, mask=exists, other=0.0)
-    xz, tx = tl.load(at + 2, mask=exists, other=0.0), tl.load(at + 3, mask=exists, other=0.0)
-    yx, yy = tl.load(at + 4, mask=exists, other=0.0), tl.load(at + 5, mask=exists, other=0.0)
-    yz, ty = tl.load(at + 6, mask=exists, other=0.0), tl.load(at + 7, mask=exists, other=0.0)
-    zx, zy = tl.load(at + 8, mask=exists, other=0.0), tl.load(at + 9, mask=exists, other=0.0)
-    zz, tz = tl.load(at + 10, mask=exists, other=0.0), tl.load(at + 11, mask=exists, other=0.0)
-    return (xx, xy, xz, yx, yy, yz, zx, zy, zz), (tx, ty, tz)
-
-
-@triton.jit
-def _store_matrix(pointer, index, rotation, translation, exists):
-    """What ``_load_matrix`` loads, and the last line."""
-    at, zero = pointer + index * 16, tl.zeros(index.shape, tl.float32)
-    for k in tl.static_range(3):
-        tl.store(at + 4 * k, rotation[3 * k], mask=exists)
-        tl.store(at + 4 * k + 1, rotation[3 * k + 1], mask=exists)
-        tl.store(at + 4 * k + 2, rotation[3 * k + 2], mask=exists)
-        tl.store(at + 4 * k + 3, translation[k], mask=exists)
-        tl.store(at + 12 + k, zero, mask=exists)
-    tl.store(at + 15, zero + 1.0, mask=exists)
-
-
-@triton.jit
-def _angle(unnormalised, rows, k: tl.constexpr, exists):
+def _angle(unnormalised, rows, k, exists):
     """sin and cos of angle k before normalisation, and the length that divides them."""
     at = unnormalised + (rows * ANGLES + k) * 2
     sin, cos = tl.load(at, mask=exists, other=0.0), tl.load(at + 1, mask=exists, other=0.0)
@@ -123,13 +69,21 @@ def _turned(rotation, sin, cos):
 
 
 @triton.jit
-def _local(tables, unnormalised, rows, kind, g: tl.constexpr, exists):
-    """Turned default frame of group g, before it is chained: rotation, translation."""
-    rotation, translation = _load_matrix(tables.frames, kind * GROUPS + g, exists)
-    if g > 0:
-        sin, cos, length = _angle(unnormalised, rows, g - 1, exists)
-        rotation = _turned(rotation, sin / length, cos / length)
-    return rotation, translation
+def _turned_group(tables, unnormalised, rows, kind, g, exists):
+    """Default frame of a group that an angle turns: rotation before and after, translation."""
+    default, place = load_matrix(tables.frames, kind * GROUPS + g, exists)
+    sin, cos, length = _angle(unnormalised, rows, g - 1, exists)
+    return default, _turned(default, sin / length, cos / length), place
+
+
+@triton.jit
+def _either(first, a, b):
+    """a if ``first``, else b; rotations."""
+    return (
+        tl.where(first, a[0], b[0]), tl.where(first, a[1], b[1]), tl.where(first, a[2], b[2]),
+        tl.where(first, a[3], b[3]), tl.where(first, a[4], b[4]), tl.where(first, a[5], b[5]),
+        tl.where(first, a[6], b[6]), tl.where(first, a[7], b[7]), tl.where(first, a[8], b[8]),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -146,11 +100,22 @@ def _kind(aatype, rows, exists, n, num_iterations):
 
 
 @triton.jit
+def _store_group(chained, groups, index, backbone, origin, rotation, translation, exists):
+    """A group's frame, as the backbone and as everybody sees it."""
+    store_matrix(chained, index, rotation, translation, exists)
+    moved = _moved(backbone, origin, translation)
+    store_matrix(groups, index, product(backbone, rotation), moved, exists)
+
+
+@triton.jit
 def _groups_kernel(
-    quaternions, translations, unnormalised, aatype, tables, frames, groups, angles, num_rows, n, num_iterations, scale,
-    BLOCK: tl.constexpr,
+    quaternions, translations, unnormalised, aatype, tables, frames, groups, chained, angles, num_rows, n,
+    num_iterations, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Tile of residues: frames [rows, 7], groups [rows, 8, 4, 4], angles [rows, 7, 2]; translations times scale."""
+    """Tile of residues: frames [rows, 7], groups [rows, 8, 4, 4], angles [rows, 7, 2]; translations times scale.
+
+    chained: the groups as the backbone sees them.
+    """
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = rows < num_rows
     kind = _kind(aatype, rows, exists, n, num_iterations)
@@ -165,15 +130,15 @@ def _groups_kernel(
         sin, cos, length = _angle(unnormalised, rows, k, exists)
         tl.store(angles + (rows * ANGLES + k) * 2, sin / length, mask=exists)
         tl.store(angles + (rows * ANGLES + k) * 2 + 1, cos / length, mask=exists)
-    rotation, translation = _local(tables, unnormalised, rows, kind, 0, exists)
-    for g in tl.static_range(GROUPS):
-        own, place = _local(tables, unnormalised, rows, kind, g, exists)
-        if g >= CHAINED:
-            place = _moved(rotation, translation, place)
-            own = _product(rotation, own)
-        rotation, translation = own, place
-        moved = _moved(backbone, origin, translation)
-        _store_matrix(groups, rows * GROUPS + g, _product(backbone, rotation), moved, exists)
+    rotation, translation = load_matrix(tables.frames, kind * GROUPS, exists)
+    _store_group(chained, groups, rows * GROUPS, backbone, origin, rotation, translation, exists)
+    for g in range(1, GROUPS):
+        _, own, hinge = _turned_group(tables, unnormalised, rows, kind, g, exists)
+        hangs = g >= CHAINED
+        x, y, z = _moved(rotation, translation, hinge)
+        rotation = _either(hangs, product(rotation, own), own)
+        translation = tl.where(hangs, x, hinge[0]), tl.where(hangs, y, hinge[1]), tl.where(hangs, z, hinge[2])
+        _store_group(chained, groups, rows * GROUPS + g, backbone, origin, rotation, translation, exists)
 
 
 @triton.jit
@@ -186,7 +151,7 @@ def _atoms_kernel(groups, aatype, tables, positions, num_atoms, n, num_iteration
     group = tl.zeros([BLOCK], tl.int64)
     for g in tl.static_range(1, GROUPS):
         group += tl.where(tl.load(tables.groups + atom * GROUPS + g, mask=exists, other=0.0) > 0.0, g, 0)
-    rotation, translation = _load_matrix(groups, rows.to(tl.int64) * GROUPS + group, exists)
+    rotation, translation = load_matrix(groups, rows.to(tl.int64) * GROUPS + group, exists)
     x, y, z = _moved(rotation, translation, load_vector(tables.positions, atom, exists))
     mask = tl.load(tables.mask + atom, mask=exists, other=0.0)
     store_vector(positions, index, (x * mask, y * mask, z * mask), exists)
@@ -201,7 +166,7 @@ def _atoms_backward_kernel(
     exists = index < num_groups
     rows, g = index // GROUPS, index % GROUPS
     kind = _kind(aatype, rows, exists, n, num_iterations)
-    rotation, translation = _load_matrix(d_groups, index, exists)
+    rotation, translation = load_matrix(d_groups, index, exists)
     xx, xy, xz, yx, yy, yz, zx, zy, zz = rotation
     tx, ty, tz = translation
     for slot in range(ATOMS):
@@ -213,7 +178,7 @@ def _atoms_backward_kernel(
         xx, xy, xz, tx = xx + x * u, xy + x * v, xz + x * w, tx + x
         yx, yy, yz, ty = yx + y * u, yy + y * v, yz + y * w, ty + y
         zx, zy, zz, tz = zx + z * u, zy + z * v, zz + z * w, tz + z
-    _store_matrix(d_frames, index, (xx, xy, xz, yx, yy, yz, zx, zy, zz), (tx, ty, tz), exists)
+    store_matrix(d_frames, index, (xx, xy, xz, yx, yy, yz, zx, zy, zz), (tx, ty, tz), exists)
 
 
 @triton.jit
@@ -227,7 +192,7 @@ def _turning_gradient(default, d):
 
 
 @triton.jit
-def _store_angle_gradient(unnormalised, d_angles, d_unnormalised, out, rows, k: tl.constexpr, d_sin, d_cos, exists):
+def _store_angle_gradient(unnormalised, d_angles, d_unnormalised, out, rows, k, d_sin, d_cos, exists):
     """Gradient of angle k before normalisation, for that of the turn and those of both outputs."""
     sin, cos, length = _angle(unnormalised, rows, k, exists)
     at = (rows * ANGLES + k) * 2
@@ -253,23 +218,18 @@ def _rotation_gradient(quaternion, d):
 
 
 @triton.jit
-def _chained(tables, unnormalised, rows, kind, last: tl.constexpr, exists):
-    """Frame of group ``last`` in the backbone's, chained: rotation, translation."""
-    if last < CHAINED:
-        rotation, translation = _local(tables, unnormalised, rows, kind, last, exists)
-    else:
-        rotation, translation = _local(tables, unnormalised, rows, kind, CHAINED - 1, exists)
-        for g in tl.static_range(CHAINED, last + 1):
-            own, place = _local(tables, unnormalised, rows, kind, g, exists)
-            translation = _moved(rotation, translation, place)
-            rotation = _product(rotation, own)
-    return rotation, translation
+def _back_to_backbone(d_matrices, rows, g, backbone, rotation, place, d_backbone, d_origin, exists):
+    """Gradients of a group's frame in the backbone's; those of the backbone's rotation and origin grow."""
+    d_rotation, d_place = load_matrix(d_matrices, rows * GROUPS + g, exists)
+    d_backbone = added(d_backbone, added(product(d_rotation, transposed(rotation)), outer(d_place, place)))
+    d_origin = d_origin[0] + d_place[0], d_origin[1] + d_place[1], d_origin[2] + d_place[2]
+    return product(transposed(backbone), d_rotation), turn_back(backbone, d_place), d_backbone, d_origin
 
 
 @triton.jit
 def _groups_backward_kernel(
-    quaternions, unnormalised, aatype, tables, d_matrices, d_frames, d_angles, d_unnormalised, d_quaternion,
-    d_translation, d_out, num_rows, n, num_iterations, scale, BLOCK: tl.constexpr,
+    quaternions, unnormalised, aatype, tables, chained, d_matrices, d_frames, d_angles, d_unnormalised,
+    d_quaternion, d_translation, d_out, num_rows, n, num_iterations, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tile of residues: gradients of quaternions, translations and of angles before normalisation (d_out).
 
@@ -280,29 +240,27 @@ def _groups_backward_kernel(
     kind = _kind(aatype, rows, exists, n, num_iterations)
     quaternion = load_quaternion(quaternions, rows, exists)
     backbone, zero = rotation_of(quaternion), tl.zeros([BLOCK], tl.float32)
-    d_backbone = (zero, zero, zero, zero, zero, zero, zero, zero, zero)
-    carried = d_backbone
-    tx, ty, tz = zero, zero, zero
-    cx, cy, cz = zero, zero, zero
-    for g in tl.static_range(GROUPS - 1, -1, -1):
-        d_rotation, d_place = _load_matrix(d_matrices, rows * GROUPS + g, exists)
-        rotation, place = _chained(tables, unnormalised, rows, kind, g, exists)
-        d_backbone = _sum(d_backbone, _sum(_product(d_rotation, _transposed(rotation)), _outer(d_place, place)))
-        tx, ty, tz = tx + d_place[0], ty + d_place[1], tz + d_place[2]
-        d = _product(_transposed(backbone), d_rotation)
-        x, y, z = turn_back(backbone, d_place)
-        if (g >= CHAINED - 1) and (g < GROUPS - 1):
-            d, x, y, z = _sum(d, carried), x + cx, y + cy, z + cz
-        default, default_place = _load_matrix(tables.frames, kind * GROUPS + g, exists)
-        if g >= CHAINED:
-            own, _ = _local(tables, unnormalised, rows, kind, g, exists)
-            before, _ = _chained(tables, unnormalised, rows, kind, g - 1, exists)
-            carried = _sum(_product(d, _transposed(own)), _outer((x, y, z), default_place))
-            cx, cy, cz = x, y, z
-            d = _product(_transposed(before), d)
-        if g > 0:
-            d_sin, d_cos = _turning_gradient(default, d)
-            _store_angle_gradient(unnormalised, d_angles, d_unnormalised, d_out, rows, g - 1, d_sin, d_cos, exists)
+    d_backbone, d_origin = (zero, zero, zero, zero, zero, zero, zero, zero, zero), (zero, zero, zero)
+    carried, w = d_backbone, d_origin  # from the group that hangs on this one
+    for back in range(GROUPS - 1):
+        g = GROUPS - 1 - back
+        hangs = g >= CHAINED
+        rotation, place = load_matrix(chained, rows * GROUPS + g, exists)
+        before, _ = load_matrix(chained, rows * GROUPS + g - 1, exists)
+        default, turned, hinge = _turned_group(tables, unnormalised, rows, kind, g, exists)
+        d, v, d_backbone, d_origin = _back_to_backbone(
+            d_matrices, rows, g, backbone, rotation, place, d_backbone, d_origin, exists
+        )
+        d, v = added(d, carried), (v[0] + w[0], v[1] + w[1], v[2] + w[2])
+        handed = added(product(d, transposed(turned)), outer(v, hinge))
+        carried = _either(hangs, handed, (zero, zero, zero, zero, zero, zero, zero, zero, zero))
+        w = tl.where(hangs, v[0], 0.0), tl.where(hangs, v[1], 0.0), tl.where(hangs, v[2], 0.0)
+        d_sin, d_cos = _turning_gradient(default, _either(hangs, product(transposed(before), d), d))
+        _store_angle_gradient(unnormalised, d_angles, d_unnormalised, d_out, rows, g - 1, d_sin, d_cos, exists)
+    rotation, place = load_matrix(chained, rows * GROUPS, exists)
+    _, _, d_backbone, d_origin = _back_to_backbone(
+        d_matrices, rows, 0, backbone, rotation, place, d_backbone, d_origin, exists
+    )
     dw, dx, dy, dz = _rotation_gradient(quaternion, d_backbone)
     at = d_frames + rows * 7
     dw += tl.load(at, mask=exists, other=0.0)
@@ -310,9 +268,9 @@ def _groups_backward_kernel(
     dy += tl.load(at + 2, mask=exists, other=0.0)
     dz += tl.load(at + 3, mask=exists, other=0.0)
     store_quaternion(d_quaternion, rows, (dw, dx, dy, dz), exists)
-    tx += tl.load(at + 4, mask=exists, other=0.0)
-    ty += tl.load(at + 5, mask=exists, other=0.0)
-    tz += tl.load(at + 6, mask=exists, other=0.0)
+    tx = d_origin[0] + tl.load(at + 4, mask=exists, other=0.0)
+    ty = d_origin[1] + tl.load(at + 5, mask=exists, other=0.0)
+    tz = d_origin[2] + tl.load(at + 6, mask=exists, other=0.0)
     store_vector(d_translation, rows, (tx * scale, ty * scale, tz * scale), exists)
 
 
@@ -321,7 +279,7 @@ def _grid(count: int, options: dict[str, int]) -> tuple[int]:
 
 
 class _Placement(torch.autograd.Function):
-    """Arguments: scale, residue types, tables, then quaternions, translations and angles before normalisation; dense."""
+    """Arguments: scale, residue types, tables, quaternions, translations, angles before normalisation; all dense."""
 
     @staticmethod
     def forward(
@@ -329,20 +287,21 @@ class _Placement(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         lead, fresh = q.shape[:-1], q.new_empty
         frames, groups, positions = fresh(*lead, 7), fresh(*lead, 8, 4, 4), fresh(*lead, 14, 3)
+        chained = torch.empty_like(groups)
         angles, sizes = torch.empty_like(unnormalised), (lead[2], lead[1])
         _groups_kernel[_grid(lead.numel(), RESIDUES)](
-            q, t, unnormalised, aatype, tables, frames, groups, angles, lead.numel(), *sizes, scale, **RESIDUES
+            q, t, unnormalised, aatype, tables, frames, groups, chained, angles, lead.numel(), *sizes, scale, **RESIDUES
         )
         count = positions.numel() // 3
         _atoms_kernel[_grid(count, ELEMENTS)](groups, aatype, tables, positions, count, *sizes, **ELEMENTS)
-        ctx.save_for_backward(aatype, *tables, q, unnormalised)
+        ctx.save_for_backward(aatype, *tables, q, unnormalised, chained)
         ctx.scale = scale
         return frames, groups, unnormalised.view_as(unnormalised), angles, positions
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *ds: Tensor) -> tuple[Tensor | None, ...]:
-        aatype, *tables, q, unnormalised = ctx.saved_tensors
+        aatype, *tables, q, unnormalised, chained = ctx.saved_tensors
         d_frames, d_groups, d_unnormalised, d_angles, d_positions = (d.contiguous() for d in ds)
         (_, num_iterations, n, _), tables, rows = q.shape, Tables(*tables), q.numel() // 4
         d_matrices, d_q, d_t, d_out = (
@@ -352,8 +311,8 @@ class _Placement(torch.autograd.Function):
             d_positions, d_groups, aatype, tables, d_matrices, 8 * rows, n, num_iterations, **ELEMENTS
         )
         _groups_backward_kernel[_grid(rows, RESIDUES)](
-            q, unnormalised, aatype, tables, d_matrices, d_frames, d_angles, d_unnormalised, d_q, d_t, d_out, rows, n,
-            num_iterations, ctx.scale, **RESIDUES,
+            q, unnormalised, aatype, tables, chained, d_matrices, d_frames, d_angles, d_unnormalised, d_q, d_t, d_out,
+            rows, n, num_iterations, ctx.scale, **RESIDUES,
         )  # fmt: skip
         return None, None, None, d_q, d_t, d_out
 
@@ -366,14 +325,15 @@ def obstacle(quaternions: Tensor, translations: Tensor, unnormalised: Tensor, *_
 
 
 def place_residues(
-    quaternions: Tensor,
-    translations: Tensor,
-    unnormalised: Tensor,
-    aatype: Tensor,
-    tables: Sequence[Tensor],
+    quaternions: Tensor, translations: Tensor, unnormalised: Tensor, aatype: Tensor, tables: Sequence[Tensor],
     scale: float,
-) -> tuple[Tensor, ...]:
-    """``reference.place_residues``, once differentiable."""
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Groups and atoms of all iterations, as ``model.structure.AtomPlacement`` defines them; once differentiable.
+
+    quaternions: [B, I, N, 4]; translations: [B, I, N, 3], times ``scale`` in angstrom; unnormalised: sin and cos of
+    angles, [B, I, N, 7, 2]; aatype: int64 [B, N]; tables: ``Tables`` -> frames [B, I, N, 7], groups [B, I, N, 8, 4, 4],
+    the angles as they were and normalised, positions [B, I, N, 14, 3], angstrom.
+    """
     dense = (x.contiguous() for x in (quaternions, translations, unnormalised))
     return _Placement.apply(scale, aatype.contiguous(), Tables(*tables), *dense)  # type: ignore[return-value]
 
