@@ -43,6 +43,7 @@ from step_time import build, enliven, kernel_times
 
 REPEATS, REPLAYS = 20, 30
 SEED = 7
+PIECE = 16384  # elements of a gradient that the stitched step collects as one tensor
 ONE_BLOCK = [f"model.{stack}.num_blocks=1" for stack in ("evoformer", "extra_msa", "template")]  # not run here
 FAINT = 1e-3  # a gradient that should vanish is judged by the largest of its part
 INDUCTORS, LIBRARY = ("triton_",), ("gemm", "cutlass", "nvjet", "xmma", "cublas")  # parts of kernel names
@@ -276,10 +277,7 @@ def row_of(microseconds: float | None, times: dict[str, list[float]]) -> dict[st
         "kernels": sum(map(len, times.values())),
         "small": len(small),
         "small_us": round(sum(small), 1),
-        "max_rel_error": "",
-        "repeats": "",
-        "differing": "",
-    }
+    } | dict.fromkeys(("max_rel_error", "repeats", "differing"), "")
 
 
 def measure_parts(
@@ -334,6 +332,7 @@ def step_row(
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
     torch._dynamo.reset()
     _, step = build(config, variant.ops)
+    step.optimizer.flat.piece = PIECE if name == "stitched" else None
     with inductor_config.patch(variant.inductor):
         step.warm_up(batch, passes, lambda text: None)
     milliseconds = time_calls(lambda: step(batch, passes, 1), 15).median_ms
