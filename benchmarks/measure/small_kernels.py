@@ -272,12 +272,13 @@ def measure(part: Part, exact: Sequence[Tensor], repeats: int) -> dict[str, obje
 def row_of(microseconds: float | None, times: dict[str, list[float]]) -> dict[str, object]:
     """Columns of a replay: its time, its kernels, those of PyTorch and Inductor among them and their time."""
     small = [t for kernel, own in times.items() if is_small(kernel) for t in own]
-    return {
+    found: dict[str, object] = {
         "us": "" if microseconds is None else round(microseconds, 1),
         "kernels": sum(map(len, times.values())),
         "small": len(small),
         "small_us": round(sum(small), 1),
-    } | dict.fromkeys(("max_rel_error", "repeats", "differing"), "")
+    }
+    return found | dict.fromkeys(("max_rel_error", "repeats", "differing"), "")
 
 
 def measure_parts(
