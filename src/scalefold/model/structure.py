@@ -191,9 +191,7 @@ class AtomPlacement(nn.Module):
         quaternions: [B, I, N, 4]; translations: [B, I, N, 3], internal units; angles: [B, I, N, 7, 2]; aatype: [B, N].
         """
         tables = (self.default_frames, self.atom_groups, self.atom_positions, self.atom_mask)
-        found = self.ops.place_residues(
-            quaternions, translations, unnormalised, aatype, tables, ANGSTROM_PER_UNIT
-        )
+        found = self.ops.place_residues(quaternions, translations, unnormalised, aatype, tables, ANGSTROM_PER_UNIT)
         if found is not None:  # in one operation
             return found
         angles, translations, aatype = normalised(unnormalised), translations * ANGSTROM_PER_UNIT, aatype[:, None]
