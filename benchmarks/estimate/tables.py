@@ -59,8 +59,8 @@ PARTS = {  # of small_kernels.csv
     "plain": "plain",
     "single": "iterations one by one",
     "ours": "ours",
+    "stitched": "stitched",
     "fused": "ours, Inductor around",
-    "combined": "the same, combined",
 }
 Row = dict[str, str]
 
