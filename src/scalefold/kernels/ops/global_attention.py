@@ -32,7 +32,7 @@ from scalefold.kernels.ops.global_attention_programs import (
     project_columns,
     rows_backward,
 )
-from scalefold.kernels.rows import Affine, Norm, sum_all, width_obstacle
+from scalefold.kernels.rows import Affine, Norm, width_obstacle
 
 BLOCK_R = 16  # columns per program of the kernels that sum over sequences: the smallest side of a product
 
@@ -99,13 +99,11 @@ class _GlobalAttention(torch.autograd.Function):
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         m, mask, *norm, weight_q, weight_kv, weight_g, bias_g, weight_o, kv, mean, q, o, statistics = ctx.saved_tensors
         norm, gate, d_out = Norm(*norm), Affine(weight_g, bias_g), d_out.contiguous()
-        partial, gate_partials = _output_gradient(m, norm, gate, weight_o, o, d_out)
+        partial, gate_sums = _output_gradient(m, norm, gate, weight_o, o, d_out)
         d_kv, d_q, d_mean = _attended_backward(
             mask, weight_q, kv, q, o, statistics, partial, m.shape[-1], ctx.num_heads, ctx.inf
         )
-        d_m, row_partials = _rows_gradient(m, mask, norm, gate, weight_o, weight_kv, o, d_out, d_kv, d_mean)
-        common = ctx.types[0] if len(set(ctx.types)) == 1 else torch.float32
-        gate_sums, row_sums = sum_all([gate_partials, row_partials], common)
+        d_m, row_sums = _rows_gradient(m, mask, norm, gate, weight_o, weight_kv, o, d_out, d_kv, d_mean)
         c, hd, pair = m.shape[-1], weight_q.shape[0], weight_kv.shape[0]
         d_weight_o, d_weight_g, d_bias_o, d_bias_g = gate_sums.split([c * hd, hd * c, c, hd])
         d_weight_kv, d_scale, d_offset = row_sums.split([pair * c, c, c])
@@ -187,7 +185,7 @@ def _gated(m: Tensor, norm: Norm, gate: Affine, output: Affine, o: Tensor) -> Te
 def _output_gradient(
     m: Tensor, norm: Norm, gate: Affine, weight_o: Tensor, o: Tensor, d_out: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Partial gradients of o, fp32 [chunks, B, N, H * D], and of W_o, W_g, b_o, b_g side by side: [programs, *]."""
+    """Partial sums of the gradient of o, fp32 [chunks, B, N, H * D]; gradients of W_o, W_g, b_o, b_g in one vector."""
     batch, sequences, n, c = m.shape
     hd = o.shape[-1]
     config = tuning.lookup("global_attention_columns_backward", **_fields(m))
@@ -199,7 +197,7 @@ def _output_gradient(
         C=c, HD=hd, BLOCK_S=config["BLOCK_S"], BLOCK_R=BLOCK_R, PRECISION=matmul_precision(m),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
-    return partial, weight_sums
+    return partial, weight_sums.sum(0)
 
 
 def _attended_backward(
@@ -231,7 +229,7 @@ def _rows_gradient(
     m: Tensor, mask: Tensor, norm: Norm, gate: Affine, weight_o: Tensor, weight_kv: Tensor, o: Tensor, d_out: Tensor,
     d_kv: Tensor, d_mean: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradient of m; partial gradients of W_kv, norm weight and norm bias side by side: [programs, *]."""
+    """Gradient of m; gradients of W_kv, norm weight and norm bias in one vector."""
     _, sequences, n, c = m.shape
     rows, hd, pair = m.numel() // c, o.shape[-1], weight_kv.shape[0]
     config = tuning.lookup("global_attention_rows_backward", **_fields(m))
@@ -243,7 +241,7 @@ def _rows_gradient(
         C=c, HD=hd, KV=pair, BLOCK_M=config["BLOCK"], PRECISION=matmul_precision(m), num_warps=config["num_warps"],
         num_stages=config["num_stages"],
     )  # fmt: skip
-    return d_m, weight_sums
+    return d_m, weight_sums.sum(0)
 
 
 def _columns_default(fields: tuning.Fields, capability: int) -> tuning.Config:
