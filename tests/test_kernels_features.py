@@ -8,7 +8,7 @@ from scalefold.kernels import triton_ops
 from scalefold.kernels.around import features
 from scalefold.model import embedders, templates
 
-OPS = triton_ops.STITCHED
+OPS = triton_ops.TRITON
 
 
 def whole(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -31,7 +31,7 @@ def test_distances_fall_into_the_bins_of_the_definition(batch: int, n: int, dtyp
     points = 9.0 * Draw(n)(batch, n, 3)
     points[:, 1] = points[:, 0]
     points[:, 2] = points[:, 0] + torch.tensor([3.25, 0.0, 0.0], device=DEVICE)  # on the first edge
-    found = features.distance_features(points, embedders.recycling_edges(points.device), dtype)
+    found = features.distance_features(points, embedders.RECYCLING_EDGES, dtype)
     assert torch.equal(found, embedders.RecyclingEmbedder.distogram(points, dtype))
     assert found.any()
     assert not found[:, 0, 1].any()

@@ -32,14 +32,14 @@ def residue_types(batch: int, n: int) -> Tensor:
 @pytest.mark.parametrize(("batch", "iterations", "n"), [(1, 1, 21), (2, 3, 7), (1, 2, 40)])
 def test_outputs_and_gradients_are_as_accurate_as_the_definition(batch: int, iterations: int, n: int) -> None:
     aatype = residue_types(batch, n)
-    ours, plain = (placed(table, aatype) for table in (triton_ops.STITCHED, REFERENCE))
+    ours, plain = (placed(table, aatype) for table in (triton_ops.TRITON, REFERENCE))
     assert_as_accurate_as_pytorch(ours, plain, leaves(batch, iterations, n), torch.float32)
 
 
 @pytest.mark.parametrize("output", range(5))
 def test_every_output_alone_gives_the_gradients_of_the_definition(output: int) -> None:
     found = []
-    for table in (triton_ops.STITCHED, REFERENCE):
+    for table in (triton_ops.TRITON, REFERENCE):
         inputs = [x.requires_grad_() for x in leaves(1, 2, 5)]
         result = placed(table, residue_types(1, 5))(*inputs)[output]
         grads = torch.autograd.grad(result, inputs, Draw(3)(*result.shape), allow_unused=True)
@@ -50,7 +50,7 @@ def test_every_output_alone_gives_the_gradients_of_the_definition(output: int) -
 
 def test_angles_too_short_for_a_direction_are_divided_by_the_least_length() -> None:
     found = []
-    for table in (triton_ops.STITCHED, REFERENCE):
+    for table in (triton_ops.TRITON, REFERENCE):
         q, t, angles = leaves(1, 1, 5)
         angles = (1e-6 * angles).requires_grad_()
         _, groups, _, normalised, atoms = placed(table, residue_types(1, 5))(q, t, angles)

@@ -61,7 +61,7 @@ def evaluate(outputs: dict[str, Tensor], features: dict[str, Tensor], ops: Opera
 @pytest.mark.parametrize(("batch", "n"), [(1, 5), (1, 37), (2, 11)])
 def test_values_and_gradients_are_those_of_the_definitions(batch: int, n: int) -> None:
     outputs, features = sample(batch, n)
-    ours, plain = (evaluate(outputs, features, ops) for ops in (triton_ops.STITCHED, None))
+    ours, plain = (evaluate(outputs, features, ops) for ops in (triton_ops.TRITON, None))
     for name, own, exact in zip(("values", *LEAVES), ours, plain, strict=True):
         torch.testing.assert_close(own, exact, rtol=2e-5, atol=1e-7, msg=name)
 
@@ -70,7 +70,7 @@ def test_equal_errors_of_both_torsions_share_the_gradient_and_a_length_of_one_ha
     outputs, features = sample(1, 5)
     features |= {"aatype": torch.full_like(features["aatype"], 3), "chi_mask": torch.ones(1, 5, 4, device=DEVICE)}
     outputs["sm_angles"][..., 4, :] = 0.0
-    ours, plain = (evaluate(outputs, features, ops) for ops in (triton_ops.STITCHED, None))
+    ours, plain = (evaluate(outputs, features, ops) for ops in (triton_ops.TRITON, None))
     torch.testing.assert_close(ours[1], plain[1], rtol=2e-5, atol=1e-7)
     assert not ours[1][..., 4, :].any()
 
@@ -90,7 +90,7 @@ def test_a_term_that_is_not_finite_leaves_no_gradient_and_the_others_theirs(plac
     terms = {key: loss.loss_terms(LossConfig(experimentally_resolved_loss_weight=0.1))[key] for key in loss.SIDE_TERMS}
     features |= {"seq_length": torch.tensor([7], device=DEVICE)}
     expected, found = [], []
-    for ops, results in ((triton_ops.STITCHED, found), (REFERENCE, expected)):
+    for ops, results in ((triton_ops.TRITON, found), (REFERENCE, expected)):
         leaves = {key: value.clone() for key, value in outputs.items()}
         leaves[place][0, 1, 2:] = torch.nan
         leaves = {key: value.requires_grad_(key in LEAVES) for key, value in leaves.items()}
@@ -107,14 +107,14 @@ def test_a_term_that_is_not_finite_leaves_no_gradient_and_the_others_theirs(plac
 def test_a_letter_that_is_no_class_makes_its_term_nan() -> None:
     outputs, features = sample(1, 5)
     features["true_msa"] = torch.full_like(features["true_msa"], 23)
-    values = loss.side_losses(outputs, features, triton_ops.STITCHED)
+    values = loss.side_losses(outputs, features, triton_ops.TRITON)
     assert values["masked_msa"].isnan().all()
     assert values["distogram"].isfinite().all()
 
 
 def test_an_unknown_resolution_counts_neither_confidence_nor_presence() -> None:
     outputs, features = sample(1, 5)
-    values = loss.side_losses(outputs, features | {"resolution": torch.tensor([torch.nan])}, triton_ops.STITCHED)
+    values = loss.side_losses(outputs, features | {"resolution": torch.tensor([torch.nan])}, triton_ops.TRITON)
     assert values["plddt_loss"] == values["experimentally_resolved"] == 0.0
 
 

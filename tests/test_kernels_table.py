@@ -25,7 +25,7 @@ def test_every_operation_keeps_the_signature_of_its_definition():
 def test_what_the_model_defines_sends_the_caller_there_and_one_line_says_why(caplog):
     choice._explained.clear()
     with caplog.at_level(logging.INFO):
-        assert triton_ops.STITCHED.offset_features(torch.ones(1, 0), 32, torch.float32) is None
+        assert triton_ops.TRITON.offset_features(torch.ones(1, 0), 32, torch.float32) is None
     assert [record.message for record in caplog.records] == [
         "kernels: plain PyTorch offset_features: an argument is empty"
     ]
@@ -33,7 +33,6 @@ def test_what_the_model_defines_sends_the_caller_there_and_one_line_says_why(cap
 
 def test_the_table_is_found_by_name():
     assert operations("triton") is triton_ops.TRITON
-    assert operations("stitched") is triton_ops.STITCHED
     assert operations("reference") is REFERENCE
 
 

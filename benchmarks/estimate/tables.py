@@ -56,8 +56,8 @@ LAYOUTS = {
 PARTS = {  # of small_kernels.csv
     "plain": "plain",
     "single": "iterations one by one",
+    "unstitched": "unstitched",
     "ours": "ours",
-    "stitched": "stitched",
     "fused": "ours, Inductor around",
 }
 Row = dict[str, str]

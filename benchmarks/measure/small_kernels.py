@@ -3,14 +3,14 @@
     python benchmarks/measure/small_kernels.py --minutes 6                 # every part, then whole steps at R = 1
     python benchmarks/measure/small_kernels.py --small                     # tiny sizes on the CPU, to try the script
 
-Variants: ``plain`` (the definitions in PyTorch), ``single`` (our operations, iterations of the structure module one by
-one), ``ours`` (the operations as a run takes them), ``stitched`` (those and what awaits its measurement), ``compiled``
-(regions of ``step/fuse.py`` around the plain definitions), ``fused`` (those regions around our operations, as
-``execution.compile`` runs them), ``autotuned`` (``compiled`` with Inductor's max-autotune). Each part runs forward and
-backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the bits of REPEATS
-calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a CUDA graph's replay;
-``small`` counts PyTorch's and Inductor's kernels, without products of the library. A step's error is that of its
-gradients against those of the first variant's step, its bits are those of two replays. ``--list``: its small kernels.
+Variants: ``plain`` (the definitions in PyTorch), ``ours`` (the operations as a run takes them), ``unstitched`` (without
+``STITCHED`` ones, for which the model has a definition), ``single`` (so, and iterations of the structure module one by
+one), ``compiled`` (regions of ``step/fuse.py`` around the plain definitions), ``fused`` (those regions around our
+operations, as ``execution.compile`` runs them), ``autotuned`` (``compiled`` with Inductor's max-autotune). Each part
+runs forward and backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the
+bits of REPEATS calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a
+replayed CUDA graph; ``small`` counts PyTorch's and Inductor's, without the library's products. A step's error is
+that of its gradients against the first variant's; its bits are those of two replays. ``--list``: its small ones.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.choice import operations
+from scalefold.kernels.reference import elsewhere
 from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, Recycled, atom14_to_atom37, cast_trunk, select_slice
 from scalefold.model.loss import loss_terms, total_of_terms
@@ -43,7 +44,7 @@ from step_time import build, enliven, kernel_times
 
 REPEATS, REPLAYS = 20, 30
 SEED = 7
-PIECE = 16384  # elements of a gradient that the stitched step collects as one tensor
+STITCHED = [field.name for field in dataclasses.fields(Operations) if field.default is elsewhere]
 ONE_BLOCK = [f"model.{stack}.num_blocks=1" for stack in ("evoformer", "extra_msa", "template")]  # not run here
 FAINT = 1e-3  # a gradient that should vanish is judged by the largest of its part
 INDUCTORS, LIBRARY = ("triton_",), ("gemm", "cutlass", "nvjet", "xmma", "cublas")  # parts of kernel names
@@ -70,9 +71,10 @@ class Part:
 def variants(small: bool) -> dict[str, Variant]:
     """All of them; where there is no GPU, those that run on a CPU."""
     ours = REFERENCE if small else operations("triton")
-    single = dataclasses.replace(ours, structure_iterations=REFERENCE.structure_iterations)
-    more = REFERENCE if small else operations("stitched")
-    found = {"plain": Variant(REFERENCE), "single": Variant(single), "ours": Variant(ours), "stitched": Variant(more)}
+    unstitched = dataclasses.replace(ours, **dict.fromkeys(STITCHED, elsewhere))
+    single = dataclasses.replace(unstitched, structure_iterations=REFERENCE.structure_iterations)
+    found = {"plain": Variant(REFERENCE), "single": Variant(single)}
+    found |= {"unstitched": Variant(unstitched), "ours": Variant(ours)}
     found |= {"fused": Variant(ours, True), "compiled": Variant(REFERENCE, True)}
     tuned: dict[str, object] = {"max_autotune": True, "deterministic": False}
     return found | {"autotuned": Variant(REFERENCE, True, tuned)}
@@ -313,7 +315,7 @@ def measure_steps(chosen: dict[str, Variant], arguments: argparse.Namespace) -> 
     """The whole step, for variants that a run can have: time, kernels, and which of them are small."""
     rows: list[dict[str, object]] = []
     first: dict[int, list[Tensor]] = {}
-    for name in ("single", "ours", "stitched", "fused"):
+    for name in ("single", "unstitched", "ours", "fused"):
         for passes in arguments.passes:
             if name in chosen and time.monotonic() < arguments.deadline:
                 rows.append(step_row(name, chosen[name], passes, first, arguments.list))
@@ -333,12 +335,11 @@ def step_row(
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
     torch._dynamo.reset()
     _, step = build(config, variant.ops)
-    step.optimizer.flat.piece = PIECE if name == "stitched" else None
     with inductor_config.patch(variant.inductor):
         step.warm_up(batch, passes, lambda text: None)
+    found, again = gradients(step, batch, passes), gradients(step, batch, passes)  # timed calls change the weights
     milliseconds = time_calls(lambda: step(batch, passes, 1), 15).median_ms
     times = kernel_times(lambda: step(batch, passes, 1), None)
-    found, again = gradients(step, batch, passes), gradients(step, batch, passes)
     exact = first.setdefault(passes, found)
     error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, exact, strict=True))
     judged = {"max_rel_error": f"{error:.2e}", "repeats": 1, "differing": len(differences(found, again))}

@@ -14,21 +14,19 @@ _explained: set[tuple[str, str]] = set()
 def operations(name: str) -> Operations:
     """The table ``reference``, ``triton``, or ``auto``: Triton where it can be imported, else the plain definitions.
 
-    ``stitched`` is ``triton`` with what has not been measured on a GPU yet.
-
     Raises:
         ImportError: ``triton`` is asked for by name and missing.
     """
     if name == "reference":
         return REFERENCE
     try:
-        from scalefold.kernels.triton_ops import STITCHED, TRITON
+        from scalefold.kernels.triton_ops import TRITON
     except ImportError as error:
-        if name != "auto":
+        if name == "triton":
             raise
         log.warning("kernels: plain PyTorch operations, because Triton cannot be imported: %s", error)
         return REFERENCE
-    return STITCHED if name == "stitched" else TRITON
+    return TRITON
 
 
 def explain(taken: str, reason: str) -> None:

@@ -4,7 +4,6 @@ Every operation lists its obstacles, functions of its arguments. The first that 
 plain definition, and the log says so once per operation and reason. Kernels themselves never fall back.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -116,24 +115,18 @@ TRITON = Operations(
     structure_iterations=guarded(
         iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
     ),
-    template_attention=guarded(
-        templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
-    ),
-    better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
-    point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),
-    dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),
-    adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
-    sum_of_squares=guarded(adam_swa.sum_of_squares, reference.sum_of_squares, buffer_obstacle),
-)
-
-#: The same with what around the trunk has not been measured on a GPU yet.
-STITCHED = dataclasses.replace(
-    TRITON,
-    name="stitched",
     offset_features=guarded(features.offset_features, reference.elsewhere, buffer_obstacle, features.obstacle),
     distance_features=guarded(features.distance_features, reference.elsewhere, buffer_obstacle, features.obstacle),
     extra_features=guarded(features.extra_features, reference.elsewhere, buffer_obstacle, features.obstacle),
     template_features=guarded(features.template_features, reference.elsewhere, buffer_obstacle, features.obstacle),
     place_residues=guarded(placement.place_residues, reference.elsewhere, buffer_obstacle, placement.obstacle),
+    template_attention=guarded(
+        templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
+    ),
+    better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
     side_losses=guarded(losses.side_losses, reference.elsewhere, groups_obstacle, losses.obstacle),
+    point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),
+    dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),
+    adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),
+    sum_of_squares=guarded(adam_swa.sum_of_squares, reference.sum_of_squares, buffer_obstacle),
 )

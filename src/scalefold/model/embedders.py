@@ -1,7 +1,5 @@
 """Input, recycling and extra MSA embedders (Supplement Algorithms 3, 4, 5, 32; 1.5)."""
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +13,10 @@ EXTRA_MSA_CLASSES = 23
 RECYCLING_BINS = 15
 RECYCLING_FIRST_EDGE_ANGSTROM, RECYCLING_LAST_EDGE_ANGSTROM = 3.25, 20.75
 RECYCLING_OPEN_EDGE_SQ = 1e8
+RECYCLING_EDGES = (
+    *(RECYCLING_FIRST_EDGE_ANGSTROM, RECYCLING_LAST_EDGE_ANGSTROM),
+    *(RECYCLING_BINS, RECYCLING_OPEN_EDGE_SQ),
+)
 
 
 class InputEmbedder(nn.Module):
@@ -67,8 +69,8 @@ class RecyclingEmbedder(nn.Module):
 
         m0_prev: [B, N, c_m]; z_prev: [B, N, N, c_z]; x_prev: pseudo-beta positions [B, N, 3], angstrom, fp32.
         """
-        dtype, edges = self.linear.weight.dtype, recycling_edges(x_prev.device)
-        distances = self.ops.distance_features(x_prev, edges, dtype)
+        dtype = self.linear.weight.dtype
+        distances = self.ops.distance_features(x_prev, RECYCLING_EDGES, dtype)
         if distances is None:
             distances = self.distogram(x_prev, dtype)
         return self.layer_norm_m(m0_prev), self.linear(distances) + self.layer_norm_z(z_prev)
@@ -76,21 +78,12 @@ class RecyclingEmbedder(nn.Module):
     @staticmethod
     def distogram(x_prev: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """One-hot of squared distances between strict edges; below the first edge all zero. -> [B, N, N, 15]."""
-        edges, distance_sq = recycling_edges(x_prev.device), squared_distances(x_prev)[..., None]
-        return ((distance_sq > edges[:-1]) & (distance_sq < edges[1:])).to(dtype)
-
-
-def squared_edges(first: float, last: float, count: int, open_edge: float, device: torch.device) -> Tensor:
-    """Squares of ``count`` equally spaced edges, then ``open_edge``: [count + 1]."""
-    edges = torch.linspace(first, last, count, device=device).square()
-    return torch.cat((edges, edges.new_full((1,), open_edge)))
-
-
-@cache
-def recycling_edges(device: torch.device) -> Tensor:
-    """Bounds of the recycled distances' bins, angstrom squared: [16]."""
-    first, last = RECYCLING_FIRST_EDGE_ANGSTROM, RECYCLING_LAST_EDGE_ANGSTROM
-    return squared_edges(first, last, RECYCLING_BINS, RECYCLING_OPEN_EDGE_SQ, device)
+        edges = torch.linspace(
+            RECYCLING_FIRST_EDGE_ANGSTROM, RECYCLING_LAST_EDGE_ANGSTROM, RECYCLING_BINS, device=x_prev.device
+        ).square()
+        upper = torch.cat((edges[1:], edges.new_full((1,), RECYCLING_OPEN_EDGE_SQ)))
+        distance_sq = squared_distances(x_prev)[..., None]
+        return ((distance_sq > edges) & (distance_sq < upper)).to(dtype)
 
 
 def extra_msa_features(

@@ -140,15 +140,12 @@ def chi_pi_periodic(aatype: Tensor) -> Tensor:
 def distogram_loss(outputs: Tensors, batch: Tensors) -> Tensor:
     """Cross-entropy of binned pseudo-beta distances (Supplement 1.9.8). -> [B]."""
     logits, mask = outputs["distogram_logits"], batch["pseudo_beta_mask"]
-    edges = _squared_edges(logits.shape[-1] - 1, logits.device)
+    edges = torch.linspace(
+        DISTOGRAM_FIRST_ANGSTROM, DISTOGRAM_LAST_ANGSTROM, logits.shape[-1] - 1, device=logits.device
+    ).square()
     bins = (squared_distances(batch["pseudo_beta"])[..., None] > edges).sum(-1)
     pair_mask = mask[:, :, None] * mask[:, None, :]
     return masked_mean(cross_entropy(logits, bins), pair_mask, MEAN_EPS, (1, 2))
-
-
-@cache
-def _squared_edges(count: int, device: torch.device) -> Tensor:
-    return torch.linspace(DISTOGRAM_FIRST_ANGSTROM, DISTOGRAM_LAST_ANGSTROM, count, device=device).square()
 
 
 def masked_msa_loss(outputs: Tensors, batch: Tensors) -> Tensor:
@@ -188,7 +185,7 @@ def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
 SIDE_TERMS = ("supervised_chi", "distogram", "masked_msa", "plddt_loss", "experimentally_resolved")
 SIDE_CONSTANTS = (
     *(TORSION_EPS, MEAN_EPS, NORM_EPS, CHI_WEIGHT, ANGLE_NORM_WEIGHT, *RESOLUTION_RANGE_ANGSTROM),
-    *(LDDT_CUTOFF_ANGSTROM, LDDT_THRESHOLDS_ANGSTROM, LDDT_EPS),
+    *(LDDT_CUTOFF_ANGSTROM, LDDT_THRESHOLDS_ANGSTROM, LDDT_EPS, DISTOGRAM_FIRST_ANGSTROM, DISTOGRAM_LAST_ANGSTROM),
 )
 
 
@@ -197,13 +194,12 @@ def side_losses(outputs: Tensors, batch: Tensors, ops: Operations) -> dict[str, 
 
     Gradients of these need no ``FiniteGate``.
     """
-    angles, logits, atoms = outputs["sm_angles"], outputs["distogram_logits"], batch["all_atom_mask"]
-    mask = (batch["chi_angles_sin_cos"], batch["chi_mask"], batch["seq_mask"], batch["aatype"])
-    edges = _squared_edges(logits.shape[-1] - 1, logits.device)
+    angles, atoms = outputs["sm_angles"], batch["all_atom_mask"]
+    torsions = (batch["chi_angles_sin_cos"], batch["chi_mask"], batch["seq_mask"], batch["aatype"])
     predicted, truth = outputs["final_atom_positions"].detach(), batch["all_atom_positions"]
     groups = (
-        (angles, outputs["sm_unnormalized_angles"], *mask),
-        (logits, batch["pseudo_beta"], batch["pseudo_beta_mask"], edges),
+        (angles, outputs["sm_unnormalized_angles"], *torsions),
+        (outputs["distogram_logits"], batch["pseudo_beta"], batch["pseudo_beta_mask"]),
         (outputs["masked_msa_logits"], batch["true_msa"], batch["bert_mask"]),
         (outputs["lddt_logits"], predicted[:, :, CA], truth[:, :, CA], atoms[:, :, CA]),
         (outputs["experimentally_resolved_logits"], atoms, batch["atom37_atom_exists"]),

@@ -1,14 +1,12 @@
 """Template embedding (Supplement 1.7.1, Algorithms 16 and 17, tables 1 and 10)."""
 
 from collections.abc import Mapping
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from scalefold.config import TemplateConfig
 from scalefold.kernels.table import REFERENCE, Operations
-from scalefold.model.embedders import squared_edges
 from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, Transition, one_hot, relu_linear, run_block
 from scalefold.model.rigid import squared_distances
 from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node
@@ -19,6 +17,10 @@ ANGLE_FEATURES = 57
 DISTOGRAM_BINS = 39
 DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM = 3.25, 50.75
 DISTOGRAM_OPEN_EDGE_SQ = 1e5
+DISTOGRAM_EDGES = (
+    *(DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM),
+    *(DISTOGRAM_BINS, DISTOGRAM_OPEN_EDGE_SQ),
+)
 NUM_CLASSES = 22
 BACKBONE_SLOTS = slice(0, 3)  # N, CA, C in atom37 order
 PSI = 2
@@ -34,7 +36,7 @@ def template_pair_features(
     """
     aatype, beta_mask = features["template_aatype"], features["template_pseudo_beta_mask"]
     atoms, points = features["template_all_atom_mask"], features["template_pseudo_beta"]
-    found = ops.template_features(aatype, points, beta_mask, atoms, template_edges(points.device), dtype)
+    found = ops.template_features(aatype, points, beta_mask, atoms, DISTOGRAM_EDGES, dtype)
     if found is not None:
         return found
     backbone = atoms[..., BACKBONE_SLOTS].prod(-1)
@@ -56,15 +58,12 @@ def template_pair_features(
 
 def template_distogram(pseudo_beta: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """One-hot of squared distances between strict edges, in ``dtype``. pseudo_beta: [*, N, 3] -> [*, N, N, 39]."""
-    edges, distance_sq = template_edges(pseudo_beta.device), squared_distances(pseudo_beta)[..., None]
-    return ((distance_sq > edges[:-1]) & (distance_sq < edges[1:])).to(dtype)
-
-
-@cache
-def template_edges(device: torch.device) -> Tensor:
-    """Bounds of the distances' bins, angstrom squared: [40]."""
-    first, last = DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM
-    return squared_edges(first, last, DISTOGRAM_BINS, DISTOGRAM_OPEN_EDGE_SQ, device)
+    edges = torch.linspace(
+        DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM, DISTOGRAM_BINS, device=pseudo_beta.device
+    ).square()
+    upper = torch.cat((edges[1:], edges.new_full((1,), DISTOGRAM_OPEN_EDGE_SQ)))
+    distance_sq = squared_distances(pseudo_beta)[..., None]
+    return ((distance_sq > edges) & (distance_sq < upper)).to(dtype)
 
 
 def template_angle_features(features: Mapping[str, Tensor]) -> Tensor:

@@ -108,15 +108,14 @@ def build_step(
     A model has one ``reducer`` for life, because that hangs on its parameters; None makes it.
     """
     fused = config.execution.compile and ranks.device.type == "cuda" and can_fuse(ranks.device)
+    ops = REFERENCE if fused else optimizer.ops  # the compiler sees through plain operations only
+    terms = loss_terms(config.loss, ops)
     if fused:
         fuse_model(model)
-        terms = fuse_terms(loss_terms(config.loss))  # the compiler sees through plain operations only
-    else:
-        terms = loss_terms(config.loss, optimizer.ops)
+        terms = fuse_terms(terms)
 
     def objective(batch: Mapping[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
-        side = REFERENCE if fused else optimizer.ops
-        return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms, side)
+        return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms, ops)
 
     graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
     group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None

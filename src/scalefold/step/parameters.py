@@ -126,11 +126,11 @@ class FlatParameters(FlatLayout):
         compute_dtype, gradient_scale: see ``FlatLayout``.
         gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
 
-    ``piece``: most elements that collecting gradients moves as one tensor, or None: a launch of the library takes some
-    hundred tensors, and as long as its longest piece.
+    ``piece``: most elements that collecting gradients moves as one tensor: a launch of the library takes some dozen
+    tensors, and as long as its longest one.
     """
 
-    piece: int | None = None
+    piece = 16384
 
     def __init__(
         self,
@@ -196,9 +196,7 @@ class FlatParameters(FlatLayout):
 
     def _pieces(self, x: Tensor) -> Sequence[Tensor]:
         """A dense tensor in views of at most ``piece`` elements."""
-        if self.piece is None or x.numel() <= self.piece:
-            return (x,)
-        return x.reshape(-1).split(self.piece)
+        return (x,) if x.numel() <= self.piece else x.reshape(-1).split(self.piece)
 
     def _members(self, start: int, stop: int) -> list[tuple[Slot, nn.Parameter]]:
         first = bisect.bisect_left(self.slots, start, key=lambda slot: slot.start)

@@ -6,6 +6,7 @@ written, in the type of the weights that read them.
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,17 @@ def obstacle(x: Tensor, *_: Any) -> str | None:
     return None if x.numel() else "an argument is empty"
 
 
+Edges = tuple[float, float, int, float]  # first, last in angstrom, and their number; the open one, angstrom squared
+
+
+@functools.cache
+def squared_edges(edges: Edges, device: torch.device) -> Tensor:
+    """Squares of equally spaced edges, then the open one: fp32 [number + 1]."""
+    first, last, count, last_square = edges
+    squares = torch.linspace(first, last, count, device=device).square()
+    return torch.cat((squares, squares.new_full((1,), last_square)))
+
+
 def offset_features(residue_index: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
     """``model.embedders.InputEmbedder.relative_positions``: int64 [B, N] -> [B, N, N, 2 largest + 1]."""
     n, width = residue_index.shape[-1], 2 * largest + 1
@@ -118,14 +130,12 @@ def offset_features(residue_index: Tensor, largest: int, dtype: torch.dtype) -> 
     return out
 
 
-def distance_features(points: Tensor, edges: Tensor, dtype: torch.dtype) -> Tensor:
-    """Squared distances of pairs between strict edges, one-hot, as ``model.embedders.RecyclingEmbedder.distogram``.
-
-    points: [B, N, 3]; edges: [bins + 1] -> [B, N, N, bins].
-    """
-    n, width = points.shape[-2], len(edges) - 1
+def distance_features(points: Tensor, edges: Edges, dtype: torch.dtype) -> Tensor:
+    """``model.embedders.RecyclingEmbedder.distogram``: fp32 [B, N, 3] -> [B, N, N, bins]."""
+    n, width = points.shape[-2], edges[2]
     out = torch.empty(*points.shape[:-1], n, width, dtype=dtype, device=points.device)
-    _distance_kernel[_grid(out)](points.contiguous(), edges, out, out.numel(), n, WIDTH=width, **OPTIONS)
+    bounds = squared_edges(edges, points.device)
+    _distance_kernel[_grid(out)](points.contiguous(), bounds, out, out.numel(), n, WIDTH=width, **OPTIONS)
     return out
 
 
@@ -138,17 +148,19 @@ def extra_features(classes: Tensor, has_deletion: Tensor, deletion_value: Tensor
 
 
 def template_features(
-    aatype: Tensor, pseudo_beta: Tensor, beta_mask: Tensor, atom_mask: Tensor, edges: Tensor, dtype: torch.dtype
+    aatype: Tensor, pseudo_beta: Tensor, beta_mask: Tensor, atom_mask: Tensor, edges: Edges, dtype: torch.dtype
 ) -> Tensor:
     """``model.templates.template_pair_features``.
 
-    aatype: int64 [B, T, N]; pseudo_beta: [B, T, N, 3]; beta_mask: [B, T, N]; atom_mask: [B, T, N, 37]; edges: [40] ->
+    aatype: int64 [B, T, N]; pseudo_beta: [B, T, N, 3]; beta_mask: [B, T, N]; atom_mask: [B, T, N, 37] ->
     [B, T, N, N, 88].
     """
     n, width = aatype.shape[-1], TEMPLATE_BINS.value + 2 * TEMPLATE_CLASSES.value + 5
     out = torch.empty(*aatype.shape, n, width, dtype=dtype, device=aatype.device)
     inputs = (x.contiguous() for x in (aatype, pseudo_beta, beta_mask, atom_mask))
-    _template_kernel[_grid(out)](*inputs, edges, out, out.numel(), n, ATOMS=atom_mask.shape[-1], WIDTH=width, **OPTIONS)
+    bounds = squared_edges(edges, aatype.device)
+    sizes = {"ATOMS": atom_mask.shape[-1], "WIDTH": width}
+    _template_kernel[_grid(out)](*inputs, bounds, out, out.numel(), n, **sizes, **OPTIONS)
     return out
 
 
@@ -162,10 +174,10 @@ def compile_cases() -> list[tuple[str, Callable[[], object]]]:
     masks = (data(*pair), data(*pair, 37))
     return [
         ("offset_features", lambda: offset_features(data(1, 256, dtype=whole), 32, low)),
-        ("distance_features", lambda: distance_features(data(1, 256, 3), data(16), low)),
+        ("distance_features", lambda: distance_features(data(1, 256, 3), (3.25, 20.75, 15, 1e8), low)),
         ("extra_features", lambda: extra_features(data(*rows, dtype=whole), data(*rows), data(*rows), low)),
         (
             "template_features",
-            lambda: template_features(data(*pair, dtype=whole), data(*pair, 3), *masks, data(40), low),
+            lambda: template_features(data(*pair, dtype=whole), data(*pair, 3), *masks, (3.25, 50.75, 39, 1e5), low),
         ),
     ]

@@ -57,13 +57,13 @@ def _squared(a, b):
 
 
 @triton.jit
-def _pair_bins(pairs, rows, exists, n, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
+def _pair_bins(pairs, edges, rows, exists, n, CLASSES: tl.constexpr, BLOCK: tl.constexpr):
     """Bins of a tile of pairs, and how much each counts: [rows] both."""
     i, j = rows // n, rows % n
     distance = _squared(_vector(pairs.positions, i, exists), _vector(pairs.positions, j, exists))
     c = tl.arange(0, BLOCK)
-    edges = tl.load(pairs.edges + c, mask=c < CLASSES - 1, other=float("inf"))
-    bins = tl.sum((distance[:, None] > edges[None, :]).to(tl.int32), 1)
+    bounds = tl.load(edges + c, mask=c < CLASSES - 1, other=float("inf"))
+    bins = tl.sum((distance[:, None] > bounds[None, :]).to(tl.int32), 1)
     mask = tl.load(pairs.mask + i, mask=exists, other=0.0) * tl.load(pairs.mask + j, mask=exists, other=0.0)
     return bins, mask
 
@@ -140,7 +140,8 @@ def _presence_error(presence, index, exists):
 
 @triton.jit
 def sums_kernel(
-    torsions, pairs, sequences, confidence, presence, constants, bins, sums, n, num_torsions, num_letters, num_atoms,
+    torsions, pairs, sequences, confidence, presence, constants, edges, bins, sums, n, num_torsions,
+    num_letters, num_atoms,
     FIRST: tl.constexpr, CLASSES: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """Program: a part of one term -> sums[program]: masked sum, sum of masks; of torsions also those of the lengths.
@@ -188,7 +189,7 @@ def sums_kernel(
     if program >= FIRST[4]:
         rows = (program - FIRST[4]) * ROWS + tl.arange(0, ROWS)
         exists = rows < n * n
-        truth, mask = _pair_bins(pairs, rows, exists, n, CLASSES[2], BLOCKS[2])
+        truth, mask = _pair_bins(pairs, edges, rows, exists, n, CLASSES[2], BLOCKS[2])
         errors = _cross_entropy(pairs.logits, rows, exists, truth, CLASSES[2], BLOCKS[2])
         total, count = _masked_sums(errors, mask, exists)
         tl.store(own, total)
@@ -233,8 +234,8 @@ def values_kernel(sums, resolution, constants, values, factors, FIRST: tl.conste
 
 @triton.jit
 def gradients_kernel(
-    torsions, pairs, sequences, confidence, presence, constants, bins, d_values, factors, d_angles, d_unnormalised,
-    d_pairs, d_sequences, d_confidence, d_presence, n, num_torsions, num_letters, num_atoms,
+    torsions, pairs, sequences, confidence, presence, constants, edges, bins, d_values, factors, d_angles,
+    d_unnormalised, d_pairs, d_sequences, d_confidence, d_presence, n, num_torsions, num_letters, num_atoms,
     FIRST: tl.constexpr, CLASSES: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """The programs of ``sums_kernel``: gradients of all logits and angles; a term that gets none gives exact zeros."""
@@ -273,6 +274,6 @@ def gradients_kernel(
     if program >= FIRST[4]:
         rows = (program - FIRST[4]) * ROWS + tl.arange(0, ROWS)
         exists = rows < n * n
-        truth, mask = _pair_bins(pairs, rows, exists, n, CLASSES[2], BLOCKS[2])
+        truth, mask = _pair_bins(pairs, edges, rows, exists, n, CLASSES[2], BLOCKS[2])
         scale = mask * (tl.load(d_values + 1) * tl.load(factors + 2))
         _store_gradient(pairs.logits, d_pairs, rows, exists, truth, scale, CLASSES[2], BLOCKS[2])

@@ -8,6 +8,7 @@ the confidence head, and six factors.
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around.features import squared_edges
 from scalefold.kernels.around.loss_programs import gradients_kernel, sums_kernel, values_kernel
 
 ROWS, ELEMENTS, SUMMED = 32, 512, 1024  # per program: rows of classes, single numbers; programs added up at once
@@ -38,7 +40,6 @@ class Pairs(NamedTuple):
     logits: Tensor  # [N, N, C]
     positions: Tensor  # [N, 3], angstrom
     mask: Tensor  # [N]
-    edges: Tensor  # [C - 1], angstrom squared
 
 
 class Sequences(NamedTuple):
@@ -79,9 +80,8 @@ class Constants(NamedTuple):
     cutoff_angstrom: float  # of lDDT
     thresholds: tuple[float, ...]
     lddt_eps: float
-
-
-EDGES = len(Torsions._fields) + Pairs._fields.index("edges")  # the only tensor without samples
+    first_edge_angstrom: float  # of binned distances
+    last_edge_angstrom: float
 
 
 class Groups(NamedTuple):
@@ -124,35 +124,35 @@ def _grouped(tensors: Sequence[Tensor]) -> Groups:
 
 
 class _SideLosses(torch.autograd.Function):
-    """Arguments: constants, resolution [1], then the tensors of all groups; gradients for logits and angles."""
+    """Arguments: constants, edges, resolution [1], then tensors of all groups; gradients for logits and angles."""
 
     @staticmethod
-    def forward(ctx: Any, constants: Constants, resolution: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, constants: Constants, edges: Tensor, resolution: Tensor, *tensors: Tensor) -> Tensor:
         groups = _grouped(tensors)
         sizes, options = _sizes(groups)
         first, fresh = options["FIRST"], groups.pairs.mask.new_empty
         bins, sums, values, factors = fresh(sizes[0], dtype=torch.int32), fresh(first[-1], 4), fresh(5), fresh(6)
-        sums_kernel[(first[-1],)](*groups, constants, bins, sums, *sizes, **options)
+        sums_kernel[(first[-1],)](*groups, constants, edges, bins, sums, *sizes, **options)
         values_kernel[(1,)](sums, resolution, constants, values, factors, FIRST=first, SUMMED=SUMMED, num_warps=8)
-        ctx.save_for_backward(bins, factors, *tensors)
+        ctx.save_for_backward(edges, bins, factors, *tensors)
         ctx.constants = constants
         return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
-        bins, factors, *tensors = ctx.saved_tensors
+        edges, bins, factors, *tensors = ctx.saved_tensors
         groups, found = _grouped(tensors), [None] * len(tensors)
         sizes, options = _sizes(groups)
         outputs = [groups.torsions.angles, groups.torsions.unnormalised, *(group.logits for group in groups[1:])]
         gradients = [torch.empty_like(output) for output in outputs]
         gradients_kernel[(options["FIRST"][-1],)](
-            *groups, ctx.constants, bins, d.contiguous(), factors, *gradients, *sizes, **options
+            *groups, ctx.constants, edges, bins, d.contiguous(), factors, *gradients, *sizes, **options
         )
         places = [0, 1, *(sum(len(group) for group in groups[:k]) for k in range(1, len(groups)))]
         for place, gradient in zip(places, gradients, strict=True):
             found[place] = gradient
-        return None, None, *found
+        return None, None, None, *found
 
 
 def obstacle(groups: Sequence[Sequence[Tensor]], resolution: Tensor, constants: Sequence[Any]) -> str | None:
@@ -166,15 +166,16 @@ def obstacle(groups: Sequence[Sequence[Tensor]], resolution: Tensor, constants: 
 def side_losses(groups: Sequence[Sequence[Tensor]], resolution: Tensor, constants: Sequence[Any]) -> Tensor:
     """All loss terms but FAPE: two launches forward and one backward for each sample.
 
-    The definitions are the functions of ``model.loss``. groups: those of ``Groups``, samples first, edges without;
+    The definitions are the functions of ``model.loss``. groups: those of ``Groups``, samples first;
     resolution: [B], angstrom; constants: ``Constants`` -> [5, B], one line per group. A term whose gradient is zero
     gives gradients of exactly zero, even where its own would be NaN.
     """
     numbers, tensors = Constants(*constants), [x.contiguous() for group in groups for x in group]
-    edges = tensors.pop(EDGES)
+    first, last, logits = numbers.first_edge_angstrom, numbers.last_edge_angstrom, groups[1][0]
+    edges = squared_edges((first, last, logits.shape[-1] - 1, math.inf), logits.device)
 
-    def of_sample(angstrom: Tensor, *own: Tensor) -> Tensor:
-        return _SideLosses.apply(numbers, angstrom, *own[:EDGES], edges, *own[EDGES:])  # type: ignore[return-value]
+    def of_sample(*own: Tensor) -> Tensor:
+        return _SideLosses.apply(numbers, edges, *own)  # type: ignore[return-value]
 
     if len(resolution) == 1:  # views: autograd would put together the gradients of what it takes apart
         return of_sample(resolution, *(x.squeeze(0) for x in tensors))[:, None]
@@ -196,10 +197,10 @@ def _meta_call(n: int, iterations: int, sequences: int, classes: tuple[int, int,
     angles, bins, letters, confidence, atoms = (iterations, n, 7, 2), *classes
     groups = (
         Torsions(leaf(*angles), leaf(*angles), data(n, 4, 2), data(n, 4), data(n), data(n, dtype=torch.int64)),
-        Pairs(leaf(n, n, bins), data(n, 3), data(n), torch.empty(bins - 1, device="meta")),
+        Pairs(leaf(n, n, bins), data(n, 3), data(n)),
         Sequences(leaf(sequences, n, letters), data(sequences, n, dtype=torch.int64), data(sequences, n)),
         Confidence(leaf(n, confidence), data(n, 3), data(n, 3), data(n)),
         Presence(leaf(n, atoms), data(n, atoms), data(n, atoms)),
     )
-    constants = Constants(1e-4, 1e-8, 1e-8, 0.5, 0.01, 0.1, 3.0, 15.0, (0.5, 1.0, 2.0, 4.0), 1e-8)
+    constants = Constants(1e-4, 1e-8, 1e-8, 0.5, 0.01, 0.1, 3.0, 15.0, (0.5, 1.0, 2.0, 4.0), 1e-8, 2.3, 21.7)
     side_losses(groups, data(), constants).sum().backward()
