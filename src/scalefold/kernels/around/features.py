@@ -1,7 +1,7 @@
 """Inputs of the embedders, made where they are stored: one launch each, forward only (nothing here has a gradient).
 
-One-hot classes, bins of distances and masks of pairs are compared in registers; only the features themselves are
-written, in the type of the weights that read them.
+What belongs to a row (distance, mask, classes) is found once, compared with its columns in registers, and only the
+features themselves are written, in the type of the weights that read them.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -17,16 +17,25 @@ from torch import Tensor
 
 from scalefold.kernels import tuning
 
-OPTIONS = {"BLOCK": 2048, "num_warps": 8}  # elements per program
+ELEMENTS = 2048  # per program: a tile of rows, each as wide as the next power of two
 EXTRA_CLASSES = tl.constexpr(23)
 TEMPLATE_CLASSES, TEMPLATE_BINS = tl.constexpr(22), tl.constexpr(39)
 
 
 @triton.jit
-def _elements(count, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Elements of a program, their rows and columns, and which exist; rows have WIDTH columns."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return index, index // WIDTH, (index % WIDTH).to(tl.int32), index < count
+def _pairs(num_pairs, n, ROWS: tl.constexpr):
+    """Pairs of a program, the places of i and j among the residues of all samples, and which exist."""
+    pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    i = pair // n
+    return pair, i, i // n * n + pair % n, pair < num_pairs
+
+
+@triton.jit
+def _store(out, value, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of rows [rows, BLOCK] of which WIDTH columns exist."""
+    c = tl.arange(0, BLOCK)[None, :]
+    place = out + rows.to(tl.int64)[:, None] * WIDTH + c
+    tl.store(place, value.to(out.dtype.element_ty), mask=exists[:, None] & (c < WIDTH))
 
 
 @triton.jit
@@ -41,69 +50,84 @@ def _squared_distance(points, a, b, exists):
 
 
 @triton.jit
-def _in_bin(distance, edges, c, exists, BINS: tl.constexpr):
-    """1 where squared distances lie strictly between edge c and the next one, else 0. edges: [BINS + 1]."""
-    inside = exists & (c < BINS)
-    lower = tl.load(edges + c, mask=inside, other=float("inf"))
-    upper = tl.load(edges + c + 1, mask=inside, other=0.0)
-    return tl.where((distance > lower) & (distance < upper), 1.0, 0.0)
+def _bin(distance, edges, BINS: tl.constexpr, BLOCK: tl.constexpr):
+    """Number of the bin, between strict edges, of squared distances [rows]; -1 for none. edges: [BINS + 1] of BLOCK."""
+    k = tl.arange(0, BLOCK)
+    bounds = tl.load(edges + k, mask=k <= BINS, other=float("inf"))[None, :]
+    above = tl.sum((distance[:, None] > bounds).to(tl.int32), 1)
+    reached = tl.sum((distance[:, None] >= bounds).to(tl.int32), 1)
+    return tl.where((above == reached) & (above <= BINS), above - 1, -1)
 
 
 @triton.jit
-def _offset_kernel(residue_index, out, count, n, largest, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _offset_kernel(
+    residue_index, out, num_pairs, n, largest, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
     """out [B, N, N, 2 largest + 1]: clipped offsets of residue numbers, one-hot."""
-    index, pair, c, exists = _elements(count, BLOCK, WIDTH)
-    i, j = pair // n, pair // (n * n) * n + pair % n
+    pair, i, j, exists = _pairs(num_pairs, n, ROWS)
     offset = tl.load(residue_index + i, mask=exists, other=0) - tl.load(residue_index + j, mask=exists, other=0)
     offset = tl.minimum(tl.maximum(offset, -largest), largest) + largest
-    tl.store(out + index, tl.where(offset == c, 1.0, 0.0).to(out.dtype.element_ty), mask=exists)
+    value = tl.where(offset.to(tl.int32)[:, None] == tl.arange(0, BLOCK)[None, :], 1.0, 0.0)
+    _store(out, value, pair, exists, WIDTH, BLOCK)
 
 
 @triton.jit
-def _distance_kernel(points, edges, out, count, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _distance_kernel(points, edges, out, num_pairs, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """out [B, N, N, WIDTH]: squared distances between strict edges, one-hot."""
-    index, pair, c, exists = _elements(count, BLOCK, WIDTH)
-    distance = _squared_distance(points, pair // n, pair // (n * n) * n + pair % n, exists)
-    tl.store(out + index, _in_bin(distance, edges, c, exists, WIDTH).to(out.dtype.element_ty), mask=exists)
+    pair, i, j, exists = _pairs(num_pairs, n, ROWS)
+    own = _bin(_squared_distance(points, i, j, exists), edges, WIDTH, 2 * BLOCK)
+    value = tl.where(own[:, None] == tl.arange(0, BLOCK)[None, :], 1.0, 0.0)
+    _store(out, value, pair, exists, WIDTH, BLOCK)
 
 
 @triton.jit
-def _extra_kernel(classes, has_deletion, deletion_value, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _extra_kernel(
+    classes, has_deletion, deletion_value, out, num_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
     """out [rows, 25]: class, one-hot, and both numbers of deletions."""
-    index, row, c, exists = _elements(count, BLOCK, WIDTH)
-    kind = tl.load(classes + row, mask=exists & (c < EXTRA_CLASSES), other=-1)
-    number = tl.load(has_deletion + row, mask=exists & (c == EXTRA_CLASSES), other=0.0)
-    number += tl.load(deletion_value + row, mask=exists & (c > EXTRA_CLASSES), other=0.0)
-    tl.store(out + index, tl.where(kind == c, 1.0, number).to(out.dtype.element_ty), mask=exists)
+    rows, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
+    exists = rows < num_rows
+    kind = tl.load(classes + rows, mask=exists, other=-1).to(tl.int32)[:, None]
+    value = tl.where((kind == c) & (c < EXTRA_CLASSES), 1.0, 0.0)
+    value = tl.where(c == EXTRA_CLASSES, tl.load(has_deletion + rows, mask=exists, other=0.0)[:, None], value)
+    value = tl.where(c > EXTRA_CLASSES, tl.load(deletion_value + rows, mask=exists, other=0.0)[:, None], value)
+    _store(out, value, rows, exists, WIDTH, BLOCK)
+
+
+@triton.jit
+def _column(aatype, residue, exists, FIRST: tl.constexpr):
+    """Columns of residue types that begin at FIRST; -1 for none."""
+    kind = tl.load(aatype + residue, mask=exists, other=-1).to(tl.int32)
+    return tl.where((kind >= 0) & (kind < TEMPLATE_CLASSES), kind + FIRST, -1)
 
 
 @triton.jit
 def _template_kernel(
-    aatype, pseudo_beta, beta_mask, atom_mask, edges, out, count, n, ATOMS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    aatype, pseudo_beta, beta_mask, atom_mask, edges, out, num_pairs, n, ATOMS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """out [B T, N, N, 88]: see ``model.templates.template_pair_features``."""
-    index, pair, c, exists = _elements(count, BLOCK, WIDTH)
-    i, j = pair // n, pair // (n * n) * n + pair % n
+    pair, i, j, exists = _pairs(num_pairs, n, ROWS)
     mask = tl.where(exists, 1.0, 0.0)
     for k in tl.static_range(3):
         mask *= tl.load(atom_mask + i * ATOMS + k, mask=exists, other=0.0)
         mask *= tl.load(atom_mask + j * ATOMS + k, mask=exists, other=0.0)
-    distance = _squared_distance(pseudo_beta, i, j, exists)
-    value = _in_bin(distance, edges, c, exists, TEMPLATE_BINS)
     both = tl.load(beta_mask + i, mask=exists, other=0.0) * tl.load(beta_mask + j, mask=exists, other=0.0)
-    value = tl.where(c == TEMPLATE_BINS, both, value)
-    first = TEMPLATE_BINS + 1
-    of_j, of_i = c - first, c - first - TEMPLATE_CLASSES
-    is_j = (of_j >= 0) & (of_j < TEMPLATE_CLASSES)
-    is_i = (of_i >= 0) & (of_i < TEMPLATE_CLASSES)
-    kind = tl.load(aatype + tl.where(is_j, j, i), mask=exists & (is_i | is_j), other=-1)
-    value = tl.where((is_j & (kind == of_j)) | (is_i & (kind == of_i)) | (c == WIDTH - 1), 1.0, value)
-    tl.store(out + index, (value * mask).to(out.dtype.element_ty), mask=exists)
+    own = _bin(_squared_distance(pseudo_beta, i, j, exists), edges, TEMPLATE_BINS, BLOCK // 2)
+    of_j = _column(aatype, j, exists, TEMPLATE_BINS + 1)
+    of_i = _column(aatype, i, exists, TEMPLATE_BINS + 1 + TEMPLATE_CLASSES)
+    c = tl.arange(0, BLOCK)[None, :]
+    is_one = (c == own[:, None]) | (c == of_j[:, None]) | (c == of_i[:, None]) | (c == WIDTH - 1)
+    value = tl.where(is_one, 1.0, tl.where(c == TEMPLATE_BINS, both[:, None], 0.0))
+    _store(out, value * mask[:, None], pair, exists, WIDTH, BLOCK)
 
 
-def _grid(out: Tensor) -> tuple[int]:
-    return (tuning.ceil_div(out.numel(), OPTIONS["BLOCK"]),)
+def _tiling(out: Tensor) -> tuple[int, tuple[int], dict[str, int]]:
+    """Rows of ``out``, the grid over them, and a launch's constants."""
+    width, num_rows = out.shape[-1], out.numel() // out.shape[-1]
+    block = tuning.power_of_two(width)
+    rows = ELEMENTS // block
+    return num_rows, (tuning.ceil_div(num_rows, rows),), {"WIDTH": width, "BLOCK": block, "ROWS": rows, "num_warps": 4}
 
 
 def obstacle(x: Tensor, *_: Any) -> str | None:
@@ -124,26 +148,28 @@ def squared_edges(edges: Edges, device: torch.device) -> Tensor:
 
 def offset_features(residue_index: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
     """``model.embedders.InputEmbedder.relative_positions``: int64 [B, N] -> [B, N, N, 2 largest + 1]."""
-    n, width = residue_index.shape[-1], 2 * largest + 1
-    out = torch.empty(*residue_index.shape, n, width, dtype=dtype, device=residue_index.device)
-    _offset_kernel[_grid(out)](residue_index.contiguous(), out, out.numel(), n, largest, WIDTH=width, **OPTIONS)
+    n = residue_index.shape[-1]
+    out = torch.empty(*residue_index.shape, n, 2 * largest + 1, dtype=dtype, device=residue_index.device)
+    num_pairs, grid, tile = _tiling(out)
+    _offset_kernel[grid](residue_index.contiguous(), out, num_pairs, n, largest, **tile)
     return out
 
 
 def distance_features(points: Tensor, edges: Edges, dtype: torch.dtype) -> Tensor:
     """``model.embedders.RecyclingEmbedder.distogram``: fp32 [B, N, 3] -> [B, N, N, bins]."""
-    n, width = points.shape[-2], edges[2]
-    out = torch.empty(*points.shape[:-1], n, width, dtype=dtype, device=points.device)
-    bounds = squared_edges(edges, points.device)
-    _distance_kernel[_grid(out)](points.contiguous(), bounds, out, out.numel(), n, WIDTH=width, **OPTIONS)
+    n = points.shape[-2]
+    out = torch.empty(*points.shape[:-1], n, edges[2], dtype=dtype, device=points.device)
+    num_pairs, grid, tile = _tiling(out)
+    _distance_kernel[grid](points.contiguous(), squared_edges(edges, points.device), out, num_pairs, n, **tile)
     return out
 
 
 def extra_features(classes: Tensor, has_deletion: Tensor, deletion_value: Tensor, dtype: torch.dtype) -> Tensor:
     """``model.embedders.extra_msa_features``: int64 and twice fp32 [B, S, N] -> [B, S, N, 25]."""
-    width, inputs = EXTRA_CLASSES.value + 2, (x.contiguous() for x in (classes, has_deletion, deletion_value))
-    out = torch.empty(*classes.shape, width, dtype=dtype, device=classes.device)
-    _extra_kernel[_grid(out)](*inputs, out, out.numel(), WIDTH=width, **OPTIONS)
+    inputs = (x.contiguous() for x in (classes, has_deletion, deletion_value))
+    out = torch.empty(*classes.shape, EXTRA_CLASSES.value + 2, dtype=dtype, device=classes.device)
+    num_rows, grid, tile = _tiling(out)
+    _extra_kernel[grid](*inputs, out, num_rows, **tile)
     return out
 
 
@@ -158,9 +184,9 @@ def template_features(
     n, width = aatype.shape[-1], TEMPLATE_BINS.value + 2 * TEMPLATE_CLASSES.value + 5
     out = torch.empty(*aatype.shape, n, width, dtype=dtype, device=aatype.device)
     inputs = (x.contiguous() for x in (aatype, pseudo_beta, beta_mask, atom_mask))
+    num_pairs, grid, tile = _tiling(out)
     bounds = squared_edges(edges, aatype.device)
-    sizes = {"ATOMS": atom_mask.shape[-1], "WIDTH": width}
-    _template_kernel[_grid(out)](*inputs, bounds, out, out.numel(), n, **sizes, **OPTIONS)
+    _template_kernel[grid](*inputs, bounds, out, num_pairs, n, ATOMS=atom_mask.shape[-1], **tile)
     return out
 
 
