@@ -31,13 +31,17 @@ REGIONS = {
 }
 # Parts that lie wholly inside regions: the compiler sees through plain operations, not through launches of kernels.
 PLAIN_INSIDE = (
+    "input_embedder",
     "recycling_embedder",
+    "extra_msa_embedder",
+    "template_pair_embedder",
     "template_pointwise_attention",
     "structure_module.layer_norm_s",
     "structure_module.layer_norm_z",
     "structure_module.layer_norm_ipa",
     "structure_module.ipa",
     "structure_module.transition",
+    "structure_module.place_atoms",
     "auxiliary_heads",
 )
 # A region is compiled with and without gradients and for the first iteration; several models may live in one process.

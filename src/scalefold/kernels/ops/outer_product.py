@@ -225,9 +225,7 @@ def update_obstacle(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tenso
 def outer_product_update(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``reference.outer_product_update``: a library product and one kernel forward; backward three products, three
     kernels and a sum. Saved: a, b, norm, and the outer product from 512 sequences on."""
-    dense = norm.float().contiguous()
-    samples = [
-        _Update.apply(z_n, a_n, b_n, norm_n, weight, bias)
-        for z_n, a_n, b_n, norm_n in zip(z.contiguous(), a, b, dense, strict=True)
-    ]
-    return samples[0].unsqueeze(0) if len(samples) == 1 else torch.stack(samples)
+    dense, z = norm.float().contiguous(), z.contiguous()
+    if len(z) == 1:  # views: autograd would put together the gradients of what it takes apart
+        return _Update.apply(z.squeeze(0), a.squeeze(0), b.squeeze(0), dense.squeeze(0), weight, bias)[None]
+    return torch.stack([_Update.apply(*sample, weight, bias) for sample in zip(z, a, b, dense, strict=True)])
