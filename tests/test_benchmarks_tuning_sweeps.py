@@ -65,6 +65,26 @@ def test_a_sweep_that_was_cut_off_is_continued(script, tmp_path):
     assert rows[: len(cut_off)] == trials.read(file)[: len(cut_off)]
 
 
+def test_a_gpu_that_fails_ends_a_sweep_and_its_next_call_goes_on_after_the_candidate(
+    script, tmp_path, monkeypatch, capsys
+):
+    """An access to memory that is not there ends a process's use of the GPU: all later trials would fail with it."""
+    fatal = config_text(space(KERNEL, FIELDS)[1])
+    monkeypatch.setattr(script, "Device", lambda cases: Record(us_of, fatal=[fatal]))
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: True)
+    command = ["tuning_sweeps.py", "--set", "held-out", "--csv", str(tmp_path / "t.csv")]
+    monkeypatch.setattr("sys.argv", command)
+    assert script.main() == 2
+    assert f"the GPU fails with {KERNEL} {fatal}" in capsys.readouterr().out
+    rows = trials.read(tmp_path / "t.csv")
+    assert [row.config for row in rows if row.error] == [fatal]
+    assert rows[-1].config == fatal
+    monkeypatch.setattr(script, "Device", lambda cases: Record(us_of))
+    assert script.main() == 0
+    times = [row.us for row in trials.read(tmp_path / "t.csv") if row.config == fatal]
+    assert times == [None]
+
+
 @pytest.mark.parametrize("timed", [0, 2])
 def test_the_time_limit_ends_a_sweep_that_has_compiled_more_than_it_has_timed(script, tmp_path, monkeypatch, timed):
     """A trial takes ten seconds; all programs are there from the start."""

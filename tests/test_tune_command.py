@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from recorded_device import Compiled, Record
+from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
 from scalefold.tune import command, trials
 from scalefold.tune.command import Request, tune
@@ -102,6 +103,17 @@ def test_trials_of_a_search_that_was_killed_are_in_the_folder(machine, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         tune(request_for(tmp_path / "out"), lambda text: None)
     assert len(trials.read(tmp_path / "out" / "a_gpu_trials.csv")) == 5
+
+
+def test_what_made_the_gpu_fail_at_one_problem_is_tried_at_no_other(machine, tmp_path):
+    machine.fatal = {config_text(BEST)}
+    with pytest.raises(DeviceError, match="the same command goes on after it"):
+        tune(request_for(tmp_path / "out"), lambda text: None)
+    machine.works, before = True, len(machine.asked)
+    assert tune(request_for(tmp_path / "out"), lambda text: None)
+    later = {text for text, _ in machine.asked[before:]}
+    assert later
+    assert config_text(BEST) not in later
 
 
 def test_a_second_call_tries_nothing_again_that_was_tried(machine, tmp_path):

@@ -11,7 +11,8 @@ joined by appending all but the first line.
 All other processors compile while this process times what they have finished: results compared with the present
 choice's, bits in REPEATS repeats with memory poisoned in between, then the operation inside a CUDA graph. What does not
 compile, does not fit, races, disagrees or does not launch is a row with its error. In the time that is left the fastest
-are timed again, as further rows. A table that exists is continued.
+are timed again, as further rows. A table that exists is continued, also after a candidate that made the GPU fail, which
+ends the sweep with exit status 2: whatever this process tried next would fail with it.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 
 from common import FOLDER, print_table
+from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
 from scalefold.tune import trials
 from scalefold.tune.candidates import space
@@ -145,6 +147,16 @@ def row_of(
     return replace(trial, us=us if us is None else round(us, 2), bits=bits, error=error)
 
 
+def keep(rows: list[Trial], row: Trial, device: Device, file: Path) -> None:
+    """Take up a row, on the disk; DeviceError if its candidate was the last one that this process can try."""
+    rows.append(row)
+    trials.append(file, [row])
+    if row.error and not device.works:
+        raise DeviceError(
+            f"the GPU fails with {row.kernel} {row.config} ({row.error}); the same command goes on after it"
+        )
+
+
 def closest(rows: list[Trial]) -> list[Trial]:
     """Trials within CLOSE of the fastest of their problem, fastest first."""
     least: dict[tuple[str, str], float] = {}
@@ -200,8 +212,9 @@ def sweep(arguments: argparse.Namespace) -> list[Trial]:
     try:
         for batch in (todo[:TOGETHER], todo[TOGETHER:]):
             for (problem, config), program in compiled(pool, batch, begin + (1 - RESERVED) * limit - time.monotonic()):
-                rows.append(row_of(columns[problem.key], config, program, devices[problem.case], problem))
-                trials.append(arguments.csv, rows[-1:])
+                device = devices[problem.case]
+                row = row_of(columns[problem.key], config, program, device, problem)
+                keep(rows, row, device, arguments.csv)
                 if time.monotonic() > said + 20:
                     said = time.monotonic()
                     print(f"{said - begin:4.0f} s: {len(rows)} rows, {rows[-1].kernel} {rows[-1].config}", flush=True)
@@ -209,8 +222,7 @@ def sweep(arguments: argparse.Namespace) -> list[Trial]:
         pool.close()  # what still compiles is not wanted any more
     print(f"{time.monotonic() - begin:4.0f} s: all compiled and timed once, or the time is over", flush=True)
     for row in again(rows, problems, devices, begin + limit):
-        rows.append(row)
-        trials.append(arguments.csv, [row])
+        keep(rows, row, devices[problems[0].case], arguments.csv)
     return rows
 
 
@@ -223,7 +235,7 @@ def part_of(text: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Sweep; exit status 1 if nothing was timed."""
+    """Sweep; exit status 1 if nothing was timed, 2 if the GPU failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=sorted(SETS), default="development", help="which problems")
     parser.add_argument("--part", type=part_of, default=(0, 1), metavar="K/N", help="every Nth problem, from K = 0 on")
@@ -235,7 +247,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("no CUDA device: times come from one")
     begin = time.monotonic()
-    rows = sweep(arguments)
+    try:
+        rows = sweep(arguments)
+    except DeviceError as error:
+        print(error, flush=True)
+        return 2
     print_table(summary(rows))
     print(f"{len(rows)} rows in {time.monotonic() - begin:.0f} s")
     return 0 if any(row.is_sound for row in rows) else 1
