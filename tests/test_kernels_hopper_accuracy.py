@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hopper_programs import C, every_program
-from scalefold.kernels.ops import linear, outer_product, transition, triangle
+from scalefold.kernels.ops import gated_output, linear, outer_product, transition, triangle
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 on_hopper = pytest.mark.skipif(not ON_HOPPER, reason="needs a GPU of compute capability 9.0")
@@ -35,6 +35,17 @@ def transition_of(draw, shape, c, transposed):
     return cases.Inputs(draw.leaves, lambda ops: ops.transition(x, *norm, *linears))
 
 
+def gated_output_of(draw, shape, form):
+    from scalefold.tune import operation_cases as cases
+
+    x, o, gate = (draw(*shape, 256, transposed=form == "column") for _ in range(3))
+    dropout = draw.dropout(shape[0], 1, shape[2], 256) if form == "row" else None
+    weight, bias = draw.weight(256, 256), draw(256)
+    return cases.Inputs(
+        draw.leaves, lambda ops: ops.gated_output(x, o.unflatten(-1, (8, 32)), gate, weight, bias, dropout)
+    )
+
+
 def case_of(name, shape):
     """Builds the inputs of an operation, of a given type; masks and dropout in all the forms that the model has."""
     from scalefold.tune import operation_cases as cases
@@ -50,6 +61,8 @@ def case_of(name, shape):
             return outer_product_of(draw, int(form), 64 * min(i, 5), j)
         if operation == "transition":
             return transition_of(draw, shape, int(form.removesuffix("t")), form.endswith("t"))
+        if operation == "gated":
+            return gated_output_of(draw, shape, form)
         z, norms = draw(*shape, C, transposed=form == "ending"), [*draw.norm(C), *draw.norm(C)]
         linears = [tensor for _ in range(4) for tensor in (draw.weight(C, C), draw(C))]
         if operation == "projections":
@@ -83,7 +96,7 @@ def errors(found, exact):
 OPERATIONS = [
     *("projections starting", "projections ending", "operands pairs", "operands column"),
     *("output column", "output row", "output none", "outer 128", "outer 37"),
-    *("transition 128", "transition 128t", "transition 256"),
+    *("transition 128", "transition 128t", "transition 256", "gated row", "gated column"),
 ]
 
 
@@ -99,7 +112,7 @@ def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch
     from scalefold.tune.sound import bits
 
     asked = []
-    for module in (linear, outer_product, transition, triangle):
+    for module in (gated_output, linear, outer_product, transition, triangle):
         monkeypatch.setattr(module, "chosen", lambda _, found: (asked.append(found), found is None)[1])
     build = case_of(name, shape)
     exact = results(build, REFERENCE, torch.float32)

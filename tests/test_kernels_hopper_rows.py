@@ -50,6 +50,20 @@ def transition_obstacle(x, hidden=512, d_out=None):
     return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)], d_out)
 
 
+def gated_obstacle(x, o=None, gate=None, width=256, dropout=None):
+    o, gate = (torch.empty_like(x) if tensor is None else tensor for tensor in (o, gate))
+    return rows.gated_output_obstacle(x, o, gate, empty(width, width), dropout)
+
+
+@pytest.mark.parametrize("x", [empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)], ids=["row", "column"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_gated_output_of_the_msa_has_no_obstacle(compiled, x, dropped):
+    dropout = empty(1, 1, x.shape[2], 256, dtype=torch.float32) if dropped else None
+    with every_program(1):
+        assert gated_obstacle(x, dropout=dropout) is None
+    assert gated_obstacle(x, dropout=dropout) == "the table prefers the Triton program"
+
+
 @pytest.mark.parametrize("x", [empty(1, 16, 64, C), empty(1, 4, 16, 256), empty(1, 16, 8, C).transpose(1, 2)], ids=str)
 def test_a_transition_has_no_obstacle(compiled, x):
     with every_program(1):
@@ -101,6 +115,10 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: transition_obstacle(empty(1, 16, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
         (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)), "gradients of"),
         (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 16, 64, C, dtype=torch.float32)), "float32"),
+        (lambda: gated_obstacle(empty(1, 16, 64, C), width=C), "the weight is not 256 x 256"),
+        (lambda: gated_obstacle(empty(1, 4, 64, 256), dropout=empty(1, 1, 64, 256)), "dropout scales are not fp32"),
+        (lambda: gated_obstacle(empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)), "o and gate do not lie"),
+        (lambda: gated_obstacle(empty(1, 3, 21, 256)), "rows do not come in tiles of 64"),
         (lambda: outer_obstacle(129, 64, 64), "not up to 128 sequences"),
         (lambda: outer_obstacle(8, 64, 64, b=empty(8, 64, 16)), "not up to 128 sequences of 32 channels"),
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
@@ -272,12 +290,13 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.triangle_project(pair, 128)
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
-        names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient")
+        names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper")
         for name in names:
             stack.enter_context(tuning.override(name, {"HOPPER": 1}))
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
+        cases.gated((1, 128, 256), 256, 8, 32)
 for launch in launches:
     if launch.kernel.fn.__name__.startswith("hopper_"):
         compiled = compile_launch(launch, 90)
@@ -299,5 +318,6 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     programs += [
         "hopper_outer_product",
         *["hopper_transition", "hopper_transition_gradient"] * 2,
+        "hopper_gated_output",
     ]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]

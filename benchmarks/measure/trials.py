@@ -59,7 +59,14 @@ def forms_of(case: Case) -> dict[str, Form]:
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
         stored = {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
         weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
-        return {"stored": stored, "recomputed": {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)} | weights}
+        recomputed: Form = {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)}
+        forms = {"stored": stored, "recomputed": recomputed | weights}
+        for stages in (2, 3):
+            completed = {"triangle_project_weights": {"COMPLETED": 1, **tuning.tile_config((64, 64, 4, stages))}}
+            forms[f"recomputed, completed, {stages} stages"] = recomputed | completed
+        return forms
+    if case.operation == "gated_output" and case.shape.endswith("x256from256"):
+        return {"Triton": {"gated_output_hopper": TRITON_FORM}, "Gluon": {"gated_output_hopper": GLUON}}
     if case.operation == "transition" and "x64by" not in case.shape:
         return transition_forms(128 if "x128by" in case.shape else 256, backward)
     return {}

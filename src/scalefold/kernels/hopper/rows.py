@@ -25,7 +25,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from scalefold.kernels.hopper.projections import hopper_projections
+    from scalefold.kernels.hopper.projections import hopper_gated_output, hopper_projections
     from scalefold.kernels.hopper.transition import hopper_transition, hopper_transition_gradient
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product, hopper_output
 
@@ -34,6 +34,7 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental: names m
     MISSING = f"this Triton's Gluon is another one: {error}"
 
 CHANNELS = 128
+MSA_CHANNELS = 256
 SQUARE = (CHANNELS, CHANNELS)
 BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 
@@ -43,6 +44,7 @@ OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
 HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES of a transition's program by channels
 HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
 for _name in (
+    "gated_output_hopper",
     "norm_linear_hopper",
     "outer_product_hopper",
     "transition_hopper",
@@ -80,6 +82,35 @@ def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, 
     )  # fmt: skip
 
 
+def gated_output_obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dropout: Tensor | None) -> str | None:
+    """Why ``gated_output`` cannot or should not take these arguments, or None."""
+    if reason := choice.obstacle(MISSING, (x, o, gate, weight)):
+        return reason
+    if tuple(weight.shape) != (MSA_CHANNELS, MSA_CHANNELS):
+        return f"the weight is not {MSA_CHANNELS} x {MSA_CHANNELS}"
+    if not all(_is_aligned(_by_rows(tensor, memory_order(x))) for tensor in (o, gate)):
+        return "o and gate do not lie densely"
+    if reason := _dropout_obstacle(dropout):
+        return reason
+    return _rows_obstacle(x) or _preference("gated_output_hopper", x, dropped=int(dropout is not None))
+
+
+def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
+    """``reference.gated_output`` of o: [*, c], before its heads are split; out: [*, c] lies as x does."""
+    order = memory_order(x)
+    views, dims, count = row_views({"x": x, "dropout": dropout})
+    hopper_gated_output[_programs(x)](
+        *(_rows(tensor, order) for tensor in (x, o, gate)), _weight(linear.weight, MSA_CHANNELS, PART),
+        _rows(out, order), linear.bias, views["dropout"], dims, count // PART, num_warps=4,
+    )  # fmt: skip
+
+
+def _dropout_obstacle(dropout: Tensor | None) -> str | None:
+    if dropout is not None and (dropout.dtype != torch.float32 or dropout.stride(-1) != 1):
+        return "dropout scales are not fp32, dense along channels"
+    return None
+
+
 def operands_obstacle(z: Tensor, weights: Sequence[Tensor]) -> str | None:
     """Why ``operands`` cannot or should not take these arguments, or None."""
     return _pair_obstacle(z, weights) or _preference("triangle_hopper_operands", z)
@@ -109,8 +140,8 @@ def output_obstacle(
         return "the product does not lie channels first"
     if d_out is not None and not _is_aligned(_by_rows(d_out, order)):
         return "gradients of the output do not lie densely"
-    if dropout is not None and (dropout.dtype != torch.float32 or dropout.stride(-1) != 1):
-        return "dropout scales are not fp32, dense along channels"
+    if reason := _dropout_obstacle(dropout):
+        return reason
     return _preference("triangle_hopper_output" if d_out is None else "triangle_hopper_gates", z)
 
 
@@ -259,7 +290,7 @@ def _is_aligned(matrix: Tensor | None) -> bool:
 
 
 def _rows(x: Tensor, order: Sequence[int]) -> Any:
-    """Tiles of rows for the copy engine."""
+    """Tiles of rows, CHANNELS at a time, for the copy engine."""
     return _matrix(_by_rows(x, order), PART, CHANNELS)
 
 

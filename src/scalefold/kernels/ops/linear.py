@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, to_fp32
@@ -225,7 +226,10 @@ class _NormLinear(torch.autograd.Function):
         c, dtype = x.shape[-1], norm_weight.dtype
         dx, normed, partials = input_gradient(x, norm_weight, norm_bias, row_mask, weights, ds, ctx.has_bias, through)
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
-        sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
+        sums, *flat = aside.gradients(
+            [norm_weight, norm_bias, *weights], [partials, normed, *ds],
+            lambda: sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype),
+        )  # fmt: skip
         norm_weight_sum, norm_bias_sum, *bias_sums = sums.split([c, c, *widths])
         biases = [total if has else None for total, has in zip(bias_sums, ctx.has_bias, strict=True)]
         d_weights = [part.view_as(weight) for part, weight in zip(flat, weights, strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.ops.linear import masked_projections
@@ -141,9 +142,13 @@ class _Update(torch.autograd.Function):
     def backward(ctx, d):
         a, b, norm, weight, outer = ctx.saved_tensors
         scaled, sums = _scaled(d.contiguous(), norm)
-        outer = _outer(a, b) if outer is None else outer
-        d_weight, d_bias = sum_all([_weight_partials(scaled, outer), sums], weight.dtype)
-        del outer
+
+        def parameters() -> tuple[Tensor, Tensor]:
+            partials = _weight_partials(scaled, _outer(a, b) if outer is None else outer)
+            d_weight, d_bias = sum_all([partials, sums], weight.dtype)
+            return d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
+
+        d_weight, d_bias = aside.gradients([weight], [scaled, sums, a, b, outer], parameters)
         (i, j, c), k, co = d.shape, weight.shape[1], a.shape[-1]
         d_outer = a.new_empty(i * co, j * co)
         config = tuning.chosen_tiles("outer_product_backward", d, k, k)
@@ -151,7 +156,7 @@ class _Update(torch.autograd.Function):
         _outer_gradient_kernel[grid](scaled, weight, d_outer, j, K=k, CO=co, C=c, **config)
         d_a = (b.flatten(1) @ d_outer.t()).view_as(a)
         d_b = (a.flatten(1) @ d_outer).view_as(b)
-        return d, d_a, d_b, None, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
+        return d, d_a, d_b, None, d_weight, d_bias
 
 
 def _contract(z: Tensor, outer: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import to_fp32
@@ -211,26 +212,38 @@ class _Transition(torch.autograd.Function):
         if by_library:
             d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
             dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
+        gradients = _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), (weight_1, weight_2))
+        return dx.movedim(places, order), *gradients
+
+
+def _stored_gradients(
+    norm_sums: Tensor,
+    bias_sums: Tensor,
+    rows: tuple[Tensor, Tensor],
+    hidden_rows: tuple[Tensor, Tensor],
+    weights: tuple[Tensor, Tensor],
+) -> tuple[Tensor, ...]:
+    """Gradients of all parameters from rows of the norm and d_out, of the hidden layer and its gradient."""
+    (normed, d_out), (hidden, d_hidden), (weight_1, weight_2) = rows, hidden_rows, weights
+
+    def compute() -> tuple[Tensor, ...]:
         weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
-        norm, bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm_weight.dtype)
-        d_bias_2, d_bias_1 = bias.split([c, width])
-        weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
-        return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
+        d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], weight_1.dtype)
+        d_bias_2, d_bias_1 = d_bias.split(weight_1.shape[::-1])
+        return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
+
+    return aside.gradients(weights, [norm_sums, bias_sums, *rows, *hidden_rows], compute)
 
 
 def _by_gluon(
     x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The backward around the program of ``kernels.hopper``: gradient of x: [*, c], and those of all parameters."""
-    (width, c), linear = weight_1.shape, Affine(weight_1, bias_1)
+    linear = Affine(weight_1, bias_1)
     *rows, bias_sums = hopper.transition_gradient(x, d_out, norm, linear, weight_2)
     hidden, d_hidden, normed, d_normed = (matrix.view(*x.shape[:-1], matrix.shape[1]) for matrix in rows)
     dx, norm_sums = norm_gradient(d_normed, x, norm.weight, through=d_out)
-    weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
-    d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm.weight.dtype)
-    d_bias_2, d_bias_1 = d_bias.split([c, width])
-    weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
-    return dx, (*d_norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2)
+    return dx, _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), (weight_1, weight_2))
 
 
 def _recomputed(
@@ -247,11 +260,13 @@ def _recomputed(
         _backward_kernel, config, tensors, 3 * c, norm=norm, weight_1=blocks[0], bias_1=bias_1, weight_2=blocks[1],
         d_hidden_out=normed, FUSED=True, STORED=False, HIDDEN=width, C=c,
     )  # fmt: skip
-    partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), weight_1, bias_1, weight_2)
-    norm_sums, bias_2 = sums.split([2 * c, c], 1)
-    d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([norm_sums, bias_2, *partials], dtype)
-    weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
-    return dx, (*d_norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2)
+
+    def compute() -> tuple[Tensor, ...]:
+        partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), weight_1, bias_1, weight_2)
+        d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([*sums.split([2 * c, c], 1), *partials], dtype)
+        return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
+
+    return dx, aside.gradients([weight_1, weight_2], [sums, normed, d_out], compute)
 
 
 def _weight_partials(
