@@ -9,6 +9,7 @@ from scalefold.kernels import tuning
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
     *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
+    "norm_linear_hopper_wide",
 )
 C = 128
 

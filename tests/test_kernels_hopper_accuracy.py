@@ -46,6 +46,14 @@ def gated_output_of(draw, shape, form):
     )
 
 
+def wide_projections_of(draw, shape, form):
+    from scalefold.tune import operation_cases as cases
+
+    x, norm = draw(*shape, 256, transposed=form == "column"), draw.norm(256)
+    weights, biases = [draw.weight(256, 256) for _ in range(4)], [*NO_BIASES, draw(256)]
+    return cases.Inputs(draw.leaves, lambda ops: ops.layer_norm_linear(x, *norm, weights, biases))
+
+
 def case_of(name, shape):
     """Builds the inputs of an operation, of a given type; masks and dropout in all the forms that the model has."""
     from scalefold.tune import operation_cases as cases
@@ -63,6 +71,8 @@ def case_of(name, shape):
             return transition_of(draw, shape, int(form.removesuffix("t")), form.endswith("t"))
         if operation == "gated":
             return gated_output_of(draw, shape, form)
+        if operation == "wide":
+            return wide_projections_of(draw, shape, form)
         z, norms = draw(*shape, C, transposed=form == "ending"), [*draw.norm(C), *draw.norm(C)]
         linears = [tensor for _ in range(4) for tensor in (draw.weight(C, C), draw(C))]
         if operation == "projections":
@@ -97,6 +107,7 @@ OPERATIONS = [
     *("projections starting", "projections ending", "operands pairs", "operands column"),
     *("output column", "output row", "output none", "outer 128", "outer 37"),
     *("transition 128", "transition 128t", "transition 256", "gated row", "gated column"),
+    *("wide row", "wide column"),
 ]
 
 

@@ -50,6 +50,17 @@ def transition_obstacle(x, hidden=512, d_out=None):
     return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)], d_out)
 
 
+WIDE_BIASES = [None, None, None, empty(256)]
+
+
+@pytest.mark.parametrize("x", [empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)], ids=["row", "column"])
+def test_projections_of_the_msa_have_no_obstacle(compiled, x):
+    with every_program(1):
+        assert projections_obstacle(x, widths=[256] * 4, biases=WIDE_BIASES) is None
+    found = projections_obstacle(x, widths=[256] * 4, biases=WIDE_BIASES)
+    assert found == "the table prefers the Triton program"
+
+
 def gated_obstacle(x, o=None, gate=None, width=256, dropout=None):
     o, gate = (torch.empty_like(x) if tensor is None else tensor for tensor in (o, gate))
     return rows.gated_output_obstacle(x, o, gate, empty(width, width), dropout)
@@ -115,6 +126,13 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: transition_obstacle(empty(1, 16, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
         (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)), "gradients of"),
         (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 16, 64, C, dtype=torch.float32)), "float32"),
+        (lambda: projections_obstacle(empty(1, 4, 64, 256), widths=[256] * 4), "not projections of which the last"),
+        (
+            lambda: projections_obstacle(empty(1, 4, 64, 256), empty(1, 4, 64), [256] * 4, WIDE_BIASES),
+            "not projections of which the last",
+        ),
+        (lambda: projections_obstacle(empty(1, 4, 64, 256), None, [256, 32], [None, empty(32)]), "weights are not 256"),
+        (lambda: projections_obstacle(empty(1, 3, 21, 256), None, [256] * 4, WIDE_BIASES), "rows do not come in"),
         (lambda: gated_obstacle(empty(1, 16, 64, C), width=C), "the weight is not 256 x 256"),
         (lambda: gated_obstacle(empty(1, 4, 64, 256), dropout=empty(1, 1, 64, 256)), "dropout scales are not fp32"),
         (lambda: gated_obstacle(empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)), "o and gate do not lie"),
@@ -291,12 +309,14 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
         names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper")
+        names += ("norm_linear_hopper_wide",)
         for name in names:
             stack.enter_context(tuning.override(name, {"HOPPER": 1}))
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
         cases.gated((1, 128, 256), 256, 8, 32)
+        cases.projections((1, 128, 256), 256, [256] * 4)
 for launch in launches:
     if launch.kernel.fn.__name__.startswith("hopper_"):
         compiled = compile_launch(launch, 90)
@@ -319,5 +339,6 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
         "hopper_outer_product",
         *["hopper_transition", "hopper_transition_gradient"] * 2,
         "hopper_gated_output",
+        "hopper_wide_projections",
     ]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]

@@ -65,6 +65,8 @@ def forms_of(case: Case) -> dict[str, Form]:
             completed = {"triangle_project_weights": {"COMPLETED": 1, **tuning.tile_config((64, 64, 4, stages))}}
             forms[f"recomputed, completed, {stages} stages"] = recomputed | completed
         return forms
+    if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
+        return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}
     if case.operation == "gated_output" and case.shape.endswith("x256from256"):
         return {"Triton": {"gated_output_hopper": TRITON_FORM}, "Gluon": {"gated_output_hopper": GLUON}}
     if case.operation == "transition" and "x64by" not in case.shape:

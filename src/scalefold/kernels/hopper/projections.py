@@ -1,19 +1,22 @@
 """Beginning and end of a gated attention, forward, for Hopper in Gluon; twins: ``ops.linear``, ``ops.gated_output``.
 
-Layer norm, four projections and an attention bias of pairs; the gated output of the MSA. All weights stay in shared
-memory.
+Layer norm, four projections and an attention bias of pairs; the gated output of the MSA: these weights stay in shared
+memory. Layer norm and wide projections, of the MSA: their weights stream by in blocks of COLUMNS outputs for all
+consumers at once.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 # The type checker takes Gluon's programs for Python.
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from scalefold.kernels import hopper
-from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, publish, tiles_for
+from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     COLUMNS,
     ROWS,
@@ -227,6 +230,116 @@ def hopper_gated_output(x, o, gate, weight, out, bias, dropout, dims, tiles):
             (_close, (shared, 0)),
             (_close, (shared, 1)),
             (_fetch_gated, ((x, o, gate, weight), ring, weights, there, tiles)),
+        ],
+        [4, 4],
+        [240, 24],
+    )
+
+
+# ---- wide projections -----------------------------------------------------------------------------------------------
+
+BLOCKS = gl.constexpr(4)  # of a weight on their way
+
+
+class Blocks(NamedTuple):
+    """Slots for blocks [COLUMNS, C] of a weight that all consumers read."""
+
+    slots: Any
+    full: Any
+    empty: Any
+
+
+@gluon.jit
+def _fetch_wide(x, weight, ring, weights, blocks, tiles):
+    """The loader: x of a pair of tiles, then all blocks of the weight."""
+    n = 0
+    step = 0
+    for tile in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
+        fetch(ring, x, tile * ROWS, 0, 0, n)
+        if tile + 1 < tiles:
+            fetch(ring, x, (tile + 1) * ROWS, 0, 1, n)
+        for block in range(blocks):
+            slot = step % BLOCKS
+            mbarrier.wait(weights.empty.index(slot), ((step // BLOCKS) & 1) ^ 1)
+            mbarrier.expect(weights.full.index(slot), weight.block_type.nbytes)
+            at = [block * COLUMNS, 0]
+            tma.async_copy_global_to_shared(weight, at, weights.full.index(slot), weights.slots.index(slot))
+            step += 1
+        n += 1  # noqa: SIM113
+
+
+@gluon.jit
+def _product(left, weights, step):
+    """The unfinished product of a tile with the block of a step, once it is there: [ROWS, COLUMNS]."""
+    slot = step % BLOCKS
+    mbarrier.wait(weights.full.index(slot), (step // BLOCKS) & 1)
+    acc = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
+    return warpgroup_mma(left, weights.slots.index(slot).permute((1, 0)), acc, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _store_product(acc, shared, SIDE: gl.constexpr, tile, block, step):
+    """A finished product to memory. Its block of the weight goes back to the loader, past the barrier in the wait."""
+    norm, bias, biased, out, ring, weights, staged, blocks, tiles = shared  # noqa: RUF059
+    PER_WEIGHT: gl.constexpr = weights.slots.shape[2] // COLUMNS
+    if block >= biased:
+        acc += per_column(bias, (block - biased) * COLUMNS, COLUMNS)
+    own = staged.index(SIDE * STAGED + step % STAGED)
+    wait_until_sent(STAGED - 1)
+    mbarrier.arrive(weights.empty.index(step % BLOCKS), count=1)
+    own.store(acc.to(gl.bfloat16))
+    send(out, (block // PER_WEIGHT * tiles + tile) * ROWS, block % PER_WEIGHT * COLUMNS, own)
+
+
+@gluon.jit
+def _project_wide(shared, SIDE: gl.constexpr):
+    """A consumer: one product runs while the one before is stored. The last pair of tiles may be one: then the second
+    consumer only lets blocks pass.
+    """
+    norm, bias, biased, out, ring, weights, staged, blocks, tiles = shared  # noqa: RUF059
+    n = 0
+    step = 0
+    for pair in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
+        tile = pair + SIDE
+        if tile < tiles:
+            x = read(receive(ring, SIDE, n))
+            leave(ring, SIDE, n)
+            left = normed(x, norm)
+            for block in range(0, blocks, 2):
+                first = _product(left, weights, step)
+                second = _product(left, weights, step + 1)
+                first = warpgroup_mma_wait(1, deps=(first,))
+                _store_product(first, shared, SIDE, tile, block, step)
+                second = warpgroup_mma_wait(0, deps=(second,))
+                _store_product(second, shared, SIDE, tile, block + 1, step + 1)
+                step += 2
+        else:
+            for _ in range(blocks):
+                slot = step % BLOCKS
+                mbarrier.wait(weights.full.index(slot), (step // BLOCKS) & 1)
+                group_barrier()
+                mbarrier.arrive(weights.empty.index(slot), count=1)
+                step += 1
+        n += 1  # noqa: SIM113
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["biased", "blocks", "tiles"])
+def hopper_wide_projections(x, weight, out, norm, bias, biased, blocks, tiles):
+    """Descriptors of x [64 tiles, C], weight [COLUMNS * blocks, C] and out [COLUMNS * blocks / C * 64 tiles, C].
+
+    bias: of the blocks from ``biased`` on; ``blocks``: even.
+    """
+    ring = new_ring(x, 1)
+    weights = Blocks(tiles_for(weight, BLOCKS), one_arrival(BLOCKS), initialised(BLOCKS, CONSUMERS))
+    staged = tiles_for(out, CONSUMERS * STAGED)
+    publish()
+    shared = (norm, bias, biased, out, ring, weights, staged, blocks, tiles)
+    gl.warp_specialize(
+        [
+            (_project_wide, (shared, 0)),
+            (_project_wide, (shared, 1)),
+            (_fetch_wide, (x, weight, ring, weights, blocks, tiles)),
         ],
         [4, 4],
         [240, 24],

@@ -25,7 +25,11 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from scalefold.kernels.hopper.projections import hopper_gated_output, hopper_projections
+    from scalefold.kernels.hopper.projections import (
+        hopper_gated_output,
+        hopper_projections,
+        hopper_wide_projections,
+    )
     from scalefold.kernels.hopper.transition import hopper_transition, hopper_transition_gradient
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product, hopper_output
 
@@ -46,6 +50,7 @@ HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
 for _name in (
     "gated_output_hopper",
     "norm_linear_hopper",
+    "norm_linear_hopper_wide",
     "outer_product_hopper",
     "transition_hopper",
     "transition_hopper_gradient",
@@ -60,20 +65,43 @@ def projections_obstacle(
     x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> str | None:
     """Why ``project`` cannot or should not take these arguments of ``ops.linear``, or None."""
-    *wide, narrow = weights
+    transposed = int(memory_order(x) != tuple(range(x.dim() - 1)))
     biased = [bias is not None for bias in biases]
+    if x.shape[-1] == MSA_CHANNELS:
+        reason = _wide_obstacle(x, row_mask, weights, biased)
+        return reason or _preference("norm_linear_hopper_wide", x, transposed=transposed)
+    *wide, narrow = weights
     if row_mask is not None or biased != [False, False, False, True, False] or narrow.shape[0] > BIAS_ROWS:
         return "not queries, keys, values, gates with a bias, and an attention bias"
-    transposed = memory_order(x) != tuple(range(x.dim() - 1))
-    return _program_obstacle(x, wide, [narrow]) or _preference("norm_linear_hopper", x, transposed=int(transposed))
+    return _program_obstacle(x, wide, [narrow]) or _preference("norm_linear_hopper", x, transposed=transposed)
 
 
-def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, narrow_out: Tensor) -> None:
+def _wide_obstacle(x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biased: Sequence[bool]) -> str | None:
+    if reason := choice.obstacle(MISSING, (x, *weights)):
+        return reason
+    if row_mask is not None or list(biased) != [False] * (len(biased) - 1) + [True]:
+        return "not projections of which the last has a bias"
+    if any(tuple(weight.shape) != (MSA_CHANNELS, MSA_CHANNELS) for weight in weights):
+        return f"weights are not {MSA_CHANNELS} x {MSA_CHANNELS}"
+    return _rows_obstacle(x)
+
+
+def project(
+    x: Tensor, norm: Norm, linear: Affine, narrow: Tensor | None, out: Tensor, narrow_out: Tensor | None
+) -> None:
     """Layer norm of x: [*, c] and its projections.
 
     linear: weight [4 c, c], bias [c] of the last c; narrow: [h, c]. out: [4, rows, c], rows in the memory order of x;
-    narrow_out: [*, h], of any strides.
+    narrow_out: [*, h], of any strides. Wide projections, of any number, have no narrow one.
     """
+    if narrow is None:
+        tiles, per_weight = x.shape[:-1].numel() // PART, MSA_CHANNELS // PART
+        hopper_wide_projections[_programs(x)](
+            _matrix(_by_rows(x, memory_order(x)), PART, MSA_CHANNELS), _weight(linear.weight, PART, MSA_CHANNELS),
+            _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, (out.shape[0] - 1) * per_weight,
+            out.shape[0] * per_weight, tiles, num_warps=4,
+        )  # fmt: skip
+        return
     views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
     hopper_projections[_programs(x)](
         _rows(x, memory_order(x)), _weight(linear.weight), _weight(narrow, BIAS_ROWS),

@@ -250,7 +250,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     bias, bias_start = _fused_bias(biases[:num_wide], width)
     weight, blocks = fused_view(wide) if wide else None, None
     if chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
-        hopper.project(x, norm, Affine(weight, bias), narrow[0], out, narrow_out)
+        hopper.project(x, norm, Affine(weight, bias), narrow[0] if narrow else None, out, narrow_out)
         return results
     config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)
     tensors = {
