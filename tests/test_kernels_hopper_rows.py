@@ -15,7 +15,7 @@ import triton.language as tl
 from hopper_programs import C, empty, every_program
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import choice as hopper_choice
-from scalefold.kernels.hopper import rows
+from scalefold.kernels.hopper import outer, rows
 from scalefold.kernels.ops import linear, outer_product, transition, triangle
 
 NO_BIASES = [None, None, None]
@@ -82,6 +82,25 @@ def test_a_transition_has_no_obstacle(compiled, x):
         assert transition_obstacle(x, d_out=torch.empty_like(x)) is None
 
 
+def outer_gradient_obstacle(sequences, i, j, a=None, name=outer.NAMES[0]):
+    a = empty(sequences, i, 32) if a is None else a
+    return outer.obstacle(name, empty(i, j, C), a, empty(sequences, j, 32), empty(C, 1024))
+
+
+@pytest.mark.parametrize("name", outer.NAMES)
+@pytest.mark.parametrize("sequences", [5, 128])
+def test_gradients_of_an_outer_product_of_few_sequences_have_no_obstacle(compiled, sequences, name):
+    with every_program(1):
+        assert outer_gradient_obstacle(sequences, 64, 128, name=name) is None
+    assert outer_gradient_obstacle(sequences, 64, 128, name=name) == "the table prefers the Triton program"
+
+
+def test_partial_gradients_of_an_outer_product_become_gradients_in_the_operands_own_order():
+    total = torch.arange(32 * 3 * 128).view(32, 3, 128)
+    found = outer.operand_of(total.flatten(), torch.empty(5, 3, 32))
+    assert torch.equal(found, total[:, :, :5].permute(2, 1, 0))
+
+
 @pytest.mark.parametrize("sequences", [5, 128])
 def test_an_outer_product_of_few_sequences_has_no_obstacle(compiled, sequences):
     with every_program(1):
@@ -142,6 +161,9 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
         (lambda: outer_obstacle(8, 96, 64), "pairs do not come in tiles of 64 x 4"),
         (lambda: outer_obstacle(8, 64, 66), "pairs do not come in tiles"),
+        (lambda: outer_gradient_obstacle(8, 64, 68), "pairs do not come in tiles of 64 x 64"),
+        (lambda: outer_gradient_obstacle(129, 64, 64), "not up to 128 sequences"),
+        (lambda: outer_gradient_obstacle(8, 64, 64, empty(64, 8, 32).transpose(0, 1)), "sequences or the weight do"),
         (lambda: outer_obstacle(8, 64, 64, b=empty(64, 8, 32).transpose(0, 1)), "do not lie densely"),
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
     ],
@@ -302,6 +324,7 @@ from compile_hopper import SERIALIZED, assembler_log
 from compile_targets import SHARED_LIMIT, compile_launch, recorded_launches
 from scalefold.kernels import compile_cases as cases
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import outer
 pair = (1, 256, 256)
 with tuning.assume_capability(90), recorded_launches() as launches:
     cases.projections(pair, 128, [128] * 4 + [4])
@@ -309,7 +332,7 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
         names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper")
-        names += ("norm_linear_hopper_wide",)
+        names += ("norm_linear_hopper_wide", *outer.NAMES)
         for name in names:
             stack.enter_context(tuning.override(name, {"HOPPER": 1}))
         cases.outer_product_update(128, 256)
@@ -336,7 +359,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_projections", "hopper_operands", "hopper_output", "hopper_output"]
     programs += [
-        "hopper_outer_product",
+        *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,
         "hopper_gated_output",
         "hopper_wide_projections",

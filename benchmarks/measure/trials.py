@@ -51,11 +51,22 @@ def transition_forms(c: int, backward: bool) -> dict[str, Form]:
     return forms
 
 
+def outer_product_forms(backward: bool) -> dict[str, Form]:
+    """Forward by library and Triton or by Gluon; so both parts of the backward, each alone."""
+    names = ("outer_product_hopper", "outer_product_hopper_operands", "outer_product_hopper_weight")
+    library = dict.fromkeys(names, TRITON_FORM)
+    forms = {"library": library, "Gluon forward": library | {names[0]: GLUON}}
+    if backward:
+        forms["Gluon gradients of operands"] = library | {names[1]: GLUON}
+        forms["Gluon gradient of the weight"] = library | {names[2]: GLUON}
+    return forms
+
+
 def forms_of(case: Case) -> dict[str, Form]:
     """Forms of an operation by name, launch parameters by kernel; the first is what others are compared with."""
     backward = case.calls > 0
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
-        return {"library": {"outer_product_hopper": TRITON_FORM}, "Gluon": {"outer_product_hopper": GLUON}}
+        return outer_product_forms(backward)
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
         stored = {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
         weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}

@@ -280,7 +280,7 @@ def _product(left, weights, step):
 @gluon.jit
 def _store_product(acc, shared, SIDE: gl.constexpr, tile, block, step):
     """A finished product to memory. Its block of the weight goes back to the loader, past the barrier in the wait."""
-    norm, bias, biased, out, ring, weights, staged, blocks, tiles = shared  # noqa: RUF059
+    _norm, bias, biased, out, _ring, weights, staged, _blocks, tiles = shared
     PER_WEIGHT: gl.constexpr = weights.slots.shape[2] // COLUMNS
     if block >= biased:
         acc += per_column(bias, (block - biased) * COLUMNS, COLUMNS)
@@ -296,7 +296,7 @@ def _project_wide(shared, SIDE: gl.constexpr):
     """A consumer: one product runs while the one before is stored. The last pair of tiles may be one: then the second
     consumer only lets blocks pass.
     """
-    norm, bias, biased, out, ring, weights, staged, blocks, tiles = shared  # noqa: RUF059
+    norm, _bias, _biased, _out, ring, weights, _staged, blocks, tiles = shared
     n = 0
     step = 0
     for pair in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):

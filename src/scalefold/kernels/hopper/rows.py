@@ -97,15 +97,15 @@ def project(
     if narrow is None:
         tiles, per_weight = x.shape[:-1].numel() // PART, MSA_CHANNELS // PART
         hopper_wide_projections[_programs(x)](
-            _matrix(_by_rows(x, memory_order(x)), PART, MSA_CHANNELS), _weight(linear.weight, PART, MSA_CHANNELS),
-            _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, (out.shape[0] - 1) * per_weight,
+            matrix(_by_rows(x, memory_order(x)), PART, MSA_CHANNELS), _weight(linear.weight, PART, MSA_CHANNELS),
+            matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, (out.shape[0] - 1) * per_weight,
             out.shape[0] * per_weight, tiles, num_warps=4,
         )  # fmt: skip
         return
     views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
     hopper_projections[_programs(x)](
         _rows(x, memory_order(x)), _weight(linear.weight), _weight(narrow, BIAS_ROWS),
-        _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
+        matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
         COUNT=out.shape[0], NARROW=narrow.shape[0], num_warps=4,
     )  # fmt: skip
 
@@ -152,7 +152,7 @@ def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], out
     views, dims, count = row_views({"z": z, "mask": mask[..., None]})
     hopper_operands[_programs(z)](
         _rows(z, memory_order(z)), *(_weight(linear.weight) for linear in linears),
-        *(_matrix(out.view(CHANNELS, -1), PART, PART) for out in outs), norm, tuple(linear.bias for linear in linears),
+        *(matrix(out.view(CHANNELS, -1), PART, PART) for out in outs), norm, tuple(linear.bias for linear in linears),
         views["mask"], dims, count // PART, num_warps=4,
     )  # fmt: skip
 
@@ -184,7 +184,7 @@ def output(
     order = memory_order(z)
     views, dims, count = row_views({"z": z, "dropout": dropout})
     hopper_output[_programs(z)](
-        _rows(z, order), _matrix(_by_channels(x, order), CHANNELS, PART),
+        _rows(z, order), matrix(_by_channels(x, order), CHANNELS, PART),
         None if d_out is None else _rows(d_out, order), _weight(linear_z.weight),
         _weight(linear_g.weight), _rows(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
         views["dropout"], dims, count // PART, num_warps=4,
@@ -210,8 +210,8 @@ def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: T
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
     kept, x_stages, stages = HIDDEN_TILES[c]
     hopper_transition[_programs(x)](
-        _matrix(_by_rows(x, order), PART, c), _weight(linear_1.weight, HIDDEN_BLOCK, c),
-        _weight(linear_2.weight, c, HIDDEN_BLOCK), _matrix(_by_rows(out, order), PART, c), norm,
+        matrix(_by_rows(x, order), PART, c), _weight(linear_1.weight, HIDDEN_BLOCK, c),
+        _weight(linear_2.weight, c, HIDDEN_BLOCK), matrix(_by_rows(out, order), PART, c), norm,
         (linear_1.bias, linear_2.bias), hidden // HIDDEN_BLOCK, x.shape[:-1].numel() // PART,
         KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
     )  # fmt: skip
@@ -228,9 +228,9 @@ def transition_gradient(
     outs = [x.new_empty(count, width) for width in (hidden, hidden, c, c)]
     partials = x.new_empty(count // PART, c + hidden, dtype=torch.float32)
     hopper_transition_gradient[_programs(x)](
-        _matrix(_by_rows(x, order), PART, c), _matrix(_by_rows(d_out, order), PART, c),
+        matrix(_by_rows(x, order), PART, c), matrix(_by_rows(d_out, order), PART, c),
         _weight(linear_1.weight, HIDDEN_BLOCK, c), _weight(weight_2, c, HIDDEN_BLOCK),
-        *(_matrix(out, PART, HIDDEN_BLOCK) for out in outs[:2]), *(_matrix(out, PART, c) for out in outs[2:]), norm,
+        *(matrix(out, PART, HIDDEN_BLOCK) for out in outs[:2]), *(matrix(out, PART, c) for out in outs[2:]), norm,
         linear_1.bias, partials, hidden // HIDDEN_BLOCK, count // PART, PAIRS=HIDDEN_PAIRS[c], num_warps=4,
     )  # fmt: skip
     return outs[0], outs[1], outs[2], outs[3], partials
@@ -238,7 +238,15 @@ def transition_gradient(
 
 def outer_product_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> str | None:
     """Why ``outer_product`` cannot or should not take these arguments, or None."""
-    if reason := choice.obstacle(MISSING, (z, a, b, weight)):
+    if reason := outer_shape_obstacle(z, a, b, weight, MISSING):
+        return reason
+    fields = tuning.row_fields(z.shape[:-1].numel(), z.dtype, c=CHANNELS, sequences=a.shape[0])
+    return choice.preference(tuning.lookup("outer_product_hopper", **fields))
+
+
+def outer_shape_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor, missing: str | None) -> str | None:
+    """Why no program takes an outer product of these types and shapes, or None."""
+    if reason := choice.obstacle(missing, (z, a, b, weight)):
         return reason
     if z.shape[2] != CHANNELS or a.shape[2] != OUTER_CHANNELS or a.shape[0] > MOST_SEQUENCES:
         return f"not up to {MOST_SEQUENCES} sequences of {OUTER_CHANNELS} channels for pairs of {CHANNELS}"
@@ -246,8 +254,7 @@ def outer_product_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> s
         return f"pairs do not come in tiles of {PART} x {OUTER_COLUMNS}"
     if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (z, b)):
         return "pairs or sequences do not lie densely"
-    fields = tuning.row_fields(z.shape[:-1].numel(), z.dtype, c=CHANNELS, sequences=a.shape[0])
-    return choice.preference(tuning.lookup("outer_product_hopper", **fields))
+    return None
 
 
 def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine, out: Tensor) -> None:
@@ -258,9 +265,9 @@ def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine,
     (i, j, c), by_channel = z.shape, a.permute(2, 0, 1).contiguous().flatten(0, 1)
     tiles_i, tiles = i // PART, i // PART * (j // OUTER_COLUMNS)
     hopper_outer_product[(min(_multiprocessors(z.device), tiles),)](
-        _matrix(z.flatten(1), PART, c), _matrix(by_channel, MOST_SEQUENCES, PART),
-        _matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), _weight(linear.weight, c, OUTER_CHANNELS),
-        _matrix(out.flatten(1), PART, c), norm, linear.bias, a.shape[0], j, tiles_i, tiles, num_warps=4,
+        matrix(z.flatten(1), PART, c), matrix(by_channel, MOST_SEQUENCES, PART),
+        matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), _weight(linear.weight, c, OUTER_CHANNELS),
+        matrix(out.flatten(1), PART, c), norm, linear.bias, a.shape[0], j, tiles_i, tiles, num_warps=4,
     )  # fmt: skip
 
 
@@ -319,15 +326,15 @@ def _is_aligned(matrix: Tensor | None) -> bool:
 
 def _rows(x: Tensor, order: Sequence[int]) -> Any:
     """Tiles of rows, CHANNELS at a time, for the copy engine."""
-    return _matrix(_by_rows(x, order), PART, CHANNELS)
+    return matrix(_by_rows(x, order), PART, CHANNELS)
 
 
 def _weight(weight: Tensor, lines: int = CHANNELS, columns: int = CHANNELS) -> Any:
     """Blocks of a dense weight, copied first if it begins at no multiple of 16 bytes; see ``rows.weight_blocks``."""
-    return _matrix(weight if weight.data_ptr() % 16 == 0 else weight.clone(), lines, columns)
+    return matrix(weight if weight.data_ptr() % 16 == 0 else weight.clone(), lines, columns)
 
 
-def _matrix(x: Tensor | None, lines: int, columns: int) -> Any:
+def matrix(x: Tensor | None, lines: int, columns: int) -> Any:
     """A matrix for the copy engine, in blocks [lines, columns]."""
     assert x is not None
     layout = gl.NVMMASharedLayout.get_default_for([lines, columns], gl.bfloat16)
