@@ -3,8 +3,8 @@
 The outer product is one library product, stored as [I, c, J, d]: rows (i, c) of a times rows (j, d) of b, summed over
 sequences. The kernels read that layout in contiguous pieces while they contract (c, d) with the output weight, so
 nothing is permuted. It is kept for the backward only where computing it again costs more than its bytes. On compute
-capability 9.0 programs of ``kernels.hopper`` take forward and backward with few sequences, where they are faster, without
-storing it.
+capability 9.0 programs of ``kernels.hopper`` take forward and backward with few sequences where they are faster, and
+store neither it nor its gradient.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
