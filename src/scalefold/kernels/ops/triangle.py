@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid
@@ -185,31 +186,45 @@ class _Project(torch.autograd.Function):
         z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
         c, width = z.shape[-1], weights[0].shape[0]
-        config, linears = (
-            tuning.chosen_tiles("triangle_project_backward", z, width, width),
-            map(Affine, weights, biases),
-        )
-        linears, dz, normed = tuple(linears), torch.empty_like(z), torch.empty_like(z)
+        config = tuning.chosen_tiles("triangle_project_backward", z, width, width)
+        linears, norm = tuple(map(Affine, weights, biases)), Norm(norm_weight, norm_bias)
         ds = tuple(z.new_zeros(z.shape[0], width, *z.shape[1:3]) if d is None else d for d in ds)
         recomputed = bool(config.pop("RECOMPUTED", 0)) and _are_matrices(z, *ds)
         projected = None if recomputed else z.new_empty(*z.shape[:-1], 4 * width)
-        inputs = {"z": z, "mask": mask[..., None], "ds": tuple(map(_channels_last, ds)), "through": through}
-        outputs = {"projected": projected, "dz": dz, "normed_out": normed}
-        partials = launch_with_sums(
-            _project_backward_kernel, config, inputs | outputs, 2 * c + (0 if recomputed else 4 * width),
-            norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width, C=c,
-        )  # fmt: skip
+        obstacle = gluon.project_obstacle(z, weights, ds, through) if recomputed else "gradients are stored"
+        if chosen("gradient of a triangle's projections", obstacle):
+            dz, normed, partials = gluon.project_gradient(z, mask, norm, linears, ds, through)
+        else:
+            dz, normed, partials = _project_gradient(z, mask, norm, linears, ds, through, projected, config)
 
         def compute() -> tuple[Tensor, ...]:
             if projected is None:
                 sums = sum_all([partials, *projected_partials(normed, mask, linears, ds)], norm_weight.dtype)
-                norm, weight, bias = sums
+                d_norm, weight, bias = sums
             else:
                 sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
-                norm, bias = sums.split([2 * c, 4 * width])
-            return *norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
+                d_norm, bias = sums.split([2 * c, 4 * width])
+            return *d_norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
         return dz, None, *aside.gradients(parameters, [partials, normed, projected, mask, *ds], compute)
+
+
+def _project_gradient(
+    z: Tensor, mask: Tensor, norm: Norm, linears: tuple[Affine, ...], ds: tuple[Tensor, ...], through: Tensor | None,
+    projected: Tensor | None, config: tuning.Config,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradient of z, its layer norm, and partial sums for the norm's parameters, those of the biases behind them where
+    ``projected`` takes the gradients of the projections.
+    """
+    c, width = z.shape[-1], ds[0].shape[1]
+    dz, normed = torch.empty_like(z), torch.empty_like(z)
+    inputs = {"z": z, "mask": mask[..., None], "ds": tuple(map(_channels_last, ds)), "through": through}
+    outputs = {"projected": projected, "dz": dz, "normed_out": normed}
+    partials = launch_with_sums(
+        _project_backward_kernel, config, inputs | outputs, 2 * c + (0 if projected is None else 4 * width),
+        norm=norm, linears=linears, WIDTH=width, C=c,
+    )  # fmt: skip
+    return dz, normed, partials
 
 
 def _are_matrices(z: Tensor, *ds: Tensor) -> bool:

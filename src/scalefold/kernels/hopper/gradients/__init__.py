@@ -1,26 +1,30 @@
-"""Gradients of the outer product mean on compute capability 9.0: when the programs of ``gradients`` run, and how."""
+"""Gradients on compute capability 9.0 by programs in Gluon: when those of this folder run, and how."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import CONSUMERS, MULTIPROCESSORS, PART, choice
-from scalefold.kernels.hopper.rows import MISSING as ROWS_MISSING
-from scalefold.kernels.hopper.rows import MOST_SEQUENCES, OUTER_CHANNELS, matrix, outer_shape_obstacle
+from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.rows import CHANNELS, MOST_SEQUENCES, OUTER_CHANNELS, matrix, outer_shape_obstacle
+from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
-    from scalefold.kernels.hopper.outer.gradients import hopper_outer_operand, hopper_outer_weight
+    from scalefold.kernels.hopper.gradients.outer_product import hopper_outer_operand, hopper_outer_weight
+    from scalefold.kernels.hopper.gradients.triangle import hopper_project_gradient
 
-    MISSING = ROWS_MISSING
+    MISSING = hopper.MISSING
 except (ImportError, AttributeError) as error:  # as in ``rows``
     MISSING = f"this Triton's Gluon is another one: {error}"
 
 PAIRED = 2  # channels, or values of j, of a consumer
 GROUP = PAIRED * CONSUMERS  # channels of a of a program for the gradient of a
 NAMES = ("outer_product_hopper_operands", "outer_product_hopper_weight")
-for _name in NAMES:
+for _name in (*NAMES, "triangle_hopper_project_gradient"):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -80,3 +84,35 @@ def weight_partials(scaled: Tensor, a: Tensor, b: Tensor) -> Tensor:
         num_warps=4,
     )  # fmt: skip
     return partials
+
+
+def project_obstacle(z: Tensor, weights: Sequence[Tensor], ds: Sequence[Tensor], through: Tensor | None) -> str | None:
+    """Why ``project_gradient`` cannot or should not take these arguments of ``ops.triangle``, or None."""
+    given = [*ds] if through is None else [*ds, through]
+    if reason := hopper.pair_obstacle(z, weights, given):
+        return reason
+    if not all(d.is_contiguous() and d.data_ptr() % 16 == 0 for d in ds):
+        return "gradients of the operands do not lie channels first"
+    if through is not None and not hopper.is_aligned(hopper.by_rows(through, memory_order(z))):
+        return "gradients of the pair representation do not lie densely"
+    return MISSING or hopper.preference("triangle_hopper_project_gradient", z)
+
+
+def project_gradient(
+    z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], ds: Sequence[Tensor], through: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of z plus ``through``, the layer norm of z, and partial sums [tiles, 2 c] for the norm's parameters.
+
+    ds: gradients of both operands, [1, c, I, J].
+    """
+    views, dims, count = row_views({"z": z, "mask": mask[..., None]})
+    order, dz, normed = memory_order(z), torch.empty_like(z), torch.empty_like(z)
+    partials = torch.empty(count // PART, 2 * CHANNELS, dtype=torch.float32, device=z.device)
+    hopper_project_gradient[hopper.programs(z)](
+        hopper.row_tiles(z, order), *(matrix(d.view(CHANNELS, -1), CHANNELS, PART) for d in ds),
+        None if through is None else hopper.row_tiles(through, order),
+        *(hopper.weight_tiles(linear.weight) for linear in linears), hopper.row_tiles(dz, order),
+        hopper.row_tiles(normed, order), norm, tuple(linear.bias for linear in linears), views["mask"], dims, partials,
+        count // PART, num_warps=4,
+    )  # fmt: skip
+    return dz, normed, partials
