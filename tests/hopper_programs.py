@@ -9,7 +9,7 @@ from scalefold.kernels import tuning
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
     *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
-    "triangle_hopper_project_gradient",
+    *("triangle_hopper_project_gradient", "triangle_hopper_project_weights"),
     *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
 )
 C = 128

@@ -82,39 +82,6 @@ def test_a_transition_has_no_obstacle(compiled, x):
         assert transition_obstacle(x, d_out=torch.empty_like(x)) is None
 
 
-def project_gradient_obstacle(z, d=None, through=None):
-    d = empty(1, C, *z.shape[1:3]) if d is None else d
-    return gradients.project_obstacle(z, [empty(C, C)] * 4, [d, d], through)
-
-
-@pytest.mark.parametrize("residual", [False, True])
-def test_the_gradient_of_a_triangle_s_projections_has_no_obstacle(compiled, residual):
-    z = empty(1, 16, 64, C)
-    through = torch.empty_like(z) if residual else None
-    with every_program(1):
-        assert project_gradient_obstacle(z, through=through) is None
-    assert project_gradient_obstacle(z, through=through) == "the table prefers the Triton program"
-
-
-def outer_gradient_obstacle(sequences, i, j, a=None, name=gradients.NAMES[0]):
-    a = empty(sequences, i, 32) if a is None else a
-    return gradients.obstacle(name, empty(i, j, C), a, empty(sequences, j, 32), empty(C, 1024))
-
-
-@pytest.mark.parametrize("name", gradients.NAMES)
-@pytest.mark.parametrize("sequences", [5, 128])
-def test_gradients_of_an_outer_product_of_few_sequences_have_no_obstacle(compiled, sequences, name):
-    with every_program(1):
-        assert outer_gradient_obstacle(sequences, 64, 128, name=name) is None
-    assert outer_gradient_obstacle(sequences, 64, 128, name=name) == "the table prefers the Triton program"
-
-
-def test_partial_gradients_of_an_outer_product_become_gradients_in_the_operands_own_order():
-    total = torch.arange(32 * 3 * 128).view(32, 3, 128)
-    found = gradients.operand_of(total.flatten(), torch.empty(5, 3, 32))
-    assert torch.equal(found, total[:, :, :5].permute(2, 1, 0))
-
-
 @pytest.mark.parametrize("sequences", [5, 128])
 def test_an_outer_product_of_few_sequences_has_no_obstacle(compiled, sequences):
     with every_program(1):
@@ -175,18 +142,6 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
         (lambda: outer_obstacle(8, 96, 64), "pairs do not come in tiles of 64 x 4"),
         (lambda: outer_obstacle(8, 64, 66), "pairs do not come in tiles"),
-        (lambda: project_gradient_obstacle(empty(1, 16, 65, C)), "rows do not come in tiles of 64"),
-        (
-            lambda: project_gradient_obstacle(empty(1, 16, 64, C), empty(1, 16, 64, C).permute(0, 3, 1, 2)),
-            "channels first",
-        ),
-        (
-            lambda: project_gradient_obstacle(empty(1, 16, 64, C), through=empty(1, 1, 1, C).expand(1, 16, 64, C)),
-            "gradients of the pair",
-        ),
-        (lambda: outer_gradient_obstacle(8, 64, 68), "pairs do not come in tiles of 64 x 64"),
-        (lambda: outer_gradient_obstacle(129, 64, 64), "not up to 128 sequences"),
-        (lambda: outer_gradient_obstacle(8, 64, 64, empty(64, 8, 32).transpose(0, 1)), "sequences or the weight do"),
         (lambda: outer_obstacle(8, 64, 64, b=empty(64, 8, 32).transpose(0, 1)), "do not lie densely"),
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
     ],
@@ -262,8 +217,13 @@ def launched(monkeypatch, shape):
         monkeypatch.setattr(module, "weight_partials", lambda products: [])
         monkeypatch.setattr(module, "sum_all", lambda *_: pytest.skip("gradients of parameters are not wanted"))
     monkeypatch.setattr(triangle, "projected_partials", lambda *_: [])
-    gradient = (empty(4, 8), empty(4, 8), empty(4, 8))
-    monkeypatch.setattr(gradients, "project_gradient", lambda *_: (calls.append("Gluon gradient"), gradient)[1])
+    monkeypatch.setattr(gradients, "project_weights", lambda *_: (calls.append("Gluon weights"), ())[1])
+
+    def gradient(z, *_):
+        calls.append("Gluon gradient")
+        return z, z, empty(4, 8)
+
+    monkeypatch.setattr(gradients, "project_gradient", gradient)
     for call in (
         lambda: projections(shape, C, [C] * 4 + [4]),
         lambda: triangle_project(shape, C),
@@ -283,6 +243,7 @@ def test_operations_take_gluon_where_nothing_stands_in_its_way(compiled, monkeyp
             "Gluon project",
             "Gluon operands",
             "Gluon gradient",
+            "Gluon weights",
             "Gluon output",
             "Gluon output",
         ]
@@ -309,7 +270,7 @@ def test_operations_say_once_why_they_stay_with_triton(compiled, monkeypatch, ca
     with caplog.at_level(logging.INFO), every_program(0):
         assert launched(monkeypatch, (1, 256, 256)) + launched(monkeypatch, (1, 256, 256)) == 2 * TRITON
     names = ["projections", "operands of a triangle's product", "gradient of a triangle's projections"]
-    names += ["output of a triangle", "gates of a triangle's output"]
+    names += ["weight gradients of a triangle's projections", "output of a triangle", "gates of a triangle's output"]
     assert caplog.messages == [f"kernels: Triton {name}: the table prefers the Triton program" for name in names]
 
 
@@ -320,7 +281,7 @@ def test_where_gluon_is_another_one_operations_stay_with_triton(compiled, monkey
     with caplog.at_level(logging.INFO):
         assert launched(monkeypatch, (1, 256, 256)) == TRITON
     assert all(rows.MISSING in message for message in caplog.messages)
-    assert len(caplog.messages) == 5
+    assert len(caplog.messages) == 6
 
 
 def test_on_other_gpus_there_is_nothing_to_say(monkeypatch, caplog):
@@ -359,7 +320,8 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
         names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper")
-        names += ("norm_linear_hopper_wide", "triangle_hopper_project_gradient", *gradients.NAMES)
+        names += ("triangle_hopper_project_gradient", "triangle_hopper_project_weights")
+        names += ("norm_linear_hopper_wide", *gradients.NAMES)
         for name in names:
             stack.enter_context(tuning.override(name, {"HOPPER": 1}))
         cases.triangle_project(pair, 128)
@@ -386,6 +348,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_projections", "hopper_output", "hopper_output", "hopper_operands", "hopper_project_gradient"]
+    programs += ["hopper_project_weights"]
     programs += [
         *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,

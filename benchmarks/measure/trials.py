@@ -68,7 +68,8 @@ def forms_of(case: Case) -> dict[str, Form]:
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
         return outer_product_forms(backward)
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
-        triton: Form = {"triangle_hopper_project_gradient": TRITON_FORM}
+        names = ("triangle_hopper_project_gradient", "triangle_hopper_project_weights")
+        triton: Form = dict.fromkeys(names, TRITON_FORM)
         stored = triton | {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
         weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
         recomputed = triton | {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)}
@@ -76,7 +77,7 @@ def forms_of(case: Case) -> dict[str, Form]:
         for stages in (2, 3):
             completed = {"triangle_project_weights": {"COMPLETED": 1, **tuning.tile_config((64, 64, 4, stages))}}
             forms[f"recomputed, completed, {stages} stages"] = recomputed | completed
-        forms["recomputed, Gluon"] = recomputed | weights | {"triangle_hopper_project_gradient": GLUON}
+        forms |= {f"recomputed, Gluon {name[24:]}": recomputed | weights | {name: GLUON} for name in names}
         return forms
     if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
         return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}

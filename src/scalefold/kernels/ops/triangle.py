@@ -199,14 +199,24 @@ class _Project(torch.autograd.Function):
 
         def compute() -> tuple[Tensor, ...]:
             if projected is None:
-                sums = sum_all([partials, *projected_partials(normed, mask, linears, ds)], norm_weight.dtype)
-                d_norm, weight, bias = sums
+                weight_sums = _projected_partials(normed, mask, linears, ds)
+                d_norm, weight, bias = sum_all([partials, *weight_sums], norm_weight.dtype)
             else:
                 sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
                 d_norm, bias = sums.split([2 * c, 4 * width])
             return *d_norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
         return dz, None, *aside.gradients(parameters, [partials, normed, projected, mask, *ds], compute)
+
+
+def _projected_partials(
+    normed: Tensor, mask: Tensor, linears: tuple[Affine, ...], ds: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """``projected_partials`` by either program."""
+    weights = [linear.weight for linear in linears if linear.weight is not None]
+    if chosen("weight gradients of a triangle's projections", gluon.project_weights_obstacle(normed, weights, ds)):
+        return gluon.project_weights(normed, mask, linears, ds)
+    return projected_partials(normed, mask, linears, ds)
 
 
 def _project_gradient(

@@ -15,7 +15,7 @@ from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
     from scalefold.kernels.hopper.gradients.outer_product import hopper_outer_operand, hopper_outer_weight
-    from scalefold.kernels.hopper.gradients.triangle import hopper_project_gradient
+    from scalefold.kernels.hopper.gradients.triangle import hopper_project_gradient, hopper_project_weights
 
     MISSING = hopper.MISSING
 except (ImportError, AttributeError) as error:  # as in ``rows``
@@ -24,7 +24,7 @@ except (ImportError, AttributeError) as error:  # as in ``rows``
 PAIRED = 2  # channels, or values of j, of a consumer
 GROUP = PAIRED * CONSUMERS  # channels of a of a program for the gradient of a
 NAMES = ("outer_product_hopper_operands", "outer_product_hopper_weight")
-for _name in (*NAMES, "triangle_hopper_project_gradient"):
+for _name in (*NAMES, "triangle_hopper_project_gradient", "triangle_hopper_project_weights"):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -116,3 +116,29 @@ def project_gradient(
         count // PART, num_warps=4,
     )  # fmt: skip
     return dz, normed, partials
+
+
+def project_weights_obstacle(normed: Tensor, weights: Sequence[Tensor], ds: Sequence[Tensor]) -> str | None:
+    """Why ``project_weights`` cannot or should not take these arguments, or None."""
+    if reason := hopper.pair_obstacle(normed, weights, ds):
+        return reason
+    if not all(d.is_contiguous() and d.data_ptr() % 16 == 0 for d in ds):
+        return "gradients of the operands do not lie channels first"
+    return MISSING or hopper.preference("triangle_hopper_project_weights", normed)
+
+
+def project_weights(
+    normed: Tensor, mask: Tensor, linears: Sequence[Affine], ds: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """``weight_gradient.projected_partials``."""
+    views, dims, count = row_views({"normed": normed, "mask": mask[..., None]})
+    tiles = count // PART
+    per_range = tuning.ceil_div(tiles, MULTIPROCESSORS // 2)
+    ranges = tuning.ceil_div(tiles, per_range)
+    partials = torch.empty(ranges, 4 * CHANNELS * (CHANNELS + 1), dtype=torch.float32, device=normed.device)
+    hopper_project_weights[(2, ranges)](
+        hopper.row_tiles(normed, memory_order(normed)), *(matrix(d.view(CHANNELS, -1), CHANNELS, PART) for d in ds),
+        *(hopper.weight_tiles(linear.weight) for linear in linears), tuple(linear.bias for linear in linears),
+        views["mask"], dims, partials, tiles, per_range, num_warps=4,
+    )  # fmt: skip
+    return partials.split([4 * CHANNELS * CHANNELS, 4 * CHANNELS], 1)

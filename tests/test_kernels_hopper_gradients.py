@@ -1,0 +1,81 @@
+"""Gradients by programs in Gluon: which calls take them; what they compute: ``test_kernels_hopper_accuracy.py``."""
+
+import pytest
+import torch
+import triton.language as tl
+
+from hopper_programs import C, empty, every_program
+from scalefold.kernels import tuning
+from scalefold.kernels.hopper import choice as hopper_choice
+from scalefold.kernels.hopper import gradients
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """As outside the interpreter, for 9.0."""
+    monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
+    with tuning.assume_capability(90):
+        yield
+
+
+def project_gradient_obstacle(z, d=None, through=None):
+    d = empty(1, C, *z.shape[1:3]) if d is None else d
+    return gradients.project_obstacle(z, [empty(C, C)] * 4, [d, d], through)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_the_gradient_of_a_triangle_s_projections_has_no_obstacle(compiled, residual):
+    z = empty(1, 16, 64, C)
+    through = torch.empty_like(z) if residual else None
+    with every_program(1):
+        assert project_gradient_obstacle(z, through=through) is None
+    assert project_gradient_obstacle(z, through=through) == "the table prefers the Triton program"
+
+
+def test_weight_gradients_of_a_triangle_s_projections_have_no_obstacle_but_their_layout(compiled):
+    z, d, weights = empty(1, 16, 64, C), empty(1, C, 16, 64), [empty(C, C)] * 4
+    with every_program(1):
+        assert gradients.project_weights_obstacle(z, weights, [d, d]) is None
+        found = gradients.project_weights_obstacle(z, weights, [d, empty(1, 16, 64, C).permute(0, 3, 1, 2)])
+    assert found == "gradients of the operands do not lie channels first"
+
+
+def outer_gradient_obstacle(sequences, i, j, a=None, name=gradients.NAMES[0]):
+    a = empty(sequences, i, 32) if a is None else a
+    return gradients.obstacle(name, empty(i, j, C), a, empty(sequences, j, 32), empty(C, 1024))
+
+
+@pytest.mark.parametrize("name", gradients.NAMES)
+@pytest.mark.parametrize("sequences", [5, 128])
+def test_gradients_of_an_outer_product_of_few_sequences_have_no_obstacle(compiled, sequences, name):
+    with every_program(1):
+        assert outer_gradient_obstacle(sequences, 64, 128, name=name) is None
+    assert outer_gradient_obstacle(sequences, 64, 128, name=name) == "the table prefers the Triton program"
+
+
+def test_partial_gradients_of_an_outer_product_become_gradients_in_the_operands_own_order():
+    total = torch.arange(32 * 3 * 128).view(32, 3, 128)
+    found = gradients.operand_of(total.flatten(), torch.empty(5, 3, 32))
+    assert torch.equal(found, total[:, :, :5].permute(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [
+        (lambda: project_gradient_obstacle(empty(1, 16, 65, C)), "rows do not come in tiles of 64"),
+        (
+            lambda: project_gradient_obstacle(empty(1, 16, 64, C), empty(1, 16, 64, C).permute(0, 3, 1, 2)),
+            "channels first",
+        ),
+        (
+            lambda: project_gradient_obstacle(empty(1, 16, 64, C), through=empty(1, 1, 1, C).expand(1, 16, 64, C)),
+            "gradients of the pair",
+        ),
+        (lambda: outer_gradient_obstacle(8, 64, 68), "pairs do not come in tiles of 64 x 64"),
+        (lambda: outer_gradient_obstacle(129, 64, 64), "not up to 128 sequences"),
+        (lambda: outer_gradient_obstacle(8, 64, 64, empty(64, 8, 32).transpose(0, 1)), "sequences or the weight do"),
+    ],
+)
+def test_what_the_programs_cannot_take_is_named(compiled, obstacle, reason):
+    with every_program(1):
+        assert reason in str(obstacle())
