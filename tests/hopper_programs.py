@@ -10,6 +10,7 @@ KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
     *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
     *("triangle_hopper_project_gradient", "triangle_hopper_project_weights"),
+    *("transition_hopper_input", "transition_hopper_weights"),
     *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
 )
 C = 128
@@ -28,3 +29,14 @@ def every_program(hopper: int):
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def recomputed_transitions():
+    """The backward of transitions stores nothing of the hidden layer."""
+    tiles = {"RECOMPUTED": 1, **tuning.tile_config((64, 64, 8, 2))}
+    with (
+        tuning.override("transition_backward", tiles),
+        tuning.override("transition_hopper_gradient", {"HOPPER": 0}),
+    ):
+        yield

@@ -40,6 +40,19 @@ def test_weight_gradients_of_a_triangle_s_projections_have_no_obstacle_but_their
     assert found == "gradients of the operands do not lie channels first"
 
 
+def transition_gradient_obstacle(x, hidden=512, d_out=None, name=gradients.TRANSITION_NAMES[0]):
+    c, d_out = x.shape[-1], torch.empty_like(x) if d_out is None else d_out
+    return gradients.transition_obstacle(name, x, d_out, [empty(hidden, c), empty(c, hidden)])
+
+
+@pytest.mark.parametrize("name", gradients.TRANSITION_NAMES)
+@pytest.mark.parametrize("x", [empty(1, 16, 64, C), empty(1, 16, 8, C).transpose(1, 2)], ids=["dense", "transposed"])
+def test_gradients_of_a_transition_of_pairs_have_no_obstacle(compiled, x, name):
+    with every_program(1):
+        assert transition_gradient_obstacle(x, name=name) is None
+    assert transition_gradient_obstacle(x, name=name) == "the table prefers the Triton program"
+
+
 def outer_gradient_obstacle(sequences, i, j, a=None, name=gradients.NAMES[0]):
     a = empty(sequences, i, 32) if a is None else a
     return gradients.obstacle(name, empty(i, j, C), a, empty(sequences, j, 32), empty(C, 1024))
@@ -70,6 +83,13 @@ def test_partial_gradients_of_an_outer_product_become_gradients_in_the_operands_
         (
             lambda: project_gradient_obstacle(empty(1, 16, 64, C), through=empty(1, 1, 1, C).expand(1, 16, 64, C)),
             "gradients of the pair",
+        ),
+        (lambda: transition_gradient_obstacle(empty(1, 16, 64, 256), 1024), "256 channels with 1024 hidden ones"),
+        (lambda: transition_gradient_obstacle(empty(1, 16, 64, C), 128), "128 channels with 128 hidden ones"),
+        (lambda: transition_gradient_obstacle(empty(1, 3, 21, C)), "rows do not come in tiles of 64"),
+        (
+            lambda: transition_gradient_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)),
+            "gradients of the output",
         ),
         (lambda: outer_gradient_obstacle(8, 64, 68), "pairs do not come in tiles of 64 x 64"),
         (lambda: outer_gradient_obstacle(129, 64, 64), "not up to 128 sequences"),

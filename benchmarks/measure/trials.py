@@ -39,7 +39,8 @@ def _tiles(recomputed: bool, *tiles: int) -> tuning.Config:
 
 def transition_forms(c: int, backward: bool) -> dict[str, Form]:
     """Forward by either program; backward by either, or in Triton without storing the hidden layer."""
-    triton = {"transition_hopper": TRITON_FORM, "transition_hopper_gradient": TRITON_FORM}
+    parts = ("transition_hopper_input", "transition_hopper_weights")
+    triton = dict.fromkeys(("transition_hopper", "transition_hopper_gradient", *parts), TRITON_FORM)
     if c == 128:
         triton["transition_backward"] = _tiles(False, 128, 64, 8, 3)
     forms = {"Triton": triton, "Gluon forward": triton | {"transition_hopper": GLUON}}
@@ -48,6 +49,7 @@ def transition_forms(c: int, backward: bool) -> dict[str, Form]:
     if backward and c == 128:
         weights = {"transition_weights": tuning.tile_config((64, 64, 4, 2))}
         forms["recomputed"] = triton | {"transition_backward": _tiles(True, 128, 64, 8, 3)} | weights
+        forms |= {f"recomputed, Gluon {name[18:]}": forms["recomputed"] | {name: GLUON} for name in parts}
     return forms
 
 

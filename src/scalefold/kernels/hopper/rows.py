@@ -83,7 +83,7 @@ def _wide_obstacle(x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor]
         return "not projections of which the last has a bias"
     if any(tuple(weight.shape) != (MSA_CHANNELS, MSA_CHANNELS) for weight in weights):
         return f"weights are not {MSA_CHANNELS} x {MSA_CHANNELS}"
-    return _rows_obstacle(x)
+    return rows_obstacle(x)
 
 
 def project(
@@ -120,7 +120,7 @@ def gated_output_obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dr
         return "o and gate do not lie densely"
     if reason := _dropout_obstacle(dropout):
         return reason
-    return _rows_obstacle(x) or preference("gated_output_hopper", x, dropped=int(dropout is not None))
+    return rows_obstacle(x) or preference("gated_output_hopper", x, dropped=int(dropout is not None))
 
 
 def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
@@ -201,7 +201,7 @@ def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | No
     if d_out is not None and not is_aligned(by_rows(d_out, memory_order(x))):
         return "gradients of the output do not lie densely"
     name = "transition_hopper" if d_out is None else "transition_hopper_gradient"
-    return _rows_obstacle(x) or preference(name, x, n=hidden)
+    return rows_obstacle(x) or preference(name, x, n=hidden)
 
 
 def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
@@ -277,10 +277,10 @@ def _program_obstacle(x: Tensor, weights: Sequence[Tensor], others: Sequence[Ten
         return reason
     if any(tuple(weight.shape) != SQUARE for weight in weights):
         return f"weights are not {CHANNELS} x {CHANNELS}"
-    return _rows_obstacle(x)
+    return rows_obstacle(x)
 
 
-def _rows_obstacle(x: Tensor) -> str | None:
+def rows_obstacle(x: Tensor) -> str | None:
     """Why the copy engine takes no tiles of rows of x: [*, c], or None."""
     if not x.numel() or x.shape[:-1].numel() % PART:
         return f"rows do not come in tiles of {PART}"

@@ -93,7 +93,7 @@ def _hidden(left, weight, bias, C: gl.constexpr):
 
 
 @gluon.jit
-def _leave_block(weights, slot):
+def leave_block(weights, slot):
     """All warps of a consumer are done with a block: its products are complete."""
     group_barrier()
     mbarrier.arrive(weights.empty.index(slot), count=1)
@@ -139,7 +139,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
                         mbarrier.expect(again.index(SIDE), x.block_type.nbytes)
                         tma.async_copy_global_to_shared(x, [tile * ROWS, 0], again.index(SIDE), slot_x)
                 acc = warpgroup_mma(hidden, weights.second.index(slot).permute((1, 0)), acc)
-                _leave_block(weights, slot)
+                leave_block(weights, slot)
                 step += 1
             if not KEPT:
                 mbarrier.wait(again.index(SIDE), n & 1)
@@ -151,7 +151,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
             for _ in range(blocks):
                 slot = step % STAGES
                 mbarrier.wait(weights.full.index(slot), (step // STAGES) & 1)
-                _leave_block(weights, slot)
+                leave_block(weights, slot)
                 step += 1
         n += 1  # noqa: SIM113
     tma.store_wait(0)

@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import to_fp32
@@ -253,20 +254,37 @@ def _recomputed(
 
     d_out: [*, c], contiguous.
     """
-    (width, c), dtype = weight_1.shape, norm.weight.dtype
+    c, dtype, linear = x.shape[-1], norm.weight.dtype, Affine(weight_1, bias_1)
+    obstacle = gluon.transition_obstacle(gluon.TRANSITION_NAMES[0], x, d_out, (weight_1, weight_2))
+    if chosen("input gradient of a transition", obstacle):
+        dx, normed, sums = gluon.transition_input(x, d_out, norm, linear, weight_2)
+    else:
+        dx, normed, sums = _recomputed_input(x, d_out, norm, weight_1, bias_1, weight_2, config)
+
+    def compute() -> tuple[Tensor, ...]:
+        obstacle = gluon.transition_obstacle(gluon.TRANSITION_NAMES[1], normed, d_out, (weight_1, weight_2))
+        if chosen("weight gradients of a transition", obstacle):
+            partials = gluon.transition_weights(normed, d_out, linear, weight_2)
+        else:
+            partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), weight_1, bias_1, weight_2)
+        d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([*sums.split([2 * c, c], 1), *partials], dtype)
+        return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
+
+    return dx, aside.gradients([weight_1, weight_2], [sums, normed, d_out], compute)
+
+
+def _recomputed_input(
+    x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, config: tuning.Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x: [*, c], its layer norm, and partial sums [tiles, 3 c]; see ``_recomputed``."""
+    width, c = weight_1.shape
     dx, normed, blocks = torch.empty_like(x), x.new_empty(x.shape), _blocks(weight_1, weight_2, config)
     tensors = {"x": x, "d_out": d_out, "hidden_rows": normed, "normed_out": normed, "dx": dx}
     sums = launch_with_sums(
         _backward_kernel, config, tensors, 3 * c, norm=norm, weight_1=blocks[0], bias_1=bias_1, weight_2=blocks[1],
         d_hidden_out=normed, FUSED=True, STORED=False, HIDDEN=width, C=c,
     )  # fmt: skip
-
-    def compute() -> tuple[Tensor, ...]:
-        partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), weight_1, bias_1, weight_2)
-        d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([*sums.split([2 * c, c], 1), *partials], dtype)
-        return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
-
-    return dx, aside.gradients([weight_1, weight_2], [sums, normed, d_out], compute)
+    return dx, normed, sums
 
 
 def _weight_partials(

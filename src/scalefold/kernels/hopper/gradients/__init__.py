@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.hopper import CONSUMERS, MULTIPROCESSORS, PART, choice
+from scalefold.kernels.hopper import CONSUMERS, HIDDEN_BLOCK, MULTIPROCESSORS, PART, choice
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.rows import CHANNELS, MOST_SEQUENCES, OUTER_CHANNELS, matrix, outer_shape_obstacle
 from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
     from scalefold.kernels.hopper.gradients.outer_product import hopper_outer_operand, hopper_outer_weight
+    from scalefold.kernels.hopper.gradients.transition import hopper_transition_input, hopper_transition_weights
     from scalefold.kernels.hopper.gradients.triangle import hopper_project_gradient, hopper_project_weights
 
     MISSING = hopper.MISSING
@@ -24,7 +25,10 @@ except (ImportError, AttributeError) as error:  # as in ``rows``
 PAIRED = 2  # channels, or values of j, of a consumer
 GROUP = PAIRED * CONSUMERS  # channels of a of a program for the gradient of a
 NAMES = ("outer_product_hopper_operands", "outer_product_hopper_weight")
-for _name in (*NAMES, "triangle_hopper_project_gradient", "triangle_hopper_project_weights"):
+PROJECT_NAMES = ("triangle_hopper_project_gradient", "triangle_hopper_project_weights")
+TRANSITION_NAMES = ("transition_hopper_input", "transition_hopper_weights")
+FEWEST_HIDDEN = 4 * HIDDEN_BLOCK  # channels: what the loader has on its way
+for _name in (*NAMES, *PROJECT_NAMES, *TRANSITION_NAMES):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -95,7 +99,7 @@ def project_obstacle(z: Tensor, weights: Sequence[Tensor], ds: Sequence[Tensor],
         return "gradients of the operands do not lie channels first"
     if through is not None and not hopper.is_aligned(hopper.by_rows(through, memory_order(z))):
         return "gradients of the pair representation do not lie densely"
-    return MISSING or hopper.preference("triangle_hopper_project_gradient", z)
+    return MISSING or hopper.preference(PROJECT_NAMES[0], z)
 
 
 def project_gradient(
@@ -124,7 +128,7 @@ def project_weights_obstacle(normed: Tensor, weights: Sequence[Tensor], ds: Sequ
         return reason
     if not all(d.is_contiguous() and d.data_ptr() % 16 == 0 for d in ds):
         return "gradients of the operands do not lie channels first"
-    return MISSING or hopper.preference("triangle_hopper_project_weights", normed)
+    return MISSING or hopper.preference(PROJECT_NAMES[1], normed)
 
 
 def project_weights(
@@ -142,3 +146,52 @@ def project_weights(
         views["mask"], dims, partials, tiles, per_range, num_warps=4,
     )  # fmt: skip
     return partials.split([4 * CHANNELS * CHANNELS, 4 * CHANNELS], 1)
+
+
+def transition_obstacle(name: str, x: Tensor, d_out: Tensor, weights: Sequence[Tensor]) -> str | None:
+    """Why a program of TRANSITION_NAMES cannot or should not take these arguments of ``ops.transition``, or None.
+
+    x: the input or its norm, d_out: [*, c], rows as they lie.
+    """
+    if reason := choice.obstacle(MISSING, (x, d_out, *weights)):
+        return reason
+    (hidden, c), order = weights[0].shape, memory_order(x)
+    if c != CHANNELS or hidden % FEWEST_HIDDEN:
+        return f"{c} channels with {hidden} hidden ones"
+    if not hopper.is_aligned(hopper.by_rows(d_out, order)):
+        return "gradients of the output do not lie densely"
+    return hopper.rows_obstacle(x) or hopper.preference(name, x, n=hidden)
+
+
+def transition_input(
+    x: Tensor, d_out: Tensor, norm: Norm, linear_1: Affine, weight_2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x: [*, c], the layer norm of x, and partial sums [tiles, 3 c]: for the norm's weight and bias and the
+    bias of the second linear.
+    """
+    assert linear_1.weight is not None
+    order, (hidden, c), count = memory_order(x), linear_1.weight.shape, x.shape[:-1].numel()
+    dx, normed = torch.empty_like(x), torch.empty_like(x)
+    partials = torch.empty(count // PART, 3 * c, dtype=torch.float32, device=x.device)
+    hopper_transition_input[hopper.programs(x)](
+        hopper.row_tiles(x, order), hopper.row_tiles(d_out, order),
+        hopper.weight_tiles(linear_1.weight, HIDDEN_BLOCK, c), hopper.weight_tiles(weight_2, c, HIDDEN_BLOCK),
+        hopper.row_tiles(dx, order), hopper.row_tiles(normed, order), norm, linear_1.bias, partials,
+        hidden // HIDDEN_BLOCK, count // PART, num_warps=4,
+    )  # fmt: skip
+    return dx, normed, partials
+
+
+def transition_weights(normed: Tensor, d_out: Tensor, linear_1: Affine, weight_2: Tensor) -> tuple[Tensor, ...]:
+    """Partial gradients [ranges, *] of weight 1, weight 2 and bias 1."""
+    assert linear_1.weight is not None
+    order, (hidden, c), tiles = memory_order(normed), linear_1.weight.shape, normed.shape[:-1].numel() // PART
+    groups = hidden // CHANNELS
+    per_range = tuning.ceil_div(tiles, max(1, MULTIPROCESSORS // groups))
+    ranges = tuning.ceil_div(tiles, per_range)
+    partials = torch.empty(ranges, hidden * (2 * c + 1), dtype=torch.float32, device=normed.device)
+    hopper_transition_weights[(groups, ranges)](
+        hopper.row_tiles(normed, order), hopper.row_tiles(d_out, order), hopper.weight_tiles(linear_1.weight),
+        hopper.weight_tiles(weight_2), linear_1.bias, partials, hidden, tiles, per_range, num_warps=4,
+    )  # fmt: skip
+    return partials.split([hidden * c, hidden * c, hidden], 1)

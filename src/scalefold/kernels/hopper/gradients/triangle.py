@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from scalefold.kernels.hopper.gradients.norm import norm_gradient
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     COLUMNS,
@@ -36,18 +36,15 @@ from scalefold.kernels.hopper.row_pieces import (
     normalised,
     one_arrival,
     operand_layout,
-    per_column,
     product_layout,
     read,
     receive,
     row_offsets,
     send,
     sigmoid,
-    standardised,
     view_offsets,
     wait_until_sent,
 )
-from scalefold.kernels.hopper.transition import column_sums, store_sums
 from scalefold.kernels.hopper.triangle import fetch_weights, gate_and_value
 
 # ---- z --------------------------------------------------------------------------------------------------------------
@@ -111,19 +108,6 @@ def _add_operand(acc, left, d_tile, keep, weights, biases, SIDE_OF: gl.constexpr
 
 
 @gluon.jit
-def _sum_columns(value, tile, pointer):
-    """Sums over the rows of value: [ROWS, C], in bf16 by way of a tile that nobody reads, to pointer[0:C]."""
-    C: gl.constexpr = value.shape[1]
-    group_barrier()
-    tile.store(value.to(gl.bfloat16))
-    fence_async_shared()
-    group_barrier()
-    for first in gl.static_range(0, C, COLUMNS):
-        total = column_sums(tile, first)
-        store_sums(pointer + first, warpgroup_mma_wait(0, deps=(total,)))
-
-
-@gluon.jit
 def _differentiate(shared, SIDE: gl.constexpr):
     """A consumer."""
     mask, dims, norm, biases, descriptors, outs, partials, rings, weights, there, again, tiles = shared
@@ -153,14 +137,8 @@ def _differentiate(shared, SIDE: gl.constexpr):
         spare = receive(rings[2], SIDE, n)
         acc = _add_operand(acc, left, spare, keep, weights, biases, 1)
         mbarrier.wait(again.index(SIDE), n & 1)
-        hat, rstd = standardised(read(own))
-        sums = partials + tile.to(gl.int64) * (2 * C)
-        _sum_columns(acc * hat, _by_rows(spare, z), sums)
-        _sum_columns(acc, _by_rows(spare, z), sums + C)
+        gradient = norm_gradient(acc, read(own), norm, _by_rows(spare, z), partials + tile.to(gl.int64) * (2 * C))
         leave(rings[2], SIDE, n)
-        acc *= per_column(norm.weight, 0, C)
-        along = (gl.sum(acc * hat, 1) * (1.0 / C))[:, None]
-        gradient = (acc - (gl.sum(acc, 1) * (1.0 / C))[:, None] - hat * along) * rstd[:, None]
         if through is not None:
             gradient += read(_by_rows(receive(rings[1], SIDE, n * USES + 1), z))
             leave(rings[1], SIDE, n * USES + 1)
@@ -205,7 +183,7 @@ STAGES = gl.constexpr(4)  # tiles of rows on their way
 
 
 class Slots(NamedTuple):
-    """Slots for tiles of the norm [ROWS, C] and of an operand's gradient [C, ROWS], which all consumers read."""
+    """Slots for tiles of the norm [ROWS, C] and of a gradient, of an operand [C, ROWS], which all consumers read."""
 
     normed: Any
     d: Any
@@ -214,12 +192,24 @@ class Slots(NamedTuple):
 
 
 @gluon.jit
+def new_slots(normed, d):
+    """For tiles that these descriptors fetch; ``publish`` follows."""
+    return Slots(tiles_for(normed, STAGES), tiles_for(d, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS))
+
+
+@gluon.jit
 def _fetch_weighted(normed, d, value_weight, gate_weight, slots, weights, there, place):
     """The loader: an operand's two weights, then the norm and the operand's gradient along the rows."""
-    first, last = place
     mbarrier.expect(there, 2 * value_weight.block_type.nbytes)
     tma.async_copy_global_to_shared(value_weight, [0, 0], there, weights.index(0))
     tma.async_copy_global_to_shared(gate_weight, [0, 0], there, weights.index(1))
+    fetch_slots(normed, d, slots, place, True)
+
+
+@gluon.jit
+def fetch_slots(normed, d, slots, place, CHANNELS_FIRST: gl.constexpr):
+    """The loader: tiles of the norm and of d for a range of tiles."""
+    first, last = place
     for tile in range(first, last):
         step = tile - first
         slot = step % STAGES
@@ -227,7 +217,10 @@ def _fetch_weighted(normed, d, value_weight, gate_weight, slots, weights, there,
         mbarrier.wait(slots.empty.index(slot), ((step // STAGES) & 1) ^ 1)
         mbarrier.expect(full, normed.block_type.nbytes + d.block_type.nbytes)
         tma.async_copy_global_to_shared(normed, [tile * ROWS, 0], full, slots.normed.index(slot))
-        tma.async_copy_global_to_shared(d, [0, tile * ROWS], full, slots.d.index(slot))
+        if CHANNELS_FIRST:
+            tma.async_copy_global_to_shared(d, [0, tile * ROWS], full, slots.d.index(slot))
+        else:
+            tma.async_copy_global_to_shared(d, [tile * ROWS, 0], full, slots.d.index(slot))
 
 
 @gluon.jit
@@ -311,9 +304,7 @@ def hopper_project_weights(
     """Program (operand, range of tiles of rows) -> partials[range]: gradients of the four weights [4 C, C] and biases
     [4 C] fp32. Descriptors of the norm [64 tiles, C], d_a and d_b [C, 64 tiles], weights [C, C].
     """
-    slots = Slots(
-        tiles_for(normed, STAGES), tiles_for(d_a, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS)
-    )
+    slots = new_slots(normed, d_a)
     weights = tiles_for(weight_a, 2)
     there = one_arrival(1).index(0)
     publish()
