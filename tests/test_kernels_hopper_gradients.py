@@ -40,6 +40,21 @@ def test_weight_gradients_of_a_triangle_s_projections_have_no_obstacle_but_their
     assert found == "gradients of the operands do not lie channels first"
 
 
+def output_gradient_obstacle(z, d_out=None):
+    x = empty(1, C, *z.shape[1:3]).permute(0, 2, 3, 1)
+    return gradients.output_obstacle(z, x, [empty(C, C)] * 2, None, torch.empty_like(z) if d_out is None else d_out)
+
+
+def test_the_gradient_of_a_triangle_s_output_has_no_obstacle_but_those_of_its_gates(compiled):
+    z = empty(1, 256, 256, C)
+    with every_program(1):
+        assert output_gradient_obstacle(z) is None
+        assert output_gradient_obstacle(z, empty(1, 1, 1, C).expand(z.shape)) == (
+            "gradients of the output do not lie densely"
+        )
+    assert output_gradient_obstacle(z) == "the table prefers the Triton program"
+
+
 def transition_gradient_obstacle(x, hidden=512, d_out=None, name=gradients.TRANSITION_NAMES[0]):
     c, d_out = x.shape[-1], torch.empty_like(x) if d_out is None else d_out
     return gradients.transition_obstacle(name, x, d_out, [empty(hidden, c), empty(c, hidden)])

@@ -219,6 +219,12 @@ def launched(monkeypatch, shape):
     monkeypatch.setattr(triangle, "projected_partials", lambda *_: [])
     monkeypatch.setattr(gradients, "project_weights", lambda *_: (calls.append("Gluon weights"), ())[1])
 
+    def output_gradient(z, x, *_, **__):
+        calls.append("Gluon output gradient")
+        return gradients.OutputGradient(*[torch.empty_like(z)] * 5, empty(4, 8), empty(4, 8))
+
+    monkeypatch.setattr(gradients, "output_gradient", output_gradient)
+
     def gradient(z, *_):
         calls.append("Gluon gradient")
         return z, z, empty(4, 8)
@@ -245,7 +251,7 @@ def test_operations_take_gluon_where_nothing_stands_in_its_way(compiled, monkeyp
             "Gluon gradient",
             "Gluon weights",
             "Gluon output",
-            "Gluon output",
+            "Gluon output gradient",
         ]
     assert caplog.messages == []
 
@@ -270,7 +276,8 @@ def test_operations_say_once_why_they_stay_with_triton(compiled, monkeypatch, ca
     with caplog.at_level(logging.INFO), every_program(0):
         assert launched(monkeypatch, (1, 256, 256)) + launched(monkeypatch, (1, 256, 256)) == 2 * TRITON
     names = ["projections", "operands of a triangle's product", "gradient of a triangle's projections"]
-    names += ["weight gradients of a triangle's projections", "output of a triangle", "gates of a triangle's output"]
+    names += ["weight gradients of a triangle's projections", "output of a triangle"]
+    names += ["gradient of a triangle's output", "gates of a triangle's output"]
     assert caplog.messages == [f"kernels: Triton {name}: the table prefers the Triton program" for name in names]
 
 
@@ -281,7 +288,7 @@ def test_where_gluon_is_another_one_operations_stay_with_triton(compiled, monkey
     with caplog.at_level(logging.INFO):
         assert launched(monkeypatch, (1, 256, 256)) == TRITON
     assert all(rows.MISSING in message for message in caplog.messages)
-    assert len(caplog.messages) == 6
+    assert len(caplog.messages) == 7
 
 
 def test_on_other_gpus_there_is_nothing_to_say(monkeypatch, caplog):
@@ -325,6 +332,8 @@ with tuning.assume_capability(90), recorded_launches() as launches:
         for name in names:
             stack.enter_context(tuning.override(name, {"HOPPER": 1}))
         cases.triangle_project(pair, 128)
+        stack.enter_context(tuning.override("triangle_hopper_output_gradient", {"HOPPER": 1}))
+        cases.triangle_output(pair, 128)
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
@@ -351,7 +360,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_projections", "hopper_output", "hopper_output", "hopper_operands", "hopper_project_gradient"]
-    programs += ["hopper_project_weights"]
+    programs += ["hopper_project_weights", "hopper_output", "hopper_output_gradient"]
     programs += [
         *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,

@@ -81,6 +81,9 @@ def forms_of(case: Case) -> dict[str, Form]:
             forms[f"recomputed, completed, {stages} stages"] = recomputed | completed
         forms |= {f"recomputed, Gluon {name[24:]}": recomputed | weights | {name: GLUON} for name in names}
         return forms
+    if case.operation == "triangle_output" and backward and case.shape.endswith("x128"):
+        name = "triangle_hopper_output_gradient"
+        return {"three programs": {name: TRITON_FORM}, "Gluon in one": {name: GLUON}}
     if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
         return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}
     if case.operation == "gated_output" and case.shape.endswith("x256from256"):

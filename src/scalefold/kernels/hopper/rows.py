@@ -184,7 +184,7 @@ def output(
     order = memory_order(z)
     views, dims, count = row_views({"z": z, "dropout": dropout})
     hopper_output[programs(z)](
-        row_tiles(z, order), matrix(_by_channels(x, order), CHANNELS, PART),
+        row_tiles(z, order), channel_tiles(x, order),
         None if d_out is None else row_tiles(d_out, order), weight_tiles(linear_z.weight),
         weight_tiles(linear_g.weight), row_tiles(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
         views["dropout"], dims, count // PART, num_warps=4,
@@ -327,6 +327,11 @@ def is_aligned(matrix: Tensor | None) -> bool:
 def row_tiles(x: Tensor, order: Sequence[int]) -> Any:
     """Tiles of rows, CHANNELS at a time, for the copy engine."""
     return matrix(by_rows(x, order), PART, CHANNELS)
+
+
+def channel_tiles(x: Tensor, order: Sequence[int]) -> Any:
+    """The same of x: [*, c] that lies channels first."""
+    return matrix(_by_channels(x, order), CHANNELS, PART)
 
 
 def weight_tiles(weight: Tensor, lines: int = CHANNELS, columns: int = CHANNELS) -> Any:

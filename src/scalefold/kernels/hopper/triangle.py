@@ -183,7 +183,7 @@ def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
         for first in gl.static_range(0, C, COLUMNS):
             scale = 1.0
             if dropout is not None:
-                scale = _load_dropout(dropout, tile, first, dims)
+                scale = load_dropout(dropout, tile, first, dims)
             gate, value = gate_and_value(left_z, left_x, weights.index(1), weights.index(0), biases, first)
             z_part, d_part = z_tile.slice(first, COLUMNS, 1), d_tile.slice(first, COLUMNS, 1)
             before = read(d_part)
@@ -202,7 +202,7 @@ def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
 
 
 @gluon.jit
-def _load_dropout(dropout, tile, first, dims):
+def load_dropout(dropout, tile, first, dims):
     """The scales of a tile from column ``first`` on: [ROWS, COLUMNS]."""
     LAYOUT: gl.constexpr = product_layout(COLUMNS)
     columns = first + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))

@@ -283,17 +283,17 @@ class _Output(torch.autograd.Function):
         z, x, *parameters, dropout = ctx.saved_tensors
         norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = parameters
         c, cx, x = z.shape[-1], x.shape[1], _channels_last(x)
-        projected, parameters = z.new_empty(*z.shape[:-1], 2 * c), _output_parameters(*parameters)
-        obstacle = hopper.output_obstacle(z, x, (weight_z, weight_g), dropout, d_out)
-        if chosen("gates of a triangle's output", obstacle):
-            hopper.output(z, x, dropout, d_out, projected, **parameters)
+        parameters, weights = _output_parameters(*parameters), (weight_z, weight_g)
+        if chosen("gradient of a triangle's output", gluon.output_obstacle(z, x, weights, dropout, d_out)):
+            found = gluon.output_gradient(z, x, dropout, d_out, **parameters)
+            dz, dx, projected, normed_z, normed_x, z_sums, x_sums = found
         else:
-            tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
-            _launch_output("triangle_output_backward", _output_gradient_kernel, tensors, parameters)
+            projected = _output_gates(z, x, dropout, d_out, weights, parameters)
+            d_value, d_logits = projected.chunk(2, -1)
+            norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
+            dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
+            dz, normed_z, z_sums = input_gradient(z, *norm_in, [weight_g], [d_logits], [True], d_out)
         d_value, d_logits = projected.chunk(2, -1)
-        norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
-        dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
-        dz, normed_z, z_sums = input_gradient(z, *norm_in, [weight_g], [d_logits], [True], d_out)
 
         def compute() -> tuple[Tensor, ...]:
             weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
@@ -306,16 +306,24 @@ class _Output(torch.autograd.Function):
         return dz, dx.permute(0, 3, 1, 2), *own, None
 
 
+def _output_gates(
+    z: Tensor, x: Tensor, dropout: Tensor | None, d_out: Tensor, weights: tuple[Tensor, Tensor],
+    parameters: dict[str, Norm | Affine],
+) -> Tensor:  # fmt: skip
+    """Gradients of value and gate logits, [*, 2 c], by either program."""
+    projected = z.new_empty(*z.shape[:-1], 2 * z.shape[-1])
+    if chosen("gates of a triangle's output", hopper.output_obstacle(z, x, weights, dropout, d_out)):
+        hopper.output(z, x, dropout, d_out, projected, **parameters)
+    else:
+        tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
+        _launch_output("triangle_output_backward", _output_gradient_kernel, tensors, parameters)
+    return projected
+
+
 def _output_parameters(
-    norm_in_weight: Tensor,
-    norm_in_bias: Tensor,
-    norm_out_weight: Tensor,
-    norm_out_bias: Tensor,
-    weight_z: Tensor,
-    bias_z: Tensor,
-    weight_g: Tensor,
-    bias_g: Tensor,
-) -> dict[str, Norm | Affine]:
+    norm_in_weight: Tensor, norm_in_bias: Tensor, norm_out_weight: Tensor, norm_out_bias: Tensor,
+    weight_z: Tensor, bias_z: Tensor, weight_g: Tensor, bias_g: Tensor,
+) -> dict[str, Norm | Affine]:  # fmt: skip
     """Parameters of ``triangle_output`` under their names in the programs."""
     norms = {"norm_in": Norm(norm_in_weight, norm_in_bias), "norm_out": Norm(norm_out_weight, norm_out_bias)}
     return norms | {"linear_z": Affine(weight_z, bias_z), "linear_g": Affine(weight_g, bias_g)}

@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
     from scalefold.kernels.hopper.gradients.outer_product import hopper_outer_operand, hopper_outer_weight
+    from scalefold.kernels.hopper.gradients.output import hopper_output_gradient
     from scalefold.kernels.hopper.gradients.transition import hopper_transition_input, hopper_transition_weights
     from scalefold.kernels.hopper.gradients.triangle import hopper_project_gradient, hopper_project_weights
 
@@ -28,7 +30,7 @@ NAMES = ("outer_product_hopper_operands", "outer_product_hopper_weight")
 PROJECT_NAMES = ("triangle_hopper_project_gradient", "triangle_hopper_project_weights")
 TRANSITION_NAMES = ("transition_hopper_input", "transition_hopper_weights")
 FEWEST_HIDDEN = 4 * HIDDEN_BLOCK  # channels: what the loader has on its way
-for _name in (*NAMES, *PROJECT_NAMES, *TRANSITION_NAMES):
+for _name in (*NAMES, *PROJECT_NAMES, *TRANSITION_NAMES, "triangle_hopper_output_gradient"):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -195,3 +197,46 @@ def transition_weights(normed: Tensor, d_out: Tensor, linear_1: Affine, weight_2
         hopper.weight_tiles(weight_2), linear_1.bias, partials, hidden, tiles, per_range, num_warps=4,
     )  # fmt: skip
     return partials.split([hidden * c, hidden * c, hidden], 1)
+
+
+class OutputGradient(NamedTuple):
+    """What ``output_gradient`` gives: gradients of z and x (as x lies), of value and gate: [*, 2 c]; both layer norms,
+    rows as in z; partial sums [tiles, 3 c] for z's and x's norm (weight, bias) and the bias of gate or value.
+    """
+
+    dz: Tensor
+    dx: Tensor
+    projected: Tensor
+    normed_z: Tensor
+    normed_x: Tensor
+    z_sums: Tensor
+    x_sums: Tensor
+
+
+def output_obstacle(
+    z: Tensor, x: Tensor, weights: Sequence[Tensor], dropout: Tensor | None, d_out: Tensor
+) -> str | None:
+    """Why ``output_gradient`` cannot or should not take these arguments, or None."""
+    reason = MISSING or hopper.output_obstacle(z, x, weights, dropout, d_out)
+    return reason or hopper.preference("triangle_hopper_output_gradient", z)
+
+
+def output_gradient(
+    z: Tensor, x: Tensor, dropout: Tensor | None, d_out: Tensor,
+    norm_in: Norm, norm_out: Norm, linear_z: Affine, linear_g: Affine,
+) -> OutputGradient:  # fmt: skip
+    """Backward of ``reference.triangle_output``, for the gradient d_out; x is seen channels last: [1, I, J, c]."""
+    order = memory_order(z)
+    views, dims, count = row_views({"z": z, "dropout": dropout})
+    sums = torch.empty(2, count // PART, 3 * CHANNELS, dtype=torch.float32, device=z.device)
+    dz, normed_z, normed_x = (torch.empty_like(z) for _ in range(3))
+    found = OutputGradient(dz, torch.empty_like(x), z.new_empty(*z.shape[:-1], 2 * CHANNELS), normed_z, normed_x, *sums)
+    hopper_output_gradient[hopper.programs(z)](
+        hopper.row_tiles(z, order), hopper.channel_tiles(x, order), hopper.row_tiles(d_out, order),
+        hopper.weight_tiles(linear_z.weight), hopper.weight_tiles(linear_g.weight),
+        hopper.row_tiles(found.projected, order), hopper.row_tiles(dz, order), hopper.channel_tiles(found.dx, order),
+        hopper.row_tiles(normed_z, order), hopper.row_tiles(normed_x, order), (norm_in, norm_out),
+        (linear_g.bias, linear_z.bias), views["dropout"], dims, (found.z_sums, found.x_sums), count // PART,
+        num_warps=4,
+    )  # fmt: skip
+    return found

@@ -51,7 +51,7 @@ from scalefold.kernels.hopper.triangle import fetch_weights, gate_and_value
 
 
 @gluon.jit
-def _by_rows(tile, descriptor):
+def by_rows(tile, descriptor):
     """The memory of a tile [C, ROWS] as one that a descriptor of rows fills: [ROWS, C]."""
     return tile._reinterpret(gl.bfloat16, descriptor.block_type.shape, descriptor.layout)
 
@@ -70,7 +70,7 @@ def _fetch_through(through, ring, tile, side, n):
     full = ring.full.index(side)
     mbarrier.wait(ring.empty.index(side), 0)
     mbarrier.expect(full, through.block_type.nbytes)
-    tma.async_copy_global_to_shared(through, [tile * ROWS, 0], full, _by_rows(ring.slots.index(side), through))
+    tma.async_copy_global_to_shared(through, [tile * ROWS, 0], full, by_rows(ring.slots.index(side), through))
 
 
 @gluon.jit
@@ -137,10 +137,10 @@ def _differentiate(shared, SIDE: gl.constexpr):
         spare = receive(rings[2], SIDE, n)
         acc = _add_operand(acc, left, spare, keep, weights, biases, 1)
         mbarrier.wait(again.index(SIDE), n & 1)
-        gradient = norm_gradient(acc, read(own), norm, _by_rows(spare, z), partials + tile.to(gl.int64) * (2 * C))
+        gradient = norm_gradient(acc, read(own), norm, by_rows(spare, z), partials + tile.to(gl.int64) * (2 * C))
         leave(rings[2], SIDE, n)
         if through is not None:
-            gradient += read(_by_rows(receive(rings[1], SIDE, n * USES + 1), z))
+            gradient += read(by_rows(receive(rings[1], SIDE, n * USES + 1), z))
             leave(rings[1], SIDE, n * USES + 1)
         group_barrier()
         own.store(gradient.to(gl.bfloat16))
