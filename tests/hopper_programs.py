@@ -11,6 +11,7 @@ KERNELS = (
     *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
     *("triangle_hopper_project_gradient", "triangle_hopper_project_weights"),
     *("transition_hopper_input", "transition_hopper_weights", "triangle_hopper_output_gradient"),
+    "transition_hopper_hidden",
     *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
 )
 C = 128

@@ -337,9 +337,11 @@ with tuning.assume_capability(90), recorded_launches() as launches:
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
-        for name, choice in (("gradient", 0), ("input", 1), ("weights", 1)):
+        for name, choice in (("gradient", 0), ("input", 1), ("weights", 1), ("hidden", 1)):
             stack.enter_context(tuning.override(f"transition_hopper_{name}", {"HOPPER": choice}))
         cases.transitions(pair, 128, 4)
+        stack.enter_context(tuning.override("transition_hopper_gradient", {"HOPPER": 1}))
+        cases.transitions((1, 128, 256), 256, 4)
         cases.gated((1, 128, 256), 256, 8, 32)
         cases.projections((1, 128, 256), 256, [256] * 4)
 for launch in launches:
@@ -365,6 +367,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
         *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,
         *("hopper_transition", "hopper_transition_input", "hopper_transition_weights"),
+        *("hopper_transition", "hopper_transition_hidden"),
         "hopper_gated_output",
         "hopper_wide_projections",
     ]

@@ -40,12 +40,15 @@ def _tiles(recomputed: bool, *tiles: int) -> tuning.Config:
 def transition_forms(c: int, backward: bool) -> dict[str, Form]:
     """Forward by either program; backward by either, or in Triton without storing the hidden layer."""
     parts = ("transition_hopper_input", "transition_hopper_weights")
-    triton = dict.fromkeys(("transition_hopper", "transition_hopper_gradient", *parts), TRITON_FORM)
+    names = ("transition_hopper", "transition_hopper_gradient", "transition_hopper_hidden", *parts)
+    triton: Form = dict.fromkeys(names, TRITON_FORM)
     if c == 128:
         triton["transition_backward"] = _tiles(False, 128, 64, 8, 3)
     forms = {"Triton": triton, "Gluon forward": triton | {"transition_hopper": GLUON}}
     if backward:
         forms["Gluon backward"] = triton | {"transition_hopper_gradient": GLUON}
+    if backward and c == 256:
+        forms["Gluon backward, narrow blocks"] = forms["Gluon backward"] | {"transition_hopper_hidden": GLUON}
     if backward and c == 128:
         weights = {"transition_weights": tuning.tile_config((64, 64, 4, 2))}
         forms["recomputed"] = triton | {"transition_backward": _tiles(True, 128, 64, 8, 3)} | weights

@@ -13,7 +13,7 @@ parameter: it becomes ``.grad`` as it is. So a parameter's second gradient in a 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Side:
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
-        self._held: deque[tuple[torch.cuda.Event, list[Tensor], int]] = deque()
+        self._held: deque[tuple[Any, list[Tensor], int]] = deque()  # event after the work, what it reads, bytes
         self._begun: set[int] = set()
 
     @contextmanager

@@ -241,7 +241,10 @@ def _by_gluon(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The backward around the program of ``kernels.hopper``: gradient of x: [*, c], and those of all parameters."""
     linear = Affine(weight_1, bias_1)
-    *rows, bias_sums = hopper.transition_gradient(x, d_out, norm, linear, weight_2)
+    program, obstacle = hopper.transition_gradient, gluon.hidden_obstacle(x, weight_1.shape[0])
+    if x.shape[-1] == hopper.MSA_CHANNELS and chosen("transition's gradient in narrow blocks", obstacle):
+        program = gluon.transition_hidden
+    *rows, bias_sums = program(x, d_out, norm, linear, weight_2)
     hidden, d_hidden, normed, d_normed = (matrix.view(*x.shape[:-1], matrix.shape[1]) for matrix in rows)
     dx, norm_sums = norm_gradient(d_normed, x, norm.weight, through=d_out)
     return dx, _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), (weight_1, weight_2))

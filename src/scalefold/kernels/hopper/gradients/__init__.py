@@ -15,6 +15,7 @@ from scalefold.kernels.hopper.rows import CHANNELS, MOST_SEQUENCES, OUTER_CHANNE
 from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
+    from scalefold.kernels.hopper.gradients.hidden import hopper_transition_hidden
     from scalefold.kernels.hopper.gradients.outer_product import hopper_outer_operand, hopper_outer_weight
     from scalefold.kernels.hopper.gradients.output import hopper_output_gradient
     from scalefold.kernels.hopper.gradients.transition import hopper_transition_input, hopper_transition_weights
@@ -30,7 +31,7 @@ NAMES = ("outer_product_hopper_operands", "outer_product_hopper_weight")
 PROJECT_NAMES = ("triangle_hopper_project_gradient", "triangle_hopper_project_weights")
 TRANSITION_NAMES = ("transition_hopper_input", "transition_hopper_weights")
 FEWEST_HIDDEN = 4 * HIDDEN_BLOCK  # channels: what the loader has on its way
-for _name in (*NAMES, *PROJECT_NAMES, *TRANSITION_NAMES, "triangle_hopper_output_gradient"):
+for _name in (*NAMES, *PROJECT_NAMES, *TRANSITION_NAMES, "triangle_hopper_output_gradient", "transition_hopper_hidden"):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -240,3 +241,25 @@ def output_gradient(
         num_warps=4,
     )  # fmt: skip
     return found
+
+
+def hidden_obstacle(x: Tensor, hidden: int) -> str | None:
+    """Why ``transition_hidden`` should not do what ``rows.transition_gradient`` can for the MSA, or None."""
+    return MISSING or hopper.preference("transition_hopper_hidden", x, n=hidden)
+
+
+def transition_hidden(
+    x: Tensor, d_out: Tensor, norm: Norm, linear_1: Affine, weight_2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``rows.transition_gradient``."""
+    assert linear_1.weight is not None
+    order, (hidden, c), count, block = memory_order(x), linear_1.weight.shape, x.shape[:-1].numel(), HIDDEN_BLOCK // 2
+    outs = [x.new_empty(count, width) for width in (hidden, hidden, c, c)]
+    partials = torch.empty(count // PART, c + hidden, dtype=torch.float32, device=x.device)
+    hopper_transition_hidden[hopper.programs(x)](
+        *(matrix(hopper.by_rows(tensor, order), PART, c) for tensor in (x, d_out)),
+        hopper.weight_tiles(linear_1.weight, block, c), hopper.weight_tiles(weight_2, c, block),
+        *(matrix(out, PART, block) for out in outs[:2]), *(matrix(out, PART, c) for out in outs[2:]), norm,
+        linear_1.bias, partials, hidden // block, count // PART, num_warps=4,
+    )  # fmt: skip
+    return outs[0], outs[1], outs[2], outs[3], partials
