@@ -7,6 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_WORKERS ?= 2
+# tests in parts of the list, so that most set-ups are made once; who ends first takes over from the others
+SPREAD := --dist worksteal -n $(TEST_WORKERS)
+# ranks wait for each other, or for a timeout, most of the time
+SPREAD_RANKS := --dist worksteal -n $(shell expr $(TEST_WORKERS) + 1)
 REHEARSED := tests/test_kills.py tests/test_benchmarks_gpu_runs.py::test_two_ranks_are_launched_judged_and_tabulated
 export OMP_NUM_THREADS ?= 1
 
@@ -26,11 +30,11 @@ demo: setup  ## generate tiny proteins, prepare, train to the target, check the 
 	$(BIN)/scalefold demo
 
 test: setup  ## CPU tests
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser and not faults and not long"
+	$(BIN)/python -m pytest -q $(SPREAD) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser and not faults and not long"
 	$(MAKE) test-distributed
 
 test-distributed: setup  ## multi-process CPU tests
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "distributed and not gpu and not multi_gpu and not faults and not long"
+	$(BIN)/python -m pytest -q $(SPREAD_RANKS) -m "distributed and not gpu and not multi_gpu and not faults and not long"
 
 faults: setup  ## rehearse every fault, kills at random and the judge of starts, write the table in docs/faults.md (CPU, minutes)
 	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults $(REHEARSED)
@@ -57,7 +61,7 @@ bench-gpu: setup  ## measure a step on this machine's GPU and judge every line (
 	$(BIN)/python benchmarks/measure/gates.py $(STORE)
 
 rings: setup  ## the long ring: compiled kernels (races at every share, keys, machine code) and scripts (no GPU, minutes)
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m "long and not gpu"
+	$(BIN)/python -m pytest -q $(SPREAD) -m "long and not gpu"
 	$(BIN)/python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
 
 test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo

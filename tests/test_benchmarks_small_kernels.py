@@ -37,6 +37,7 @@ def test_an_error_is_judged_by_its_own_norm_unless_that_vanishes(script) -> None
     assert script.largest_error([exact[0], torch.tensor([1e-3])], exact) == pytest.approx(0.01)
 
 
+@pytest.mark.long
 def test_every_part_runs_on_the_cpu_and_repeats_its_bits(repository: Path) -> None:
     command = [sys.executable, "benchmarks/measure/small_kernels.py", "--small", "--repeats", "1"]
     done = subprocess.run(

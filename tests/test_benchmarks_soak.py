@@ -1,6 +1,7 @@
 """The judge of a long run: what grows is found, what only fluctuates is not."""
 
 import importlib
+from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -52,14 +53,19 @@ def test_this_process_is_seen_with_its_memory_and_files(soak: ModuleType) -> Non
 
     assert soak.children(os.getpid())[0] == os.getpid()
     assert soak.proportional_kib(os.getpid()) > 1024
-    assert soak.open_files(os.getpid()) > 2
+    before = soak.open_files(os.getpid())
+    read, write = os.pipe()
+    assert soak.open_files(os.getpid()) - before == {"pipe:[#]": 2}
+    os.close(read)
+    os.close(write)
     assert soak.cpu_seconds(os.getpid()) > 0
 
 
 def test_rows_hold_what_was_seen_during_their_steps(soak: ModuleType) -> None:
     nan = np.full(40, np.nan)
-    metrics = SimpleNamespace(step=np.arange(1, 41), step_ms=np.full(40, 500.0), peak_gib=nan)
-    samples = [soak.Sample(t / 4, 1 + t // 2, 100.0 + t, 10, 3, t / 8) for t in range(80)]  # two looks a step
+    metrics = SimpleNamespace(step=np.arange(1, 41), step_ms=np.full(40, 500.0), passes=np.ones(40), peak_gib=nan)
+    ten = Counter({"pipe:[#]": 10})
+    samples = [soak.Sample(t / 4, 1 + t // 2, 100.0 + t, ten, 3, t / 8) for t in range(80)]  # two looks a step
     found = soak.rows_of("tiny", samples, metrics)
     assert found[-1]["step"] == 40
     assert found[-1]["memory_mib"] == 178.5
@@ -67,3 +73,20 @@ def test_rows_hold_what_was_seen_during_their_steps(soak: ModuleType) -> None:
     assert {(row["files"], row["processes"], row["step_ms"], row["device_gib"]) for row in found} == {
         (10, 3, 500.0, "")
     }
+
+
+def test_numbers_of_passes_that_are_drawn_at_random_are_no_growth(soak: ModuleType) -> None:
+    passes = np.array([1, 1, 1, 3, 1, 3, 3, 3])
+    found = soak.even_step_ms(SimpleNamespace(passes=passes, step_ms=100.0 * passes))
+    assert found.tolist() == [200.0] * 8
+    slower = 100.0 * passes * np.array([1, 1, 1, 1, 1, 1, 1, 1.2])
+    assert soak.even_step_ms(SimpleNamespace(passes=passes, step_ms=slower))[-1] == pytest.approx(240.0)
+
+
+def test_kinds_of_files_that_there_are_more_of_are_named(soak: ModuleType) -> None:
+    counts = [(50, 5), (50, 5), (30, 2), (62, 5), (40, 2)]  # (pipes, processes)
+    samples = [
+        soak.Sample(1.0, step, 1.0, Counter({"pipe:[#]": pipes, "/dev/null": 3}), processes, 1.0)
+        for step, (pipes, processes) in enumerate(counts, 1)
+    ]
+    assert soak.more_files(samples) == {"pipe:[#]": 12}

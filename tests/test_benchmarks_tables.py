@@ -1,6 +1,7 @@
 """Tables of README.md and docs/performance.md: up to date, and made of the newest rows of each card."""
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -16,12 +17,23 @@ def tables(repository: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return __import__("tables")
 
 
+def fill(text: str, own: Mapping[str, Callable[[], str]]) -> str:
+    return __import__("pages").fill(text, own)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_what_its_csv_files_say(tables: ModuleType, repository: Path, page: str) -> None:
     text = (repository / page).read_text(encoding="utf-8")
     assert "<!-- table: headline -->" in text
     remedy = f"run python benchmarks/estimate/tables.py --write {' '.join(PAGES)}"
-    assert tables.fill(text, tables.TABLES) == text, remedy
+    assert fill(text, tables.TABLES) == text, remedy
+
+
+def test_the_page_on_tuning_is_what_its_csv_files_say(tables: ModuleType, repository: Path) -> None:
+    own = __import__("tuning_tables")
+    text = (repository / "docs" / "tuning.md").read_text(encoding="utf-8")
+    assert "<!-- table: spills -->" in text
+    assert fill(text, own.TABLES) == text, "run python benchmarks/estimate/tuning_tables.py --write docs/tuning.md"
 
 
 def steps(*rows: tuple[str, str, str, float]) -> str:

@@ -1,5 +1,7 @@
 """Replayed searches: what they leave out of history, and how trials are counted."""
 
+import importlib
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +23,12 @@ def script(repository, monkeypatch):
 
     assert triton_ops.TRITON
     return tuning_replay
+
+
+@pytest.fixture
+def methods(script):
+    """What the script compares."""
+    return sys.modules["tuning_methods"]
 
 
 @pytest.fixture(scope="module")
@@ -69,17 +77,17 @@ def test_a_curve_ends_when_a_trial_is_close_enough_to_the_best(script, rows):
 
 
 @pytest.mark.parametrize("method", ["random_order", "today_order", "tpe_order"])
-def test_every_method_proposes_every_candidate_once(script, rows, method):
+def test_every_method_proposes_every_candidate_once(script, methods, rows, method):
     if method == "tpe_order":
         pytest.importorskip("optuna")
     sweep = script.recorded(rows)
-    order = list(getattr(script, method)(sweep, 3))
+    order = list(getattr(methods, method)(sweep, 3))
     assert sorted(order) == list(range(len(sweep.rows)))
 
 
-def test_ours_begins_with_the_present_choice_and_ends_with_what_spills(script, rows):
+def test_ours_begins_with_the_present_choice_and_ends_with_what_spills(script, methods, rows):
     sweep = script.recorded(rows)
-    order = list(script.search_order(sweep, 3, Prior.flat(len(sweep.rows)), advised=False))
+    order = list(methods.search_order(sweep, 3, Prior.flat(len(sweep.rows)), advised=False))
     assert order[0] == sweep.order[0]
     assert sorted(order) == list(range(len(sweep.rows)))
     spilling = {n for n, row in enumerate(sweep.rows) if (row.spill_bytes or 0) > 512}
@@ -95,3 +103,48 @@ def test_ratios_are_of_medians_and_of_their_sums(script):
     low, high = map(float, found["median_ratio_95"].split(" to "))
     assert low <= 0.5 <= high <= 1.0
     assert np.isfinite(low)
+
+
+def test_a_replay_that_was_stopped_goes_on_from_what_it_kept(script, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.Task, "methods", {"random": script.random_order, "today": script.today_order})
+    task = script.Task(script.recorded(rows), "", (), 4, tmp_path)
+    first = script.replay(task)
+    assert [len(first["random"]), len(first["today"])] == [4, 1]
+    monkeypatch.setattr(script.Task, "methods", None)
+    again = script.replay(task)
+    assert again.keys() == first.keys()
+    assert all(np.array_equal(a, b) for name in first for a, b in zip(first[name], again[name], strict=True))
+    other = script.Task(script.recorded(rows[:-3]), "", (), 4, tmp_path)
+    assert other.file != task.file
+
+
+def test_a_sweep_that_was_cut_off_is_not_replayed(script, rows, tmp_path):
+    """Its best is not known."""
+    trials.append(tmp_path / "tuning_sweeps.csv", rows)
+    assert len(script.read_sets(tmp_path)["development"]) == 1
+    shorter = tmp_path / "shorter"
+    missing = rows[10].config
+    trials.append(shorter / "tuning_sweeps.csv", [row for row in rows if row.config != missing])
+    assert script.read_sets(shorter) == {}
+
+
+def test_what_spilling_is_worth_is_said_of_each_sweep(script, rows):
+    sound = sorted((row for row in script.merged(rows)), key=lambda row: row.us)
+    spilling = replace(sound[0], us=sound[0].us / 2, spill_bytes=100, config="BLOCK_M=1")
+    dry = min(row.us for row in sound if not row.spill_bytes)
+    found = script.spill_row("held-out", [*rows, spilling])
+    assert found["best_spills_bytes"] == 100
+    assert float(found["without_spills_over_best"]) == pytest.approx(dry / spilling.us, abs=1e-3)
+    assert found["allowed_spills_over_best"] == "1.000"
+
+
+def test_the_held_out_sweeps_are_of_shapes_that_no_table_has_and_mostly_of_other_kernels(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    tuning_sweeps = importlib.import_module("tuning_sweeps")
+
+    known = {kernel for kernel, _ in tuning_sweeps.SETS["development"].problems}
+    held_out = tuning_sweeps.SETS["held-out"]
+    assert not set(held_out.problems) & set(tuning_sweeps.SETS["development"].problems)
+    assert 2 * sum(kernel not in known for kernel, _ in held_out.problems) >= len(held_out.problems)
+    names = [case.name for case in tuning_sweeps.all_cases(list(held_out.daps), [])]
+    assert all(any(name.startswith(begin) for name in names) for _, begin in held_out.problems)

@@ -186,10 +186,13 @@ def test_runs_without_a_system_are_refused_where_there_are_several(
     assert "no --config for system n256" in error
 
 
-def test_the_report_repeats_the_verdict_of_the_check(log: Path, tmp_path: Path) -> None:
+def test_the_report_repeats_the_verdict_of_the_check(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "report.html"
     assert invoke("report", log, "--out", out)[0] == 0
     assert "✓ valid closed-division log" in out.read_text()
+    monkeypatch.setattr("scalefold.report.page._figures", lambda *parts: [])  # drawn once
     edit(log, set_value("max_templates", 2))
     assert invoke("report", log, "--out", out)[0] == 0
     assert "○ well-formed log of a non-benchmark configuration; 1 key differs" in out.read_text()

@@ -9,18 +9,59 @@ import pytest
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize(
-    ("target", "forward", "keys"),
-    [("80", "forward_rows", "backward_keys"), ("90", "hopper_forward", "hopper_keys")],  # 90 is tuned, and has Gluon
-)
-def test_attention_kernels_compile_without_a_gpu(repository, target, forward, keys, tmp_path):
+CASES = {
+    "gated_pair": ["_forward_kernel", "_input_gradient_kernel", "_sum_kernel"] * 2,
+    "attention_triangle": [
+        *("forward_rows", "backward_keys", "backward_queries", "_sum_kernel"),
+        *("hopper_forward", "hopper_keys", "backward_queries", "_sum_kernel"),  # 9.0 is tuned, and has Gluon
+    ],
+}
+
+
+@pytest.mark.parametrize("case", ["gated_pair", pytest.param("attention_triangle", marks=pytest.mark.long)])
+def test_kernels_compile_for_both_generations_without_a_gpu(repository, case, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "benchmarks/measure/compile_targets.py", "--modules", "attention", "--only", "triangle"]
+    command = [sys.executable, "benchmarks/measure/compile_targets.py", "--only", case]
+    finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    rows = [line.split()[1:3] for line in finished.stdout.splitlines()[1:]]
+    targets = ["80"] * (len(rows) // 2) + ["90"] * (len(rows) // 2)
+    assert rows == [list(row) for row in zip(CASES[case], targets, strict=True)]
+
+
+CONTRACTED = """
+import re
+from compile_targets import compile_launch, different_launches, shape_cases
+
+cases = [case for case in shape_cases([8], []) if "global_attention" in case[0]]
+launches = [launch for _, own in different_launches(cases, 90, lambda launch: launch.kernel.__name__) for launch in own]
+for launch in launches:
+    if not launch.kernel.__name__.startswith("attend_columns"):
+        continue
+    products, moved, found = {}, {}, 0
+    for line in compile_launch(launch, 90).asm["ptx"].splitlines():
+        if (instruction := re.match(r"\\s*([\\w.]+)\\s+(%\\w+)(?:\\|%p\\d+)?,\\s*(.*);", line)) is None:
+            continue
+        name, result, operands = instruction[1], instruction[2], tuple(instruction[3].split(", "))
+        if name == "mul.f32":
+            products[result] = operands
+        elif name == "shfl.sync.bfly.b32" and operands[0] in products:
+            moved[result] = products[operands[0]]
+        elif name == "fma.rn.f32":
+            found += moved.get(operands[2]) == operands[:2]
+    print(launch.kernel.__name__, found)
+"""
+
+
+def test_lanes_that_add_up_scores_of_the_global_attention_hold_equal_copies(repository, tmp_path):
+    """None contracts its own product into the sum of two lanes' (``instructions.rounded_product``)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    places = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(repository / "benchmarks" / "measure")}
+    command = [sys.executable, "-c", CONTRACTED]
     finished = subprocess.run(
-        [*command, "--targets", target], cwd=repository, env=environment, capture_output=True, text=True, check=False
+        command, cwd=repository, env=environment | places, capture_output=True, text=True, check=False
     )
     assert finished.returncode == 0, finished.stderr
-    kernels = [line.split()[1] for line in finished.stdout.splitlines()[1:]]
-    assert kernels == [forward, keys, "backward_queries", "_sum_kernel"]
+    assert sorted(finished.stdout.splitlines()) == ["attend_columns 0", "attend_columns_backward 0"]

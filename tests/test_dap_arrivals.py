@@ -101,7 +101,7 @@ def storage_of(rank: DirectExchanges) -> int:
 # --- a whole model on two ranks -------------------------------------------------------------------------------------
 
 OVERRIDES = (
-    *("model.evoformer.num_blocks=3", "model.structure.num_blocks=1", "data.train_sequence_crop_size=16"),
+    *("model.evoformer.num_blocks=2", "model.structure.num_blocks=1", "data.train_sequence_crop_size=16"),
     *("data.max_msa_clusters=8", "data.max_extra_msa=8"),
 )
 
@@ -118,9 +118,9 @@ class Counted(DirectExchanges):
 
 
 def steps(model: AlphaFold, batch: dict[str, Tensor]) -> list[np.ndarray]:
-    """Outputs and gradients of four steps with 1, 3, 2 and 1 passes."""
+    """Outputs and gradients of three steps with 1, 2 and 1 passes: places are given away again in and between them."""
     found = []
-    for passes in (1, 3, 2, 1):
+    for passes in (1, 2, 1):
         model.zero_grad()
         torch.manual_seed(passes)
         outputs = model(batch, passes)
@@ -133,7 +133,7 @@ def steps(model: AlphaFold, batch: dict[str, Tensor]) -> list[np.ndarray]:
 def compared(rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kept: int) -> tuple[int, int, int]:
     """Values that differ between the library and direct exchanges, of how many, and exchanges that arrived."""
     config = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", OVERRIDES).config
-    batch = dict(synthetic_batch(feature_settings(config), 1, num_passes=3, seed=3).features)
+    batch = dict(synthetic_batch(feature_settings(config), 1, num_passes=2, seed=3).features)
     assert dist.group.WORLD is not None
     group = Group(dist.group.WORLD)
     model = AlphaFold(config.model, seed=1).train()

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 from runs import SMALLEST, TINY
 from scalefold.report.record import read_metrics
 
@@ -32,22 +30,16 @@ def test_every_text_file_is_opened_with_its_encoding(repository: Path) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"PYTHONIOENCODING": "latin-1"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-    ],
-    ids=["latin-1", "C locale"],
-)
-def test_training_prints_its_arrows_on_every_terminal(
-    tiny_store: Path, tmp_path: Path, environment: dict[str, str]
-) -> None:
+C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # what files and arguments are read in
+
+
+def test_training_prints_its_arrows_on_a_terminal_of_latin_1_in_a_c_locale(tiny_store: Path, tmp_path: Path) -> None:
     run_dir, config = tmp_path / "run", tmp_path / "daily.yaml"
     config.write_text(f"base: {TINY}\ndescription: größer → schneller\n", encoding="utf-8")
     places = [f"data.store_dir={tiny_store}", f"run.run_dir={run_dir}", "run.checkpoint_every_iters=2"]
     command = [sys.executable, "-m", "scalefold", "train", str(config), *SMALLEST, *places]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True)
+    environment = os.environ | C_LOCALE | {"PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, env=environment, capture_output=True)
     assert done.returncode == 4, done.stderr.decode(errors="replace")
     assert b"lddt" in done.stdout
     assert b"\\u2192" in done.stdout

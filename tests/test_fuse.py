@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 
 from parity import golden, whole

@@ -76,14 +76,16 @@ def test_damaged_samples_give_documented_errors(
 
 
 def test_processes_that_share_a_reader_feed_it_the_same_inputs(
-    fuzz: tuple[ModuleType, ModuleType], tmp_path: Path
+    fuzz: tuple[ModuleType, ModuleType], readers: tuple[dict, Path], tmp_path: Path
 ) -> None:
-    found = []
-    for jobs in (1, 2):
-        asked = argparse.Namespace(inputs=101, seed=3, jobs=jobs, seconds=None, keep=tmp_path)
-        found.append({k: v for k, v in fuzz[1].fuzz_reader("clusters", asked).items() if k in ("inputs", "accepted")})
-    assert found[0] == found[1]
-    assert found[0]["inputs"] == 101
+    asked = argparse.Namespace(inputs=101, seed=3, jobs=2, seconds=None, keep=tmp_path)
+    alone = fuzz[1].Runner(readers[0]["clusters"], readers[1], tmp_path, tmp_path / "tally.json")
+    fuzz[1].run_mutations(alone, asked.seed, 0, fuzz[1].num_mutations(asked))
+    fuzz[1].run_hypothesis(alone, asked.seed, asked.inputs - fuzz[1].num_mutations(asked))
+    shared = fuzz[1].fuzz_reader("clusters", asked)
+    assert (shared["inputs"], shared["accepted"]) == (alone.tally.inputs, alone.tally.accepted)
+    assert shared["inputs"] == 101
+    assert 0 < alone.tally.accepted < 101
 
 
 JSON = st.recursive(

@@ -169,8 +169,20 @@ def test_a_closed_step_holds_no_graph(tmp_path: Path) -> None:
     step.warm_up(batches(config, 1)[0], PASSES, lambda text: None)
     held = torch.cuda.memory_reserved()
     step.close()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < held
     assert isinstance(step, GraphedTrainStep)
     assert not step._graphs
+
+
+@pytest.mark.gpu
+def test_a_step_captured_after_another_one_takes_no_more_memory(tmp_path: Path) -> None:
+    config = gpu_config(tmp_path)
+    _, _, step = built(config)
+    torch.cuda.empty_cache()
+    held = []
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        step.warm_up(batches(config, 1)[0], PASSES, lambda text: None)
+        held.append(torch.cuda.max_memory_reserved())
+        step.close()
+    assert max(held) < 1.1 * held[0]

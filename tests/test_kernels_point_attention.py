@@ -53,7 +53,7 @@ def assert_agrees(leaves: list[Tensor], mask: Tensor, inf: float = MASK_INF) -> 
         assert error <= RELATIVE, f"{name}: relative error {error:.2e}"
 
 
-@pytest.mark.parametrize(("batch", "n", "heads"), [(1, 5, 3), (1, 17, 3), (2, 17, 2), (1, 1, 1), (1, 32, 12)])
+@pytest.mark.parametrize(("batch", "n", "heads"), [(1, 5, 3), (1, 17, 3), (2, 17, 2), (1, 1, 1), (1, 32, 3)])
 def test_outputs_and_gradients_are_those_of_the_definition(batch, n, heads):
     mask = torch.ones(batch, n, device=DEVICE)
     assert_agrees(make_leaves(batch, n, heads), mask)

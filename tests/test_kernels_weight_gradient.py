@@ -97,12 +97,11 @@ def test_sums_of_several_shapes_take_one_launch_and_keep_single_ones():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "n", "c"), [((256, 256), 128, 128), ((128, 256), 1024, 256), ((1024, 256), 64, 64)])
-def test_full_products_repeat_bit_for_bit(rows, n, c, repository, monkeypatch):
-    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    from scalefold.tune.candidates import candidates
+def test_full_products_repeat_bit_for_bit(rows, n, c):
+    from scalefold.tune.candidates import CANDIDATES
 
     d, a = (torch.randn(1, *rows, width, device="cuda", dtype=torch.bfloat16) for width in (n, c))
-    for config in candidates("weight_gradient", rows=1, dtype="bfloat16", n=n, c=c, products=1):
+    for config in CANDIDATES["weight_gradient"]({"n": n}):
         with tuning.override("weight_gradient", config):
             first, second = (gradients([Product(d, a)])[0] for _ in range(2))
         assert torch.equal(first, second)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from mlperf_editing import drop, edit, index_of, line_of, move, rehearsal, scale_epoch_num, set_value
 from scalefold.errors import LogError
 from scalefold.mlperf.judge.check import check_log, judge_log, official_messages, worst
-from scalefold.mlperf.log.keys import EXPECTED, KEYS
+from scalefold.mlperf.judge.official_tools import quick_sub
+from scalefold.mlperf.log.keys import EXPECTED, KEYS, TOKEN
 from scalefold.mlperf.log.published import published_runs
 from scalefold.mlperf.log.rehearsal import published_script, write_rehearsal
 
@@ -265,6 +267,13 @@ def test_the_official_checker_leaves_no_trace_in_this_process(log):
     assert logging.getLogger().handlers == before
     assert logging.getLogger().isEnabledFor(logging.WARNING)
     assert official_messages(rehearsal(log.with_name("other.txt"))) == []
+
+
+@given(st.lists(st.sampled_from([TOKEN, ":::MLLOG", " ", "{", "a:", "\n", "\r"]), max_size=12).map("".join))
+def test_the_quick_search_for_a_tokens_last_place_is_the_tools_own(text):
+    quick = quick_sub(re.sub)
+    assert quick(f".*{TOKEN}", TOKEN, text) == re.sub(f".*{TOKEN}", TOKEN, text)
+    assert quick("a", "b", text) == re.sub("a", "b", text)
 
 
 def test_our_key_table_demands_what_the_official_rules_demand():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+import scalefold.step.build
 from processes import run_ranks
 from runs import SMALLEST, TINY
 from scalefold.config import Config, describe_config, dump_config, load_config
@@ -18,6 +19,7 @@ from scalefold.report.record import read_metrics
 from scalefold.run.begin import RunOptions, open_schedule
 from scalefold.run.loop import run_rank
 from scalefold.step.checkpoint import RESUMABLE_FILE, read_state
+from scalefold.step.graphs import TrainStep
 
 BATCH_2_THEN_4 = [
     {"name": "small", "until_step": 2, "global_batch_size": 2},
@@ -52,6 +54,24 @@ def test_a_phase_change_inside_the_process_equals_one_between_two_processes(tiny
     assert all(torch.equal(one[name], two[name]) for name in one)
     metrics = [read_metrics(folder) for folder in (tmp_path / "whole", parts)]
     assert metrics[0].loss.tolist() == metrics[1].loss.tolist()
+
+
+def test_only_a_phase_that_computes_otherwise_makes_a_new_step_and_warms_it_up(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, warmed = [], []
+    build, warm_up = scalefold.step.build.build_step, TrainStep.warm_up
+    monkeypatch.setattr(scalefold.step.build, "build_step", lambda *a: made.append(1) or build(*a))
+    monkeypatch.setattr(TrainStep, "warm_up", lambda self, *a: warmed.append(1) or warm_up(self, *a))
+    phases = [
+        {"name": "first", "until_step": 1, "global_batch_size": 2},
+        {"name": "another rate", "until_step": 2, "global_batch_size": 2, "opt_base_learning_rate": 5e-4},
+        {"name": "another batch", "global_batch_size": 4},
+    ]
+    evaluates = "training.val_every_iters=1"
+    run_rank(phased(tiny_store, tmp_path / "run", phases, evaluates, "execution.warm_up=true"), RunOptions())
+    assert (len(made), len(warmed)) == (2, 2)
+    assert len(read_metrics(tmp_path / "run").step) == 4
 
 
 def test_every_step_and_sample_is_counted_once(tiny_store: Path, tmp_path: Path) -> None:

@@ -31,19 +31,25 @@ def names(trace: dict[str, Any]) -> list[str]:
     return [event["name"] for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
 
 
-def test_a_window_writes_a_chrome_trace_with_named_ranges_for_its_steps(tiny_store: Path, tmp_path: Path) -> None:
-    found = names(profiled_run(tiny_store, tmp_path / "run"))
+@pytest.fixture(scope="module")
+def profiled(tiny_store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run with a window, and what its trace holds."""
+    run_dir = tmp_path_factory.mktemp("profiled") / "run"
+    return run_dir, profiled_run(tiny_store, run_dir)
+
+
+def test_a_window_writes_a_chrome_trace_with_named_ranges_for_its_steps(profiled: tuple[Path, dict]) -> None:
+    run_dir, found = profiled[0], names(profiled[1])
     assert [name for name in found if name.startswith("step ")] == ["step 2", "step 3"]
     for name in ("data wait", "copy", "forward and backward", "update", "log", "comparison of ranks", "stop code"):
         assert found.count(name) == 2, name
     assert found.count("evaluation") == 1
-    assert [file.name for file in (tmp_path / "run" / "profile").iterdir()] == ["steps_2-3_rank_0.json"]
+    assert [file.name for file in (run_dir / "profile").iterdir()] == ["steps_2-3_rank_0.json"]
 
 
-def test_a_profiled_run_is_the_same_run(tiny_store: Path, tmp_path: Path) -> None:
-    profiled_run(tiny_store, tmp_path / "seen")
+def test_a_profiled_run_is_the_same_run(profiled: tuple[Path, dict], tiny_store: Path, tmp_path: Path) -> None:
     run_rank(tiny_config(tiny_store, tmp_path / "plain"), RunOptions())
-    seen, plain = read_metrics(tmp_path / "seen"), read_metrics(tmp_path / "plain")
+    seen, plain = read_metrics(profiled[0]), read_metrics(tmp_path / "plain")
     assert seen.loss.tolist() == plain.loss.tolist()
     assert seen.eval_lddt_ca.tolist() == plain.eval_lddt_ca.tolist()
     assert (seen.step_ms > 0).all()
@@ -87,7 +93,7 @@ def worked(tmp_path: Path, device: str) -> tuple[dict[int, bool], list[int]]:
     """Steps 1 to 4 of a worker with a window at 2: whether its method was wrapped, and how often training paused."""
     worker, during, paused = Worker(), {}, []
     profile, spans = ProfileConfig(steps="2"), [(worker, "work", "w")]
-    window = Window(profile, tmp_path, 0, torch.device(device), lambda: spans, lambda: paused.append(1))
+    window = Window(profile, tmp_path, 0, torch.device(device), lambda: spans, lambda: None, lambda: paused.append(1))
     with window.around(range(1, 5)) as steps:
         for step in steps:
             during[step] = "work" in vars(worker)
@@ -99,6 +105,27 @@ def test_every_name_is_taken_off_when_the_window_closes(tmp_path: Path, monkeypa
     monkeypatch.setenv(UNDER_NSYS, "1")  # means nothing on a CPU
     assert worked(tmp_path, "cpu") == ({1: False, 2: True, 3: False, 4: False}, [1])
     assert (tmp_path / "profile" / "steps_2-2_rank_0.json").exists()
+
+
+def test_exchanges_of_other_threads_are_over_before_what_was_recorded_is_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that begins to record during the collection costs the events of others."""
+    order: list[str] = []
+    stop = torch.profiler.profile.stop
+    monkeypatch.setattr(torch.profiler.profile, "stop", lambda self: (order.append("collected"), stop(self)))
+    window = Window(
+        ProfileConfig(steps="2"),
+        tmp_path,
+        0,
+        torch.device("cpu"),
+        lambda: [(Worker(), "work", "w")],
+        lambda: order.append("settled"),
+        lambda: order.append("paused"),
+    )
+    with window.around(range(1, 5)) as steps:
+        assert list(steps) == [1, 2, 3, 4]
+    assert order == ["settled", "collected", "paused"]
 
 
 def test_nsys_is_given_the_range_and_the_names_and_no_trace_is_written(
@@ -119,7 +146,7 @@ def test_nsys_is_given_the_range_and_the_names_and_no_trace_is_written(
 def test_another_rank_has_no_window(tmp_path: Path) -> None:
     profile = ProfileConfig(steps="1-2", ranks=(1,))
     steps = range(1, 5)
-    with Window(profile, tmp_path, 0, torch.device("cpu"), list, lambda: None).around(steps) as walk:
+    with Window(profile, tmp_path, 0, torch.device("cpu"), list, lambda: None, lambda: None).around(steps) as walk:
         assert walk is steps
 
 
@@ -176,9 +203,8 @@ def test_a_gpu_trace_is_split_into_host_groups_of_kernels_exchange_and_idle(tmp_
     assert ["GPU: idle", "2.00", "20.0 %"] in found.rows()
 
 
-def test_the_trace_of_a_cpu_run_is_split_into_host_and_operators(tiny_store: Path, tmp_path: Path) -> None:
-    profiled_run(tiny_store, tmp_path / "run")
-    (found,) = read_anatomies(tmp_path / "run")
+def test_the_trace_of_a_cpu_run_is_split_into_host_and_operators(profiled: tuple[Path, dict]) -> None:
+    (found,) = read_anatomies(profiled[0])
     assert (found.steps, found.on_gpu) == (2, False)
     assert sum(found.host.values()) == pytest.approx(found.step_ms)
     assert found.host["forward and backward"] > found.host["update"] > 0
@@ -228,7 +254,8 @@ def test_the_trace_of_a_gpu_shows_the_kernels_that_a_replay_starts(tmp_path: Pat
 
     step = Step()
     spans, profile = [(step, "replay", "replay")], ProfileConfig(steps="2-3")
-    with Window(profile, tmp_path, 0, torch.device("cuda"), lambda: spans, lambda: None).around(range(1, 5)) as steps:
+    window = Window(profile, tmp_path, 0, torch.device("cuda"), lambda: spans, lambda: None, lambda: None)
+    with window.around(range(1, 5)) as steps:
         for _ in steps:
             step.replay()
     (found,) = read_anatomies(tmp_path)

@@ -373,7 +373,8 @@ def test_an_entry_of_a_wrong_type_is_named_with_file_and_line(tmp_path, line):
         read_runs(path)
 
 
-def test_only_a_valid_closed_division_log_has_a_green_tick(tmp_path):
+def test_only_a_valid_closed_division_log_has_a_green_tick(tmp_path, monkeypatch):
+    monkeypatch.setattr("scalefold.report.page._figures", lambda *parts: [])
     path = log_of(tmp_path)
     valid = {"ok": True, "headline": "valid closed-division log"}
 

@@ -20,6 +20,7 @@ from scalefold.step.parameters import FlatParameters
 from scalefold.step.reducer import GradientReducer
 from scalefold.tune.sound import bits
 
+CLEAN = ["========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"]
 REPORT = """\
 ========= COMPUTE-SANITIZER
 ========= Error: Race reported between Write access at _input_gradient_kernel+0x1c40 in linear.py:140
@@ -146,6 +147,7 @@ def test_operations_of_every_share_are_asked_about(script, monkeypatch):
     assert all(row["differing"] == int("transition" in row["what"]) for row in rows)
 
 
+@pytest.mark.long
 def test_the_script_runs_on_the_cpu(repository):
     command = [sys.executable, "benchmarks/measure/reproducibility.py", "--small", "--repeats", "1", "--passes", "1"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
@@ -171,17 +173,24 @@ def test_hazards_of_a_report_are_summed_by_kernel(script):
 
 
 @pytest.mark.parametrize(
-    ("reached", "lines", "status"),
+    ("reached", "reports", "status"),
     [
-        (["a", "b"], ["========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"], 0),
-        (["a"], ["========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"], 1),
-        (["a", "b"], REPORT.splitlines(), 1),
-        (["a", "b"], [], 1),
+        (["a", "b"], [CLEAN, CLEAN], 0),
+        (["a"], [CLEAN, CLEAN], 1),
+        (["a", "b"], [CLEAN, REPORT.splitlines()], 1),
+        (["a", "b"], [CLEAN, []], 1),
     ],
     ids=["clean", "not reached", "hazards", "no report"],
 )
-def test_only_a_whole_report_without_hazards_is_a_success(script, reached, lines, status):
-    assert script("racecheck").summarise(["a", "b"], reached, lines) == status
+def test_only_whole_reports_without_hazards_are_a_success(script, reached, reports, status):
+    assert script("racecheck").summarise(["a", "b"], reached, reports) == status
+
+
+def test_processes_under_the_sanitizer_share_all_cases(script):
+    race = script("racecheck")
+    parts = [list(race.chosen_cases([8], [], number, 3)) for number in range(3)]
+    assert all(parts)
+    assert sorted(name for part in parts for name in part) == sorted(race.chosen_cases([8], []))
 
 
 @pytest.mark.gpu

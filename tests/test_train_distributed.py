@@ -3,20 +3,25 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from processes import run_ranks
 from runs import tiny_config
 from scalefold.config import Config
 from scalefold.mlperf.judge.check import check_log
+from scalefold.parallel.stop import StopSignal
 from scalefold.report.record import read_metrics
 from scalefold.run.begin import RunOptions
 from scalefold.run.loop import run_rank
+from scalefold.run.stops import Stops
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatParameters
+from scalefold.telemetry.profile import Window
 from scalefold.telemetry.stragglers import read_loads
 from scalefold.telemetry.trace import read_anatomies
 
@@ -113,6 +118,31 @@ def test_every_rank_notes_its_cycles_and_those_of_a_group_can_be_profiled(tiny_s
         assert found.steps == 2
         assert {"data wait", "forward and backward", "update", "log", "snapshot hand-over"} <= found.host.keys()
         assert found.work["exchange"] > 0
+
+
+def over_when_collected(rank: int, config: Config) -> list[bool]:
+    """Whether the exchange of codes was over when this rank collected what it had recorded; rank 0 is late for it."""
+    code, write, signals, found = Stops.code, Window._write, list[StopSignal](), list[bool]()
+
+    def late(self: Stops) -> int:
+        time.sleep(0.0 if rank else 0.5)
+        signals[:] = [self._signal]
+        return code(self)
+
+    def collect(self: Window, profiler: torch.profiler.profile) -> None:
+        (signal,) = signals
+        assert signal._flight is not None
+        found.append(signal._flight[0].is_completed())
+        write(self, profiler)
+
+    Stops.code, Window._write = late, collect  # type: ignore[method-assign]
+    run_rank(config, RunOptions())
+    return found
+
+
+def test_exchanges_beside_the_loop_are_over_before_a_trace_is_collected(tiny_store: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_store, tmp_path, *parallel(2), "run.profile={steps: 2-3, ranks: [1]}")
+    assert run_ranks(over_when_collected, 2, config, join=False) == [[], [True]]
 
 
 def made(rank: int, config: Config) -> tuple[int, int]:

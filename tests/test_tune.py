@@ -1,65 +1,21 @@
 """The search for launch parameters: on a recorded device, without a GPU."""
 
-import math
-from concurrent.futures import Future
-
 import numpy as np
 import pytest
 
 pytest.importorskip("triton")
 
+from recorded_device import FIELDS, KERNEL, PLANTED, PRESENT, Compiled, Record, columns, planted_us
+from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
 from scalefold.tune import trials
-from scalefold.tune.candidates import CANDIDATES, candidates, neighbours, space
-from scalefold.tune.device import Outcome
+from scalefold.tune.candidates import CANDIDATES, neighbours, space
 from scalefold.tune.model import Forest, augmented, fit, lessons
 from scalefold.tune.programs import Problem, Program
 from scalefold.tune.search import Prior, Search, places_of
 from scalefold.tune.sound.bits import Difference
 from scalefold.tune.sweep import REPEATS, SEARCH_REPEATS, Sweep, seek_problem
 from scalefold.tune.trials import Trial, config_text, parse_config
-
-FIELDS: dict[str, int | str] = {"rows": 65536, "c": 128, "n": 512, "dtype": "bfloat16"}
-KERNEL = "transition_forward"
-PLANTED = {"BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
-PRESENT = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
-
-
-def planted_us(config, best=None):
-    """A smooth time with its least at the planted configuration."""
-    best = best or PLANTED
-    steps = sum(abs(math.log2(config[name] / best[name])) for name in best)
-    return 100.0 * (1 + 0.08 * steps)
-
-
-class Record:
-    """A device that knows all times; ``bad`` texts give other bits in every repeat."""
-
-    def __init__(self, us=planted_us, bad=(), dies_after=None):
-        self.us, self.bad, self.dies_after = us, set(bad), dies_after
-        self.asked = []
-
-    def try_out(self, problem, config, repeats):
-        if self.dies_after is not None and len(self.asked) >= self.dies_after:
-            raise KeyboardInterrupt
-        self.asked.append((config_text(config), repeats))
-        return Outcome(self.us(config), "differ" if config_text(config) in self.bad else "equal", "")
-
-
-class Compiled:
-    """Processes that have compiled everything; ``unfit`` says why a configuration has no program, or that it spills."""
-
-    slots = 4
-
-    def __init__(self, unfit=lambda config: Program(registers=128, programs=1024)):
-        self.unfit = unfit
-        self.asked = []
-
-    def submit(self, problem, config):
-        self.asked.append(config_text(config))
-        future = Future()
-        future.set_result(self.unfit(config))
-        return future
 
 
 @pytest.fixture
@@ -70,14 +26,6 @@ def tables(tmp_path, monkeypatch):
     yield tmp_path / "tuned"
     tuning.table.cache_clear()
     tuning._resolved.cache_clear()
-
-
-def columns(kernel=KERNEL, problem=None, **changed):
-    """First columns of trials."""
-    key = problem or tuning.problem_key(FIELDS)
-    facts = {"date": "d", "device": "NVIDIA H100 80GB HBM3", "torch": "t", "code": "c"}
-    place = {"kernel": kernel, "problem": key, "operation": "transition", "dap": 1, "calls": 52, "operations": 10**9}
-    return {**facts, **place, **changed}
 
 
 def sought(forest=None, seed=0):
@@ -171,6 +119,20 @@ def test_a_search_that_was_killed_goes_on_where_it_was(tables, tmp_path):
     assert len(timed) == len(set(timed)) == 6 + len(device.asked)
 
 
+def test_a_gpu_that_fails_ends_the_search_and_its_next_call_goes_on_after_the_candidate(tables, tmp_path):
+    """An access to memory that is not there ends a process's use of the GPU: all later trials would fail with it."""
+    file, device = tmp_path / "trials.csv", Record(fatal=[config_text(PLANTED)])
+    with pytest.raises(DeviceError, match="the same command goes on after it"):
+        sweep_of(sought(), device, Compiled(), file).run(deadline=1.0)
+    assert device.asked[-1][0] == config_text(PLANTED)
+    rows = trials.read(file)
+    assert [row.config for row in rows if row.error] == [config_text(PLANTED)]
+    found, again = sought(), Record()
+    found.resume(rows)
+    sweep_of(found, again, Compiled(), file).run(deadline=1.0)
+    assert config_text(PLANTED) not in {text for text, _ in again.asked}
+
+
 def test_the_search_ends_when_no_trial_promises_enough(tables, tmp_path):
     """All candidates are equally fast: after a few nothing is expected any more."""
     device = Record(us=lambda config: 100.0)
@@ -212,7 +174,7 @@ def test_nothing_is_chosen_where_every_candidate_differs(tables, tmp_path):
     texts = [config_text(config) for config in [PRESENT, *space(KERNEL, FIELDS)]]
     sweep = sweep_of(sought(), Record(bad=texts), Compiled(), tmp_path / "trials.csv")
     sweep.run(deadline=1.0)
-    assert sweep.choose(deadline=1.0) == []
+    assert list(sweep.choose(deadline=1.0)) == []
 
 
 def test_a_gain_that_noise_explains_does_not_replace_the_present_choice(tables, tmp_path):
@@ -230,15 +192,6 @@ def test_every_kernel_with_launch_parameters_has_candidates_and_no_other_has():
     assert sorted(CANDIDATES) == tuning.registered()
 
 
-def test_candidates_start_with_the_present_choice_and_do_not_repeat_it():
-    fields: dict[str, int | str] = {"rows": 512, "c": 128, "dtype": "bfloat16"}
-    with tuning.override("layer_norm_forward", {"BLOCK_M": 64, "num_warps": 8}, **fields):
-        found = candidates("layer_norm_forward", **fields)
-    assert found[0] == {"BLOCK_M": 64, "num_warps": 8}
-    assert len(found) == 8
-    assert found.count(found[0]) == 1
-
-
 def test_candidates_and_their_grids_have_the_names_of_the_defaults():
     """A launch parameter that a kernel does not know would be timed in vain."""
     sizes = {"rows": 4096, "n": 256, "c": 128, "batch": 1, "heads": 4, "d": 32, "bias": 1, "sequences": 1024}
@@ -251,6 +204,23 @@ def test_candidates_and_their_grids_have_the_names_of_the_defaults():
         assert len({config_text(config) for config in grid}) == len(grid)
         for config in [*grid, *neighbours(default)]:
             assert config.keys() - optional <= default.keys() | {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}, name
+
+
+def test_no_candidate_makes_a_gpu_stand_still():
+    """A Gluon attention with a ring of one slot waits for its next row before it gives the slot back."""
+    fields = {"batch": 1, "rows": 32, "n": 128, "heads": 8, "d": 32, "bias": 0, "dtype": "bfloat16"}
+    for name in ("attention_hopper_forward", "attention_hopper_keys"):
+        tried = space(name, fields)
+        rings = [config for config in tried if config["HOPPER"]]
+        assert rings
+        for config in [*tried, *(near for ring in rings for near in neighbours(ring))]:
+            assert config["STAGES"] > 1 or not config["HOPPER"]
+
+
+def test_the_switch_to_the_triton_program_has_no_neighbours():
+    """They would all be the same program."""
+    assert neighbours({"HOPPER": 0, "GROUPS": 16, "STAGES": 4}) == []
+    assert neighbours({"HOPPER": 1, "GROUPS": 16, "STAGES": 4})
 
 
 def test_a_sweep_tries_both_forms_of_the_backward_of_transitions():
@@ -274,6 +244,7 @@ def test_the_model_says_what_scikit_learn_says():
     rows = history()
     known = lessons(rows)
     ours = fit(known, seed=3)
+    assert ours is not None
     matrix = ours.matrix(rows)
     theirs = ensemble.ExtraTreesRegressor(64, min_samples_leaf=2, max_features=0.5, random_state=3, bootstrap=True)
     theirs.fit(matrix, [lesson.distance for lesson in known], sample_weight=[lesson.weight for lesson in known])

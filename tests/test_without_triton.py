@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from runs import SMALLEST
+
 HIDE = """
 import sys
 from importlib.machinery import PathFinder
@@ -74,8 +76,7 @@ def test_training_runs_with_the_plain_operations_and_says_so_at_its_start(
     python, tiny_store: Path, tmp_path: Path
 ) -> None:
     changes = (f"data.store_dir={tiny_store}", f"run.run_dir={tmp_path / 'run'}", "execution.kernels=auto")
-    steps = ("training.num_train_iters=2", "training.val_every_iters=2")
-    done = python("-m", "scalefold", "train", "configs/tiny.yaml", *changes, *steps)
+    done = python("-m", "scalefold", "train", "configs/tiny.yaml", *SMALLEST, *changes, "training.num_train_iters=2")
     assert done.returncode == 4, done.stdout + done.stderr  # its steps ended before the target
     said = done.stdout + done.stderr
     assert said.index("operations: plain PyTorch on cpu") < said.index("step    1")

@@ -1,5 +1,7 @@
 """Repairs of Triton 3.6's interpreter, in which the kernel tests run where there is no GPU."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -7,8 +9,10 @@ from triton.runtime.interpreter import TensorHandle
 
 
 def repair() -> None:
-    """Let loops take run-time bounds under NumPy >= 2.4, and bf16 be rounded and multiplied as numbers."""
+    """Let loops take run-time bounds under NumPy >= 2.4, bf16 be numbers that are rounded, and calls be quick."""
     _repair_scalars()
+    _repair_calls()
+    _repair_types()
     _repair_bfloat16_dot()
     _repair_bfloat16_rounding()
 
@@ -22,6 +26,42 @@ def _repair_scalars() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch_then_repair
+
+
+def _repair_calls() -> None:
+    """Within a launch the interpreter exchanges the whole language again at every call, be it ``tl.sum``.
+
+    Here it is exchanged once per launch, for programs and for the library of functions that they call.
+    """
+    patch, parts = interpreter._patch_lang, SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+    under_way: list[interpreter._LangPatchScope] = []
+
+    class Launch(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            under_way.pop().restore()
+
+    def patch_once(fn: object) -> interpreter._LangPatchScope:
+        if under_way:
+            return interpreter._LangPatchScope()
+        under_way.append(patch(parts))
+        return Launch()
+
+    interpreter._patch_lang = patch_once
+
+
+def _repair_types() -> None:
+    """The interpreter writes down the table of all types whenever it asks for the one of NumPy."""
+    find, known = interpreter._get_np_dtype, dict[str, np.dtype]()
+
+    def found(dtype: tl.dtype) -> np.dtype:
+        if isinstance(dtype.scalar, tl.pointer_type):
+            return find(dtype)
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = find(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = found
 
 
 def _to_float32(handle: TensorHandle) -> np.ndarray:

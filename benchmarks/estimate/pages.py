@@ -1,7 +1,9 @@
 """Pages with tables that a program writes: between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
 
+import argparse
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -17,6 +19,18 @@ def fill(page: str, tables: Mapping[str, Callable[[], str]]) -> str:
         return f"{match[1]}\n{tables[match[2]]()}\n{match[3]}"
 
     return re.sub(r"(<!-- table: (\w+) -->)\n.*?\n?(<!-- end -->)", replaced, page, flags=re.DOTALL)
+
+
+def print_or_write(description: str | None, tables: Mapping[str, Callable[[], str]]) -> None:
+    """The command line of a program that fills pages: print its tables, or write the pages that show them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE", help="pages to bring up to date")
+    arguments = parser.parse_args()
+    for page in arguments.write or []:
+        page.write_text(fill(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
+        print(page)
+    if not arguments.write:
+        print("\n\n".join(table() for table in tables.values()))
 
 
 def spread(low: float | None, high: float | None, digits: int = 0) -> str:

@@ -7,14 +7,12 @@ Newer rows stand further down in a file. Of steps and operations the newest comm
 so that no table mixes the numbers of passes of two commits.
 """
 
-import argparse
 import csv
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from pages import fill, markdown
+from pages import markdown, print_or_write
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -136,11 +134,12 @@ def headline_table() -> str:
         worst = max(judged, key=lambda row: float(row[column]))
         digits, name = unit.split(" ")
         rows.append([what, f"{float(worst[column]):{digits}} {name}", card(worst), worst["commit"]])
-    every = read("reproducibility")
-    bits = list(newest([r for r in every if r["commit"] == every[-1]["commit"]], "what", "dap", "passes").values())
+    last = read("reproducibility")[-1]
+    alike = [row for row in read("reproducibility") if all(row[key] == last[key] for key in ("device", "repeats"))]
+    bits = newest(alike, "what", "dap", "passes").values()
     differ = sum(int(row["differing"]) > 0 for row in bits)
-    what = f"operations and whole steps whose bits differ in {bits[0]['repeats']} repeats"
-    rows.append([what, f"{differ} of {len(bits)}", card(bits[0]), bits[0]["commit"]])
+    what = f"operations and whole steps whose bits differ in {last['repeats']} repeats"
+    rows.append([what, f"{differ} of {len(bits)}", card(last), f"{last['commit']} and before"])
     return markdown(["what", "figure", "card", "commit"], rows)
 
 
@@ -256,18 +255,5 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
-def main() -> int:
-    """Print the tables, or write the pages that show them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", type=Path, nargs="+", metavar="PAGE", help="pages to bring up to date")
-    arguments = parser.parse_args()
-    for page in arguments.write or []:
-        page.write_text(fill(page.read_text(encoding="utf-8"), TABLES), encoding="utf-8")
-        print(page)
-    if not arguments.write:
-        print("\n\n".join(table() for table in TABLES.values()))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    print_or_write(__doc__, TABLES)

@@ -2,7 +2,7 @@
 
     python benchmarks/estimate/tuning_history.py
 
-Tables of trials (``tuning_sweeps.csv``, ``tuning_trials.csv``) are taken as they are. Of older tables, each row of
+Tables of trials (recorded sweeps, trials of searches) are taken as they are. Of older tables, each row of
 ``tuning.csv`` is the winner of a sweep whose other candidates nobody kept, and ``kernel_trials.csv`` has trials of
 programs of which some became kernels: those with tiles of a kernel that is still there.
 """
@@ -17,7 +17,7 @@ from scalefold.tune.operation_cases import training_cases
 from scalefold.tune.trials import Trial, config_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-TABLES = ("tuning_sweeps.csv", "tuning_trials.csv")
+TABLES = ("tuning_sweeps.csv", "tuning_held_out.csv", "tuning_trials.csv")
 DAPS = (8, 4, 2, 1)  # a shape that several shares have belongs to the smallest
 ROWS = {  # shapes of kernel_trials.csv for kernels over rows
     "pair": "c=128 dtype=bfloat16 n=512 rows=65536",

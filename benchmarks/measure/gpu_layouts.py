@@ -105,6 +105,7 @@ STARTS = [  # in this order; starts on one GPU stand in pairs
     *twice("one_gpu"),
     *twice("dap2", dap=2, **TWO),
     *twice("dp2", **TWO),
+    Start("ruler_two", "ruler_two", 2, dap=2, statuses=(0, 0)),  # early: starts on two are judged by it
     Start("train_eval", "train_eval", 2, eval_ranks=1, many_passes=False, statuses=(STEPS_DONE, 0)),
     Start(
         "target",
@@ -130,7 +131,6 @@ STARTS = [  # in this order; starts on one GPU stand in pairs
     resumed("stop_dap2", like="dap2", dap=2, **TWO),
     Start("phases", "phases", 2, statuses=(NEXT_PHASE, NEXT_PHASE)),
     Start("phases resumed", "phases", phase_dap=2, after="phases", **TWO),
-    Start("ruler_two", "ruler_two", 2, dap=2, statuses=(0, 0)),
 ]
 LAYOUTS = list(dict.fromkeys(start.layout for start in STARTS))
 

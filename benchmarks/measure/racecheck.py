@@ -3,11 +3,12 @@
     python benchmarks/measure/racecheck.py             # shapes of DAP 8, then DAP 1, with the launch parameters shipped
     python benchmarks/measure/racecheck.py --dap 8 --only layer_norm_linear --minutes 2
 
-Every operation runs once, forward and backward, under the sanitizer; a pool of processes compiles its kernels first.
-What asynchronous products and the copy engine do to shared memory it may not see: ``rings.py`` looks for that. Nor does
-it follow the barriers on which copies arrive: of every program that splits its warps around them, libraries' own ones
-included, it reports each hand-over. Those are listed and not counted; that their results repeat bit for bit is asked by
-``reproducibility.py``. Prints hazards by kernel; exit status 1 if others have some, or if not every case was reached.
+Every operation runs once, forward and backward, under the sanitizer, in several processes at a time, because that
+takes far longer than the kernels do; a pool of processes compiles them first. What asynchronous products and the copy
+engine do to shared memory it may not see: ``rings.py`` looks for that. Nor does it follow the barriers on which copies
+arrive: of every program that splits its warps around them, libraries' own ones included, it reports each hand-over.
+Those are listed and not counted; that their results repeat bit for bit is asked by ``reproducibility.py``. Prints
+hazards by kernel; exit status 1 if others have some, or if not every case was reached.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +33,7 @@ from scalefold.tune.operation_cases import Case, training_cases
 from scalefold.tune.programs import run_once
 
 DAPS = (8, 1)
+OPTIONS = ("--tool", "racecheck", "--print-limit", "0")
 ACCESS = re.compile(r"(Error|Warning): .*?\b(Write|Read) access at (?:void )?([\w:]+)")
 HANDS_OVER = re.compile(r"hopper_|nvjet_")  # programs whose warps wait for copies, ours and those of cuBLAS
 HAZARDS = re.compile(r"\[(\d+) hazards?\]")
@@ -52,10 +56,11 @@ def hazards(lines: Iterable[str]) -> dict[tuple[str, str], int]:
     return dict(found)
 
 
-def chosen_cases(daps: list[int], only: list[str]) -> dict[str, Case]:
-    """Cases by name, in the order in which they run."""
+def chosen_cases(daps: list[int], only: list[str], process: int = 0, processes: int = 1) -> dict[str, Case]:
+    """Cases by name, in the order in which they run; those of one process of several."""
     cases = {f"dap {dap} {case.name}": case for dap in daps for case in training_cases(dap)}
-    return {name: case for name, case in cases.items() if not only or any(part in name for part in only)}
+    chosen = [name for name in cases if not only or any(part in name for part in only)]
+    return {name: cases[name] for name in chosen[process::processes]}
 
 
 def launch(cases: dict[str, Case]) -> None:
@@ -84,17 +89,23 @@ def run(command: list[str], deadline: float) -> list[str]:
     return ran
 
 
+def watched(deadline: float, command: list[str], report: Path) -> tuple[list[str], list[str]]:
+    """Cases that one process under the sanitizer has run, and the lines of its report."""
+    reached = run([command[0], "--log-file", str(report), *command[1:]], deadline)
+    return reached, report.read_text(errors="replace").splitlines() if report.exists() else []
+
+
 def main() -> int:
     """Launch, watch and summarise; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dap", type=int, nargs="+", default=list(DAPS), help="training shares, in this order")
     parser.add_argument("--only", nargs="+", default=[], help="cases whose name contains one of these")
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit of everything")
-    parser.add_argument("--launch", action="store_true", help="only run the cases")
+    parser.add_argument("--processes", type=int, default=6, help="watched at a time")
+    parser.add_argument("--launch", type=int, help="only run the cases of this process")
     arguments = parser.parse_args()
-    cases = chosen_cases(arguments.dap, arguments.only)
-    if arguments.launch:
-        launch(cases)
+    if arguments.launch is not None:
+        launch(chosen_cases(arguments.dap, arguments.only, arguments.launch, arguments.processes))
         return 0
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(sanitizer).exists():
@@ -102,19 +113,20 @@ def main() -> int:
     deadline = time.monotonic() + 60 * arguments.minutes
     if not arguments.only:
         compile_beforehand(arguments.dap, max(1, (os.cpu_count() or 2) - 2))
-    own = [sys.executable, __file__, "--launch", "--dap", *map(str, arguments.dap)]
+    own = [sys.executable, __file__, "--dap", *map(str, arguments.dap), "--processes", str(arguments.processes)]
     own += ["--only", *arguments.only] if arguments.only else []
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report"
-        options = ["--tool", "racecheck", "--print-limit", "0", "--log-file", str(report)]
-        reached = run([sanitizer, *options, *own], deadline)
-        lines = report.read_text(errors="replace").splitlines() if report.exists() else []
-    return summarise(list(cases), reached, lines)
+
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.processes) as pool:
+        commands = [[sanitizer, *OPTIONS, *own, "--launch", str(number)] for number in range(arguments.processes)]
+        reports = [Path(name) / f"report{number}" for number in range(arguments.processes)]
+        parts = list(pool.map(partial(watched, deadline), commands, reports))
+    wanted = chosen_cases(arguments.dap, arguments.only)
+    return summarise(list(wanted), [case for cases, _ in parts for case in cases], [lines for _, lines in parts])
 
 
-def summarise(wanted: list[str], reached: list[str], lines: list[str]) -> int:
+def summarise(wanted: list[str], reached: list[str], reports: list[list[str]]) -> int:
     """Print what was found; the exit status."""
-    found = hazards(lines)
+    found = hazards(line for lines in reports for line in lines)
     rows: list[dict[str, object]] = [
         {
             "kernel": kernel,
@@ -126,15 +138,15 @@ def summarise(wanted: list[str], reached: list[str], lines: list[str]) -> int:
     ]
     judged = [row for row in rows if row["judged"] == "yes"]
     print_table(rows)
-    finished = any("RACECHECK SUMMARY" in line for line in lines)
-    if not finished:
+    unfinished = [lines for lines in reports if not any("RACECHECK SUMMARY" in line for line in lines)]
+    for lines in unfinished:
         print("\n".join(["the sanitizer did not finish:", *lines[-20:]]))
     missed = [case for case in wanted if case not in reached]
     if missed:
         print(f"NOT reached: {', '.join(missed)}")
     count = sum(int(str(row["hazards"])) for row in judged)
     print(f"{len(reached)} of {len(wanted)} cases, {count} hazards in {len(judged)} kernels")
-    return int(bool(judged) or bool(missed) or not finished)
+    return int(bool(judged) or bool(missed) or bool(unfinished))
 
 
 if __name__ == "__main__":

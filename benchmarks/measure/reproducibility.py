@@ -58,7 +58,7 @@ def compile_beforehand(daps: Sequence[int], workers: int) -> None:
     """Compile every case in a pool of processes, whose kernels this one then finds in Triton's cache."""
     count = sum(len(operation_cases.training_cases(dap)) for dap in daps)
     context = multiprocessing.get_context("spawn")
-    state = (list(daps), [], tuning.capability())
+    state = (list(daps), [], tuning.capability(), tuning.device_kind())
     with ProcessPoolExecutor(workers, context, start_worker, state) as pool:
         list(pool.map(compile_case, range(count)))
 

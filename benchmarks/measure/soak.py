@@ -4,19 +4,22 @@
     python benchmarks/measure/soak.py --full --minutes 9 # 500 steps of the full model on one GPU, with evaluations
 
 The run changes its phase, and with it all loader workers, every quarter of its steps, evaluates and writes checkpoints
-all along. Twice a second this script adds up what the run and its children hold. Rows go to
-``benchmarks/results/soak.csv``, the plot to ``docs/figures/soak.svg``. Exit status 1 if anything grows beyond its bound
-(``BOUNDS``) or the run does not end as it should. Proteins are generated, or ``--store`` names a prepared data set.
+all along. Twice a second this script adds up what the run and its children hold. A step's time is compared with the
+usual one of its number of passes. Rows go to ``benchmarks/results/soak.csv``, the plot to ``docs/figures/soak.svg``.
+Exit status 1 if anything grows beyond its bound (``BOUNDS``), with the kinds of files that there are more of, or if the
+run does not end as it should. Proteins are generated, or ``--store`` names a prepared data set.
 """
 
 import argparse
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -60,12 +63,12 @@ FULL = (
 
 @dataclass(frozen=True)
 class Sample:
-    """What a run and its children hold; ``cpu_s`` is the time that the training process itself has computed."""
+    """What a run and its children hold, open files by kind; ``cpu_s`` is what the training process has computed."""
 
     seconds: float
     step: int
     memory_mib: float
-    files: int
+    files: Counter[str]
     processes: int
     cpu_s: float
 
@@ -91,11 +94,14 @@ def proportional_kib(pid: int) -> int:
     return 0
 
 
-def open_files(pid: int) -> int:
-    """Descriptors of a process."""
+def open_files(pid: int) -> Counter[str]:
+    """Descriptors of a process by what they are open on, numbers left out."""
+    found: Counter[str] = Counter()
     with contextlib.suppress(OSError):
-        return len(os.listdir(f"/proc/{pid}/fd"))
-    return 0
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found[re.sub(r"[0-9]+", "#", os.readlink(descriptor))] += 1
+    return found
 
 
 def cpu_seconds(pid: int) -> float:
@@ -134,7 +140,7 @@ def watch(command: list[str], run_dir: Path, limit_s: float) -> tuple[int, list[
             now = time.monotonic() - start
             step = last_step(run_dir / "metrics.jsonl")
             memory = sum(map(proportional_kib, family)) / 1024
-            files, cpu_s = sum(map(open_files, family)), cpu_seconds(process.pid)
+            files, cpu_s = sum(map(open_files, family), Counter[str]()), cpu_seconds(process.pid)
             if step:
                 samples.append(Sample(now, step, memory, files, len(family), cpu_s))
             if now > limit_s and not asked:
@@ -149,8 +155,9 @@ def rows_of(kind: str, samples: list[Sample], metrics: Metrics) -> list[dict[str
     steps = np.array([sample.step for sample in samples])
     edges = np.unique(np.linspace(0, metrics.step[-1], POINTS + 1).astype(int))
     reached, when = np.unique(steps, return_index=True)
-    columns = {f.name: np.array([getattr(s, f.name) for s in samples]) for f in fields(Sample)}
-    about, found = facts(), []
+    columns = {name: np.array([getattr(s, name) for s in samples]) for name in ("seconds", "memory_mib", "processes")}
+    columns |= {"files": np.array([s.files.total() for s in samples]), "cpu_s": np.array([s.cpu_s for s in samples])}
+    about, found, step_ms = facts(), [], even_step_ms(metrics)
     for first, last in pairwise(edges):
         seen, own = (steps > first) & (steps <= last), (metrics.step > first) & (metrics.step <= last)
         if seen.sum() < 1 or own.sum() < 1:
@@ -161,11 +168,25 @@ def rows_of(kind: str, samples: list[Sample], metrics: Metrics) -> list[dict[str
         row |= {name: round(float(np.median(columns[name][seen]))) for name in ("files", "processes")}
         cpu_ms = 1e3 * np.interp([first, last], reached, columns["cpu_s"][when])
         row["step_cpu_ms"] = round(float(cpu_ms[1] - cpu_ms[0]) / int(last - first), 2)
-        row["step_ms"] = round(float(np.median(metrics.step_ms[own])), 2)
+        row["step_ms"] = round(float(np.median(step_ms[own])), 2)
         peak = metrics.peak_gib[own]
         row["device_gib"] = round(float(np.nanmax(peak)), 3) if np.isfinite(peak).any() else ""
         found.append(row)
     return found
+
+
+def even_step_ms(metrics: Metrics) -> np.ndarray:
+    """Time of each step [N], scaled as if all had the same number of passes, which are drawn at random."""
+    usual = {passes: np.median(metrics.step_ms[metrics.passes == passes]) for passes in np.unique(metrics.passes)}
+    own = np.array([usual[passes] for passes in metrics.passes])
+    return metrics.step_ms * own.mean() / own
+
+
+def more_files(samples: list[Sample]) -> Counter[str]:
+    """Of which kinds more files are open in the last look at all processes than when the run had settled."""
+    whole = [sample for sample in samples if sample.processes == max(s.processes for s in samples)]
+    settled = next((s for s in whole if s.step >= SETTLED * samples[-1].step), whole[-1])
+    return whole[-1].files - settled.files
 
 
 def growth(rows: list[dict[str, object]], name: str) -> float:
@@ -254,6 +275,8 @@ def main() -> int:
     table, flat = judge(rows, arguments.full)
     print_table(table)
     print(f"soak: {metrics.step[-1]} steps, {len(metrics.eval_step)} evaluations, {'flat' if flat else 'NOT flat'}")
+    if not flat:
+        print("soak: more open files:", dict(more_files(samples)))
     keep(arguments.csv, kind, rows)
     plot(rows, FIGURES / ("soak_full.svg" if arguments.full else "soak.svg"))
     return int(not flat)

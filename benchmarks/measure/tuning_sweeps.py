@@ -1,6 +1,12 @@
-"""Time every launch parameter of four kernels at two shapes each, for replays of searches (``tuning_replay.py``).
+"""Time every launch parameter of some problems, for replays of searches (``tuning_replay.py``).
 
     python benchmarks/measure/tuning_sweeps.py --minutes 9 --csv benchmarks/results/tuning_sweeps.csv
+    python benchmarks/measure/tuning_sweeps.py --set held-out --minutes 5 --csv benchmarks/results/tuning_held_out.csv
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/measure/tuning_sweeps.py --set held-out --part 1/2 ...   # of two GPUs
+
+Two sets: ``development``, on which the constants of the search were chosen, and ``held-out``, which none was chosen on:
+shares of DAP 4 and 8 that no table has an entry for, most of kernels that the other set lacks. Tables of parts are
+joined by appending all but the first line.
 
 All other processors compile while this process times what they have finished: results compared with the present
 choice's, bits in REPEATS repeats with memory poisoned in between, then the operation inside a CUDA graph. What does not
@@ -9,14 +15,12 @@ are timed again, as further rows. A table that exists is continued.
 """
 
 import argparse
-import multiprocessing
-import os
+import math
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,68 +29,109 @@ from common import FOLDER, print_table
 from scalefold.kernels import tuning
 from scalefold.tune import trials
 from scalefold.tune.candidates import space
-from scalefold.tune.command import first_columns
+from scalefold.tune.command import Processes, first_columns
 from scalefold.tune.device import Device
 from scalefold.tune.operation_cases import Case
 from scalefold.tune.programs import (
     Problem,
     Program,
     all_cases,
-    compile_task,
     daps_of,
     find_problems,
-    start_worker,
 )
 from scalefold.tune.trials import Trial, config_text, parse_config
 
-DAPS = (1, 4)
-SWEPT = (  # kernel, what its operation's name contains
-    ("transition_forward", "transition 1x256x256x128"),
-    ("transition_forward", "transition 1x128x64x256"),
-    ("transition_backward", "transition 1x256x256x128"),
-    ("transition_backward", "transition 1x1024x64x64"),
-    ("norm_linear_backward", "layer_norm_linear 1x128x256x256"),
-    ("norm_linear_backward", "layer_norm_linear 1x64x256x128"),
-    ("attention_backward_queries", "attention 1x256x256x4h32"),
-    ("attention_backward_queries", "attention 1x32x256x8h32"),
-)
+
+@dataclass(frozen=True)
+class Swept:
+    """Problems of one set, (kernel, how the name of its operation begins) each, and the shares they belong to."""
+
+    daps: tuple[int, ...]
+    problems: tuple[tuple[str, str], ...]
+
+
+SETS = {
+    "development": Swept(
+        (1, 4),
+        (
+            ("transition_forward", "transition 1x256x256x128"),
+            ("transition_forward", "transition 1x128x64x256"),
+            ("transition_backward", "transition 1x256x256x128"),
+            ("transition_backward", "transition 1x1024x64x64"),
+            ("norm_linear_backward", "layer_norm_linear 1x128x256x256"),
+            ("norm_linear_backward", "layer_norm_linear 1x64x256x128"),
+            ("attention_backward_queries", "attention 1x256x256x4h32"),
+            ("attention_backward_queries", "attention 1x32x256x8h32"),
+        ),
+    ),
+    "held-out": Swept(
+        (4, 8),
+        (
+            ("gated_output_backward", "gated_output 1x32x256x128"),
+            ("gated_output_forward", "gated_output 1x32x256x256"),
+            ("outer_product_forward", "outer_product_update 128x64x256"),
+            ("norm_linear_forward", "layer_norm_linear 1x128x256x64"),
+            ("attention_backward_keys", "attention 1x256x256x8h8"),
+            ("global_attention_rows_backward", "global_attention 1x1024x64x64"),
+            ("transition_forward", "transition 1x1024x32x64"),
+            ("norm_linear_backward", "layer_norm_linear 1x256x256x64"),
+            ("triangle_output_backward", "triangle_output 4x32x256x64"),
+            ("outer_product_weight", "outer_product_update 128x32x256"),
+        ),
+    ),
+}
+TOGETHER = 8  # problems: those that come after them may find no time
 REPEATS = 6
 CLOSE = 1.1  # times the fastest: what is timed again
 RESERVED = 0.12  # of the time, for that
 Job = tuple[Problem, tuning.Config]
 
 
-def swept_problems(cases: list[Case]) -> list[Problem]:
-    """The eight, in order; ValueError if the model no longer has one."""
+def swept_problems(cases: list[Case], wanted: Sequence[tuple[str, str]]) -> list[Problem]:
+    """The problems of a set, in order; ValueError if the model no longer has one."""
     found = []
-    for kernel, part in SWEPT:
-        numbers = [n for n, case in enumerate(cases) if case.name.startswith(part)]
+    for kernel, begin in wanted:
+        numbers = [n for n, case in enumerate(cases) if case.name.startswith(begin)]
         problems = [p for n in numbers for p in find_problems(cases, n) if p.kernel == kernel]
         if not problems:
-            raise ValueError(f"no case `{part}...` looks up {kernel}")
+            raise ValueError(f"no case `{begin}...` looks up {kernel}")
         found.append(problems[0])
     return found
 
 
-def jobs(problems: list[Problem], limit: int | None, done: set[tuple[str, str, str]]) -> list[Job]:
-    """What is left to try, the problems in turns, so that a sweep that ends early has something of each."""
-    rows = []
-    for turn, problem in enumerate(problems):
-        configs = [tuning.lookup(problem.kernel, **problem.fields), *space(problem.kernel, problem.fields)]
-        fresh = list(dict.fromkeys(map(config_text, configs)))[:limit]
-        rows += [(n, turn, problem, text) for n, text in enumerate(fresh) if (*problem.key, text) not in done]
-    return [(problem, parse_config(text)) for _, _, problem, text in sorted(rows, key=lambda row: row[:2])]
+def jobs(problem: Problem, limit: int | None, done: set[tuple[str, str, str]]) -> list[Job]:
+    """What is left to try of a problem: its first, then the longest to compile, so that all processes end together."""
+    configs = [tuning.lookup(problem.kernel, **problem.fields), *space(problem.kernel, problem.fields)]
+    fresh = list(dict.fromkeys(map(config_text, configs)))[:limit]
+    missing = [parse_config(text) for text in fresh if (*problem.key, text) not in done]
+    rest = sorted(missing[1:], key=lambda config: -code_size(config))
+    return [(problem, config) for config in [*missing[:1], *rest]]
 
 
-def compiled(pool: ProcessPoolExecutor, todo: list[Job], seconds: float) -> Iterator[tuple[Job, Program]]:
-    """Programs as they are finished; ends at the limit."""
-    futures = {pool.submit(compile_task, *job): job for job in todo}
-    try:
-        for future in as_completed(futures, timeout=max(0.0, seconds)):
-            yield futures[future], future.result()
-    except (TimeoutError, BrokenProcessPool) as error:
-        left = sum(not future.done() for future in futures)
-        print(f"compiling ended with {left} left: {type(error).__name__}", flush=True)
+def code_size(config: tuning.Config) -> float:
+    """Elements of a tile that a warp holds, in all stages that are compiled: what a compiler's time grows with."""
+    tile = math.prod(value for name, value in config.items() if name.startswith("BLOCK"))
+    return tile / config.get("num_warps", 4) * (2 + config.get("num_stages", config.get("STAGES", 1)))
+
+
+def compiled(pool: Processes, todo: list[list[Job]], seconds: float) -> Iterator[tuple[Job, Program]]:
+    """Programs as they are finished, of jobs by problem; ends at the limit.
+
+    The first of each problem goes ahead: it leaves in the cache what all others of its operation need.
+    """
+    end, others = time.monotonic() + seconds, {own[0][0].key: own[1:] for own in todo if own}
+    pending = {pool.submit(*own[0]): own[0] for own in todo if own}
+    while pending:
+        done = wait(pending, max(0.0, end - time.monotonic()), FIRST_COMPLETED).done
+        if not done:
+            left = len(pending) + sum(map(len, others.values()))
+            print(f"compiling ended with {left} left: the time is over", flush=True)
+            return
+        for future in done:
+            job = pending.pop(future)
+            pending |= {pool.submit(*other): other for other in others.pop(job[0].key, [])}
+            if future.exception() is None:  # else the process died; a further call tries again
+                yield job, future.result()
 
 
 def row_of(
@@ -138,43 +183,60 @@ def summary(rows: list[Trial]) -> list[dict[str, object]]:
     return found
 
 
-def main() -> int:
-    """Sweep; exit status 1 if nothing was timed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole sweep")
-    parser.add_argument("--csv", type=Path, default=FOLDER / "tuning_sweeps.csv", help="table to append to")
-    parser.add_argument("--limit", type=int, help="at most that many configurations of each problem")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device: times come from one")
-    begin, limit = time.monotonic(), 60 * arguments.minutes
-    cases = all_cases(list(DAPS), [])
-    problems = swept_problems(cases)
-    shared = first_columns(problems, cases, daps_of(DAPS, []))
+def sweep(arguments: argparse.Namespace) -> list[Trial]:
+    """Compile, time and write; all rows of the table."""
+    begin, limit, swept = time.monotonic(), 60 * arguments.minutes, SETS[arguments.set]
+    pool = Processes(swept.daps, [], arguments.workers)
+    cases = all_cases(list(swept.daps), [])
+    number, count = arguments.part
+    problems = swept_problems(cases, swept.problems[number::count])
+    shared = first_columns(problems, cases, daps_of(swept.daps, []))
     columns = {problem.key: row for problem, row in zip(problems, shared, strict=True)}
     devices = {problem.case: Device(cases) for problem in problems}
     rows = trials.read(arguments.csv) if arguments.csv.exists() else []
-    todo = jobs(problems, arguments.limit, {(*row.key, row.config) for row in rows})
-    print(f"{len(todo)} to try of {len(problems)} problems, {arguments.workers} processes compile", flush=True)
-    state = (list(DAPS), [], tuning.capability())
-    pool = ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), start_worker, state)
+    done = {(*row.key, row.config) for row in rows}
+    todo = [jobs(problem, arguments.limit, done) for problem in problems]
+    print(f"{time.monotonic() - begin:4.0f} s: {sum(map(len, todo))} to try of {len(problems)} problems", flush=True)
     said = 0.0
-    for (problem, config), program in compiled(pool, todo, (1 - RESERVED) * limit - (time.monotonic() - begin)):
-        rows.append(row_of(columns[problem.key], config, program, devices[problem.case], problem))
-        trials.append(arguments.csv, rows[-1:])
-        if time.monotonic() > said + 20:
-            said = time.monotonic()
-            print(
-                f"{said - begin:4.0f} s: {len(rows)} rows, {rows[-1].kernel} {rows[-1].config} {rows[-1].us}",
-                flush=True,
-            )
-    for process in list(pool._processes.values()):  # what still compiles is not wanted any more
-        process.terminate()
-    pool.shutdown(cancel_futures=True)
+    try:
+        for batch in (todo[:TOGETHER], todo[TOGETHER:]):
+            for (problem, config), program in compiled(pool, batch, begin + (1 - RESERVED) * limit - time.monotonic()):
+                rows.append(row_of(columns[problem.key], config, program, devices[problem.case], problem))
+                trials.append(arguments.csv, rows[-1:])
+                if time.monotonic() > said + 20:
+                    said = time.monotonic()
+                    print(f"{said - begin:4.0f} s: {len(rows)} rows, {rows[-1].kernel} {rows[-1].config}", flush=True)
+    finally:
+        pool.close()  # what still compiles is not wanted any more
+    print(f"{time.monotonic() - begin:4.0f} s: all compiled and timed once, or the time is over", flush=True)
     for row in again(rows, problems, devices, begin + limit):
         rows.append(row)
         trials.append(arguments.csv, [row])
+    return rows
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """``0/2``: the first of two parts."""
+    number, count = map(int, text.split("/"))
+    if not 0 <= number < count:
+        raise ValueError(text)
+    return number, count
+
+
+def main() -> int:
+    """Sweep; exit status 1 if nothing was timed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=sorted(SETS), default="development", help="which problems")
+    parser.add_argument("--part", type=part_of, default=(0, 1), metavar="K/N", help="every Nth problem, from K = 0 on")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of the whole sweep")
+    parser.add_argument("--csv", type=Path, default=FOLDER / "tuning_sweeps.csv", help="table to append to")
+    parser.add_argument("--limit", type=int, help="at most that many configurations of each problem")
+    parser.add_argument("--workers", type=int, default=0, help="processes that compile; 0: all processors but one")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device: times come from one")
+    begin = time.monotonic()
+    rows = sweep(arguments)
     print_table(summary(rows))
     print(f"{len(rows)} rows in {time.monotonic() - begin:.0f} s")
     return 0 if any(row.is_sound for row in rows) else 1

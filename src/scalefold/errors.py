@@ -42,3 +42,7 @@ class RankLostError(ScaleFoldError):
     """A rank of the run was killed, failed or stands still, so that the others cannot continue."""
 
     exit_status = 5
+
+
+class DeviceError(ScaleFoldError):
+    """A GPU has failed under this process, which cannot use it any more."""

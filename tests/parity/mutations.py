@@ -274,7 +274,7 @@ MUTATIONS = (
         "data/loading/loader.py",
         "if self._in_order and batch.iteration != iteration:",
         "if self._in_order and batch.iteration > iteration:",
-        "test_loader.py::test_skipping_an_iteration_is_an_error",
+        "test_loader.py::test_only_the_announced_iterations_are_delivered_and_in_their_order",
     ),
     Mutation(
         "of the ready batches the latest draw comes first",

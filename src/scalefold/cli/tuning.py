@@ -48,7 +48,7 @@ def tune(
         lengths=_numbers("--evaluation", evaluation),
         missing=missing,
         minutes=minutes,
-        workers=workers or max(1, (os.cpu_count() or 2) - 1),
+        workers=workers,
         model=model,
         alone=no_history,
         histories=tuple(history or ()),

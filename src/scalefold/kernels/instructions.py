@@ -37,6 +37,19 @@ def to_fp32(x):
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b in fp32, broadcast, rounded by itself.
+
+    Where lanes add up products, the compiler contracts each lane's own into its first addition: lanes then hold copies
+    of the sum that differ in the last bit. If they all store it, which one stays is nobody's choice.
+    """
+    if INTERPRETED:
+        return a * b
+    else:  # noqa: RET505
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+
+
+@triton.jit
 def complete(acc):
     """acc, a product's fp32 result, once the product is complete: it cannot stay unfinished past an instruction."""
     if INTERPRETED:

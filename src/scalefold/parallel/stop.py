@@ -33,8 +33,12 @@ class StopSignal:
         self._flight = (work, flag)
         return code
 
-    def close(self) -> None:
-        """Wait for the broadcast still under way."""
+    def wait(self) -> None:
+        """For the broadcast under way, which all ranks have begun at this step; ``poll`` reads it."""
         if self._flight is not None:
             self._flight[0].wait()
-            self._flight = None
+
+    def close(self) -> None:
+        """Wait for the broadcast still under way."""
+        self.wait()
+        self._flight = None

@@ -146,7 +146,7 @@ def make_evaluator(
 
 def enter_next_phase(run: Run, step: int) -> bool:
     """Continue with the next phase after ``step``; False, and a checkpoint, if that needs other ranks."""
-    stays = run.schedule.continues_here()
+    stays, before = run.schedule.continues_here(), run.config
     run.schedule.advance(step)
     run.progress.note(f"phase {run.schedule.name} after step {step}, {run.schedule.samples(step)} samples")
     run.record.event("phase", step=step, phase=run.schedule.name, samples=run.schedule.samples(step))
@@ -155,7 +155,7 @@ def enter_next_phase(run: Run, step: int) -> bool:
         return False
     ops = choose_operations(run.config, run.ranks)
     run.evaluator.use(ops)
-    run.training.change(run.config, run.ranks, ops)
+    run.training.change(before, run.config, run.ranks, ops)
     continue_counting(run.events, run.schedule)
     run.batches.change(step)
     return True

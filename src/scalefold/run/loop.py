@@ -137,7 +137,9 @@ def counted_kernels(run: Run) -> Iterator[None]:
 
 
 def warm_up_step(run: Run) -> None:
-    """The training step's part of it, also at the beginning of a later phase."""
+    """The training step's part of it, also at the beginning of a later phase that has a step of its own."""
+    if run.training.step.warm:
+        return
     run.ranks.watch.at("warm-up")
     if run.config.execution.warm_up or run.config.execution.cuda_graphs:
         passes = run.config.data.num_recycling_iters + 1
@@ -180,7 +182,12 @@ def report_loading(run: Run) -> None:
 def window(run: Run, steps: StepLog) -> Window:
     """The steps that this rank profiles, usually none."""
     r, ranks = run.config.run, run.ranks
-    return Window(r.profile, r.run_dir, ranks.rank, ranks.device, lambda: spans(run, steps), steps.pause)
+
+    def settle() -> None:
+        run.stops.wait()
+        run.saves.wait()
+
+    return Window(r.profile, r.run_dir, ranks.rank, ranks.device, lambda: spans(run, steps), settle, steps.pause)
 
 
 def spans(run: Run, steps: StepLog) -> list[Span]:

@@ -35,6 +35,10 @@ class Stops:
         """0, TARGET_REACHED, STOP_REQUESTED (a signal to rank 0) or PHASE_REACHED."""
         return self._signal.poll()
 
+    def wait(self) -> None:
+        """For the exchange of codes under way."""
+        self._signal.wait()
+
     def _decide(self) -> int:
         if self.evaluator.poll():
             return TARGET_REACHED

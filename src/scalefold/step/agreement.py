@@ -88,6 +88,11 @@ class Agreement:
             raise TrainingError(self._who_differs(flight))
         self.last_step = flight.step
 
+    def wait(self) -> None:
+        """For the exchange under way, if all ranks have begun one; ``advance`` judges it."""
+        if self._flight is not None and self._flight.work is not None:
+            self._flight.work.wait()
+
     def settle(self) -> None:
         """Wait for the comparison under way.
 

@@ -66,6 +66,11 @@ def adds_gradients(config: Config) -> bool:
     return config.local_batch_size > config.micro_batch_size or config.training.gradient_accumulation_steps > 1
 
 
+def batch_sizes(config: Config) -> tuple[int, int]:
+    """Samples of an iteration on a replica, and how many of them are computed at once: a step is made for both."""
+    return config.local_batch_size, config.micro_batch_size
+
+
 def flat_layout(config: Config, model: nn.Module, layout: RankLayout) -> FlatLayout:
     """Where each parameter of ``model`` lies in a flat buffer; the same on all ranks of a run."""
     return FlatLayout(model, partial(compute_dtype, config), scale_of(layout))
@@ -140,10 +145,13 @@ class Training:
             return "none"
         return "library" if self.dap_group.direct is None else "direct"
 
-    def change(self, config: Config, ranks: Ranks, ops: Operations) -> None:
-        """Go on with the operations, rate and batch of another phase."""
+    def change(self, before: Config, config: Config, ranks: Ranks, ops: Operations) -> None:
+        """Go on with the operations, rate and batch of another phase; the rate alone leaves the step as it is."""
+        self.optimizer.config = config.training
+        if ops is self.optimizer.ops and batch_sizes(config) == batch_sizes(before):
+            return
         use_operations(self.model, ops)
-        self.optimizer.config, self.optimizer.ops = config.training, ops
+        self.optimizer.ops = ops
         self.step.close()
         self.step = build_step(config, self.model, self.optimizer, ranks, self.step.reducer)
 

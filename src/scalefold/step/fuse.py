@@ -3,7 +3,8 @@
 The trunk's blocks have kernels of their own (``scalefold.kernels``). Everything else is many small element-wise
 operations and reductions; here each region of them, a finished callable, is replaced from outside by its compiled
 form. Shapes are static, so only the training model is fused: evaluation sees another length with every chain. Random
-numbers are drawn outside the regions, so seeding has the same effect with and without fusion.
+numbers are drawn outside the regions, so seeding has the same effect with and without fusion. The compiler is imported
+where something is fused: it takes a second.
 """
 
 import logging
@@ -14,9 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import config as dynamo_config
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor import config as inductor_config
 
 from scalefold.kernels.table import REFERENCE, use_operations
 
@@ -50,14 +48,16 @@ class Region:
     """A callable that compiles itself when first called, and stays plain, with a warning, if it cannot be compiled."""
 
     def __init__(self, name: str, plain: Callable[..., Any], backend: str = "inductor") -> None:
-        self.name, self.plain = name, plain
+        from torch._dynamo.exc import TorchDynamoException
+
+        self.name, self.plain, self._refusal = name, plain, TorchDynamoException
         self.compiled: Callable[..., Any] | None = torch.compile(plain, fullgraph=True, dynamic=False, backend=backend)
 
     def __call__(self, *args: Any) -> Any:
         if self.compiled is not None:
             try:
                 return self.compiled(*args)
-            except TorchDynamoException as error:
+            except self._refusal as error:
                 self.compiled = None
                 log.warning("fusion: %s stays plain: %s", self.name, first_line(error))
         return self.plain(*args)
@@ -65,6 +65,9 @@ class Region:
 
 def can_fuse(device: torch.device) -> bool:
     """Whether the compiler works here: a small function, forward and backward; the reason is logged if not."""
+    from torch._dynamo import config as dynamo_config
+    from torch._inductor import config as inductor_config
+
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         inductor_config.compile_threads = min(MAX_COMPILE_THREADS, os.cpu_count() or 1)
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MAX_VARIANTS)

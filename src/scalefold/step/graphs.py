@@ -56,6 +56,7 @@ class TrainStep:
         self.names: tuple[str, ...] = ()
         self.own: Tensor | None = None
         self.side: Side | None = None
+        self.warm = False
 
     def __call__(self, batch: Batch, passes: int, step: int) -> Tensor:
         """Run iteration ``step`` (from 1) on a batch on the device whose size is a multiple of the micro batch.
@@ -84,6 +85,7 @@ class TrainStep:
                 progress(f"warming up {r}/{passes}: a step with {r} passes")
                 for step in range(1, self.accumulation + 1):
                     self(batch, r, step)
+        self.warm = True
 
     def close(self) -> None:
         """Let go of what the device holds for this step; it cannot be called again."""
@@ -150,12 +152,18 @@ class GraphedTrainStep(TrainStep):
             for r in range(passes, 0, -1):
                 progress(f"capturing {passes - r + 1}/{passes}: a step with {r} passes")
                 self._capture(r, total, stream)
+        self.warm = True
 
     def close(self) -> None:
-        """Destroy the graphs: as long as one lives, so do the communicators that it uses."""
+        """Destroy the graphs: as long as one lives, so do the communicators that it uses.
+
+        Their memory goes back to the device: the steps that the next capture runs first could not use it.
+        """
         for graph in (*self._graphs.values(), *([self._update_graph] if self._update_graph is not None else [])):
             graph.reset()
         self._graphs, self._values, self._update_graph, self._input, self._pool = {}, {}, None, None, None
+        self.warm = False
+        torch.cuda.empty_cache()
 
     def _part(self, batch: Batch, number: int, passes: int, index: int, total: int) -> Tensor:
         assert self._input is not None, "warm_up comes first"

@@ -81,6 +81,10 @@ class Saves:
                 self.writer.set_aside(self._agreement.last_step)
             raise
 
+    def wait(self) -> None:
+        """For what the ranks exchange at this moment to be compared."""
+        self._agreement.wait()
+
     def _tell(self, written: Written | None) -> None:
         if written is not None:
             times = {"stall_ms": round(written.stall_ms, 3), "write_s": round(written.write_s, 3)}

@@ -35,6 +35,8 @@ class Window:
         rank: of this process.
         device: of this process.
         spans: what to name, asked for when the window opens.
+        settle: called before what was recorded is collected: waits for what threads of the library still exchange. One
+            that begins to record meanwhile would cost the events of other threads, the loop's among them.
         pause: called when the trace has been written, which takes seconds that no step should be charged with.
     """
 
@@ -45,11 +47,12 @@ class Window:
         rank: int,
         device: torch.device,
         spans: Callable[[], Sequence[Span]],
+        settle: Callable[[], None],
         pause: Callable[[], None],
     ) -> None:
         self.steps = profile.window if rank in profile.ranks else range(0)
         self.folder, self.rank = run_dir / PROFILE_FOLDER, rank
-        self.spans, self.pause = spans, pause
+        self.spans, self.settle, self.pause = spans, settle, pause
         self.on_gpu = device.type == "cuda"
         self.under_nsys = self.on_gpu and UNDER_NSYS in os.environ
         self._seen: list[int] = []
@@ -106,6 +109,7 @@ class Window:
         for owner, method in self._named:
             delattr(owner, method)  # the class's own is seen again
         self._named = []
+        self.settle()
         if self.on_gpu:
             torch.cuda.synchronize()
         if self._profiler is not None:

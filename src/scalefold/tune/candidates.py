@@ -7,7 +7,6 @@ The lists hold what has won or come close on some GPU at some shape; a kernel wi
 import itertools
 from collections.abc import Callable, Iterable
 
-from scalefold.kernels import tuning
 from scalefold.kernels.hopper.attention import forward_default, keys_default
 from scalefold.kernels.tuning import Config, Fields, tile_config
 from scalefold.kernels.weight_gradient import NARROWEST
@@ -243,7 +242,12 @@ def space(name: str, fields: Fields) -> list[Config]:
     found = list(listed)
     for members in forms.values():
         found += _grid(members)
-    return [dict(items) for items in dict.fromkeys(tuple(sorted(config.items())) for config in found)]
+    return [dict(items) for items in dict.fromkeys(tuple(sorted(c.items())) for c in found if not _stands_still(c))]
+
+
+def _stands_still(config: Config) -> bool:
+    """Whether a GPU would never end it: with one slot a Gluon program waits for a row that nobody may fetch."""
+    return bool(config.get("HOPPER")) and config.get("STAGES", 2) < 2
 
 
 def _form(config: Config) -> tuple[tuple[str, ...], ...]:
@@ -260,6 +264,8 @@ def _grid(members: list[Config]) -> list[Config]:
 
 def neighbours(config: Config) -> list[Config]:
     """One parameter a step up or down, tile and warps together, or the registers of a thread limited."""
+    if config.get("HOPPER") == 0:  # the Triton program, whose launch parameters are another kernel's
+        return []
     found: list[Config] = []
     for name, value in config.items():
         if name in ("num_stages", "STAGES"):
@@ -273,10 +279,4 @@ def neighbours(config: Config) -> list[Config]:
         found += [config | {"maxnreg": n} for n in REGISTERS]
         found += [config | {rows: config[rows] // 2, "num_warps": config["num_warps"] // 2}]
         found += [config | {rows: config[rows] * 2, "num_warps": config["num_warps"] * 2}]
-    return [c for c in found if 1 <= c.get("num_warps", 1) <= 16]
-
-
-def candidates(name: str, **fields: int | str) -> list[Config]:
-    """What a sweep should time for a problem: the present choice first, then the kernel's candidates."""
-    present = tuning.lookup(name, **fields)
-    return [present] + [config for config in CANDIDATES[name](fields) if config != present]
+    return [c for c in found if 1 <= c.get("num_warps", 1) <= 16 and not _stands_still(c)]

@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from scalefold.tune.programs import (
     daps_of,
     find_problems,
     operations_of,
+    processors,
     run_once,
     start_worker,
 )
@@ -51,6 +51,7 @@ class Request:
 
     Attributes:
         kernels: parts of names; empty: all.
+        workers: processes that compile; 0: all processors but one.
         model: file of a fitted model, made here if it is absent; None: fit anew, keep nothing.
         alone: search without history.
         out: folder for table, picture and a copy of the choices.
@@ -61,7 +62,7 @@ class Request:
     lengths: tuple[int, ...] = ()
     missing: bool = False
     minutes: float = 6.0
-    workers: int = max(1, (os.cpu_count() or 2) - 1)
+    workers: int = 0
     model: Path | None = None
     alone: bool = False
     histories: tuple[Path, ...] = ()
@@ -69,17 +70,20 @@ class Request:
 
 
 class Processes:
-    """Workers that compile without a GPU; a pool that broke is made anew."""
+    """Workers that compile without a GPU, 0: all processors but one. A pool that broke is made anew."""
 
-    def __init__(self, request: Request) -> None:
-        self.slots = request.workers + 2
-        self._state = (list(request.daps), list(request.lengths), tuning.capability())
-        self._workers = request.workers
+    def __init__(self, daps: Sequence[int], lengths: Sequence[int], workers: int) -> None:
+        self._workers = workers or max(1, processors() - 1)
+        self.slots = self._workers + 2
+        self._state = (list(daps), list(lengths), tuning.capability(), tuning.device_kind())
         self._pool = self._new()
 
     def _new(self) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._workers, context, start_worker, self._state)
+        pool = ProcessPoolExecutor(self._workers, context, start_worker, self._state)
+        for _ in range(self._workers):
+            pool.submit(int)  # a call that finds no idle process starts one
+        return pool
 
     def submit(self, problem: Problem, config: Config) -> "Future[Program]":
         """Compile a candidate some time."""
@@ -122,12 +126,15 @@ def advice(request: Request, note: Note) -> Forest | None:
 
 
 def unique_problems(cases: list[Case]) -> list[Problem]:
-    """What all cases look up, each once, in the case with most calls."""
-    found: dict[tuple[str, str], Problem] = {}
+    """What all cases look up, each once, in the case with most calls.
+
+    The first of each case come first: compiling one leaves all kernels of its case in the cache for the others.
+    """
+    found: dict[tuple[str, str], tuple[int, Problem]] = {}
     for n in sorted(range(len(cases)), key=lambda n: -cases[n].calls):
-        for problem in find_problems(cases, n):
-            found.setdefault(problem.key, problem)
-    return list(found.values())
+        for turn, problem in enumerate(find_problems(cases, n)):
+            found.setdefault(problem.key, (turn, problem))
+    return [problem for _, problem in sorted(found.values(), key=lambda item: item[0])]
 
 
 def chosen_problems(cases: list[Case], request: Request) -> list[Problem]:
@@ -168,34 +175,42 @@ def first_columns(problems: Sequence[Problem], cases: list[Case], daps: Sequence
 def tune(request: Request, note: Note = print) -> list[dict[str, object]]:
     """Search on this machine's GPU, save what wins, write table and picture; the rows of the table.
 
-    Raises ConfigError: no GPU, nothing to tune, or no scikit-learn and no model.
+    Raises ConfigError: no GPU, nothing to tune, or no scikit-learn and no model; DeviceError: the GPU has failed.
     """
     if not torch.cuda.is_available():
         raise ConfigError("tune: no CUDA device: launch parameters are chosen where they are used")
     begin, limit = time.monotonic(), 60 * request.minutes
-    cases, daps = all_cases(list(request.daps), list(request.lengths)), daps_of(request.daps, request.lengths)
-    problems = chosen_problems(cases, request)
-    processes = Processes(request)
+    processes = Processes(request.daps, request.lengths, request.workers)
     try:
-        forest, own = advice(request, note), _own_and_others(request)[0]
-        columns = first_columns(problems, cases, daps)
-        soughts = [
-            seek_problem(problem, row, configs_of(problem), forest)
-            for problem, row in zip(problems, columns, strict=True)
-        ]
-        resumed = sum(sought.resume(own) for sought in soughts)
-        note(f"{len(soughts)} problems, {resumed} trials of an earlier call, after {time.monotonic() - begin:.0f} s")
+        cases, daps = all_cases(list(request.daps), list(request.lengths)), daps_of(request.daps, request.lengths)
+        soughts = _all_sought(cases, daps, request, note)
+        note(f"{len(soughts)} problems after {time.monotonic() - begin:.0f} s")
         device = Device(cases)
         sweep = Sweep(soughts, device, processes, trials.own_file(), note)
         why = sweep.run(begin + SEARCH_SHARE * limit)
         note(f"{why} after {time.monotonic() - begin:.0f} s and {len(sweep.trial_seconds)} trials")
     finally:
         processes.close()
-    rows = sweep.choose(begin + CHOICES_SHARE * limit)
-    note(_shares(soughts, rows, device, cases, daps))
-    _keep(request, rows)
-    note(f"{len(rows)} of {len(problems)} problems settled in {time.monotonic() - begin:.0f} s")
+        _copy(request.out)
+    rows = []
+    for row in sweep.choose(begin + CHOICES_SHARE * limit):
+        rows.append(row)
+        _keep(request.out, row)
+    note(f"{len(rows)} of {len(soughts)} problems settled after {time.monotonic() - begin:.0f} s")
+    note(_shares(soughts, rows, device, cases, daps, begin + limit))
+    _picture(request.out, note)
     return rows
+
+
+def _all_sought(cases: list[Case], daps: Sequence[int], request: Request, note: Note) -> list[Sought]:
+    """All searches, with what an earlier call has found."""
+    problems = chosen_problems(cases, request)
+    columns = first_columns(problems, cases, daps)
+    forest, own = advice(request, note), _own_and_others(request)[0]
+    soughts = [seek_problem(p, row, configs_of(p), forest) for p, row in zip(problems, columns, strict=True)]
+    resumed = sum(sought.resume(own) for sought in soughts)
+    note(f"{resumed} trials of an earlier call")
+    return soughts
 
 
 def _own_and_others(request: Request) -> tuple[list[Trial], list[Trial]]:
@@ -219,22 +234,32 @@ def presents(soughts: list[Sought]) -> Iterator[None]:
 
 
 def _shares(
-    soughts: list[Sought], rows: list[dict[str, object]], device: Device, cases: list[Case], daps: Sequence[int]
+    soughts: list[Sought],
+    rows: list[dict[str, object]],
+    device: Device,
+    cases: list[Case],
+    daps: Sequence[int],
+    deadline: float,
 ) -> str:
     """Summed operations of a training step before and after; each that changed is timed with both choices."""
-    changed = {str(row["operation"]) for row in rows if row["best_us"] != row["default_us"]}
+    names = [str(row["operation"]) for row in rows if row["best_us"] != row["default_us"]]
+    changed = [n for n, case in enumerate(cases) if case.calls and case.name in names]
     totals: dict[int, list[float]] = {}
-    for n, case in enumerate(cases):
-        if case.calls and case.name in changed:
-            with presents(soughts):
-                before = _operation_us(device, n)
-            total = totals.setdefault(daps[n], [0.0, 0.0])
-            total[0] += case.calls * before / 1000
-            total[1] += case.calls * _operation_us(device, n) / 1000
+    left = sorted(changed, key=lambda n: -names.index(cases[n].name))  # the largest gains are its end
+    while left and time.monotonic() < deadline:
+        n = left.pop()
+        with presents(soughts):
+            before = _operation_us(device, n)
+        total = totals.setdefault(daps[n], [0.0, 0.0])
+        total[0] += cases[n].calls * before / 1000
+        total[1] += cases[n].calls * _operation_us(device, n) / 1000
     lines = [
         f"DAP {dap}: operations with other choices take {a:.2f} ms before, {b:.2f} ms after ({b / a - 1:+.1%})"
         for dap, (a, b) in sorted(totals.items())
     ]
+    lines += (
+        [f"the time is over: {len(left)} of {len(changed)} changed operations were not timed again"] if left else []
+    )
     return "\n".join(lines) or "no operation has another choice"
 
 
@@ -243,26 +268,37 @@ def _operation_us(device: Device, case: int) -> float:
     return graph_microseconds(lambda: run_once(inputs, True), 4 * REPLAYS, 1)
 
 
-def _keep(request: Request, rows: list[dict[str, object]]) -> None:
-    """Table, picture and a copy of the choices in the folder of the request."""
-    request.out.mkdir(parents=True, exist_ok=True)
-    if rows:
-        texts = [{**trials.facts(), **row, "config": json.dumps(row["config"], sort_keys=True)} for row in rows]
-        _append(request.out / "tuning.csv", texts)
+def _keep(out: Path, row: dict[str, object]) -> None:
+    """A settled problem: its row of the table, and the copies with it."""
+    _copy(out)
+    _append(out / "tuning.csv", {**trials.facts(), **row, "config": json.dumps(row["config"], sort_keys=True)})
+
+
+def _copy(out: Path) -> None:
+    """Copies of choices and trials in the folder of the request."""
     for file in (tuning.TABLES / f"{tuning.device_kind()}.json", trials.own_file()):
         if file.is_file():
-            shutil.copy(file, request.out)
-    if trials.own_file().is_file():
-        draw(trials.read(trials.own_file()), request.out / "tuning.svg")
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, out)
 
 
-def _append(file: Path, rows: list[dict[str, object]]) -> None:
+def _picture(out: Path, note: Note) -> None:
+    """What the search came to, if it can be drawn: everything else is there by now."""
+    if not trials.own_file().is_file():
+        return
+    try:
+        draw(trials.read(trials.own_file()), out / "tuning.svg")
+    except ImportError as error:
+        note(f"no picture: {error}")
+
+
+def _append(file: Path, row: dict[str, object]) -> None:
     new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(stream, list(row), lineterminator="\n")
         if new:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerow(row)
 
 
 def table_text(rows: list[dict[str, object]]) -> str:

@@ -1,5 +1,6 @@
 """One trial on the GPU of this process: does the candidate run, agree, repeat its bits, and how long does it take?"""
 
+import gc
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,7 @@ class Device:
         self._built = -1
         self._inputs: Inputs | None = None
         self._expected: dict[bool, list[Tensor]] = {}
+        gc.freeze()  # each capture collects garbage: what exists by now is none
 
     def inputs(self, case: int) -> Inputs:
         """Inputs of a case; those of the case before are let go."""
@@ -67,3 +69,12 @@ class Device:
             return Outcome(us, ("differ" if differing else "equal") if repeats else "", "")
         except Exception as error:  # what does not launch here is not for this GPU
             return Outcome(None, "", f"{type(error).__name__}: {error}".splitlines()[0][:120])
+
+    @property
+    def works(self) -> bool:
+        """Whether the GPU still answers this process: an access to memory that is not there ends that for good."""
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+        return True

@@ -6,13 +6,14 @@ itself launches it reads registers, spills and shared memory from the machine co
 """
 
 import functools
+import io
 import math
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from scalefold.kernels.table import REFERENCE
 from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, on_device, outputs_of, training_cases
 from scalefold.tune.sound.rings import ring_faults, unguarded_refills
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors in a period of time, or "max"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use (CUDA programming guide)
 
 
@@ -68,6 +70,13 @@ class _Launch:
     programs: int
     moved_bytes: int
     own: bool
+
+
+def processors() -> int:
+    """Processors that this process may use: those it may run on, or its container's quota if that is less."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = (CPU_QUOTA.read_text(encoding="ascii") if CPU_QUOTA.is_file() else "max").partition(" ")
+    return allowed if quota.strip() == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
 def all_cases(daps: list[int], lengths: list[int]) -> list[Case]:
@@ -154,19 +163,21 @@ _worker_cases: list[Case] = []
 _worker = ExitStack()
 
 
-def start_worker(daps: list[int], lengths: list[int], capability: int) -> None:
-    """State of a process that compiles: the list of cases, and no GPU."""
+def start_worker(daps: list[int], lengths: list[int], capability: int, device_kind: str) -> None:
+    """State of a process that compiles: the list of cases, the tables of the GPU that it compiles for, and no GPU."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.nice(5)  # the process that times comes first
     torch.set_num_threads(1)
+    tuning._device_capability, tuning.device_kind = (lambda: capability), (lambda: device_kind)
     _worker_cases.extend(all_cases(daps, lengths))
     _worker.enter_context(compiling_for(capability))
     triton_ops.device_obstacle = lambda device: None
 
 
 def compile_task(problem: Problem, config: tuning.Config) -> Program:
-    """``compile_candidate`` in a worker."""
-    return compile_candidate(problem, config, _worker_cases[problem.case])
+    """``compile_candidate`` in a worker; what the compiler prints of a failure, whole programs, is nobody's to read."""
+    with redirect_stdout(io.StringIO()):
+        return compile_candidate(problem, config, _worker_cases[problem.case])
 
 
 def compile_case(n: int) -> None:

@@ -8,7 +8,7 @@ on from these rows. What does not compile, does not fit, spills or races never r
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Protocol
 
 import numpy as np
 
+from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
 from scalefold.kernels.tuning import Config
 from scalefold.tune import trials
+from scalefold.tune.device import Outcome
 from scalefold.tune.model import Forest
 from scalefold.tune.programs import Problem, Program
 from scalefold.tune.search import Prior, Search, places_of
@@ -34,19 +36,11 @@ FINALISTS = 3
 CLOCK_S = 0.25  # a trial, until some were timed
 
 
-class Outcome(Protocol):
-    """What a device says of a trial."""
-
-    @property
-    def us(self) -> float | None: ...
-    @property
-    def bits(self) -> str: ...
-    @property
-    def error(self) -> str: ...
-
-
 class Tries(Protocol):
-    """A device, or a record of one."""
+    """A device, or a record of one; ``works``: whether it will try more."""
+
+    @property
+    def works(self) -> bool: ...
 
     def try_out(self, problem: Problem, config: Config, repeats: int) -> Outcome: ...
 
@@ -238,21 +232,29 @@ class Sweep:
         begin = self.clock()
         config = parse_config(sought.blanks[candidate].config)
         outcome = self.device.try_out(sought.problem, config, SEARCH_REPEATS)
-        row = sought.tried(candidate, outcome.us, outcome.bits, outcome.error)
-        trials.append(self.file, [row])
+        row = self._keep(sought, candidate, outcome)
         self.trial_seconds.append(self.clock() - begin)
         self.note(f"{row.kernel} {row.problem}: {row.us} us {row.config} {row.error}")
 
-    def choose(self, deadline: float) -> list[dict[str, object]]:
-        """Settle every problem that was searched and save its choice; one row of ``tuning.csv`` each."""
-        rows = []
+    def _keep(self, sought: Sought, candidate: int, outcome: Outcome) -> Trial:
+        """The row of a trial, on the disk; DeviceError if it was the last one that this process can make."""
+        row = sought.tried(candidate, *outcome)
+        trials.append(self.file, [row])
+        if row.error and not self.device.works:
+            raise DeviceError(
+                f"tune: {row.kernel} {row.problem}: the GPU fails with {row.config} ({row.error}), which is kept as a "
+                f"trial that failed; the same command goes on after it"
+            )
+        return row
+
+    def choose(self, deadline: float) -> Iterator[dict[str, object]]:
+        """Settle every problem that was searched, the largest gains first, and save its choice; a row each."""
         for sought in sorted(self.soughts, key=lambda s: -_hoped(s)):
             if len(sought.search.tried) > 1 and self.clock() < deadline:
                 config, times = self._settle(sought)
                 if config is not None:
                     tuning.save(tuning.device_kind(), {sought.problem.kernel: {sought.problem.key[1]: config}})
-                    rows.append(_table_row(sought, config, times))
-        return rows
+                    yield _table_row(sought, config, times)
 
     def _settle(self, sought: Sought) -> tuple[Config | None, tuple[float, float]]:
         """The choice, and the times of the present one and of it: finalists are run again, with all repeats."""
@@ -281,7 +283,7 @@ class Sweep:
         config = parse_config(sought.blanks[candidate].config)
         outcome = self.device.try_out(sought.problem, config, REPEATS)
         if outcome.us is None or outcome.bits == "differ":
-            trials.append(self.file, [sought.tried(candidate, outcome.us, outcome.bits, outcome.error)])
+            self._keep(sought, candidate, outcome)
             self.note(f"{sought.problem.kernel}: {config} is dropped: {outcome.error or 'its bits differ'}")
             return None
         return outcome.us

@@ -1,5 +1,6 @@
 """Worker processes behind a PyTorch data loader, which end with the process that trains."""
 
+import atexit
 import contextlib
 import os
 import select
@@ -169,5 +170,7 @@ class Workers:
         if iterator is not None:
             end_stopped(workers)
             iterator._shutdown_workers()  # type: ignore[attr-defined]
+            # before 2.13, PyTorch would keep those that feed page-locked memory, and their pipes, to its very end
+            atexit.unregister(getattr(iterator, "_clean_up_worker", None))  # type: ignore[arg-type]
             for worker in workers:
                 worker.kill()

@@ -10,6 +10,7 @@ otherwise than ``instructions.sigmoid``, which would change the bits of runs.
 import triton
 import triton.language as tl
 
+from scalefold.kernels.instructions import rounded_product
 from scalefold.kernels.rows import load_vector, normalise, normalise_gradient, scale_and_shift
 
 
@@ -90,7 +91,7 @@ def _keys_or_values(base, s, rows_s, KV: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _scores(keys, q, keep, s, rows_s, inf_log2):
     """Logits in base 2, fp32 [len(s), H]; q holds scale and log2(e)."""
-    logits = tl.sum(keys[:, None, :] * q[None, :, :], 2) + (keep * inf_log2 - inf_log2)[:, None]
+    logits = tl.sum(rounded_product(keys[:, None, :], q[None, :, :]), 2) + (keep * inf_log2 - inf_log2)[:, None]
     return tl.where((s < rows_s)[:, None], logits, float("-inf"))
 
 
@@ -112,7 +113,7 @@ def attend_columns(
     average = _sum_partials(partial, chunks, column, tl.num_programs(0), C) * reciprocal
     average = average.to(mean.dtype.element_ty)
     tl.store(mean + column * C + tl.arange(0, C), average)
-    projected = tl.sum(_matrix(weight_q, H * D, C).to(tl.float32) * average.to(tl.float32)[None, :], 1)
+    projected = tl.sum(rounded_product(_matrix(weight_q, H * D, C).to(tl.float32), average.to(tl.float32)[None, :]), 1)
     projected = projected.to(q.dtype.element_ty)
     tl.store(q + column * (H * D) + tl.arange(0, H * D), projected)
     query = tl.reshape(projected.to(tl.float32), [H, D]) * scale_log2
@@ -230,7 +231,7 @@ def attend_columns_backward(
     heads = column * (3 * H) + tl.arange(0, H)
     lse, rest = tl.load(statistics + heads), tl.load(statistics + heads + H)
     d_o = _sum_partials(partial, chunks, column, tl.num_programs(0), H * D)
-    delta = tl.sum(tl.reshape(d_o * tl.load(o + flat).to(tl.float32), [H, D]), 1)
+    delta = tl.sum(tl.reshape(rounded_product(d_o, tl.load(o + flat).to(tl.float32)), [H, D]), 1)
     d_o = tl.reshape(d_o, [H, D])
     query = tl.reshape(tl.load(q + flat).to(tl.float32), [H, D])
     d_query = tl.zeros([BLOCK_S, H, D], tl.float32)
@@ -241,18 +242,18 @@ def attend_columns_backward(
         values = _keys_or_values(kv + D, s, rows_s, KV, D)
         logits = _scores(keys, query * scale_log2, keep, s, rows_s, inf_log2)
         weights = tl.exp2(logits - lse[None, :]) * rest[None, :]
-        d_weights = tl.sum(values[:, None, :] * d_o[None, :, :], 2)
+        d_weights = tl.sum(rounded_product(values[:, None, :], d_o[None, :, :]), 2)
         d_logits = weights * (d_weights - delta[None, :]) * scale
         d_query += d_logits[:, :, None] * keys[:, None, :]
-        d_values = tl.sum(weights[:, :, None] * d_o[None, :, :], 1)
-        d_keys = tl.sum(d_logits[:, :, None] * query[None, :, :], 1)
+        d_values = tl.sum(rounded_product(weights[:, :, None], d_o[None, :, :]), 1)
+        d_keys = tl.sum(rounded_product(d_logits[:, :, None], query[None, :, :]), 1)
         where = s[:, None] * KV + tl.arange(0, D)[None, :]
         inside = (s < rows_s)[:, None]
         tl.store(d_kv + where, d_keys.to(d_kv.dtype.element_ty), mask=inside)
         tl.store(d_kv + where + D, d_values.to(d_kv.dtype.element_ty), mask=inside)
     gradient = tl.reshape(tl.sum(d_query, 0), [H * D]).to(d_q.dtype.element_ty)
     tl.store(d_q + flat, gradient)
-    d_average = tl.sum(_matrix(weight_q, H * D, C).to(tl.float32) * gradient.to(tl.float32)[:, None], 0)
+    d_average = tl.sum(rounded_product(_matrix(weight_q, H * D, C).to(tl.float32), gradient.to(tl.float32)[:, None]), 0)
     reciprocal = tl.load(statistics + column * (3 * H) + 2 * H)
     tl.store(d_mean + column * C + tl.arange(0, C), d_average * reciprocal)
 

@@ -1,0 +1,63 @@
+"""The script of a live tuning run: shares of a step are timed with the choices, without them, and nothing is left."""
+
+import argparse
+import csv
+import importlib
+
+import pytest
+
+pytest.importorskip("triton")
+
+from scalefold.kernels import tuning
+
+
+@pytest.fixture
+def script(repository, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    tuning_live = importlib.import_module("tuning_live")
+    monkeypatch.setattr(tuning, "TABLES", tmp_path)
+    monkeypatch.setattr(tuning, "device_kind", lambda: "a_gpu")
+    return tuning_live
+
+
+@pytest.mark.parametrize("present", ["{}", None])
+def test_the_table_of_the_device_comes_back_whatever_happens(script, tmp_path, present):
+    table, choices = tmp_path / "a_gpu.json", tmp_path / "choices.json"
+    choices.write_text('{"layer_norm_forward": {}}')
+    if present is not None:
+        table.write_text(present)
+    with script.choices_in_force(None):
+        assert not table.exists()
+
+    def stopped():
+        with script.choices_in_force(choices):
+            assert table.read_text() == choices.read_text()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert (table.read_text() if table.exists() else None) == present
+
+
+def arguments(tmp_path, minutes):
+    choices = tmp_path / "choices.json"
+    choices.write_text("{}")
+    return argparse.Namespace(shares=choices, dap=[4, 8], minutes=minutes, csv=tmp_path / "live.csv", small=False)
+
+
+def test_shares_are_timed_without_with_and_without_the_choices_again(script, tmp_path, monkeypatch):
+    table = tmp_path / "a_gpu.json"
+    seen = []
+    monkeypatch.setattr(script, "share_rows", lambda *a: seen.append(table.exists()) or [{"dap": "4", "ms": "1.0"}])
+    assert script.time_shares(arguments(tmp_path, 5.0))
+    assert seen == [False, True, False]
+    with (tmp_path / "live.csv").open() as stream:
+        assert [row["choices"] for row in csv.DictReader(stream)] == ["before", "after", "before"]
+
+
+def test_a_turn_without_time_is_left_out_and_said(script, tmp_path, monkeypatch, capsys):
+    ticks = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(script.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(script, "share_rows", lambda *a: [{"dap": "4", "ms": "1.0"}])
+    assert not script.time_shares(arguments(tmp_path, 5.0))
+    assert "LEFT OUT" in capsys.readouterr().out

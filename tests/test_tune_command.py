@@ -1,0 +1,163 @@
+"""The whole of ``scalefold tune`` on a recorded device: what it leaves behind, whenever it ends."""
+
+import builtins
+import csv
+import shutil
+
+import pytest
+
+pytest.importorskip("triton")
+
+from recorded_device import Compiled, Record
+from scalefold.kernels import tuning
+from scalefold.tune import command, programs, trials
+from scalefold.tune.command import Request, tune
+from scalefold.tune.programs import Problem, Program
+from scalefold.tune.sweep import REPEATS
+from scalefold.tune.trials import config_text
+
+KERNEL = "layer_norm_forward"
+BEST = {"BLOCK_M": 16, "num_warps": 8}
+
+
+def us_of(config):
+    """Least at BEST."""
+    return 100.0 + 60 * sum(config[name] != value for name, value in BEST.items())
+
+
+def problems_of(cases, n):
+    """The kernel at the rows of a layer norm; what kernels look up cannot be seen in the interpreter."""
+    case = cases[n]
+    fields: dict[str, int | str] = {"rows": 1024 * (n + 1), "c": 128, "dtype": "bfloat16"}
+    return [Problem(KERNEL, fields, n, False)] if case.operation == "layer_norm" else []
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with a recorded GPU and tables of its own; what it is called with is the device that it has."""
+    device = Record(us_of)
+    shutil.copytree(tuning.TABLES, tmp_path / "tuned", ignore=shutil.ignore_patterns("nvidia*"))
+    monkeypatch.setattr(tuning, "TABLES", tmp_path / "tuned")
+    monkeypatch.setattr(tuning, "device_kind", lambda: "a_gpu")
+    monkeypatch.setattr(tuning, "_device_capability", lambda: 90)
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: True)
+    facts = {"date": "d", "device": "A GPU", "torch": "t", "code": "c"}
+    monkeypatch.setattr(trials, "facts", lambda: facts)
+    monkeypatch.setattr(command, "find_problems", problems_of)
+    monkeypatch.setattr(command, "Device", lambda cases: device)
+    monkeypatch.setattr(command, "Processes", lambda *state: Compiled())
+    monkeypatch.setattr(command, "graph_microseconds", lambda call, replays, warm_up: 50.0)
+    monkeypatch.chdir(tmp_path)
+    tuning.table.cache_clear()
+    tuning._resolved.cache_clear()
+    yield device
+    tuning.table.cache_clear()
+    tuning._resolved.cache_clear()
+
+
+def request_for(out, **changed):
+    return Request(**{"kernels": (KERNEL,), "daps": (4, 8), "minutes": 0.5, "alone": True, "out": out, **changed})
+
+
+def table_of(folder):
+    with (folder / "tuning.csv").open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_one_command_leaves_choices_table_picture_and_trials(machine, tmp_path):
+    said = []
+    rows = tune(request_for(tmp_path / "out"), said.append)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "a_gpu.json",
+        "a_gpu_trials.csv",
+        "tuning.csv",
+        "tuning.svg",
+    }
+    chosen = tuning.read_table(tmp_path / "out" / "a_gpu.json")[KERNEL]
+    assert len(chosen) == len(rows) == len(table_of(tmp_path / "out")) > 2
+    assert all(config == BEST for config in chosen.values())
+    assert any("DAP 8: operations with other choices take" in text for text in said)
+
+
+def test_what_was_settled_before_a_kill_is_in_the_folder(machine, tmp_path):
+    """The tables of the package stay on the machine, but a job may keep no more than its output folder."""
+    tries, finals = machine.try_out, []
+
+    def killed(problem, config, repeats):
+        finals.extend([config] if repeats == REPEATS else [])
+        if len(finals) > 3:  # a present choice and its finalist, then a second problem is under way
+            raise KeyboardInterrupt
+        return tries(problem, config, repeats)
+
+    machine.try_out = killed
+    with pytest.raises(KeyboardInterrupt):
+        tune(request_for(tmp_path / "out"), lambda text: None)
+    assert len(table_of(tmp_path / "out")) == 1
+    assert len(tuning.read_table(tmp_path / "out" / "a_gpu.json")[KERNEL]) == 1
+    assert trials.read(tmp_path / "out" / "a_gpu_trials.csv")
+
+
+def test_trials_of_a_search_that_was_killed_are_in_the_folder(machine, tmp_path):
+    machine.dies_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        tune(request_for(tmp_path / "out"), lambda text: None)
+    assert len(trials.read(tmp_path / "out" / "a_gpu_trials.csv")) == 5
+
+
+def test_a_second_call_tries_nothing_again_that_was_tried(machine, tmp_path):
+    tune(request_for(tmp_path / "out"), lambda text: None)
+    before = {(row.key, row.config) for row in trials.read(trials.own_file())}
+    first = len(machine.asked)
+    tune(request_for(tmp_path / "out"), lambda text: None)
+    after = [(row.key, row.config) for row in trials.read(trials.own_file())]
+    assert len(after) == len(set(after))
+    assert before <= set(after)
+    assert len(machine.asked) - first < first
+
+
+def test_a_machine_without_matplotlib_gets_no_picture_and_all_the_rest(machine, tmp_path, monkeypatch):
+    original, said = builtins.__import__, []
+
+    def without(name, *arguments, **named):
+        if name.startswith("matplotlib"):
+            raise ImportError("No module named 'matplotlib'")
+        return original(name, *arguments, **named)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert tune(request_for(tmp_path / "out"), said.append)
+    assert said[-1] == "no picture: No module named 'matplotlib'"
+    assert table_of(tmp_path / "out")
+
+
+def test_where_the_time_is_over_the_sums_say_what_they_lack(machine, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(command, "CHOICES_SHARE", 1e4)
+    monkeypatch.setattr(command, "SEARCH_SHARE", 1e4)
+    rows = tune(request_for(tmp_path / "out", minutes=0.001), said.append)
+    assert rows
+    assert any("the time is over: " in text and "changed operations were not timed" in text for text in said)
+
+
+def test_processors_are_those_of_the_container(tmp_path, monkeypatch):
+    """A machine shows all of its processors to a container that may use some of them."""
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(programs, "CPU_QUOTA", quota)
+    monkeypatch.setattr(programs.os, "sched_getaffinity", lambda process: set(range(64)))
+    assert programs.processors() == 64
+    quota.write_text("1600000 100000\n")
+    assert programs.processors() == 16
+    quota.write_text("max 100000\n")
+    assert programs.processors() == 64
+    quota.write_text("50000 100000\n")
+    assert programs.processors() == 1
+
+
+def test_nothing_that_does_not_compile_is_in_the_trials_with_a_time(machine, tmp_path, monkeypatch):
+    bad = {"BLOCK_M": 16, "num_warps": 8}
+    unfit = Compiled(lambda config: Program(error="does not compile" if config == bad else "", programs=64))
+    monkeypatch.setattr(command, "Processes", lambda *state: unfit)
+    tune(request_for(tmp_path / "out"), lambda text: None)
+    assert config_text(bad) not in {text for text, _ in machine.asked}
+    rows = [row for row in trials.read(trials.own_file()) if row.config == config_text(bad)]
+    assert rows
+    assert not [row for row in rows if row.us is not None]
