@@ -9,9 +9,7 @@ from scalefold.kernels import tuning
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
     *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
-    *("triangle_hopper_project_gradient", "triangle_hopper_project_weights"),
-    *("transition_hopper_input", "transition_hopper_weights", "triangle_hopper_output_gradient"),
-    "transition_hopper_hidden",
+    *("transition_hopper_input", "transition_hopper_weights", "transition_hopper_hidden"),
     *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
 )
 C = 128
@@ -19,10 +17,8 @@ C = 128
 
 @contextmanager
 def every_program(hopper: int):
-    """The tables prefer Gluon (1) or Triton (0) for all rows, and a triangle's backward that stores nothing."""
-    recomputed = {"RECOMPUTED": 1, **tuning.tile_config((64, 64, 4, 2))}
+    """The tables prefer Gluon (1) or Triton (0) for all rows."""
     with ExitStack() as stack:
-        stack.enter_context(tuning.override("triangle_project_backward", recomputed))
         for name in KERNELS:
             stack.enter_context(tuning.override(name, {"HOPPER": hopper}))
         yield

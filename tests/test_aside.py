@@ -16,6 +16,7 @@ CASES = [
     cases.transition(ROWS, 16, 2, 1),
     cases.triangle_project(ROWS, 16, 1),
     cases.triangle_output(ROWS, 16, 1),
+    cases.triangle_multiplication((1, 16, 16), 16, True, 1),  # both of its parts have the gradient of one layer norm
     cases.outer_product_update(16, 8, 8, 1),
 ]
 
@@ -54,6 +55,19 @@ def said(monkeypatch):
     return told
 
 
+ONES = torch.ones(4)
+
+
+def worked(said, count=1):
+    """Says when it computes so many gradients."""
+
+    def compute():
+        said.append("work")
+        return [ONES] * count
+
+    return compute
+
+
 def side():
     return aside.Side(torch.device("cpu"))
 
@@ -70,27 +84,20 @@ def test_without_a_side_gradients_are_computed_where_they_are_asked_for(said):
 
 def test_work_aside_follows_the_chain_and_the_chain_follows_it_at_the_end(said):
     with side().used():
-        assert aside.gradients([parameter(), None], [torch.ones(2), None], lambda: said.append("work")) is None
+        assert aside.gradients([parameter(), None], [torch.ones(2), None], worked(said, 2)) == [ONES, ONES]
         said.append("more of the chain")
     work = ["side waits for chain", "on side", "work", "off side", "event 0"]
     assert said == [*work, "more of the chain", "chain waits for event 0"]
 
 
 @pytest.mark.parametrize(
-    "make",
-    [
-        lambda known: known,
-        lambda known: torch.zeros(4, requires_grad=True) * 1.0,
-        lambda known: _with_gradient(),
-    ],
-    ids=["second gradient", "no leaf", "gradient to add to"],
+    "make", [lambda: torch.zeros(4, requires_grad=True) * 1.0, lambda: _with_gradient()], ids=["no leaf", "a gradient"]
 )
 def test_gradients_that_the_chain_goes_on_with_are_computed_on_it_after_all_work_aside(said, make):
-    known = parameter()
     with side().used():
-        aside.gradients([known], [], lambda: None)
+        aside.gradients([parameter()], [], worked(said))
         said.clear()
-        aside.gradients([make(known)], [], lambda: said.append("work"))
+        aside.gradients([make()], [], worked(said))
     assert said == ["chain waits for event 0", "work"]
 
 
@@ -104,7 +111,16 @@ def test_the_next_backward_may_take_the_same_parameters_aside(said):
     own, known = side(), parameter()
     for _ in range(2):
         with own.used():
-            aside.gradients([known], [], lambda: said.append("work"))
+            assert aside.gradients([known], [], worked(said)) == [ONES]
+    assert said.count("on side") == 2
+
+
+def test_a_second_gradient_is_added_to_the_first_one_aside(said):
+    known, first, other = parameter(), torch.full((4,), 2.0), torch.zeros(4)
+    with side().used():
+        aside.gradients([known], [], lambda: [first])
+        assert aside.gradients([known, parameter()], [], lambda: [torch.ones(4), other]) == [None, other]
+    assert first.tolist() == [3.0] * 4
     assert said.count("on side") == 2
 
 
@@ -113,7 +129,7 @@ def test_what_unfinished_work_reads_is_kept_until_the_chain_has_waited_for_it(sa
     own = side()
     with own.used():
         for _ in range(3):  # 40 bytes each: the third is too much, and the older half, one, may go
-            aside.gradients([parameter()], [torch.zeros(10)], lambda: None)
+            aside.gradients([parameter()], [torch.zeros(10)], worked(said))
         assert len(own._held) == 2
         assert [text for text in said if text.startswith("chain waits")] == ["chain waits for event 0"]
     assert not own._held
@@ -123,7 +139,7 @@ def test_what_unfinished_work_reads_is_kept_until_the_chain_has_waited_for_it(sa
 def test_a_backward_that_fails_leaves_no_side_in_use(said):
     def broken():
         with side().used():
-            aside.gradients([parameter()], [torch.zeros(1)], lambda: None)
+            aside.gradients([parameter()], [torch.zeros(1)], worked(said))
             raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
@@ -138,8 +154,8 @@ def test_gradients_computed_aside_become_those_of_the_parameters_as_they_are(sai
     found, run = [], aside.Side.run
 
     def noted(self, parameters, read, compute):
-        results = run(self, parameters, read, compute)
-        found.extend(result.data_ptr() for result in results)  # no tensor: one held twice is copied
+        results = list(run(self, parameters, read, compute))
+        found.extend(result.data_ptr() for result in results if result is not None)  # no tensor: a held one is copied
         return results
 
     with cases.on_device("cpu"), pytest.MonkeyPatch.context() as patch:
@@ -156,7 +172,7 @@ def test_gradients_computed_aside_become_those_of_the_parameters_as_they_are(sai
                     loss.backward()
             gradients.append([leaf.grad for leaf in inputs.leaves])
     assert found
-    assert said.count("on side") == 1
+    assert said.count("on side") == (2 if case.operation == "triangle_multiplication" else 1)
     kept = {gradient.data_ptr() for gradient in gradients[1]}
     assert set(found) <= kept
     assert all(map(torch.equal, *gradients))

@@ -18,43 +18,6 @@ def compiled(monkeypatch):
         yield
 
 
-def project_gradient_obstacle(z, d=None, through=None):
-    d = empty(1, C, *z.shape[1:3]) if d is None else d
-    return gradients.project_obstacle(z, [empty(C, C)] * 4, [d, d], through)
-
-
-@pytest.mark.parametrize("residual", [False, True])
-def test_the_gradient_of_a_triangle_s_projections_has_no_obstacle(compiled, residual):
-    z = empty(1, 16, 64, C)
-    through = torch.empty_like(z) if residual else None
-    with every_program(1):
-        assert project_gradient_obstacle(z, through=through) is None
-    assert project_gradient_obstacle(z, through=through) == "the table prefers the Triton program"
-
-
-def test_weight_gradients_of_a_triangle_s_projections_have_no_obstacle_but_their_layout(compiled):
-    z, d, weights = empty(1, 16, 64, C), empty(1, C, 16, 64), [empty(C, C)] * 4
-    with every_program(1):
-        assert gradients.project_weights_obstacle(z, weights, [d, d]) is None
-        found = gradients.project_weights_obstacle(z, weights, [d, empty(1, 16, 64, C).permute(0, 3, 1, 2)])
-    assert found == "gradients of the operands do not lie channels first"
-
-
-def output_gradient_obstacle(z, d_out=None):
-    x = empty(1, C, *z.shape[1:3]).permute(0, 2, 3, 1)
-    return gradients.output_obstacle(z, x, [empty(C, C)] * 2, None, torch.empty_like(z) if d_out is None else d_out)
-
-
-def test_the_gradient_of_a_triangle_s_output_has_no_obstacle_but_those_of_its_gates(compiled):
-    z = empty(1, 256, 256, C)
-    with every_program(1):
-        assert output_gradient_obstacle(z) is None
-        assert output_gradient_obstacle(z, empty(1, 1, 1, C).expand(z.shape)) == (
-            "gradients of the output do not lie densely"
-        )
-    assert output_gradient_obstacle(z) == "the table prefers the Triton program"
-
-
 def transition_gradient_obstacle(x, hidden=512, d_out=None, name=gradients.TRANSITION_NAMES[0]):
     c, d_out = x.shape[-1], torch.empty_like(x) if d_out is None else d_out
     return gradients.transition_obstacle(name, x, d_out, [empty(hidden, c), empty(c, hidden)])
@@ -90,15 +53,6 @@ def test_partial_gradients_of_an_outer_product_become_gradients_in_the_operands_
 @pytest.mark.parametrize(
     ("obstacle", "reason"),
     [
-        (lambda: project_gradient_obstacle(empty(1, 16, 65, C)), "rows do not come in tiles of 64"),
-        (
-            lambda: project_gradient_obstacle(empty(1, 16, 64, C), empty(1, 16, 64, C).permute(0, 3, 1, 2)),
-            "channels first",
-        ),
-        (
-            lambda: project_gradient_obstacle(empty(1, 16, 64, C), through=empty(1, 1, 1, C).expand(1, 16, 64, C)),
-            "gradients of the pair",
-        ),
         (lambda: transition_gradient_obstacle(empty(1, 16, 64, 256), 1024), "256 channels with 1024 hidden ones"),
         (lambda: transition_gradient_obstacle(empty(1, 16, 64, C), 128), "128 channels with 128 hidden ones"),
         (lambda: transition_gradient_obstacle(empty(1, 3, 21, C)), "rows do not come in tiles of 64"),

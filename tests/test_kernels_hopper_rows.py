@@ -15,7 +15,7 @@ import triton.language as tl
 from hopper_programs import C, empty, every_program
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import choice as hopper_choice
-from scalefold.kernels.hopper import gradients, rows
+from scalefold.kernels.hopper import rows
 from scalefold.kernels.ops import linear, outer_product, transition, triangle
 
 NO_BIASES = [None, None, None]
@@ -217,19 +217,6 @@ def launched(monkeypatch, shape):
         monkeypatch.setattr(module, "weight_partials", lambda products: [])
         monkeypatch.setattr(module, "sum_all", lambda *_: pytest.skip("gradients of parameters are not wanted"))
     monkeypatch.setattr(triangle, "projected_partials", lambda *_: [])
-    monkeypatch.setattr(gradients, "project_weights", lambda *_: (calls.append("Gluon weights"), ())[1])
-
-    def output_gradient(z, x, *_, **__):
-        calls.append("Gluon output gradient")
-        return gradients.OutputGradient(*[torch.empty_like(z)] * 5, empty(4, 8), empty(4, 8))
-
-    monkeypatch.setattr(gradients, "output_gradient", output_gradient)
-
-    def gradient(z, *_):
-        calls.append("Gluon gradient")
-        return z, z, empty(4, 8)
-
-    monkeypatch.setattr(gradients, "project_gradient", gradient)
     for call in (
         lambda: projections(shape, C, [C] * 4 + [4]),
         lambda: triangle_project(shape, C),
@@ -244,14 +231,12 @@ TRITON = ["_forward_kernel", "_project_forward_kernel", "_output_forward_kernel"
 
 
 def test_operations_take_gluon_where_nothing_stands_in_its_way(compiled, monkeypatch, caplog):
-    with caplog.at_level(logging.INFO), every_program(1):
+    with caplog.at_level(logging.INFO):
         assert launched(monkeypatch, (1, 256, 256)) == [
             "Gluon project",
             "Gluon operands",
-            "Gluon gradient",
-            "Gluon weights",
             "Gluon output",
-            "Gluon output gradient",
+            "Gluon output",
         ]
     assert caplog.messages == []
 
@@ -275,20 +260,17 @@ def test_operations_say_once_why_they_stay_with_triton(compiled, monkeypatch, ca
     choice._explained.clear()
     with caplog.at_level(logging.INFO), every_program(0):
         assert launched(monkeypatch, (1, 256, 256)) + launched(monkeypatch, (1, 256, 256)) == 2 * TRITON
-    names = ["projections", "operands of a triangle's product", "gradient of a triangle's projections"]
-    names += ["weight gradients of a triangle's projections", "output of a triangle"]
-    names += ["gradient of a triangle's output", "gates of a triangle's output"]
+    names = ["projections", "operands of a triangle's product", "output of a triangle", "gates of a triangle's output"]
     assert caplog.messages == [f"kernels: Triton {name}: the table prefers the Triton program" for name in names]
 
 
 def test_where_gluon_is_another_one_operations_stay_with_triton(compiled, monkeypatch, caplog):
     choice._explained.clear()
     monkeypatch.setattr(rows, "MISSING", "this Triton's Gluon is another one: no `tma`")
-    monkeypatch.setattr(gradients, "MISSING", rows.MISSING)
     with caplog.at_level(logging.INFO):
         assert launched(monkeypatch, (1, 256, 256)) == TRITON
     assert all(rows.MISSING in message for message in caplog.messages)
-    assert len(caplog.messages) == 7
+    assert len(caplog.messages) == 4
 
 
 def test_on_other_gpus_there_is_nothing_to_say(monkeypatch, caplog):
@@ -324,16 +306,13 @@ from scalefold.kernels.hopper import gradients
 pair = (1, 256, 256)
 with tuning.assume_capability(90), recorded_launches() as launches:
     cases.projections(pair, 128, [128] * 4 + [4])
+    cases.triangle_project(pair, 128)
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
         names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper")
-        names += ("triangle_hopper_project_gradient", "triangle_hopper_project_weights")
         names += ("norm_linear_hopper_wide", *gradients.NAMES)
-        for name in names:
-            stack.enter_context(tuning.override(name, {"HOPPER": 1}))
-        cases.triangle_project(pair, 128)
-        stack.enter_context(tuning.override("triangle_hopper_output_gradient", {"HOPPER": 1}))
-        cases.triangle_output(pair, 128)
+        for name in (*names, "transition_hopper_hidden"):
+            stack.enter_context(tuning.override(name, {"HOPPER": int(name != "transition_hopper_hidden")}))
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
@@ -361,8 +340,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    programs = ["hopper_projections", "hopper_output", "hopper_output", "hopper_operands", "hopper_project_gradient"]
-    programs += ["hopper_project_weights", "hopper_output", "hopper_output_gradient"]
+    programs = ["hopper_projections", "hopper_operands", "hopper_output", "hopper_output"]
     programs += [
         *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,

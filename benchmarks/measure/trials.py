@@ -53,17 +53,19 @@ def transition_forms(c: int, backward: bool) -> dict[str, Form]:
         weights = {"transition_weights": tuning.tile_config((64, 64, 4, 2))}
         forms["recomputed"] = triton | {"transition_backward": _tiles(True, 128, 64, 8, 3)} | weights
         forms |= {f"recomputed, Gluon {name[18:]}": forms["recomputed"] | {name: GLUON} for name in parts}
+        forms["recomputed, Gluon both"] = forms["recomputed"] | dict.fromkeys(parts, GLUON)
     return forms
 
 
 def outer_product_forms(backward: bool) -> dict[str, Form]:
-    """Forward by library and Triton or by Gluon; so both parts of the backward, each alone."""
+    """Forward by library and Triton or by Gluon; so both parts of the backward, each alone; all by Gluon."""
     names = ("outer_product_hopper", "outer_product_hopper_operands", "outer_product_hopper_weight")
     library = dict.fromkeys(names, TRITON_FORM)
     forms = {"library": library, "Gluon forward": library | {names[0]: GLUON}}
     if backward:
         forms["Gluon gradients of operands"] = library | {names[1]: GLUON}
         forms["Gluon gradient of the weight"] = library | {names[2]: GLUON}
+        forms["Gluon"] = dict.fromkeys(names, GLUON)
     return forms
 
 
@@ -73,20 +75,9 @@ def forms_of(case: Case) -> dict[str, Form]:
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
         return outer_product_forms(backward)
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
-        names = ("triangle_hopper_project_gradient", "triangle_hopper_project_weights")
-        triton: Form = dict.fromkeys(names, TRITON_FORM)
-        stored = triton | {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
+        stored = {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
         weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
-        recomputed = triton | {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)}
-        forms = {"stored": stored, "recomputed": recomputed | weights}
-        for stages in (2, 3):
-            completed = {"triangle_project_weights": {"COMPLETED": 1, **tuning.tile_config((64, 64, 4, stages))}}
-            forms[f"recomputed, completed, {stages} stages"] = recomputed | completed
-        forms |= {f"recomputed, Gluon {name[24:]}": recomputed | weights | {name: GLUON} for name in names}
-        return forms
-    if case.operation == "triangle_output" and backward and case.shape.endswith("x128"):
-        name = "triangle_hopper_output_gradient"
-        return {"three programs": {name: TRITON_FORM}, "Gluon in one": {name: GLUON}}
+        return {"stored": stored, "recomputed": {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)} | weights}
     if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
         return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}
     if case.operation == "gated_output" and case.shape.endswith("x256from256"):

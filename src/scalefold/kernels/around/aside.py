@@ -6,21 +6,22 @@ graph. They fill multiprocessors that beginnings and ends of the chain's kernels
 same.
 
 Nothing on the chain may touch such a gradient before ``join``. Autograd does not as long as it is the only one of its
-parameter: it becomes ``.grad`` as it is. So a parameter's second gradient in a backward, or one that is added to a
-``.grad``, is computed on the chain, after all work aside.
+parameter: it becomes ``.grad`` as it is. So of a parameter with several gradients in a backward the first one takes in
+the others, aside, and autograd never sees them. Where there is a ``.grad`` to add to, gradients are computed on the
+chain, after all work aside.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MOST_HELD = 2**30  # bytes of activations kept for unfinished work
 
-Result = TypeVar("Result")
+Gradients = Iterable[Tensor | None]
 _sides: list["Side"] = []
 
 
@@ -34,29 +35,41 @@ class Side:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._held: deque[tuple[Any, list[Tensor], int]] = deque()  # event after the work, what it reads, bytes
-        self._begun: set[int] = set()
+        self._first: dict[int, Tensor] = {}  # gradients of this backward by the addresses of their parameters
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """Take the work of ``gradients`` from one backward, which is finished on the current stream afterwards."""
-        self._begun.clear()
         _sides.append(self)
         try:
             yield
         finally:
             _sides.remove(self)
             self.join()
+            self._first.clear()
 
-    def run(self, parameters: list[Tensor], read: list[Tensor], compute: Callable[[], Result]) -> Result:
+    def run(
+        self, parameters: Sequence[Tensor | None], read: Sequence[Tensor | None], compute: Callable[[], Gradients]
+    ) -> Gradients:
         """``compute()``, on the side if these parameters allow it; see ``gradients``."""
-        if any(not p.is_leaf or p.grad is not None or p.data_ptr() in self._begun for p in parameters):
+        if any(p is not None and (not p.is_leaf or p.grad is not None) for p in parameters):
             self.join()
             return compute()
-        self._begun.update(p.data_ptr() for p in parameters)
         with self._branch():
-            found = compute()
-        self._hold(read)
+            found = [self._taken_in(p, gradient) for p, gradient in zip(parameters, compute(), strict=True)]
+        self._hold([tensor for tensor in read if tensor is not None])
         return found
+
+    def _taken_in(self, parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+        """The gradient if it is its parameter's first one; None if it has been added to that."""
+        if parameter is None or gradient is None:
+            return gradient
+        first = self._first.get(parameter.data_ptr())
+        if first is not None:
+            first += gradient
+            return None
+        self._first[parameter.data_ptr()] = gradient.detach()  # autograd would copy what another one holds too
+        return gradient
 
     def join(self) -> None:
         """The current stream waits for everything aside."""
@@ -82,16 +95,14 @@ class Side:
 
 
 def gradients(
-    parameters: Sequence[Tensor | None], read: Sequence[Tensor | None], compute: Callable[[], Result]
-) -> Result:
-    """``compute()``, gradients of ``parameters`` alone, aside if a ``Side`` is in use.
+    parameters: Sequence[Tensor | None], read: Sequence[Tensor | None], compute: Callable[[], Gradients]
+) -> Gradients:
+    """``compute()``, gradients of ``parameters`` in that order, aside if a ``Side`` is in use.
 
-    read: tensors of the chain that it reads and that nothing else keeps until the end of the backward.
+    parameters: None for one that certainly has no other gradient; read: tensors of the chain that ``compute`` reads and
+    that nothing else keeps until the end of the backward.
     """
-    if not _sides:
-        return compute()
-    given = [parameter for parameter in parameters if parameter is not None]
-    return _sides[-1].run(given, [tensor for tensor in read if tensor is not None], compute)
+    return _sides[-1].run(parameters, read, compute) if _sides else compute()
 
 
 def join() -> None:

@@ -157,12 +157,7 @@ def per_column(pointer, first, COUNT: gl.constexpr):
 @gluon.jit
 def row_offsets(view, tile, dims, LAYOUT: gl.constexpr):
     """Element offsets of a tile's rows in a ``View``, see ``rows.row_offsets``: [ROWS] of a product in LAYOUT."""
-    return view_offsets(view, tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), dims)
-
-
-@gluon.jit
-def view_offsets(view, rows, dims):
-    """Element offsets of row numbers."""
+    rows = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     inner = rows % dims[1]
     rest = rows // dims[1]
     middle = rest % dims[0]

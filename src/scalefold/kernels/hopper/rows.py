@@ -141,7 +141,7 @@ def _dropout_obstacle(dropout: Tensor | None) -> str | None:
 
 def operands_obstacle(z: Tensor, weights: Sequence[Tensor]) -> str | None:
     """Why ``operands`` cannot or should not take these arguments, or None."""
-    return pair_obstacle(z, weights) or preference("triangle_hopper_operands", z)
+    return _pair_obstacle(z, weights) or preference("triangle_hopper_operands", z)
 
 
 def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], outs: Sequence[Tensor]) -> None:
@@ -162,7 +162,7 @@ def output_obstacle(
 ) -> str | None:
     """Why ``output`` cannot or should not take these arguments, or None."""
     order = memory_order(z)
-    if found := pair_obstacle(z, weights, [x] if d_out is None else [x, d_out]):
+    if found := _pair_obstacle(z, weights, [x] if d_out is None else [x, d_out]):
         return found
     if not is_aligned(_by_channels(x, order)):
         return "the product does not lie channels first"
@@ -184,7 +184,7 @@ def output(
     order = memory_order(z)
     views, dims, count = row_views({"z": z, "dropout": dropout})
     hopper_output[programs(z)](
-        row_tiles(z, order), channel_tiles(x, order),
+        row_tiles(z, order), matrix(_by_channels(x, order), CHANNELS, PART),
         None if d_out is None else row_tiles(d_out, order), weight_tiles(linear_z.weight),
         weight_tiles(linear_g.weight), row_tiles(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
         views["dropout"], dims, count // PART, num_warps=4,
@@ -287,7 +287,7 @@ def rows_obstacle(x: Tensor) -> str | None:
     return None if is_aligned(by_rows(x, memory_order(x))) else "rows do not lie densely"
 
 
-def pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
+def _pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
     """The same for a pair representation z, whose counterparts [1, c, I, J] lie channels first."""
     found = _program_obstacle(z, weights, others)
     return found or (None if z.shape[0] == 1 and z.is_contiguous() else "not one contiguous pair representation")
@@ -327,11 +327,6 @@ def is_aligned(matrix: Tensor | None) -> bool:
 def row_tiles(x: Tensor, order: Sequence[int]) -> Any:
     """Tiles of rows, CHANNELS at a time, for the copy engine."""
     return matrix(by_rows(x, order), PART, CHANNELS)
-
-
-def channel_tiles(x: Tensor, order: Sequence[int]) -> Any:
-    """The same of x: [*, c] that lies channels first."""
-    return matrix(_by_channels(x, order), CHANNELS, PART)
 
 
 def weight_tiles(weight: Tensor, lines: int = CHANNELS, columns: int = CHANNELS) -> Any:

@@ -48,7 +48,7 @@ B_STAGES = gl.constexpr(1)
 
 
 @gluon.jit
-def fetch_weights(descriptors, weights, there):
+def _fetch_weights(descriptors, weights, there):
     """Loader: the whole weights, once."""
     COUNT: gl.constexpr = weights.shape[0]
     mbarrier.expect(there, COUNT * descriptors[0].block_type.nbytes)
@@ -57,7 +57,7 @@ def fetch_weights(descriptors, weights, there):
 
 
 @gluon.jit
-def gate_and_value(left_gate, left_value, gate, value, biases, first: gl.constexpr):
+def _gate_and_value(left_gate, left_value, gate, value, biases, first: gl.constexpr):
     """sigmoid(gate) and value for output channels from ``first`` on, by weights gate and value: [ROWS, COLUMNS] each.
 
     biases: of gate and value.
@@ -77,7 +77,7 @@ def gate_and_value(left_gate, left_value, gate, value, biases, first: gl.constex
 
 @gluon.jit
 def _fetch_pairs(z, weight_descriptors, ring, weights, there, tiles):
-    fetch_weights(weight_descriptors, weights, there)
+    _fetch_weights(weight_descriptors, weights, there)
     fetch_rows(ring, z, tiles)
 
 
@@ -99,7 +99,7 @@ def _project(shared, SIDE: gl.constexpr):
             value_weight, gate_weight = weights.index(2 * operand), weights.index(2 * operand + 1)
             own_biases = (biases[2 * operand + 1], biases[2 * operand])
             for first in gl.static_range(0, C, COLUMNS):
-                gate, value = gate_and_value(left, left, gate_weight, value_weight, own_biases, first)
+                gate, value = _gate_and_value(left, left, gate_weight, value_weight, own_biases, first)
                 own = staged.index(SIDE * STAGED + (operand * C + first) // COLUMNS % STAGED)
                 wait_until_sent(STAGED - 1)
                 own.permute((1, 0)).store((gate * value * keep[:, None]).to(gl.bfloat16))
@@ -146,7 +146,7 @@ def _fetch_tiles(descriptors, rings, tile, side, n):
 
 @gluon.jit
 def _fetch_outputs(descriptors, weight_descriptors, rings, weights, there, tiles):
-    fetch_weights(weight_descriptors, weights, there)
+    _fetch_weights(weight_descriptors, weights, there)
     n = 0
     for tile in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
         _fetch_tiles(descriptors, rings, tile, 0, n)
@@ -183,8 +183,8 @@ def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
         for first in gl.static_range(0, C, COLUMNS):
             scale = 1.0
             if dropout is not None:
-                scale = load_dropout(dropout, tile, first, dims)
-            gate, value = gate_and_value(left_z, left_x, weights.index(1), weights.index(0), biases, first)
+                scale = _load_dropout(dropout, tile, first, dims)
+            gate, value = _gate_and_value(left_z, left_x, weights.index(1), weights.index(0), biases, first)
             z_part, d_part = z_tile.slice(first, COLUMNS, 1), d_tile.slice(first, COLUMNS, 1)
             before = read(d_part)
             group_barrier()
@@ -202,7 +202,7 @@ def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
 
 
 @gluon.jit
-def load_dropout(dropout, tile, first, dims):
+def _load_dropout(dropout, tile, first, dims):
     """The scales of a tile from column ``first`` on: [ROWS, COLUMNS]."""
     LAYOUT: gl.constexpr = product_layout(COLUMNS)
     columns = first + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))

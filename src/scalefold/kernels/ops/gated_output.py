@@ -132,11 +132,11 @@ class _GatedOutput(torch.autograd.Function):
         )
         product = Product(d if update is None else update, gated)
 
-        def parameters() -> tuple[Tensor, Tensor]:
+        def gradients() -> tuple[Tensor, Tensor]:
             d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
             return d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
 
-        return d, d_o, d_gate, *aside.gradients([weight], [partials, product.d, gated], parameters), None
+        return d, d_o, d_gate, *aside.gradients([weight, None], [partials, product.d, gated], gradients), None
 
 
 def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> str | None:

@@ -226,14 +226,16 @@ class _NormLinear(torch.autograd.Function):
         c, dtype = x.shape[-1], norm_weight.dtype
         dx, normed, partials = input_gradient(x, norm_weight, norm_bias, row_mask, weights, ds, ctx.has_bias, through)
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
-        sums, *flat = aside.gradients(
-            [norm_weight, norm_bias, *weights], [partials, normed, *ds],
-            lambda: sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype),
-        )  # fmt: skip
-        norm_weight_sum, norm_bias_sum, *bias_sums = sums.split([c, c, *widths])
-        biases = [total if has else None for total, has in zip(bias_sums, ctx.has_bias, strict=True)]
-        d_weights = [part.view_as(weight) for part, weight in zip(flat, weights, strict=True)]
-        return dx, norm_weight_sum, norm_bias_sum, None, None, *d_weights, *biases
+
+        def gradients() -> list[Tensor | None]:
+            sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
+            *d_norm, d_biases = sums.split([c, c, sum(widths)])
+            biases = [total if has else None for total, has in zip(d_biases.split(widths), ctx.has_bias, strict=True)]
+            return [*d_norm, *(part.view_as(weight) for part, weight in zip(flat, weights, strict=True)), *biases]
+
+        given = [norm_weight, norm_bias, *weights, *(None for _ in weights)]
+        d_norm_weight, d_norm_bias, *own = aside.gradients(given, [partials, normed, *ds], gradients)
+        return dx, d_norm_weight, d_norm_bias, None, None, *own
 
 
 def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> tuple[Tensor, ...]:

@@ -145,7 +145,7 @@ class _Update(torch.autograd.Function):
         a, b, norm, weight, outer = ctx.saved_tensors
         scaled, sums = _scaled(d.contiguous(), norm)
 
-        def parameters() -> tuple[Tensor, Tensor]:
+        def gradients() -> tuple[Tensor, Tensor]:
             if chosen("gradient of an outer product's weight", gluon.obstacle(gluon.NAMES[1], scaled, a, b, weight)):
                 partials = gluon.weight_partials(scaled, a, b)
             else:
@@ -153,8 +153,8 @@ class _Update(torch.autograd.Function):
             d_weight, d_bias = sum_all([partials, sums], weight.dtype)
             return d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
 
-        d_weight, d_bias = aside.gradients([weight], [scaled, sums, a, b, outer], parameters)
-        return d, *_operand_gradients(scaled, a, b, weight), None, d_weight, d_bias
+        own = aside.gradients([weight, None], [scaled, sums, a, b, outer], gradients)
+        return d, *_operand_gradients(scaled, a, b, weight), None, *own
 
 
 def _operand_gradients(scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -223,22 +223,23 @@ def _stored_gradients(
     rows: tuple[Tensor, Tensor],
     hidden_rows: tuple[Tensor, Tensor],
     weights: tuple[Tensor, Tensor],
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of all parameters from rows of the norm and d_out, of the hidden layer and its gradient."""
     (normed, d_out), (hidden, d_hidden), (weight_1, weight_2) = rows, hidden_rows, weights
 
-    def compute() -> tuple[Tensor, ...]:
+    def gradients() -> tuple[Tensor, ...]:
         weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
         d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], weight_1.dtype)
         d_bias_2, d_bias_1 = d_bias.split(weight_1.shape[::-1])
         return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
 
-    return aside.gradients(weights, [norm_sums, bias_sums, *rows, *hidden_rows], compute)
+    given = [None, None, weight_1, None, weight_2, None]
+    return tuple(aside.gradients(given, [norm_sums, bias_sums, *rows, *hidden_rows], gradients))
 
 
 def _by_gluon(
     x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The backward around the program of ``kernels.hopper``: gradient of x: [*, c], and those of all parameters."""
     linear = Affine(weight_1, bias_1)
     program, obstacle = hopper.transition_gradient, gluon.hidden_obstacle(x, weight_1.shape[0])
@@ -252,7 +253,7 @@ def _by_gluon(
 
 def _recomputed(
     x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, config: tuning.Config
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     """The backward that stores nothing of the hidden layer: gradient of x: [*, c], and those of all parameters.
 
     d_out: [*, c], contiguous.
@@ -264,7 +265,7 @@ def _recomputed(
     else:
         dx, normed, sums = _recomputed_input(x, d_out, norm, weight_1, bias_1, weight_2, config)
 
-    def compute() -> tuple[Tensor, ...]:
+    def gradients() -> tuple[Tensor, ...]:
         obstacle = gluon.transition_obstacle(gluon.TRANSITION_NAMES[1], normed, d_out, (weight_1, weight_2))
         if chosen("weight gradients of a transition", obstacle):
             partials = gluon.transition_weights(normed, d_out, linear, weight_2)
@@ -273,7 +274,8 @@ def _recomputed(
         d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([*sums.split([2 * c, c], 1), *partials], dtype)
         return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
 
-    return dx, aside.gradients([weight_1, weight_2], [sums, normed, d_out], compute)
+    given = [None, None, weight_1, None, weight_2, None]
+    return dx, tuple(aside.gradients(given, [sums, normed, d_out], gradients))
 
 
 def _recomputed_input(

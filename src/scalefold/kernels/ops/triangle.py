@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
-from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid
@@ -185,56 +184,32 @@ class _Project(torch.autograd.Function):
     def backward(ctx, through, *ds):
         z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
-        c, width = z.shape[-1], weights[0].shape[0]
-        config = tuning.chosen_tiles("triangle_project_backward", z, width, width)
-        linears, norm = tuple(map(Affine, weights, biases)), Norm(norm_weight, norm_bias)
+        c, width, dtype = z.shape[-1], weights[0].shape[0], norm_weight.dtype
+        config, linears = (
+            tuning.chosen_tiles("triangle_project_backward", z, width, width),
+            map(Affine, weights, biases),
+        )
+        linears, dz, normed = tuple(linears), torch.empty_like(z), torch.empty_like(z)
         ds = tuple(z.new_zeros(z.shape[0], width, *z.shape[1:3]) if d is None else d for d in ds)
         recomputed = bool(config.pop("RECOMPUTED", 0)) and _are_matrices(z, *ds)
         projected = None if recomputed else z.new_empty(*z.shape[:-1], 4 * width)
-        obstacle = gluon.project_obstacle(z, weights, ds, through) if recomputed else "gradients are stored"
-        if chosen("gradient of a triangle's projections", obstacle):
-            dz, normed, partials = gluon.project_gradient(z, mask, norm, linears, ds, through)
-        else:
-            dz, normed, partials = _project_gradient(z, mask, norm, linears, ds, through, projected, config)
+        inputs = {"z": z, "mask": mask[..., None], "ds": tuple(map(_channels_last, ds)), "through": through}
+        outputs = {"projected": projected, "dz": dz, "normed_out": normed}
+        partials = launch_with_sums(
+            _project_backward_kernel, config, inputs | outputs, 2 * c + (0 if recomputed else 4 * width),
+            norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width, C=c,
+        )  # fmt: skip
 
-        def compute() -> tuple[Tensor, ...]:
+        def gradients() -> tuple[Tensor, ...]:
             if projected is None:
-                weight_sums = _projected_partials(normed, mask, linears, ds)
-                d_norm, weight, bias = sum_all([partials, *weight_sums], norm_weight.dtype)
+                norm, weight, bias = sum_all([partials, *projected_partials(normed, mask, linears, ds)], dtype)
             else:
-                sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
-                d_norm, bias = sums.split([2 * c, 4 * width])
-            return *d_norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
+                sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], dtype)
+                norm, bias = sums.split([2 * c, 4 * width])
+            return *norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
-        return dz, None, *aside.gradients(parameters, [partials, normed, projected, mask, *ds], compute)
-
-
-def _projected_partials(
-    normed: Tensor, mask: Tensor, linears: tuple[Affine, ...], ds: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """``projected_partials`` by either program."""
-    weights = [linear.weight for linear in linears if linear.weight is not None]
-    if chosen("weight gradients of a triangle's projections", gluon.project_weights_obstacle(normed, weights, ds)):
-        return gluon.project_weights(normed, mask, linears, ds)
-    return projected_partials(normed, mask, linears, ds)
-
-
-def _project_gradient(
-    z: Tensor, mask: Tensor, norm: Norm, linears: tuple[Affine, ...], ds: tuple[Tensor, ...], through: Tensor | None,
-    projected: Tensor | None, config: tuning.Config,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradient of z, its layer norm, and partial sums for the norm's parameters, those of the biases behind them where
-    ``projected`` takes the gradients of the projections.
-    """
-    c, width = z.shape[-1], ds[0].shape[1]
-    dz, normed = torch.empty_like(z), torch.empty_like(z)
-    inputs = {"z": z, "mask": mask[..., None], "ds": tuple(map(_channels_last, ds)), "through": through}
-    outputs = {"projected": projected, "dz": dz, "normed_out": normed}
-    partials = launch_with_sums(
-        _project_backward_kernel, config, inputs | outputs, 2 * c + (0 if projected is None else 4 * width),
-        norm=norm, linears=linears, WIDTH=width, C=c,
-    )  # fmt: skip
-    return dz, normed, partials
+        given = [norm_weight, norm_bias, *weights, *biases]
+        return dz, None, *aside.gradients(given, [partials, normed, projected, mask, *ds], gradients)
 
 
 def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
@@ -280,50 +255,42 @@ class _Output(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        z, x, *parameters, dropout = ctx.saved_tensors
-        norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = parameters
+        z, x, *given, dropout = ctx.saved_tensors
+        norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = given
         c, cx, x = z.shape[-1], x.shape[1], _channels_last(x)
-        parameters, weights = _output_parameters(*parameters), (weight_z, weight_g)
-        if chosen("gradient of a triangle's output", gluon.output_obstacle(z, x, weights, dropout, d_out)):
-            found = gluon.output_gradient(z, x, dropout, d_out, **parameters)
-            dz, dx, projected, normed_z, normed_x, z_sums, x_sums = found
+        projected, parameters = z.new_empty(*z.shape[:-1], 2 * c), _output_parameters(*given)
+        obstacle = hopper.output_obstacle(z, x, (weight_z, weight_g), dropout, d_out)
+        if chosen("gates of a triangle's output", obstacle):
+            hopper.output(z, x, dropout, d_out, projected, **parameters)
         else:
-            projected = _output_gates(z, x, dropout, d_out, weights, parameters)
-            d_value, d_logits = projected.chunk(2, -1)
-            norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
-            dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
-            dz, normed_z, z_sums = input_gradient(z, *norm_in, [weight_g], [d_logits], [True], d_out)
+            tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
+            _launch_output("triangle_output_backward", _output_gradient_kernel, tensors, parameters)
         d_value, d_logits = projected.chunk(2, -1)
+        norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
+        dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
+        dz, normed_z, z_sums = input_gradient(z, *norm_in, [weight_g], [d_logits], [True], d_out)
 
-        def compute() -> tuple[Tensor, ...]:
+        def gradients() -> tuple[Tensor, ...]:
             weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
             z_sum, x_sum, d_weight_z, d_weight_g = sum_all([z_sums, x_sums, *weight_sums], weight_z.dtype)
             *d_norm_in, d_bias_g = z_sum.split([c, c, c])
             *d_norm_out, d_bias_z = x_sum.split([cx, cx, c])
             return *d_norm_in, *d_norm_out, d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
 
-        own = aside.gradients([weight_z, weight_g], [projected, normed_x, normed_z, x_sums, z_sums], compute)
-        return dz, dx.permute(0, 3, 1, 2), *own, None
-
-
-def _output_gates(
-    z: Tensor, x: Tensor, dropout: Tensor | None, d_out: Tensor, weights: tuple[Tensor, Tensor],
-    parameters: dict[str, Norm | Affine],
-) -> Tensor:  # fmt: skip
-    """Gradients of value and gate logits, [*, 2 c], by either program."""
-    projected = z.new_empty(*z.shape[:-1], 2 * z.shape[-1])
-    if chosen("gates of a triangle's output", hopper.output_obstacle(z, x, weights, dropout, d_out)):
-        hopper.output(z, x, dropout, d_out, projected, **parameters)
-    else:
-        tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
-        _launch_output("triangle_output_backward", _output_gradient_kernel, tensors, parameters)
-    return projected
+        read = [projected, normed_x, normed_z, x_sums, z_sums]
+        return dz, dx.permute(0, 3, 1, 2), *aside.gradients(given, read, gradients), None
 
 
 def _output_parameters(
-    norm_in_weight: Tensor, norm_in_bias: Tensor, norm_out_weight: Tensor, norm_out_bias: Tensor,
-    weight_z: Tensor, bias_z: Tensor, weight_g: Tensor, bias_g: Tensor,
-) -> dict[str, Norm | Affine]:  # fmt: skip
+    norm_in_weight: Tensor,
+    norm_in_bias: Tensor,
+    norm_out_weight: Tensor,
+    norm_out_bias: Tensor,
+    weight_z: Tensor,
+    bias_z: Tensor,
+    weight_g: Tensor,
+    bias_g: Tensor,
+) -> dict[str, Norm | Affine]:
     """Parameters of ``triangle_output`` under their names in the programs."""
     norms = {"norm_in": Norm(norm_in_weight, norm_in_bias), "norm_out": Norm(norm_out_weight, norm_out_bias)}
     return norms | {"linear_z": Affine(weight_z, bias_z), "linear_g": Affine(weight_g, bias_g)}

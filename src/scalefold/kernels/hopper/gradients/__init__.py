@@ -3,7 +3,6 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,14 +11,12 @@ from scalefold.kernels import tuning
 from scalefold.kernels.hopper import CONSUMERS, HIDDEN_BLOCK, MULTIPROCESSORS, PART, choice
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.rows import CHANNELS, MOST_SEQUENCES, OUTER_CHANNELS, matrix, outer_shape_obstacle
-from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
+from scalefold.kernels.rows import Affine, Norm, memory_order
 
 try:
     from scalefold.kernels.hopper.gradients.hidden import hopper_transition_hidden
     from scalefold.kernels.hopper.gradients.outer_product import hopper_outer_operand, hopper_outer_weight
-    from scalefold.kernels.hopper.gradients.output import hopper_output_gradient
     from scalefold.kernels.hopper.gradients.transition import hopper_transition_input, hopper_transition_weights
-    from scalefold.kernels.hopper.gradients.triangle import hopper_project_gradient, hopper_project_weights
 
     MISSING = hopper.MISSING
 except (ImportError, AttributeError) as error:  # as in ``rows``
@@ -28,10 +25,9 @@ except (ImportError, AttributeError) as error:  # as in ``rows``
 PAIRED = 2  # channels, or values of j, of a consumer
 GROUP = PAIRED * CONSUMERS  # channels of a of a program for the gradient of a
 NAMES = ("outer_product_hopper_operands", "outer_product_hopper_weight")
-PROJECT_NAMES = ("triangle_hopper_project_gradient", "triangle_hopper_project_weights")
 TRANSITION_NAMES = ("transition_hopper_input", "transition_hopper_weights")
 FEWEST_HIDDEN = 4 * HIDDEN_BLOCK  # channels: what the loader has on its way
-for _name in (*NAMES, *PROJECT_NAMES, *TRANSITION_NAMES, "triangle_hopper_output_gradient", "transition_hopper_hidden"):
+for _name in (*NAMES, *TRANSITION_NAMES, "transition_hopper_hidden"):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -93,64 +89,6 @@ def weight_partials(scaled: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return partials
 
 
-def project_obstacle(z: Tensor, weights: Sequence[Tensor], ds: Sequence[Tensor], through: Tensor | None) -> str | None:
-    """Why ``project_gradient`` cannot or should not take these arguments of ``ops.triangle``, or None."""
-    given = [*ds] if through is None else [*ds, through]
-    if reason := hopper.pair_obstacle(z, weights, given):
-        return reason
-    if not all(d.is_contiguous() and d.data_ptr() % 16 == 0 for d in ds):
-        return "gradients of the operands do not lie channels first"
-    if through is not None and not hopper.is_aligned(hopper.by_rows(through, memory_order(z))):
-        return "gradients of the pair representation do not lie densely"
-    return MISSING or hopper.preference(PROJECT_NAMES[0], z)
-
-
-def project_gradient(
-    z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], ds: Sequence[Tensor], through: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of z plus ``through``, the layer norm of z, and partial sums [tiles, 2 c] for the norm's parameters.
-
-    ds: gradients of both operands, [1, c, I, J].
-    """
-    views, dims, count = row_views({"z": z, "mask": mask[..., None]})
-    order, dz, normed = memory_order(z), torch.empty_like(z), torch.empty_like(z)
-    partials = torch.empty(count // PART, 2 * CHANNELS, dtype=torch.float32, device=z.device)
-    hopper_project_gradient[hopper.programs(z)](
-        hopper.row_tiles(z, order), *(matrix(d.view(CHANNELS, -1), CHANNELS, PART) for d in ds),
-        None if through is None else hopper.row_tiles(through, order),
-        *(hopper.weight_tiles(linear.weight) for linear in linears), hopper.row_tiles(dz, order),
-        hopper.row_tiles(normed, order), norm, tuple(linear.bias for linear in linears), views["mask"], dims, partials,
-        count // PART, num_warps=4,
-    )  # fmt: skip
-    return dz, normed, partials
-
-
-def project_weights_obstacle(normed: Tensor, weights: Sequence[Tensor], ds: Sequence[Tensor]) -> str | None:
-    """Why ``project_weights`` cannot or should not take these arguments, or None."""
-    if reason := hopper.pair_obstacle(normed, weights, ds):
-        return reason
-    if not all(d.is_contiguous() and d.data_ptr() % 16 == 0 for d in ds):
-        return "gradients of the operands do not lie channels first"
-    return MISSING or hopper.preference(PROJECT_NAMES[1], normed)
-
-
-def project_weights(
-    normed: Tensor, mask: Tensor, linears: Sequence[Affine], ds: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """``weight_gradient.projected_partials``."""
-    views, dims, count = row_views({"normed": normed, "mask": mask[..., None]})
-    tiles = count // PART
-    per_range = tuning.ceil_div(tiles, MULTIPROCESSORS // 2)
-    ranges = tuning.ceil_div(tiles, per_range)
-    partials = torch.empty(ranges, 4 * CHANNELS * (CHANNELS + 1), dtype=torch.float32, device=normed.device)
-    hopper_project_weights[(2, ranges)](
-        hopper.row_tiles(normed, memory_order(normed)), *(matrix(d.view(CHANNELS, -1), CHANNELS, PART) for d in ds),
-        *(hopper.weight_tiles(linear.weight) for linear in linears), tuple(linear.bias for linear in linears),
-        views["mask"], dims, partials, tiles, per_range, num_warps=4,
-    )  # fmt: skip
-    return partials.split([4 * CHANNELS * CHANNELS, 4 * CHANNELS], 1)
-
-
 def transition_obstacle(name: str, x: Tensor, d_out: Tensor, weights: Sequence[Tensor]) -> str | None:
     """Why a program of TRANSITION_NAMES cannot or should not take these arguments of ``ops.transition``, or None.
 
@@ -198,49 +136,6 @@ def transition_weights(normed: Tensor, d_out: Tensor, linear_1: Affine, weight_2
         hopper.weight_tiles(weight_2), linear_1.bias, partials, hidden, tiles, per_range, num_warps=4,
     )  # fmt: skip
     return partials.split([hidden * c, hidden * c, hidden], 1)
-
-
-class OutputGradient(NamedTuple):
-    """What ``output_gradient`` gives: gradients of z and x (as x lies), of value and gate: [*, 2 c]; both layer norms,
-    rows as in z; partial sums [tiles, 3 c] for z's and x's norm (weight, bias) and the bias of gate or value.
-    """
-
-    dz: Tensor
-    dx: Tensor
-    projected: Tensor
-    normed_z: Tensor
-    normed_x: Tensor
-    z_sums: Tensor
-    x_sums: Tensor
-
-
-def output_obstacle(
-    z: Tensor, x: Tensor, weights: Sequence[Tensor], dropout: Tensor | None, d_out: Tensor
-) -> str | None:
-    """Why ``output_gradient`` cannot or should not take these arguments, or None."""
-    reason = MISSING or hopper.output_obstacle(z, x, weights, dropout, d_out)
-    return reason or hopper.preference("triangle_hopper_output_gradient", z)
-
-
-def output_gradient(
-    z: Tensor, x: Tensor, dropout: Tensor | None, d_out: Tensor,
-    norm_in: Norm, norm_out: Norm, linear_z: Affine, linear_g: Affine,
-) -> OutputGradient:  # fmt: skip
-    """Backward of ``reference.triangle_output``, for the gradient d_out; x is seen channels last: [1, I, J, c]."""
-    order = memory_order(z)
-    views, dims, count = row_views({"z": z, "dropout": dropout})
-    sums = torch.empty(2, count // PART, 3 * CHANNELS, dtype=torch.float32, device=z.device)
-    dz, normed_z, normed_x = (torch.empty_like(z) for _ in range(3))
-    found = OutputGradient(dz, torch.empty_like(x), z.new_empty(*z.shape[:-1], 2 * CHANNELS), normed_z, normed_x, *sums)
-    hopper_output_gradient[hopper.programs(z)](
-        hopper.row_tiles(z, order), hopper.channel_tiles(x, order), hopper.row_tiles(d_out, order),
-        hopper.weight_tiles(linear_z.weight), hopper.weight_tiles(linear_g.weight),
-        hopper.row_tiles(found.projected, order), hopper.row_tiles(dz, order), hopper.channel_tiles(found.dx, order),
-        hopper.row_tiles(normed_z, order), hopper.row_tiles(normed_x, order), (norm_in, norm_out),
-        (linear_g.bias, linear_z.bias), views["dropout"], dims, (found.z_sums, found.x_sums), count // PART,
-        num_warps=4,
-    )  # fmt: skip
-    return found
 
 
 def hidden_obstacle(x: Tensor, hidden: int) -> str | None:

@@ -13,12 +13,13 @@ more, as [channels, rows], the left operands of the products with the gradient o
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 # The type checker takes Gluon's programs for Python.
 
+from typing import Any, NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from scalefold.kernels.hopper.gradients.norm import norm_gradient, sum_tile
-from scalefold.kernels.hopper.gradients.triangle import STAGES, fetch_slots, new_slots
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     ROWS,
@@ -36,6 +37,8 @@ from scalefold.kernels.hopper.row_pieces import (
     wait_until_sent,
 )
 from scalefold.kernels.hopper.transition import HIDDEN, Weights, leave_block
+
+STAGES = gl.constexpr(4)  # blocks of weights, or tiles of rows, on their way
 
 # ---- x --------------------------------------------------------------------------------------------------------------
 
@@ -159,24 +162,40 @@ def hopper_transition_input(x, d_out, weight_1, weight_2, dx, normed, norm, bias
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 
+class Slots(NamedTuple):
+    """Slots for tiles [ROWS, C] of the norm and of the gradient of the output, which all consumers read."""
+
+    normed: Any
+    d: Any
+    full: Any
+    empty: Any
+
+
 @gluon.jit
 def _fetch_weights(normed, d_out, weight_1, weight_2, slots, weights, there, place):
     """The loader: the program's part of both weights, then the norm and the gradient of the output along the rows."""
-    first = gl.program_id(0) * 2 * ROWS
+    own, first, last = place
     mbarrier.expect(there, weight_1.block_type.nbytes + weight_2.block_type.nbytes)
-    tma.async_copy_global_to_shared(weight_1, [first, 0], there, weights.index(0))
-    tma.async_copy_global_to_shared(weight_2, [0, first], there, weights.index(1))
-    fetch_slots(normed, d_out, slots, place, False)
+    tma.async_copy_global_to_shared(weight_1, [own, 0], there, weights.index(0))
+    tma.async_copy_global_to_shared(weight_2, [0, own], there, weights.index(1))
+    for tile in range(first, last):
+        step = tile - first
+        slot = step % STAGES
+        full = slots.full.index(slot)
+        mbarrier.wait(slots.empty.index(slot), ((step // STAGES) & 1) ^ 1)
+        mbarrier.expect(full, normed.block_type.nbytes + d_out.block_type.nbytes)
+        tma.async_copy_global_to_shared(normed, [tile * ROWS, 0], full, slots.normed.index(slot))
+        tma.async_copy_global_to_shared(d_out, [tile * ROWS, 0], full, slots.d.index(slot))
 
 
 @gluon.jit
 def _sum_weights(shared, SIDE: gl.constexpr):
     """A consumer: gradients of ROWS channels' parts of both weights, [ROWS, C] each, and of their biases."""
     bias, partials, slots, weights, there, place, width = shared
-    first, last = place
+    first_channel, first, last = place
     C: gl.constexpr = weights.shape[2]
     LAYOUT: gl.constexpr = product_layout(ROWS)
-    channel = gl.program_id(0) * 2 * ROWS + SIDE * ROWS
+    channel = first_channel + SIDE * ROWS
     own = channel + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
     shift = gl.load(bias + own).to(gl.float32)
     acc_1 = gl.zeros([ROWS, C], gl.float32, product_layout(C))
@@ -218,12 +237,14 @@ def hopper_transition_weights(normed, d_out, weight_1, weight_2, bias, partials,
     bias 1. Descriptors of the norm and d_out [64 tiles, C], weights [width, C] and [C, width] in blocks [C, C], C being
     2 ROWS.
     """
-    slots = new_slots(normed, d_out)
+    slots = Slots(
+        tiles_for(normed, STAGES), tiles_for(d_out, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS)
+    )
     weights = tiles_for(weight_1, 2)
     there = one_arrival(1).index(0)
     publish()
     first = gl.program_id(1) * per_range
-    place = (first, gl.minimum(first + per_range, tiles))
+    place = (gl.program_id(0) * 2 * ROWS, first, gl.minimum(first + per_range, tiles))
     shared = (bias, partials, slots, weights, there, place, width)
     gl.warp_specialize(
         [
