@@ -136,6 +136,16 @@ def test_what_unfinished_work_reads_is_kept_until_the_chain_has_waited_for_it(sa
     assert said[-1] == "chain waits for event 2"
 
 
+def test_a_gradient_that_autograd_adds_to_another_one_is_found(said):
+    """One of an operation here, one of an operation of PyTorch: their sum is made before the first one is there."""
+    with cases.on_device("cpu"):
+        inputs = cases.transition(ROWS, 16, 2, 1).build()
+        loss = inputs.call(TRITON).float().square().sum() + sum(leaf.float().sum() for leaf in inputs.leaves)
+    with pytest.raises(RuntimeError, match="was read before it was computed"), side().used():
+        loss.backward()
+    assert aside.gradients([parameter()], [], lambda: "here") == "here"
+
+
 def test_a_backward_that_fails_leaves_no_side_in_use(said):
     def broken():
         with side().used():

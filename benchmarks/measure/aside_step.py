@@ -54,7 +54,8 @@ def measured(held_mib: int, passes: int, expected: list[Tensor] | None) -> tuple
     config = configuration("ours", [])
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
     _, step = build(config)
-    step.side = aside.Side(torch.device("cuda", 0)) if held_mib else None
+    if not held_mib:
+        step.side = None
     torch.cuda.reset_peak_memory_stats()
     step.warm_up(batch, passes, lambda text: print(f"  {text}", flush=True))
     count, bits = differing(step, batch, passes, expected)

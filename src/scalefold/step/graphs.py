@@ -34,8 +34,7 @@ class TrainStep:
         micro_batch_size: samples computed at once; a larger batch is worked off in parts whose gradients add up.
         accumulation: iterations per optimizer step, as the reference counts them.
         train_group: ranks over which logged values are averaged, or None.
-
-    ``side``: where gradients of parameters are computed beside the backward's chain; None: on it.
+        side: where gradients of parameters are computed beside the backward's chain; None: on it.
     """
 
     #: What a profile names: method and name.
@@ -49,13 +48,13 @@ class TrainStep:
         micro_batch_size: int = 1,
         accumulation: int = 1,
         train_group: dist.ProcessGroup | None = None,
+        side: Side | None = None,
     ) -> None:
         self.objective, self.optimizer, self.reducer = objective, optimizer, reducer
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
-        self.train_group = train_group
+        self.train_group, self.side = train_group, side
         self.names: tuple[str, ...] = ()
         self.own: Tensor | None = None
-        self.side: Side | None = None
         self.warm = False
 
     def __call__(self, batch: Batch, passes: int, step: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 MOST_HELD = 2**30  # bytes of activations kept for unfinished work
 
-Gradients = Iterable[Tensor | None]
+Gradients = Iterable[Tensor | None]  # None: a parameter that is not there, or whose gradient is in an earlier one
 _sides: list["Side"] = []
 
 
@@ -35,14 +35,18 @@ class Side:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._held: deque[tuple[Any, list[Tensor], int]] = deque()  # event after the work, what it reads, bytes
-        self._first: dict[int, Tensor] = {}  # gradients of this backward by the addresses of their parameters
+        self._first: dict[int, tuple[Tensor, Tensor]] = {}  # by address: parameter, gradient of this backward
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Take the work of ``gradients`` from one backward, which is finished on the current stream afterwards."""
+        """Take the work of ``gradients`` from one backward, which is finished on the current stream afterwards.
+
+        Raises RuntimeError if autograd made another gradient of one that was computed aside, of values not yet there.
+        """
         _sides.append(self)
         try:
             yield
+            self._check()
         finally:
             _sides.remove(self)
             self.join()
@@ -64,12 +68,16 @@ class Side:
         """The gradient if it is its parameter's first one; None if it has been added to that."""
         if parameter is None or gradient is None:
             return gradient
-        first = self._first.get(parameter.data_ptr())
-        if first is not None:
-            first += gradient
+        if parameter.data_ptr() in self._first:
+            self._first[parameter.data_ptr()][1].add_(gradient)
             return None
-        self._first[parameter.data_ptr()] = gradient.detach()  # autograd would copy what another one holds too
+        self._first[parameter.data_ptr()] = parameter, gradient.detach()  # autograd would copy what is held twice
         return gradient
+
+    def _check(self) -> None:
+        for parameter, gradient in self._first.values():
+            if parameter.grad is not None and parameter.grad.data_ptr() != gradient.data_ptr():
+                raise RuntimeError(f"a gradient {tuple(gradient.shape)} was read before it was computed")
 
     def join(self) -> None:
         """The current stream waits for everything aside."""
@@ -99,8 +107,8 @@ def gradients(
 ) -> Gradients:
     """``compute()``, gradients of ``parameters`` in that order, aside if a ``Side`` is in use.
 
-    parameters: None for one that certainly has no other gradient; read: tensors of the chain that ``compute`` reads and
-    that nothing else keeps until the end of the backward.
+    parameters: all that it computes gradients of; read: tensors of the chain that it reads and that nothing else keeps
+    until the end of the backward.
     """
     return _sides[-1].run(parameters, read, compute) if _sides else compute()
 

@@ -105,8 +105,7 @@ class _GatedOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, o, gate, weight, bias, dropout):
-        ctx.save_for_backward(o, gate, weight, dropout)
-        ctx.bias_dtype = bias.dtype
+        ctx.save_for_backward(o, gate, weight, bias, dropout)
         out = torch.empty_like(x)
         c, hd = weight.shape
         if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout)):
@@ -120,7 +119,7 @@ class _GatedOutput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        o, gate, weight, dropout = ctx.saved_tensors
+        o, gate, weight, bias, dropout = ctx.saved_tensors
         d_o, d_gate, gated = torch.empty_like(o), torch.empty_like(gate), torch.empty_like(o)
         update = None if dropout is None else torch.empty_like(d)
         c, hd = weight.shape
@@ -134,9 +133,9 @@ class _GatedOutput(torch.autograd.Function):
 
         def gradients() -> tuple[Tensor, Tensor]:
             d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
-            return d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
+            return d_weight.view_as(weight), d_bias.to(bias.dtype)
 
-        return d, d_o, d_gate, *aside.gradients([weight, None], [partials, product.d, gated], gradients), None
+        return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None
 
 
 def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> str | None:

@@ -211,7 +211,7 @@ class _NormLinear(torch.autograd.Function):
     def forward(ctx, x, norm_weight, norm_bias, row_mask, num_wide, *parameters):
         num = len(parameters) // 2
         weights, biases = parameters[:num], parameters[num:]
-        ctx.save_for_backward(x, norm_weight, norm_bias, row_mask, *weights)
+        ctx.save_for_backward(x, norm_weight, norm_bias, row_mask, *parameters)
         ctx.num_wide, ctx.has_bias = num_wide, [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)  # without a residual connection x gets no gradient but the projections' own
         return x.view_as(x), *_forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases)
@@ -219,7 +219,8 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, through, *ds):
-        x, norm_weight, norm_bias, row_mask, *weights = ctx.saved_tensors
+        x, norm_weight, norm_bias, row_mask, *parameters = ctx.saved_tensors
+        weights = parameters[: len(parameters) // 2]
         ds = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(ds, weights, strict=True)]
         wide = [d if d.stride(-1) == 1 else d.contiguous() for d in ds[: ctx.num_wide]]
         ds = [*wide, *(_in_rows_of(x, d) for d in ds[ctx.num_wide :])]
@@ -233,7 +234,7 @@ class _NormLinear(torch.autograd.Function):
             biases = [total if has else None for total, has in zip(d_biases.split(widths), ctx.has_bias, strict=True)]
             return [*d_norm, *(part.view_as(weight) for part, weight in zip(flat, weights, strict=True)), *biases]
 
-        given = [norm_weight, norm_bias, *weights, *(None for _ in weights)]
+        given = [norm_weight, norm_bias, *parameters]
         d_norm_weight, d_norm_bias, *own = aside.gradients(given, [partials, normed, *ds], gradients)
         return dx, d_norm_weight, d_norm_bias, None, None, *own
 

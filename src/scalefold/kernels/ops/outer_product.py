@@ -129,20 +129,20 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, a, b, norm, weight, bias):
-        out, kept, ctx.bias_dtype = torch.empty_like(z), None, bias.dtype
+        out, kept = torch.empty_like(z), None
         if chosen("outer product", hopper.outer_product_obstacle(z, a, b, weight)):
             hopper.outer_product(z, a, b, norm, Affine(weight, bias), out)
         else:
             outer = _outer(a, b)
             _contract(z, outer, norm, weight, bias, out)
             kept = outer if a.shape[0] >= KEEP_FROM_SEQUENCES else None
-        ctx.save_for_backward(a, b, norm, weight, kept)
+        ctx.save_for_backward(a, b, norm, weight, bias, kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        a, b, norm, weight, outer = ctx.saved_tensors
+        a, b, norm, weight, bias, outer = ctx.saved_tensors
         scaled, sums = _scaled(d.contiguous(), norm)
 
         def gradients() -> tuple[Tensor, Tensor]:
@@ -151,9 +151,9 @@ class _Update(torch.autograd.Function):
             else:
                 partials = _weight_partials(scaled, _outer(a, b) if outer is None else outer)
             d_weight, d_bias = sum_all([partials, sums], weight.dtype)
-            return d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
+            return d_weight.view_as(weight), d_bias.to(bias.dtype)
 
-        own = aside.gradients([weight, None], [scaled, sums, a, b, outer], gradients)
+        own = aside.gradients([weight, bias], [scaled, sums, a, b, outer], gradients)
         return d, *_operand_gradients(scaled, a, b, weight), None, *own
 
 
