@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError
+from scalefold.kernels.around.aside import Side
 from scalefold.kernels.choice import operations
 from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
@@ -126,6 +127,7 @@ def build_step(
         config.micro_batch_size,
         config.training.gradient_accumulation_steps,
         group,
+        Side(ranks.device) if ranks.device.type == "cuda" else None,
     )
 
 

@@ -1,1 +1,2 @@
-"""What lies around the trunk: the structure module's iterations in one piece, templates, ambiguous atoms."""
+"""What lies around the trunk: the structure module's iterations in one piece, templates, ambiguous atoms; and aside of
+its backward."""

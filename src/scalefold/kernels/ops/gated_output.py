@@ -1,8 +1,8 @@
 """End of a gated attention in Triton: x + dropout * (W (sigmoid(gate) * o) + b), forward and backward.
 
-One kernel forward. Backward: one kernel for the gradients of o and gate and the operands of the weight gradient, a
-product of the library, a sum. The gradient of x is the incoming gradient itself. Saved: o, gate, dropout; nothing that
-is not an input.
+One kernel forward; on compute capability 9.0 one of ``kernels.hopper`` takes its place for the MSA, where it is faster.
+Backward: one kernel for the gradients of o and gate and the operands of the weight gradient, a product of the library,
+a sum. The gradient of x is the incoming gradient itself. Saved: o, gate, dropout; nothing that is not an input.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
+from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid, to_fp32
 from scalefold.kernels.rows import (
     Affine,
@@ -102,10 +105,12 @@ class _GatedOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, o, gate, weight, bias, dropout):
-        ctx.save_for_backward(o, gate, weight, dropout)
-        ctx.bias_dtype = bias.dtype
+        ctx.save_for_backward(o, gate, weight, bias, dropout)
         out = torch.empty_like(x)
         c, hd = weight.shape
+        if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout)):
+            hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), out)
+            return out
         config = tuning.chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
         tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
         launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), bias), C=c, HD=hd)
@@ -114,7 +119,7 @@ class _GatedOutput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        o, gate, weight, dropout = ctx.saved_tensors
+        o, gate, weight, bias, dropout = ctx.saved_tensors
         d_o, d_gate, gated = torch.empty_like(o), torch.empty_like(gate), torch.empty_like(o)
         update = None if dropout is None else torch.empty_like(d)
         c, hd = weight.shape
@@ -125,8 +130,12 @@ class _GatedOutput(torch.autograd.Function):
             _input_gradient_kernel, config, inputs | outputs, c, weight=weight.contiguous(), C=c, HD=hd
         )
         product = Product(d if update is None else update, gated)
-        d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
-        return d, d_o, d_gate, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype), None
+
+        def gradients() -> tuple[Tensor, Tensor]:
+            d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
+            return d_weight.view_as(weight), d_bias.to(bias.dtype)
+
+        return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None
 
 
 def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid
@@ -183,7 +184,7 @@ class _Project(torch.autograd.Function):
     def backward(ctx, through, *ds):
         z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
         weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
-        c, width = z.shape[-1], weights[0].shape[0]
+        c, width, dtype = z.shape[-1], weights[0].shape[0], norm_weight.dtype
         config, linears = (
             tuning.chosen_tiles("triangle_project_backward", z, width, width),
             map(Affine, weights, biases),
@@ -198,14 +199,17 @@ class _Project(torch.autograd.Function):
             _project_backward_kernel, config, inputs | outputs, 2 * c + (0 if recomputed else 4 * width),
             norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width, C=c,
         )  # fmt: skip
-        if projected is None:
-            weights = projected_partials(normed, mask, linears, ds)
-            norm, weight, bias = sum_all([partials, *weights], norm_weight.dtype)
-        else:
-            sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
-            norm, bias = sums.split([2 * c, 4 * width])
-        d_norm_weight, d_norm_bias = norm.chunk(2)
-        return dz, None, d_norm_weight, d_norm_bias, *weight.view(4, width, c).unbind(0), *bias.chunk(4)
+
+        def gradients() -> tuple[Tensor, ...]:
+            if projected is None:
+                norm, weight, bias = sum_all([partials, *projected_partials(normed, mask, linears, ds)], dtype)
+            else:
+                sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], dtype)
+                norm, bias = sums.split([2 * c, 4 * width])
+            return *norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
+
+        given = [norm_weight, norm_bias, *weights, *biases]
+        return dz, None, *aside.gradients(given, [partials, normed, projected, mask, *ds], gradients)
 
 
 def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
@@ -251,10 +255,10 @@ class _Output(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        z, x, *parameters, dropout = ctx.saved_tensors
-        norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = parameters
+        z, x, *given, dropout = ctx.saved_tensors
+        norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = given
         c, cx, x = z.shape[-1], x.shape[1], _channels_last(x)
-        projected, parameters = z.new_empty(*z.shape[:-1], 2 * c), _output_parameters(*parameters)
+        projected, parameters = z.new_empty(*z.shape[:-1], 2 * c), _output_parameters(*given)
         obstacle = hopper.output_obstacle(z, x, (weight_z, weight_g), dropout, d_out)
         if chosen("gates of a triangle's output", obstacle):
             hopper.output(z, x, dropout, d_out, projected, **parameters)
@@ -265,12 +269,16 @@ class _Output(torch.autograd.Function):
         norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
         dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
         dz, normed_z, z_sums = input_gradient(z, *norm_in, [weight_g], [d_logits], [True], d_out)
-        weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
-        z_sum, x_sum, d_weight_z, d_weight_g = sum_all([z_sums, x_sums, *weight_sums], weight_z.dtype)
-        *d_norm_in, d_bias_g = z_sum.split([c, c, c])
-        *d_norm_out, d_bias_z = x_sum.split([cx, cx, c])
-        linears = d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
-        return dz, dx.permute(0, 3, 1, 2), *d_norm_in, *d_norm_out, *linears, None
+
+        def gradients() -> tuple[Tensor, ...]:
+            weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
+            z_sum, x_sum, d_weight_z, d_weight_g = sum_all([z_sums, x_sums, *weight_sums], weight_z.dtype)
+            *d_norm_in, d_bias_g = z_sum.split([c, c, c])
+            *d_norm_out, d_bias_z = x_sum.split([cx, cx, c])
+            return *d_norm_in, *d_norm_out, d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
+
+        read = [projected, normed_x, normed_z, x_sums, z_sums]
+        return dz, dx.permute(0, 3, 1, 2), *aside.gradients(given, read, gradients), None
 
 
 def _output_parameters(
