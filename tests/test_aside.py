@@ -1,13 +1,16 @@
 """Gradients of parameters aside: what the chain may not touch it does not touch, and memory is held long enough."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 
 from scalefold.kernels.around import aside
+from scalefold.kernels.table import use_operations
 from scalefold.kernels.triton_ops import TRITON
+from scalefold.model.evoformer import EvoformerStack
 from scalefold.tune import operation_cases as cases
+from test_kernels_block import SMALL
 
 ROWS = (1, 2, 16)
 CASES = [
@@ -186,3 +189,21 @@ def test_gradients_computed_aside_become_those_of_the_parameters_as_they_are(sai
     kept = {gradient.data_ptr() for gradient in gradients[1]}
     assert set(found) <= kept
     assert all(map(torch.equal, *gradients))
+
+
+def test_gradients_of_a_whole_block_have_the_same_bits_aside(said):
+    """Raises if one is read on the chain, by whichever operation: see ``Side.used``."""
+    stack = EvoformerStack(64, 32, 16, SMALL).to(torch.bfloat16)
+    use_operations(stack, TRITON)
+    for weight in stack.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    m, z, found = torch.randn(1, 3, 5, 64), torch.randn(1, 5, 5, 32), []
+    for own in (None, side()):
+        torch.manual_seed(1)  # dropout
+        stack.zero_grad()
+        outputs = stack(m.bfloat16(), z.bfloat16(), torch.ones(1, 3, 5), torch.ones(1, 5, 5))
+        with own.used() if own is not None else nullcontext():
+            sum(output.float().square().sum() for output in outputs).backward()
+        found.append([parameter.grad for parameter in stack.parameters()])
+    assert said.count("on side") > len(CASES)
+    assert all(map(torch.equal, *found))
