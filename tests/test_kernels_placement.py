@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernel_accuracy import DEVICE, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import triton_ops
-from scalefold.kernels.around import placement
+from scalefold.kernels.structure import placement
 from scalefold.kernels.table import REFERENCE
 from scalefold.model.structure import AtomPlacement
 

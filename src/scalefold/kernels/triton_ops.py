@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.around import features, iterations, losses, naming, placement, templates
+from scalefold.kernels.around import features, losses, naming, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -29,6 +29,7 @@ from scalefold.kernels.ops import (
     transition,
     triangle,
 )
+from scalefold.kernels.structure import iterations, placement
 from scalefold.kernels.table import Operations
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products belong to the library, which offers tf32

@@ -1,2 +1,2 @@
-"""What lies around the trunk: the structure module's iterations in one piece, templates, ambiguous atoms; and aside of
-its backward."""
+"""What lies around the trunk: inputs of the embedders, templates, ambiguous atoms, loss terms; and aside of the
+backward's chain."""

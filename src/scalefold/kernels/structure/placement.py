@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
-from scalefold.kernels.around.frames import (
+from scalefold.kernels.structure.frames import (
     added,
     load_matrix,
     load_quaternion,
