@@ -56,6 +56,16 @@ def test_every_candidate_is_timed_and_the_close_ones_again(script, tmp_path):
     assert trials.read(tmp_path / "t.csv") == rows
 
 
+def test_what_is_timed_again_is_said_to_be_of_the_code_that_is_timed(script, tmp_path, monkeypatch):
+    script.sweep(arguments(tmp_path / "t.csv"))
+    count = len(trials.read(tmp_path / "t.csv"))
+    facts = {**trials.facts(), "code": "later"}
+    monkeypatch.setattr(trials, "facts", lambda: facts)
+    again = script.sweep(arguments(tmp_path / "t.csv"))[count:]
+    assert again
+    assert {row.code for row in again} == {"later"}
+
+
 def test_a_sweep_that_was_cut_off_is_continued(script, tmp_path):
     file = tmp_path / "t.csv"
     cut_off = {row.config for row in script.sweep(arguments(file, limit=3))}

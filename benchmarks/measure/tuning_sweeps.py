@@ -176,7 +176,7 @@ def again(rows: list[Trial], problems: list[Problem], devices: dict[int, Device]
             return
         problem = by_key[row.key]
         us, bits, error = devices[problem.case].try_out(problem, parse_config(row.config), REPEATS)
-        yield replace(row, us=us if us is None else round(us, 2), bits=bits, error=error)
+        yield replace(row, **trials.facts(), us=us if us is None else round(us, 2), bits=bits, error=error)  # type: ignore[arg-type]
 
 
 def summary(rows: list[Trial]) -> list[dict[str, object]]:
