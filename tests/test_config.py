@@ -50,7 +50,7 @@ def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
         ("system: x\nsystem: y\n", r"x\.yaml:2: key `system` is given twice"),
         ("system: [x\n", r"x\.yaml:\d: not valid YAML"),
         ("base: x.yaml\n", "already its own child"),
-        ("system: x\nbase: y.yaml\n", r"x\.yaml:2: base: .*y\.yaml: no such file; .* the folder of x\.yaml"),
+        ("system: x\nbase: y.yaml\n", r"x\.yaml:2: base: .*y\.yaml: no such file; it is sought beside x\.yaml"),
         ("system: x\ntraining:\n", r"x\.yaml:2: `training` is a section and takes no value of its own; its keys are"),
         ("- 1\n", "must hold `key: value` lines"),
         ("system: x\nparallel: {dap_size: 3}\n", r"parallel.dap_size"),

@@ -299,30 +299,6 @@ def test_a_stop_inside_gradient_accumulation_waits_for_the_update(
     assert read_metrics(tmp_path / "parts").loss.tolist() == read_metrics(tmp_path / "whole").loss.tolist()
 
 
-def test_ctrl_c_stops_in_order_with_a_checkpoint_and_a_second_one_at_once(
-    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    push = StepLog.push
-
-    def stop_at_1(self: StepLog, step: int, *values) -> None:
-        push(self, step, *values)
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(StepLog, "push", stop_at_1)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        outcome = run_rank(tiny_config(tiny_store, tmp_path), RunOptions())
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert outcome is not None
-    assert outcome.status == "aborted"
-    assert read_state(last(tmp_path) / f"{outcome.step:06d}").iteration == outcome.step < 4
-    assert "signal SIGINT: stopping after this step (Ctrl-C again ends at once" in caplog.text
-
-
 def seeds_of(config: Config, options: RunOptions) -> dict[int, tuple[int, ...]]:
     """The sample seeds that each step of a run has used."""
     used: dict[int, tuple[int, ...]] = {}

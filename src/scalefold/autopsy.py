@@ -19,7 +19,7 @@ _MOST = 8
 
 
 def examine_run(run_dir: Path) -> list[Finding]:
-    """What is known of a run, the cause of its end, and what to do; a ``problem`` if it has ended and cannot be resumed.
+    """What is known of a run, why it ended, and what to do; a ``problem`` if it has ended and cannot be resumed.
 
     Raises:
         LogError: there is no record, or it is damaged.

@@ -100,7 +100,7 @@ def _read_with_parents(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
         return values, origins
     parent_file = file.parent / str(base)
     if not parent_file.is_file():
-        raise ConfigError(f"{origin}: base: {parent_file}: no such file; the name counts from the folder of {file.name}")
+        raise ConfigError(f"{origin}: base: {parent_file}: no such file; it is sought beside {file.name}")
     parent, parent_origins = _read_with_parents(parent_file, (*seen, file.resolve()))
     return _merge(parent, values), parent_origins | origins
 
