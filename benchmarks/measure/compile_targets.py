@@ -1,14 +1,14 @@
-"""Compile every Triton kernel for compute capability 8.0, 9.0 and 10.0 without a GPU, and list what ptxas made of it.
+"""Compile every Triton kernel for compute capability 8.0, 9.0 and 10.0 without a GPU; list what ptxas made of it.
 
-    python benchmarks/measure/compile_targets.py [--targets 80 90 100] [--only triangle] [--modules attention ...] [--csv
-    out.csv] python benchmarks/measure/compile_targets.py --rings                   # races only, for 9.0, at the shapes
-    of DAP 1 python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
+    python benchmarks/measure/compile_targets.py [--targets 80 90 100] [--only NAME] [--modules M ...] [--csv out.csv]
+    python benchmarks/measure/compile_targets.py --rings           # races only, for 9.0, at the shapes of DAP 1
+    python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
 
 Each kernel module names representative calls (``compile_cases``, see ``scalefold.kernels.tuning``); ``--dap`` and
 ``--evaluation`` take every operation at the shapes of those shares and lengths instead. They run on meta tensors; each
 launch is recorded instead of executed and compiled with the launch parameters of the target. Exit status 1 if a kernel
-does not compile, if its shared or tensor memory exceeds what a program may use there, or if it races (``rings.py``, which
-knows the products of 8.0 and 9.0); ``--rings`` looks for races alone and compiles no further than that needs.
+does not compile, if its shared or tensor memory exceeds what a program may use there, or if it races (``rings.py``,
+which does not know the products of 10.0); ``--rings`` looks for races alone and compiles no further than that needs.
 """
 
 import argparse

@@ -154,7 +154,8 @@ def kind_findings(name: str, capability: tuple[int, int], architectures: list[st
     """What is known of a kind of GPU where nothing was measured; ``architectures``: what this PyTorch is built for."""
     found, shown, family = [], f"{capability[0]}.{capability[1]}", gpu_family(name)
     if not any(arch.removeprefix("sm_").rstrip("af")[:-1] == str(capability[0]) for arch in architectures):
-        text = f"this PyTorch has no programs for compute {shown}, only {' '.join(architectures)}; `make setup TORCH_VARIANT=cuda`"
+        built = " ".join(architectures)
+        text = f"this PyTorch has no programs for compute {shown}, only {built}; `make setup TORCH_VARIANT=cuda`"
         found.append(Finding("problem", family, text))
     if family in VENDOR:
         found.append(Finding("note", family, VENDOR[family].text()))

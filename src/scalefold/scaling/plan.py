@@ -266,8 +266,8 @@ class _Builder:
             self.put("step time", step.step_ms * spec.local_batch_size, "ms", source)
             if step.kind in ("guarded", "target") and step.gpu in VENDOR:
                 self.warnings.append(
-                    f"no step was ever measured on a {step.gpu}: time and minutes are a model's on the vendor's figures; "
-                    "run `make bench-gpu` there and give --step-times benchmarks/results/step_time.csv"
+                    f"no step was ever measured on a {step.gpu}: time and minutes are a model's on the vendor's "
+                    "figures; run `make bench-gpu` there and give --step-times benchmarks/results/step_time.csv"
                 )
         step_ms = self.get("step time")
         rate = None if step_ms is None else spec.global_batch_size / step_ms * 1000
