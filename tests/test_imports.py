@@ -21,7 +21,7 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     "yamlfile": ({"yaml"}, {"errors"}),
     "telemetry": (DEEP, {"config", "errors", "textfile"}),
     "phases": (set(), {"config"}),
-    "doctor": (DEEP, {"node_findings", "processors"}),
+    "doctor": (DEEP, {"node_findings", "processors", "scaling.step_time"}),
     "autopsy": (set(), {"doctor", "errors", "mlperf.log", "report", "parallel.ending", "step.checkpoint"}),
     "node_findings": (set(), {"run.compile_ahead"}),
     "kernels": ({"torch", "triton"}, {"errors", "textfile"}),
