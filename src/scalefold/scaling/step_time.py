@@ -87,8 +87,8 @@ class VendorFigures:
 
 #: By the family of their GPU.
 VENDOR = {
-    "B200": VendorFigures("DGX B200", 180, 8, 2250, 1800, 8, 8, "NVIDIA: DGX B200 user guide, HGX B200 page"),
-    "GB200": VendorFigures("GB200 NVL72", 186, 8, 2500, 1800, 72, 4, "NVIDIA: GB200 NVL72 page, DGX GB200 user guide"),
+    "B200": VendorFigures("DGX B200", 180, 8, 2250, 1800, 8, 8, "NVIDIA: DGX B200 user guide; peaks as quoted"),
+    "GB200": VendorFigures("GB200 NVL72", 186, 8, 2500, 1800, 72, 4, "NVIDIA: DGX GB200 user guide; peaks as quoted"),
 }
 
 
