@@ -34,18 +34,18 @@ from scalefold.step.parameters import FlatParameters
 class Trained:
     """A small model with its optimizer, and checkpoints of it."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int = 2, device: str = "cpu") -> None:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
         self.names = [name for name, _ in model.named_parameters()]
-        self.flat = FlatParameters(model, torch.device("cpu"))
+        self.flat = FlatParameters(model, torch.device(device))
         self.optimizer = Optimizer(self.flat, TrainingConfig())
         self.writer = CheckpointWriter(folder, keep)
 
     def step(self) -> None:
         """One update with some gradient."""
         for parameter in self.flat.parameters:
-            parameter.grad = torch.randn(parameter.shape)
+            parameter.grad = torch.randn(parameter.shape, device=parameter.device)
         self.flat.collect_gradients()
         self.optimizer.prepare(self.optimizer.adam_step + 1)
         self.optimizer.apply()
@@ -324,3 +324,18 @@ def test_counters_are_compared_too_and_one_rank_compares_nothing(trained: Traine
     agreement = Agreement(trained.optimizer, None)
     agreement.begin(3)
     agreement.settle()
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_on_a_gpu_allocates_nothing_once_it_is_prepared(tmp_path):
+    trained = Trained(tmp_path, device="cuda")
+    trained.step()
+    trained.writer.prepare(trained.flat, trained.optimizer, trained.names)
+    expected, before = trained.buffers(), torch.cuda.memory_stats()["allocation.all.allocated"]
+    trained.begin(1)
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    trained.step()  # beside the writing: the checkpoint is of the step before
+    written = trained.writer.finish()
+    assert written is not None
+    trained.load(written.folder)
+    assert all(torch.equal(a, b) for a, b in zip(expected, trained.buffers(), strict=True))

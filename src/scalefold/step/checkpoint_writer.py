@@ -1,6 +1,6 @@
 """Checkpoints beside training: a copy on the device in stream order, the way to the disk in a thread.
 
-``save`` clones weights, both moments and averages on the device and returns. A second stream copies the clones into
+``save`` copies weights, both moments and averages on the device and returns. A second stream brings these copies to
 page-locked memory, a thread waits for that copy, looks whether all is finite, writes both files, reads their hashes
 back, flushes files and folders to the disk, and renames the folder into place. So a checkpoint is complete or absent.
 One is written at a time: the next ``save`` waits for it, and raises what went wrong with it.
@@ -20,7 +20,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,35 +81,34 @@ class HostCopy:
         }
         self._stream = torch.cuda.Stream() if on_gpu else None
         self._arrival = torch.cuda.Event(blocking=True) if on_gpu else None
-        self._clones: list[Tensor] = []
+        # allocated before the clock: where peers map a GPU's memory, an allocation holds up its steps
+        self._device_copies = [torch.empty_like(source) for source in self._sources()] if on_gpu else []
 
     @torch.no_grad()
     def begin(self, iteration: int) -> None:
         """Take everything as of now in stream order; on a GPU the host does not wait."""
         optimizer, count = self.optimizer, len(self._steps)
-        sources = [self.flat.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.averaged]
         if self._stream is None or self._arrival is None:
-            self._copy_from(sources)
+            copy_all(self.buffers.values(), self._sources())
         else:
-            self._clones = [source.clone() for source in sources]
+            copy_all(self._device_copies, self._sources())
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                self._copy_from(self._clones)
+                copy_all(self.buffers.values(), self._device_copies)
                 self._arrival.record()
         self._steps.fill_(float(optimizer.adam_step))
         self._num_averaged.fill_(optimizer.num_averaged)
         self.resumable["iteration"] = iteration
         self.resumable["optimizer_state_dict"]["param_groups"] = [adam_group(optimizer.config, count)]
 
-    def _copy_from(self, sources: list[Tensor]) -> None:
-        for target, source in zip(self.buffers.values(), sources, strict=True):
-            target.copy_(source, non_blocking=True)
+    def _sources(self) -> list[Tensor]:
+        optimizer = self.optimizer
+        return [self.flat.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.averaged]
 
     def wait(self) -> None:
         """Until the copy has arrived; called by the writing thread."""
         if self._arrival is not None:
             self._arrival.synchronize()
-        self._clones = []  # only now: their memory is not reused before the second stream has read it
 
     def check_finite(self) -> None:
         """Refuse to keep numbers that no run can continue with."""
@@ -119,6 +118,12 @@ class HostCopy:
                     f"iteration {self.resumable['iteration']}: {what} are not finite (first: {name}); "
                     "no checkpoint written"
                 )
+
+
+def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copy tensors in stream order; the host does not wait."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=True)
 
 
 def adam_group(config: TrainingConfig, count: int) -> dict[str, Any]:
