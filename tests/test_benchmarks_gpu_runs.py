@@ -297,6 +297,13 @@ def test_chosen_layouts_bring_what_they_are_compared_with(gpu_runs):
     assert names == ["dap2", "dap2 again", "stop_dap2", "stop_dap2 resumed"]
 
 
+def test_starts_on_four_gpus_run_only_by_name(gpu_runs):
+    assert {"dap4", "ruler_four"}.isdisjoint(start.layout for start in gpu_runs.chosen([], tiny=False))
+    named = gpu_runs.chosen(["dap4", "ruler_four"], tiny=False)
+    assert [start.ranks for start in named] == [4, 4, 4]
+    assert gpu_runs.count_gpus(named, tiny=True) == 4
+
+
 def test_all_settings_form_configurations_that_can_run(layouts, repository, tmp_path):
     from scalefold.config import load_config
 

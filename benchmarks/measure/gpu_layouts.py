@@ -106,6 +106,7 @@ def resumed(layout: str, like: str, **shape: Any) -> Start:
 
 
 TWO = {"ranks": 2, "statuses": (STEPS_DONE, STEPS_DONE)}
+FOUR = {"ranks": 4, "dap": 4}
 STARTS = [  # in this order; starts on one GPU stand in pairs
     *twice("one_gpu"),
     *twice("dap2", dap=2, **TWO),
@@ -136,6 +137,8 @@ STARTS = [  # in this order; starts on one GPU stand in pairs
     resumed("stop_dap2", like="dap2", dap=2, **TWO),
     Start("phases", "phases", 2, statuses=(NEXT_PHASE, NEXT_PHASE)),
     Start("phases resumed", "phases", phase_dap=2, after="phases", **TWO),
+    Start("ruler_four", "ruler_four", statuses=(0,) * 4, **FOUR),
+    *twice("dap4", statuses=(STEPS_DONE,) * 4, **FOUR),
 ]
 LAYOUTS = list(dict.fromkeys(start.layout for start in STARTS))
 
@@ -205,7 +208,8 @@ def ruler(plan: Plan, start: Start) -> list[str]:
     if start.ranks == 1:
         return [str(SCRIPTS / "step_time.py"), "--csv", str(places(plan, start) / "step_time.csv"), *shared]
     small = ["--small"] if plan.tiny else []
-    script = [str(SCRIPTS / "multi_gpu.py"), "--skip-exchanges", "--dap", "2", "1", *small]
+    sizes = [str(start.dap), *(["1"] if start.ranks == 2 else [])]  # of two replicas, too
+    script = [str(SCRIPTS / "multi_gpu.py"), "--skip-exchanges", "--dap", *sizes, *small]
     return [*script, "--out", str(places(plan, start)), *shared]
 
 

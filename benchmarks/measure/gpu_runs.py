@@ -8,7 +8,7 @@ Full model, generated proteins (short ones, so that an evaluation is quick), one
 ``one_gpu``, ``dap2``, ``dp2`` use up their step budget, twice with one seed; ``train_eval`` is one training and one
 evaluation rank; ``target`` reaches its target; ``stop_one_gpu`` and ``stop_dap2`` are asked to stop (SIGTERM) and
 resumed; ``phases`` goes from two replicas to DAP 2, in two starts; ``killed`` loses a rank (SIGKILL); ``ruler_one`` and
-``ruler_two`` time bare steps with step_time.py and multi_gpu.py.
+``ruler_two`` time bare steps with step_time.py and multi_gpu.py. By name only: ``dap4`` and ``ruler_four``, on four.
 
 Every start is judged: exit status of every rank; seconds from ``run_stop`` (``killed``: from the kill) to the end of
 its last process; from ``run_start`` to the end of the first step; stall at a checkpoint, which is what the steps after
@@ -104,8 +104,8 @@ def make_store(work: Path, workers: int) -> Path:
 
 
 def chosen(only: Sequence[str], tiny: bool) -> list[Start]:
-    """The starts of some layouts, and those that they are compared with."""
-    layouts = set(only) or set(LAYOUTS)
+    """The starts of some layouts, by default of all that two GPUs can run, and those that they are compared with."""
+    layouts = set(only) or {start.layout for start in STARTS if start.ranks <= 2}
     layouts |= {s.like for s in STARTS if s.layout in layouts and s.like}
     starts = [start for start in STARTS if start.layout in layouts]
     return [start for start in starts if not (tiny and start.name == "ruler_one")]  # step_time.py needs a GPU
@@ -117,7 +117,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], choices=LAYOUTS, metavar="LAYOUT", help=", ".join(LAYOUTS))
     parser.add_argument("--out", type=Path, help="folder of table, log and details; default: a new one")
     parser.add_argument("--work", type=Path, help="store, runs and caches, kept; default: temporary, removed")
-    parser.add_argument("--gpus", type=int, help="GPUs to use; default: those that are there, at most 2")
+    parser.add_argument("--gpus", type=int, help="GPUs to use; default: as many as a start needs")
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--passes", type=int, default=2, help="most recycling passes, where they are the subject")
     parser.add_argument("--workers", type=int, default=6, help="loader processes per rank")
@@ -139,11 +139,12 @@ def main() -> int:
         store = make_store(work, workers=2 if arguments.tiny else 8)
         a = arguments
         plan = Plan(store, work, a.steps, a.passes, a.tiny, a.workers, a.limit_s, tuple(a.set))
-        gpus = arguments.gpus or count_gpus(arguments.tiny)
+        starts = chosen(arguments.only, arguments.tiny)
+        gpus = arguments.gpus or count_gpus(starts, arguments.tiny)
         left_s = arguments.budget_s - (time.monotonic() - began)
         results = Results()
         try:
-            run_all(plan, chosen(arguments.only, arguments.tiny), gpus, left_s, results)
+            run_all(plan, starts, gpus, left_s, results)
         finally:
             good = write_results(plan, results, out, csv)
     finally:
@@ -153,11 +154,12 @@ def main() -> int:
     return int(not good)
 
 
-def count_gpus(tiny: bool) -> int:
-    """Starts side by side, in GPUs."""
+def count_gpus(starts: Sequence[Start], tiny: bool) -> int:
+    """GPUs to use: two, so that starts on one stand in pairs, or more where a start needs them."""
     import torch
 
-    return 2 if tiny else min(2, torch.cuda.device_count())
+    wanted = max([2, *(start.ranks for start in starts)])
+    return wanted if tiny else min(wanted, torch.cuda.device_count())
 
 
 if __name__ == "__main__":
