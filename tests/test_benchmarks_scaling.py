@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from processes import run_ranks
 from scalefold.config import load_config
 from scalefold.report.record import read_metrics
 from scalefold.scaling.step_time import read_eval_times, read_step_times
+from scalefold.step.parameters import FlatParameters
 
 ONE_BLOCK = [f"model.{stack}.num_blocks=1" for stack in ("template", "extra_msa", "evoformer")]
 SHORT = ["data.train_sequence_crop_size=16", "data.max_msa_clusters=12", "data.max_extra_msa=16"]
@@ -120,6 +123,40 @@ def test_efficiency_is_against_one_gpu(script):
     assert lines[0] == "gpus 1 dap 1: mean over R = 1, 4: 200.0 ms"
     assert "2.67 times faster than on one GPU, efficiency 66.7 %" in lines[1]
     assert "data parallel efficiency 98.0 %" in lines[2]
+
+
+def flat_of_a_bf16_and_an_fp32_layer():
+    torch.manual_seed(2)
+    model = nn.ModuleDict({"heads": nn.Linear(64, 32, bias=False), "trunk_stack": nn.Linear(64, 32, bias=False)})
+    dtypes = {"trunk_stack.weight": torch.bfloat16, "heads.weight": torch.float32}
+    scales = {"trunk_stack.weight": 0.5, "heads.weight": 1.0}
+    return FlatParameters(model, torch.device("cpu"), dtypes.__getitem__, scales.__getitem__)
+
+
+def test_another_rounding_moves_bf16_weights_by_one_place_at_most(script):
+    flat = flat_of_a_bf16_and_an_fp32_layer()
+    before, (trunk,) = flat.master.clone(), [s for s in flat.segments if s.dtype is torch.bfloat16]
+    script("module_norms").move_within_rounding(flat, 1)
+    place = slice(trunk.start, trunk.stop)
+    was, now = before[place].bfloat16().view(torch.int16), flat.master[place].bfloat16().view(torch.int16)
+    assert set((now - was).abs().tolist()) == {0, 1}
+    assert 0.1 < (now != was).float().mean() < 0.6
+    other = torch.ones_like(before, dtype=torch.bool)
+    other[place] = False
+    assert torch.equal(flat.master[other], before[other])
+
+
+def test_norms_are_those_of_mean_gradients_and_are_judged_by_the_noise(script):
+    module, flat = script("module_norms"), flat_of_a_bf16_and_an_fp32_layer()
+    for gradient in flat.gradients.values():
+        gradient.fill_(1.0)
+    count = 64 * 32
+    assert module.module_norms(flat) == pytest.approx({"heads": count**0.5, "trunk_stack": 0.5 * count**0.5})
+    noise = module.rounding_noise(lambda seed: {"a": 1.0 + seed / 1000, "b": 2.0}, seeds=[0, 1])
+    assert noise == pytest.approx({"a": 0.001, "b": 0.0}, rel=2e-3)
+    rows = module.norm_rows({"a": 1.0015, "b": 2.0}, {"a": 1.0, "b": 2.0}, noise)
+    assert module.beyond(rows) == []
+    assert module.beyond(module.norm_rows({"a": 1.0025, "b": 2.1}, {"a": 1.0, "b": 2.0}, noise)) == ["a", "b"]
 
 
 @pytest.mark.long

@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 2 benchmarks/measure/multi_gpu.py --small --out /tmp/small   # the same on CPU, tiny model
 
 Appends to benchmarks/results/step_time.csv (column ``dap``; ``gpus`` > ``dap`` is data parallel),
-benchmarks/results/step_breakdown.csv and benchmarks/results/exchange.csv, each layout as soon as it is known; --small
-writes only where --out says. Before timing, loss and gradient norm of every layout are compared with one GPU: dropout
-off, same weights, same batch. The breakdown is of rank 0: kernels that exchange, all other kernels (the copies into
-what peers read among them), the time in which only the former work, and the time in which nothing does.
+benchmarks/results/step_breakdown.csv, module_norms.csv and exchange.csv there, each layout as soon as it is known;
+--small writes only where --out says. Before timing, loss and gradient norm of every layout are compared with one GPU,
+and the norm of every module with what another rounding does to it: dropout off, same weights, same batch. The
+breakdown is of rank 0: kernels that exchange, all other kernels (the copies into what peers read among them), the time
+in which only the former work, and the time in which nothing does.
 A layout that would not end within --minutes is left out and named. Exit status 1 if one computes something else.
 """
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from common import FOLDER, ROOT, Timing, append_rows, capture, device_events, facts, print_table, time_calls
+from module_norms import MARGIN, Norms, beyond, module_norms, move_within_rounding, norm_rows, rounding_noise
 from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
@@ -168,6 +170,8 @@ def time_exchange(host: Host, call: Callable[[], object]) -> float:
 def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namespace, deadline: float) -> bool:
     """Check, time and take apart each layout; one GPU on its own comes first and is what the others must equal."""
     truth: dict[str, float] = {}
+    truth_norms: Norms = {}
+    noise: Norms = {}
     good, longest_s = True, 0.0
     means: dict[Layout, dict[int, float]] = {}
     for gpus, dap in wanted:
@@ -176,10 +180,15 @@ def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namesp
             tell(host, f"gpus {gpus} dap {dap}: LEFT OUT, the time of --minutes is used up")
             continue
         step, batch, config = build(host, gpus, dap, arguments.set)
-        values = first_values(step, batch)
+        values, norms = first_values(step, batch)
+        if not truth:
+            truth, truth_norms = values, norms
+            if not host.small:  # which computes in fp32
+                noise = rounding_noise(lambda seed, step=step, batch=batch: first_values(step, batch, seed)[1])
         let_go(host)  # the eager step's memory is not the graphs'
-        truth = truth or values
         good &= agrees(host, values, truth, gpus, dap)
+        if gpus > 1 and noise:
+            keep_norms(host, (gpus, dap), norm_rows(norms, truth_norms, noise))
         means[gpus, dap] = measure_steps(host, step, batch, config, (gpus, dap), arguments)
         del step, batch
         let_go(host)
@@ -264,11 +273,27 @@ def set_dropout(step: TrainStep, on: bool) -> None:
             module.dropout = rates.get(type(module).__name__, 0.25) if on else 0.0
 
 
-def first_values(step: TrainStep, batch: Batch) -> dict[str, float]:
-    """Loss, terms and gradient norm of one eager step; weights are put back."""
+def first_values(step: TrainStep, batch: Batch, rounding: int | None = None) -> tuple[dict[str, float], Norms]:
+    """Loss, terms and gradient norm of one eager step, and the norms by module; weights are put back.
+
+    Args:
+        rounding: seed of another rounding of the weights.
+    """
     with preserved(step.optimizer):
+        if rounding is not None:
+            move_within_rounding(step.optimizer.flat, rounding)
         values = TrainStep.__call__(_Eager(step), batch, 1, 1)  # type: ignore[arg-type]
-    return dict(zip(step.names, values.tolist(), strict=True))
+        norms = module_norms(step.optimizer.flat)
+    return dict(zip(step.names, values.tolist(), strict=True)), norms
+
+
+def keep_norms(host: Host, layout: Layout, rows: list[dict[str, object]]) -> None:
+    """Write the norms by module and name those that differ from one GPU's by more than rounding explains."""
+    gpus, dap = layout
+    if host.rank == 0 and host.out is not None:
+        append_rows(host.out / "module_norms.csv", [{**facts(), "gpus": gpus, "dap": dap, **row} for row in rows])
+    far = ", ".join(beyond(rows)) or "none"
+    tell(host, f"  of {len(rows)} modules, norms differ by more than {MARGIN} times another rounding's: {far}")
 
 
 class _Eager(TrainStep):
