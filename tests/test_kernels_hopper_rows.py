@@ -270,6 +270,7 @@ pair = (1, 256, 256)
 with tuning.assume_capability(90), recorded_launches() as launches:
     cases.projections(pair, 128, [128] * 4 + [4])
     cases.triangle_project(pair, 128)
+    cases.triangle_operands_sent((1, 128, 256), 128)
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
         names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient")
@@ -295,7 +296,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    programs = ["hopper_projections", "hopper_operands", "hopper_output", "hopper_output"]
+    programs = ["hopper_projections", "hopper_operands", "hopper_operands", "hopper_output", "hopper_output"]
     programs += [
         "hopper_outer_product",
         *["hopper_transition", "hopper_transition_gradient"] * 2,

@@ -58,17 +58,26 @@ def draw_obstacle(shape: object, rate: float, device: torch.device) -> str | Non
     return device_obstacle(torch.device(device))
 
 
-def guarded(fast: Callable[..., Any], plain: Callable[..., Any], *obstacles: Obstacle) -> Callable[..., Any]:
-    """``fast`` where no obstacle stands in the way of the arguments, else ``plain`` with the reason logged once."""
+def guarded(
+    fast: Callable[..., Any], plain: Callable[..., Any], *obstacles: Obstacle, through: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
+    """``fast`` where no obstacle stands in the way of the arguments, else ``plain`` with the reason logged once.
+
+    ``through``: the fast one for results that go through a change of layout. Whoever has one finds it, and what stands
+    in its way, as attributes.
+    """
+
+    def reason(*arguments: Any, **named: Any) -> str | None:
+        return next((found for obstacle in obstacles if (found := obstacle(*arguments, **named))), None)
 
     @functools.wraps(plain)
     def operation(*arguments: Any, **named: Any) -> Any:
-        for obstacle in obstacles:
-            if reason := obstacle(*arguments, **named):
-                explain(f"plain PyTorch {plain.__name__}", reason)
-                return plain(*arguments, **named)
+        if found := reason(*arguments, **named):
+            explain(f"plain PyTorch {plain.__name__}", found)
+            return plain(*arguments, **named)
         return fast(*arguments, **named)
 
+    operation.through, operation.reason = through, reason  # type: ignore[attr-defined]
     return operation
 
 
@@ -77,7 +86,13 @@ TRITON = Operations(
     layer_norm=guarded(layer_norm.layer_norm, reference.layer_norm, buffer_obstacle, layer_norm.obstacle),
     layer_norm_linear=guarded(linear.layer_norm_linear, reference.layer_norm_linear, matrix_obstacle, linear.obstacle),
     attention=guarded(attention.attention, reference.attention, matrix_obstacle),
-    gated_output=guarded(gated_output.gated_output, reference.gated_output, matrix_obstacle, gated_output.obstacle),
+    gated_output=guarded(
+        gated_output.gated_output,
+        reference.gated_output,
+        matrix_obstacle,
+        gated_output.obstacle,
+        through=gated_output.output_through,
+    ),
     transition=guarded(transition.transition, reference.transition, matrix_obstacle, transition.obstacle),
     outer_product_project=guarded(
         outer_product.outer_product_project,
@@ -92,9 +107,15 @@ TRITON = Operations(
         outer_product.update_obstacle,
     ),
     triangle_project=guarded(
-        triangle.triangle_project, reference.triangle_project, matrix_obstacle, triangle.project_obstacle
+        triangle.triangle_project,
+        reference.triangle_project,
+        matrix_obstacle,
+        triangle.project_obstacle,
+        through=triangle.project_through,
     ),
-    triangle_product=guarded(triangle.triangle_product, reference.triangle_product, matrix_obstacle),
+    triangle_product=guarded(
+        triangle.triangle_product, reference.triangle_product, matrix_obstacle, through=triangle.product_through
+    ),
     triangle_output=guarded(
         triangle.triangle_output, reference.triangle_output, matrix_obstacle, triangle.output_obstacle
     ),

@@ -80,21 +80,26 @@ def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, 
     )  # fmt: skip
 
 
-def operands_obstacle(z: Tensor, weights: Sequence[Tensor]) -> str | None:
+def operands_obstacle(z: Tensor, weights: Sequence[Tensor], outs: Sequence[Tensor] = ()) -> str | None:
     """Why ``operands`` cannot or should not take these arguments, or None."""
-    return _pair_obstacle(z, weights) or _preference("triangle_hopper_operands", z)
+    if found := _pair_obstacle(z, weights):
+        return found
+    if any(out.shape[1] % PART or not _is_aligned(_viewed(out, (out.shape[1], -1))) for out in outs):
+        return "places of the operands do not lie densely in blocks of channels"
+    return _preference("triangle_hopper_operands", z)
 
 
 def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], outs: Sequence[Tensor]) -> None:
     """Both operands of a triangle's product, outs: [1, c, I, J] each; see ``reference.triangle_project``.
 
-    linears: a, a gate, b, b gate.
+    linears: a, a gate, b, b gate. Or four outs: both halves of the channels of a, then of b.
     """
     views, dims, count = row_views({"z": z, "mask": mask[..., None]})
+    places = [_matrix(_viewed(out, (out.shape[1], -1)), PART, PART) for out in outs]
+    a, second_a, b, second_b = places if len(places) == 4 else (places[0], None, places[1], None)
     hopper_operands[_programs(z)](
-        _rows(z, memory_order(z)), *(_weight(linear.weight) for linear in linears),
-        *(_matrix(out.view(CHANNELS, -1), PART, PART) for out in outs), norm, tuple(linear.bias for linear in linears),
-        views["mask"], dims, count // PART, num_warps=4,
+        _rows(z, memory_order(z)), *(_weight(linear.weight) for linear in linears), a, b, second_a, second_b, norm,
+        tuple(linear.bias for linear in linears), views["mask"], dims, count // PART, num_warps=4,
     )  # fmt: skip
 
 

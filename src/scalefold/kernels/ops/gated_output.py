@@ -27,6 +27,7 @@ from scalefold.kernels.rows import (
     sum_all,
     width_obstacle,
 )
+from scalefold.kernels.table import Move
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
 tuning.register_tiles("gated_output_forward", {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)})
@@ -97,24 +98,46 @@ def _input_gradient_kernel(
         store_tile(d_gate, d_gated * value * (1.0 - opening), rows, k, extent)
 
 
+def _forward(tensors: dict[str, Tensor | None], linear: Affine) -> None:
+    """The forward kernel on x, o, gate, dropout and out."""
+    x, weight = tensors["x"], linear.weight
+    assert x is not None
+    assert weight is not None
+    c, hd = weight.shape
+    config = tuning.chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
+    launch(_forward_kernel, config, tensors, linear=linear, C=c, HD=hd)
+
+
+def _part(x: Tensor | None, dim: int, first: int, width: int) -> Tensor | None:
+    """What of x belongs to indices ``first`` on along ``dim``."""
+    return x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, width)
+
+
 class _GatedOutput(torch.autograd.Function):
-    """Arguments: x, o flattened to [*, H * D], gate, weight, bias, dropout."""
+    """Arguments: x, o flattened to [*, H * D], gate, weight, bias, dropout, change of layout."""
 
     @staticmethod
-    def forward(ctx, x, o, gate, weight, bias, dropout):
+    def forward(ctx, x, o, gate, weight, bias, dropout, move):
         ctx.save_for_backward(o, gate, weight, dropout)
-        ctx.bias_dtype = bias.dtype
-        out = torch.empty_like(x)
-        c, hd = weight.shape
-        config = tuning.chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
-        tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
-        launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), bias), C=c, HD=hd)
-        return out
+        ctx.bias_dtype, ctx.move = bias.dtype, move
+        linear, keep = Affine(weight.contiguous(), bias), any(ctx.needs_input_grad)
+        tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout}
+        parts = None if move is None else move.parts([x], keep)
+        if parts is None:
+            out = torch.empty_like(x)
+            _forward(tensors | {"out": out}, linear)
+            return out if move is None else move.moved([out], keep)[0]
+        for first, width, (place,) in parts:
+            part = {name: _part(tensor, parts.dim, first, width) for name, tensor in tensors.items()}
+            _forward(part | {"out": place}, linear)
+        return parts.arrived()[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
         o, gate, weight, dropout = ctx.saved_tensors
+        if ctx.move is not None:
+            (d,) = ctx.move.inverse.moved([d], False)
         d_o, d_gate, gated = torch.empty_like(o), torch.empty_like(gate), torch.empty_like(o)
         update = None if dropout is None else torch.empty_like(d)
         c, hd = weight.shape
@@ -126,7 +149,7 @@ class _GatedOutput(torch.autograd.Function):
         )
         product = Product(d if update is None else update, gated)
         d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
-        return d, d_o, d_gate, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype), None
+        return d, d_o, d_gate, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype), None, None
 
 
 def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> str | None:
@@ -136,4 +159,9 @@ def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> 
 
 def gated_output(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None) -> Tensor:
     """``reference.gated_output``; the result lies in the memory order of x."""
-    return _GatedOutput.apply(x, o.flatten(-2), gate, weight, bias, dropout)  # type: ignore[return-value]
+    return output_through(None, x, o, gate, weight, bias, dropout)
+
+
+def output_through(after: Move | None, x: Tensor, o: Tensor, *rest: Tensor | None) -> Tensor:
+    """``gated_output`` behind a change of layout."""
+    return _GatedOutput.apply(x, o.flatten(-2), *rest, after)  # type: ignore[return-value]
