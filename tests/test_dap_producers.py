@@ -1,5 +1,8 @@
 """Operations that write their results to the peers themselves: the same bits as exchanges behind them."""
 
+import csv
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -117,5 +120,17 @@ def test_a_block_gives_the_same_bits_whoever_writes_to_the_peers():
         for values, _, early in others:
             assert [n for n, (a, b) in enumerate(zip(expected, values, strict=True)) if not np.array_equal(a, b)] == []
             assert early == 3  # forward twice, backward once
-        products, gated = 2 * 3, 2 * 2  # gradients of a gated output take the exchange
-        assert [written for _, written, _ in others] == [products + gated, products + gated + 2 * 2]
+        products, rows = 2 * 3, 3 * 2  # gradients of operations of rows take the exchange
+        assert [written for _, written, _ in others] == [products + rows, products + rows + 2 * 2]
+
+
+@pytest.mark.long
+def test_the_script_tries_every_form_on_the_cpu(repository, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    options = ["--small", "--passes", "1", "--repeats", "1", "--csv", str(tmp_path / "forms.csv")]
+    command = [*torchrun, "benchmarks/measure/dap_forms.py", *options]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader((tmp_path / "forms.csv").open()))
+    assert [row["forms"] for row in rows] == ["none", *("+".join(FORMS[: n + 1]) for n in range(len(FORMS))), "none"]
+    assert {row["bits_of_none"] for row in rows} == {"True"}

@@ -93,7 +93,13 @@ TRITON = Operations(
         gated_output.obstacle,
         through=gated_output.output_through,
     ),
-    transition=guarded(transition.transition, reference.transition, matrix_obstacle, transition.obstacle),
+    transition=guarded(
+        transition.transition,
+        reference.transition,
+        matrix_obstacle,
+        transition.obstacle,
+        through=transition.transition_through,
+    ),
     outer_product_project=guarded(
         outer_product.outer_product_project,
         reference.outer_product_project,

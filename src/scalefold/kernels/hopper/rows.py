@@ -137,7 +137,9 @@ def output(
     )  # fmt: skip
 
 
-def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | None = None) -> str | None:
+def transition_obstacle(
+    x: Tensor, weights: Sequence[Tensor], d_out: Tensor | None = None, out: Tensor | None = None
+) -> str | None:
     """Why ``transition``, or with d_out its gradient, cannot or should not take these arguments, or None."""
     c, hidden = x.shape[-1], weights[0].shape[0]
     if reason := choice.obstacle(MISSING, (x, *weights, d_out)):
@@ -146,6 +148,8 @@ def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | No
         return f"{c} channels with {hidden} hidden ones"
     if d_out is not None and not _is_aligned(_by_rows(d_out, memory_order(x))):
         return "gradients of the output do not lie densely"
+    if out is not None and not _is_aligned(_by_rows(out, memory_order(x))):
+        return "places of the output do not lie densely"
     name = "transition_hopper" if d_out is None else "transition_hopper_gradient"
     return _rows_obstacle(x) or _preference(name, x, n=hidden)
 

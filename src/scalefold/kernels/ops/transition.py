@@ -48,6 +48,7 @@ from scalefold.kernels.rows import (
     weight_blocks,
     width_obstacle,
 )
+from scalefold.kernels.table import Move
 from scalefold.kernels.weight_gradient import NUM_PROGRAMS, Product, row_ranges, weight_partials
 
 tuning.register_tiles("transition_forward", {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)})
@@ -158,64 +159,86 @@ def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[
 
 
 class _Transition(torch.autograd.Function):
-    """Arguments: those of ``transition``."""
+    """Arguments: those of ``transition``, and a change of layout."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2):
+    def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, move):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
-        out = torch.empty_like(x)
-        hidden, c = weight_1.shape
-        norm = Norm(norm_weight, norm_bias)
-        if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))):
-            hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out)
-            return out
-        config = tuning.chosen_tiles("transition_forward", x, hidden, hidden)
-        blocks = _blocks(weight_1, weight_2, config)
-        launch(
-            _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=bias_1,
-            weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
-        )  # fmt: skip
-        return out
+        ctx.move, keep = move, any(ctx.needs_input_grad)
+        parameters = Norm(norm_weight, norm_bias), Affine(weight_1, bias_1), Affine(weight_2, bias_2)
+        parts = None if move is None else move.parts([x], keep)
+        if parts is None:
+            out = torch.empty_like(x)
+            _forward(x, *parameters, out)
+            return out if move is None else move.moved([out], keep)[0]
+        for first, width, (place,) in parts:
+            _forward(x.narrow(parts.dim, first, width), *parameters, place)
+        return parts.arrived()[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        x, norm_weight, norm_bias, weight_1, bias_1, weight_2 = ctx.saved_tensors
-        width, c = weight_1.shape
-        config = tuning.chosen_tiles("transition_backward", x, width, width)
-        by_library, recomputed = bool(config.pop("LIBRARY", 0)), bool(config.pop("RECOMPUTED", 0))
-        order, places = memory_order(x), tuple(range(x.dim() - 1))
-        x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
-        if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
-            dx, gradients = _by_gluon(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2)
-            return dx.movedim(places, order), *gradients
-        if recomputed and d_out.is_contiguous() and d_out.data_ptr() % 16 == 0:
-            dx, gradients = _recomputed(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2, config)
-            return dx.movedim(places, order), *gradients
-        if by_library:
-            normed = normed_rows(x, norm_weight, norm_bias)
-            hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
-            hidden = hidden.view(*x.shape[:-1], width)
-            dx = x  # the kernel leaves it alone
-        else:
-            dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
-        d_hidden = torch.empty_like(hidden)
-        blocks = _blocks(weight_1, weight_2, config)
-        tensors = {"x": x, "d_out": d_out, "hidden_rows": hidden, "normed_out": normed, "dx": dx}
-        partials = launch_with_sums(
-            _backward_kernel, config, tensors, 3 * c + width, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
-            bias_1=bias_1, weight_2=blocks[1], d_hidden_out=d_hidden, FUSED=not by_library, STORED=True,
-            HIDDEN=width, C=c,
-        )  # fmt: skip
-        norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
-        if by_library:
-            d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
-            dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
-        weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
-        norm, bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm_weight.dtype)
-        d_bias_2, d_bias_1 = bias.split([c, width])
-        weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
-        return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
+        if ctx.move is not None:
+            (d_out,) = ctx.move.inverse.moved([d_out], False)
+        return *_gradients(d_out, *ctx.saved_tensors), None
+
+
+def _forward(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
+    """The forward kernel; out: [*, c], of any strides."""
+    weight_1, weight_2 = linear_1.weight, linear_2.weight
+    assert weight_1 is not None
+    assert weight_2 is not None
+    hidden, c = weight_1.shape
+    if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2), out=out)):
+        hopper.transition(x, norm, linear_1, linear_2, out)
+        return
+    config = tuning.chosen_tiles("transition_forward", x, hidden, hidden)
+    blocks = _blocks(weight_1, weight_2, config)
+    launch(
+        _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=linear_1.bias,
+        weight_2=blocks[1], bias_2=linear_2.bias, HIDDEN=hidden, C=c,
+    )  # fmt: skip
+
+
+def _gradients(
+    d_out: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of x and of all parameters, in the order of ``transition``'s arguments."""
+    width, c = weight_1.shape
+    config = tuning.chosen_tiles("transition_backward", x, width, width)
+    by_library, recomputed = bool(config.pop("LIBRARY", 0)), bool(config.pop("RECOMPUTED", 0))
+    order, places = memory_order(x), tuple(range(x.dim() - 1))
+    x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
+    if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
+        dx, gradients = _by_gluon(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2)
+        return dx.movedim(places, order), *gradients
+    if recomputed and d_out.is_contiguous() and d_out.data_ptr() % 16 == 0:
+        dx, gradients = _recomputed(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2, config)
+        return dx.movedim(places, order), *gradients
+    if by_library:
+        normed = normed_rows(x, norm_weight, norm_bias)
+        hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
+        hidden = hidden.view(*x.shape[:-1], width)
+        dx = x  # the kernel leaves it alone
+    else:
+        dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
+    d_hidden = torch.empty_like(hidden)
+    blocks = _blocks(weight_1, weight_2, config)
+    tensors = {"x": x, "d_out": d_out, "hidden_rows": hidden, "normed_out": normed, "dx": dx}
+    partials = launch_with_sums(
+        _backward_kernel, config, tensors, 3 * c + width, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
+        bias_1=bias_1, weight_2=blocks[1], d_hidden_out=d_hidden, FUSED=not by_library, STORED=True,
+        HIDDEN=width, C=c,
+    )  # fmt: skip
+    norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
+    if by_library:
+        d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
+        dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
+    weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
+    norm, bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm_weight.dtype)
+    d_bias_2, d_bias_1 = bias.split([c, width])
+    weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
+    return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
 
 
 def _by_gluon(
@@ -292,4 +315,9 @@ def transition(
     bias_2: Tensor,
 ) -> Tensor:
     """``reference.transition``; the result lies in the memory order of x."""
-    return _Transition.apply(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)  # type: ignore[return-value]
+    return transition_through(None, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
+
+
+def transition_through(after: Move | None, *arguments: Tensor) -> Tensor:
+    """``transition`` behind a change of layout."""
+    return _Transition.apply(*arguments, after)  # type: ignore[return-value]

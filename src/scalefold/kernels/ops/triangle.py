@@ -370,7 +370,7 @@ def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
 
 
 def product_through(a: Tensor, b: Tensor, outgoing: bool, before: Move, after: Move, there: bool) -> Tensor:
-    """``triangle_product``, operands from ``before`` a change of layout (``there``: behind it), ``after`` another one."""
+    """``triangle_product``, operands from ``before`` a change of layout (``there``: behind it), ``after`` another."""
     return _Product.apply(a, b, outgoing, before, after, there)  # type: ignore[return-value]
 
 

@@ -73,7 +73,7 @@ class Direct(Protocol):
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor: ...
 
 
-FORMS = ("early", "product", "operands", "gated_output")
+FORMS = ("early", "product", "operands", "gated_output", "transition")
 
 
 @dataclass(eq=False)
@@ -83,7 +83,7 @@ class Group:
     forms: which of ``FORMS`` the direct exchanges take. ``early``: what goes on beside other work is written to the
     peers as well, and meets no barrier of its own. The others: that operation of the model writes its results to the
     peers itself (``product``: of a triangle multiplication, with the gradients of its operands; ``operands`` of it,
-    which asks for ``product``; ``gated_output`` of an attention before a change of axis).
+    which asks for ``product``; ``gated_output`` of an attention and ``transition`` of pairs, before a change of axis).
     """
 
     processes: dist.ProcessGroup

@@ -22,6 +22,8 @@ def hand_over(model: nn.Module) -> None:
         if hasattr(module, "rows_to_columns"):
             for name in ATTENTIONS:
                 _adapt(getattr(module, name, None), _with_gated_output(module.rows_to_columns))
+        if hasattr(module, "pair_transition") and hasattr(module, "end_columns_to_rows"):
+            _adapt(module.pair_transition, _with_transition(module.columns_to_rows))
         if hasattr(module, "channels_to_rows"):
             _adapt(module, _with_product(module.rows_to_channels, module.channels_to_rows))
 
@@ -34,7 +36,11 @@ def _adapt(module: nn.Module | None, adapted: Callable[[Any], Any]) -> None:
 
 
 def _with_gated_output(point: Point) -> Callable[[Any], Any]:
-    return lambda ops: replace(ops, gated_output=SentOutput(ops.gated_output, point))
+    return lambda ops: replace(ops, gated_output=SentOutput(ops.gated_output, point, "gated_output"))
+
+
+def _with_transition(point: Point) -> Callable[[Any], Any]:
+    return lambda ops: replace(ops, transition=SentOutput(ops.transition, point, "transition"))
 
 
 def _with_product(before: Point, after: Point) -> Callable[[Any], Any]:
@@ -53,14 +59,14 @@ def _through(operation: Any, point: Point, form: str, *args: Any) -> Any:
 
 
 class SentOutput:
-    """``gated_output`` whose rows every peer gets in its columns."""
+    """An operation of rows whose results every peer gets on its side of the point that follows."""
 
-    def __init__(self, operation: Any, point: Point) -> None:
-        self.operation, self.point = operation, point
+    def __init__(self, operation: Any, point: Point, form: str) -> None:
+        self.operation, self.point, self.form = operation, point, form
 
     def __call__(self, *args: Any) -> Tensor:
         """Like the operation, but behind the point that follows where it can."""
-        through = _through(self.operation, self.point, "gated_output", *args)
+        through = _through(self.operation, self.point, self.form, *args)
         return self.operation(*args) if through is None else self.point.passed(through(self.point.move, *args))
 
 
