@@ -114,6 +114,18 @@ def test_exchanges_over_mapped_memory_alone_are_the_packages_own(script, size):
         torch.testing.assert_close(call().float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
+@needs_kernels
+@pytest.mark.parametrize("size", [2, 8])
+def test_exchanges_too_large_to_arrive_go_by_stages_alone_as_well(script, monkeypatch, size):
+    monkeypatch.setattr(script("absent_peers"), "PASSING_BYTES", size * 2**16)  # as at full size: P times less per rank
+    own = script("absent_peers").direct_alone(size, DEVICE)
+    for rows, stages in ((size, 0), (64, 1)):
+        x, turn = torch.randn(8 * rows, 8, device=DEVICE).bfloat16(), own._turn
+        call, expected = script("dap_share").exchange_calls(own, x)["all_to_all"]
+        torch.testing.assert_close(call(), expected, rtol=0, atol=0)
+        assert (own._turn - turn) % 2 == stages, "the smaller one arrives, the larger one is staged"
+
+
 def test_parts_are_marked_in_the_order_of_the_step(script):
     with script("dap_share").share_of(2, True, []) as share:
         share.call(2)()

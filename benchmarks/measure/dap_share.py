@@ -282,10 +282,18 @@ def exchange_rows(size: int) -> list[dict[str, Any]] | None:
 
 
 def exchange_calls(own: DirectExchanges, x: Tensor) -> dict[str, tuple[Callable[[], Tensor], Tensor]]:
-    """Exchanges of x [n P, LANE], and what they give where every peer holds the same."""
+    """Exchanges of x [n P, LANE], and what they give where every peer holds the same.
+
+    An all-to-all that arrives gives x itself: part p lies where peer p's would. One that is too large for that goes by
+    stages and gives what each peer would send, this rank's part.
+    """
     part = x.chunk(own.size)[own.rank]
+    arrives = own.arrivals is not None and own.arrivals.place(x.nbytes, keep=False) is not None
     return {
-        "all_to_all": (lambda: own.all_to_all([x[None]], 1, 0, Lasts.SHORT)[0].flatten(0, 1), x),
+        "all_to_all": (
+            lambda: own.all_to_all([x[None]], 1, 0, Lasts.SHORT)[0].flatten(0, 1),
+            x if arrives else part.repeat(own.size, 1),
+        ),
         "all_gather": (lambda: own.all_gather(x, 0, Lasts.SHORT), x.repeat(own.size, 1)),
         "reduce_scatter": (lambda: own.reduce_scatter(x, 0), part * own.size),
     }
