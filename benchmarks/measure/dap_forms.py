@@ -1,11 +1,12 @@
 """A step whose sample two GPUs share, with the forms of its exchanges in turn: ``parallel.dap.collectives.FORMS``.
 
-    torchrun --nproc-per-node 2 benchmarks/measure/dap_forms.py --minutes 2.2 --csv /tmp/dap_forms.csv
+    torchrun --nproc-per-node 2 benchmarks/measure/dap_forms.py --csv /tmp/dap_forms.csv    # each form in turn
+    torchrun --nproc-per-node 2 benchmarks/measure/dap_forms.py --forms early+product all --profile --minutes 1.6
     torchrun --nproc-per-node 2 benchmarks/measure/dap_forms.py --small     # on the CPU, where no form has an effect
 
-Each line adds a form to those before; the first one again at the end tells how much the machine has drifted. Before it
-is timed, each choice of forms is compared with none, dropout off, uncaptured: loss and gradient norm within what bf16
-sums in another order explain (``gpus 2 dap 2: ... ok``), and whether their bits are equal. Then two captured steps from
+Without --forms each choice adds a form to those before; none again at the end tells how much the machine has drifted.
+Before it is timed, each choice is compared with none, which comes first, dropout off, uncaptured: loss and gradient norm
+within what bf16 sums in another order explain (``gpus 2 dap 2: ... ok``), and whether their bits are equal. Then two captured steps from
 the same state and seed, dropout on, must give equal bits. Exit status 1 if a choice fails; it is not timed.
 ``--profile``: the breakdown of a step with the first and the last choice goes to ``step_breakdown.csv`` beside --csv.
 A choice that would not end within --minutes is left out and named.
@@ -28,7 +29,16 @@ from scalefold.step.graphs import TrainStep, preserved
 
 SEED = 11
 NONE: tuple[str, ...] = ()
-CHOICES = (NONE, *(FORMS[: n + 1] for n in range(len(FORMS))), NONE)
+CHOICES = [*(FORMS[: n + 1] for n in range(len(FORMS))), NONE]
+
+
+def choice(text: str) -> tuple[str, ...]:
+    """What --forms calls a choice: ``none``, ``all``, or names joined by +."""
+    named = {"none": NONE, "all": FORMS}
+    forms = named[text] if text in named else tuple(text.split("+"))
+    if unknown := set(forms) - set(FORMS):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: forms are {', '.join(FORMS)}")
+    return forms
 
 
 def group_of(step: TrainStep) -> Group:
@@ -57,7 +67,8 @@ def measure(host: Host, step: TrainStep, batch: Batch, arguments: argparse.Names
     """Check and time every choice of forms; whether all are what they must be."""
     group, truth, good, longest_s = group_of(step), None, True, 0.0
     tell(host, f"direct exchanges: {group.direct is not None}")
-    for n, forms in enumerate(CHOICES):
+    choices = [NONE, *(arguments.forms or CHOICES)]
+    for n, forms in enumerate(choices):
         begin, name = time.monotonic(), "+".join(forms) or "none"
         if not agree(host, begin + longest_s < deadline):
             tell(host, f"{name}: LEFT OUT, the time of --minutes is used up")
@@ -75,7 +86,7 @@ def measure(host: Host, step: TrainStep, batch: Batch, arguments: argparse.Names
         if right and on_all(host, same_bits(step, batch, arguments.passes[0])):
             with preserved(step.optimizer):  # the next choice begins where this one did
                 rows = timed(host, step, batch, arguments)
-                if arguments.profile and not host.small and n in (0, len(FORMS)):
+                if arguments.profile and not host.small and n in (0, len(choices) - 1):
                     keep_breakdown(host, step, batch, name, rows[0])
             equal = {"forms": name, "bits_of_none": values == truth}
             host.keep(arguments.csv.name, [{**facts(), "gpus": host.world, **equal, **row} for row in rows])
@@ -112,6 +123,7 @@ def compile_together(host: Host) -> None:
 def main() -> int:
     """Measure on all ranks, print and write on rank 0; exit status 1 if a choice is not what it must be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forms", type=choice, nargs="+", help="choices: none, all, or names joined by +")
     parser.add_argument("--passes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--minutes", type=float, default=8.5, help="begin no choice that would end later")
