@@ -5,9 +5,10 @@
     torchrun --nproc-per-node 2 benchmarks/measure/dap_forms.py --small     # on the CPU, where no form has an effect
 
 Without --forms each choice adds a form to those before; none again at the end tells how much the machine has drifted.
-Before it is timed, each choice is compared with none, which comes first, dropout off, uncaptured: loss and gradient norm
-within what bf16 sums in another order explain (``gpus 2 dap 2: ... ok``), and whether their bits are equal. Then two captured steps from
-the same state and seed, dropout on, must give equal bits. Exit status 1 if a choice fails; it is not timed.
+Before it is timed, each choice is compared with none, which comes first, dropout off, uncaptured: loss and gradient
+norm within what bf16 sums in another order explain (``gpus 2 dap 2: ... ok``), and whether their bits are equal. Then
+two captured steps from the same state and seed, dropout on, must give equal bits. Exit status 1 if a choice fails; it
+is not timed.
 ``--profile``: the breakdown of a step with the first and the last choice goes to ``step_breakdown.csv`` beside --csv.
 A choice that would not end within --minutes is left out and named.
 """
