@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ class Counted(DirectExchanges):
 
     written = early = 0
 
-    def parts(self, *args: Any) -> Parts | None:
-        found = super().parts(*args)
+    def parts(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> Parts | None:
+        found = super().parts(xs, split_dim, concat_dim, lasts)
         self.written += found is not None
         return found
 

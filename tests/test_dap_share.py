@@ -97,7 +97,7 @@ def test_absent_peers_hold_what_this_rank_holds_and_are_gone_afterwards(script, 
         assert torch.equal(moved, torch.cat([x[:, :2]] * 4, 2))
         assert torch.equal(collectives.all_gather(x, 2, group), torch.cat([x] * 4, 2))
         assert torch.equal(collectives.reduce_scatter(x, 2, group), 4 * x[:, :, :3])
-        flight = collectives.begin_all_to_all(x, 1, group)
+        flight = collectives.begin_all_to_all(x, 1, 2, group)
         assert torch.equal(collectives.end_all_to_all(flight, 2), moved)
         odd = torch.arange(3.0, device=DEVICE)
         dist.all_reduce(odd, group=ranks.train_group)

@@ -28,11 +28,11 @@ def hand_over(model: nn.Module) -> None:
             _adapt(module, _with_product(module.rows_to_channels, module.channels_to_rows))
 
 
-def _adapt(module: nn.Module | None, adapted: Callable[[Any], Any]) -> None:
+def _adapt(module: Any, adapted: Callable[[Any], Any]) -> None:
     """Let ``module`` make its own of every table of operations that it is given, and of the one that it has."""
     if module is not None:
-        module.adapted = adapted  # type: ignore[assignment]
-        module.ops = adapted(module.ops)  # type: ignore[assignment]
+        module.adapted = adapted
+        module.ops = adapted(module.ops)
 
 
 def _with_gated_output(point: Point) -> Callable[[Any], Any]:
