@@ -8,7 +8,9 @@ from scalefold.kernels import tuning
 
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
-    *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient"),
+    *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
+    *("transition_hopper_input", "transition_hopper_weights", "transition_hopper_hidden"),
+    *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
 )
 C = 128
 
@@ -24,3 +26,14 @@ def every_program(hopper: int):
 
 def empty(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@contextmanager
+def recomputed_transitions():
+    """The backward of transitions stores nothing of the hidden layer."""
+    tiles = {"RECOMPUTED": 1, **tuning.tile_config((64, 64, 8, 2))}
+    with (
+        tuning.override("transition_backward", tiles),
+        tuning.override("transition_hopper_gradient", {"HOPPER": 0}),
+    ):
+        yield

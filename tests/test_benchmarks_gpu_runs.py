@@ -250,13 +250,38 @@ def test_a_process_that_outlives_its_launcher_is_named_and_ended(watched, tmp_pa
 
 def test_a_start_that_would_end_too_late_does_not_begin(layouts, starts):
     start, nothing = layouts.STARTS[0], starts.Results()
-    assert starts.cannot_run(start, nothing, 2, 50.0, {1: 40.0, 2: 90.0}) == ""
-    assert "50 s are left" in starts.cannot_run(start, nothing, 2, 50.0, {1: 60.0, 2: 90.0})
+    assert starts.cannot_run(start, nothing, 2, 50.0, {"run on 1": 40.0, "run on 2": 90.0}) == ""
+    assert "50 s are left" in starts.cannot_run(start, nothing, 2, 50.0, {"run on 1": 60.0, "run on 2": 40.0})
     pair = next(start for start in layouts.STARTS if start.ranks == 2)
-    assert starts.cannot_run(pair, nothing, 1, 50.0, {1: 1.0, 2: 1.0}) == "needs 2 GPUs"
+    assert starts.cannot_run(pair, nothing, 1, 50.0, {}) == "needs 2 GPUs"
     again = next(start for start in layouts.STARTS if start.after)
     nothing.not_run[again.after] = "no time"
-    assert "did not run" in starts.cannot_run(again, nothing, 2, 50.0, {1: 1.0, 2: 1.0})
+    assert "did not run" in starts.cannot_run(again, nothing, 2, 50.0, {})
+
+
+def test_a_ruler_that_took_long_keeps_no_run_from_its_turn(layouts, starts):
+    ruler = next(start for start in layouts.STARTS if start.layout == "ruler_two")
+    pair = next(start for start in layouts.STARTS if start.layout == "dap2")
+    assert starts.cannot_run(pair, starts.Results(), 2, 60.0, {ruler.kind: 109.0, pair.kind: 55.0}) == ""
+
+
+def test_a_call_that_is_ended_writes_what_it_has(gpu_runs, starts, layouts, monkeypatch, tmp_path):
+    """The start under way and those that wait are named as not run."""
+    first, second = layouts.STARTS[:2]
+    written = {}
+
+    def begin(plan, start, gpus, left_s):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(starts, "begin", begin)
+    monkeypatch.setattr(gpu_runs, "make_store", lambda work, workers: tmp_path)
+    monkeypatch.setattr(gpu_runs, "chosen", lambda only, tiny: [first, second])
+    monkeypatch.setattr(gpu_runs, "write_results", lambda plan, results, out, csv: written.update(results.not_run))
+    monkeypatch.setattr(sys, "argv", ["gpu_runs.py", "--tiny", "--out", str(tmp_path), "--work", str(tmp_path / "w")])
+    with pytest.raises(SystemExit) as ended:
+        gpu_runs.main()
+    assert ended.value.code == 143
+    assert written == {first.name: "the call was ended before", second.name: "the call was ended before"}
 
 
 @pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("", "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b")])

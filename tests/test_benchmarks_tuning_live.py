@@ -1,6 +1,7 @@
 """The script of a live tuning run: shares of a step are timed with the choices, without them, and nothing is left."""
 
 import argparse
+import contextlib
 import csv
 import importlib
 
@@ -37,6 +38,24 @@ def test_the_table_of_the_device_comes_back_whatever_happens(script, tmp_path, p
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert (table.read_text() if table.exists() else None) == present
+
+
+@pytest.mark.parametrize("choices", ["a_gpu.json", "nowhere.json"])
+def test_choices_may_be_the_table_itself_and_absent_ones_leave_it_where_it_is(script, tmp_path, choices):
+    table = tmp_path / "a_gpu.json"
+    table.write_text('{"layer_norm_forward": {}}')
+    before = table.read_text()
+    with contextlib.suppress(FileNotFoundError), script.choices_in_force(tmp_path / choices):
+        assert table.read_text() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a_gpu.json"]
+    assert table.read_text() == before
+
+
+def test_choices_that_are_not_there_are_said_before_anything_is_timed(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tuning_live.py", "--shares", str(tmp_path / "nowhere.json")])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "nowhere.json: no such file" in capsys.readouterr().err
 
 
 def arguments(tmp_path, minutes):

@@ -118,6 +118,25 @@ def test_a_replay_that_was_stopped_goes_on_from_what_it_kept(script, rows, tmp_p
     assert other.file != task.file
 
 
+def test_the_folder_to_keep_reaches_every_task(script, rows, tmp_path, monkeypatch):
+    class InThisProcess:
+        map = staticmethod(map)
+
+        def __init__(self, *arguments):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(script, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(script.Task, "methods", {"random": script.random_order})
+    script.replay_all({"development": [script.recorded(rows)]}, (), 2, 1, tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 1 + len(script.SCENARIOS)
+
+
 def test_a_sweep_that_was_cut_off_is_not_replayed(script, rows, tmp_path):
     """Its best is not known."""
     trials.append(tmp_path / "tuning_sweeps.csv", rows)
@@ -126,6 +145,18 @@ def test_a_sweep_that_was_cut_off_is_not_replayed(script, rows, tmp_path):
     missing = rows[10].config
     trials.append(shorter / "tuning_sweeps.csv", [row for row in rows if row.config != missing])
     assert script.read_sets(shorter) == {}
+
+
+@pytest.mark.parametrize(("factor", "whole"), [(1.01, True), (1.05, False)])
+def test_sessions_are_one_sweep_only_if_they_agree_on_what_both_timed(script, rows, tmp_path, factor, whole):
+    """One session was cut off, another one, of later code, has timed the rest and some of the same."""
+    timed = [row for row in rows if row.is_sound]
+    common, rest = timed[:5], timed[40:]
+    later = [replace(row, code="later", us=row.us * factor) for row in (*common, *rest)]
+    earlier = [row for row in rows if row not in rest]
+    trials.append(tmp_path / "tuning_sweeps.csv", [*earlier, *later])
+    assert len(script.read_sets(tmp_path)) == whole
+    assert script.joined([*earlier, *later[len(common) :]]) == earlier
 
 
 def test_what_spilling_is_worth_is_said_of_each_sweep(script, rows):

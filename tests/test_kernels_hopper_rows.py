@@ -45,9 +45,34 @@ def outer_obstacle(sequences, i, j, z=None, b=None):
     return rows.outer_product_obstacle(z, empty(sequences, i, b.shape[2]), b, empty(C, b.shape[2] ** 2))
 
 
-def transition_obstacle(x, hidden=512, d_out=None):
+def transition_obstacle(x, hidden=512, d_out=None, out=None):
     c = x.shape[-1]
-    return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)], d_out)
+    return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)], d_out, out)
+
+
+WIDE_BIASES = [None, None, None, empty(256)]
+
+
+@pytest.mark.parametrize("x", [empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)], ids=["row", "column"])
+def test_projections_of_the_msa_have_no_obstacle(compiled, x):
+    with every_program(1):
+        assert projections_obstacle(x, widths=[256] * 4, biases=WIDE_BIASES) is None
+    found = projections_obstacle(x, widths=[256] * 4, biases=WIDE_BIASES)
+    assert found == "the table prefers the Triton program"
+
+
+def gated_obstacle(x, o=None, gate=None, width=256, dropout=None, out=None):
+    o, gate = (torch.empty_like(x) if tensor is None else tensor for tensor in (o, gate))
+    return rows.gated_output_obstacle(x, o, gate, empty(width, width), dropout, out)
+
+
+@pytest.mark.parametrize("x", [empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)], ids=["row", "column"])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_a_gated_output_of_the_msa_has_no_obstacle(compiled, x, dropped):
+    dropout = empty(1, 1, x.shape[2], 256, dtype=torch.float32) if dropped else None
+    with every_program(1):
+        assert gated_obstacle(x, dropout=dropout) is None
+    assert gated_obstacle(x, dropout=dropout) == "the table prefers the Triton program"
 
 
 @pytest.mark.parametrize("x", [empty(1, 16, 64, C), empty(1, 4, 16, 256), empty(1, 16, 8, C).transpose(1, 2)], ids=str)
@@ -101,6 +126,24 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         (lambda: transition_obstacle(empty(1, 16, 64, C, dtype=torch.float32)), "float32 is not bfloat16"),
         (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 64, 16, C).transpose(1, 2)), "gradients of"),
         (lambda: transition_obstacle(empty(1, 16, 64, C), d_out=empty(1, 16, 64, C, dtype=torch.float32)), "float32"),
+        (lambda: projections_obstacle(empty(1, 4, 64, 256), widths=[256] * 4), "not projections of which the last"),
+        (
+            lambda: projections_obstacle(empty(1, 4, 64, 256), empty(1, 4, 64), [256] * 4, WIDE_BIASES),
+            "not projections of which the last",
+        ),
+        (lambda: projections_obstacle(empty(1, 4, 64, 256), None, [256, 32], [None, empty(32)]), "weights are not 256"),
+        (lambda: projections_obstacle(empty(1, 3, 21, 256), None, [256] * 4, WIDE_BIASES), "rows do not come in"),
+        (lambda: gated_obstacle(empty(1, 16, 64, C), width=C), "the weight is not 256 x 256"),
+        (lambda: gated_obstacle(empty(1, 4, 64, 256), dropout=empty(1, 1, 64, 256)), "dropout scales are not fp32"),
+        (lambda: gated_obstacle(empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)), "o and gate do not lie"),
+        (lambda: gated_obstacle(empty(1, 3, 21, 256)), "rows do not come in tiles of 64"),
+        (lambda: gated_obstacle(*[empty(1, 4, 128, 256)[:, :, 64:]] * 3), "o and gate do not lie densely"),
+        (lambda: gated_obstacle(empty(1, 4, 64, 256), out=empty(1, 4, 128, 256)[:, :, :64]), "places of the results"),
+        (lambda: transition_obstacle(empty(1, 4, 64, C), out=empty(1, 4, 128, C)[:, :, :64]), "places of the results"),
+        (
+            lambda: rows.operands_obstacle(empty(1, 16, 64, C), [empty(C, C)] * 4, [empty(1, 32, 16, 64)] * 8),
+            "places of the results do not lie densely in blocks of channels",
+        ),
         (lambda: outer_obstacle(129, 64, 64), "not up to 128 sequences"),
         (lambda: outer_obstacle(8, 64, 64, b=empty(8, 64, 16)), "not up to 128 sequences of 32 channels"),
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
@@ -250,13 +293,13 @@ def test_rows_and_channels_become_matrices_for_the_copy_engine():
     half = torch.arange(4 * 32).view(1, 2, 2, 32).chunk(2, -1)[1]
     first = torch.arange(8 * 2 * 8).view(1, 8, 2, 8)
     found = [
-        rows._by_rows(x.transpose(1, 2), (0, 2, 1)),
-        rows._by_rows(half, (0, 1, 2)),
+        rows.by_rows(x.transpose(1, 2), (0, 2, 1)),
+        rows.by_rows(half, (0, 1, 2)),
         rows._by_channels(first.permute(0, 2, 3, 1), (0, 1, 2)),
     ]
     wanted = [x.view(6, 8), half.reshape(4, 16), first.view(8, 16)]
     assert [None if a is None else a.tolist() for a in found] == [b.tolist() for b in wanted]
-    assert rows._by_rows(x.transpose(1, 2), (0, 1, 2)) is None
+    assert rows.by_rows(x.transpose(1, 2), (0, 1, 2)) is None
 
 
 COMPILED = """
@@ -266,6 +309,7 @@ from compile_hopper import SERIALIZED, assembler_log
 from compile_targets import SHARED_LIMIT, compile_launch, recorded_launches
 from scalefold.kernels import compile_cases as cases
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import gradients
 pair = (1, 256, 256)
 with tuning.assume_capability(90), recorded_launches() as launches:
     cases.projections(pair, 128, [128] * 4 + [4])
@@ -273,12 +317,20 @@ with tuning.assume_capability(90), recorded_launches() as launches:
     cases.triangle_operands_sent((1, 128, 256), 128)
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
-        names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient")
-        for name in names:
-            stack.enter_context(tuning.override(name, {"HOPPER": 1}))
+        names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper")
+        names += ("norm_linear_hopper_wide", *gradients.NAMES)
+        for name in (*names, "transition_hopper_hidden"):
+            stack.enter_context(tuning.override(name, {"HOPPER": int(name != "transition_hopper_hidden")}))
         cases.outer_product_update(128, 256)
         cases.transitions(pair, 128, 4)
         cases.transitions((1, 128, 256), 256, 4)
+        for name, choice in (("gradient", 0), ("input", 1), ("weights", 1), ("hidden", 1)):
+            stack.enter_context(tuning.override(f"transition_hopper_{name}", {"HOPPER": choice}))
+        cases.transitions(pair, 128, 4)
+        stack.enter_context(tuning.override("transition_hopper_gradient", {"HOPPER": 1}))
+        cases.transitions((1, 128, 256), 256, 4)
+        cases.gated((1, 128, 256), 256, 8, 32)
+        cases.projections((1, 128, 256), 256, [256] * 4)
 for launch in launches:
     if launch.kernel.fn.__name__.startswith("hopper_"):
         compiled = compile_launch(launch, 90)
@@ -298,7 +350,11 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_projections", "hopper_operands", "hopper_operands", "hopper_output", "hopper_output"]
     programs += [
-        "hopper_outer_product",
+        *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,
+        *("hopper_transition", "hopper_transition_input", "hopper_transition_weights"),
+        *("hopper_transition", "hopper_transition_hidden"),
+        "hopper_gated_output",
+        "hopper_wide_projections",
     ]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]

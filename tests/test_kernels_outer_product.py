@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import reference
@@ -67,3 +68,22 @@ def test_the_channel_of_a_is_the_slow_index_of_the_weight():
 def test_full_shapes_are_as_accurate_as_pytorch(num_sequences, n):
     check_project((1, num_sequences, n, 256 if num_sequences == 128 else 64), 32, torch.bfloat16)
     check_update(1, num_sequences, n, n, 128, 32, torch.bfloat16)
+
+
+def test_the_gradients_of_a_single_sample_are_handed_on_without_a_copy():
+    names: list[str] = []
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    draw = Draw(1)
+    z, a, b = draw(1, 2, 2, 16), draw(1, 3, 2, 16), draw(1, 3, 2, 16)
+    weight, bias = draw(16, 256), draw(16)
+    inputs = [x.requires_grad_() for x in (z, a, b, weight, bias)]
+    out = outer_product.outer_product_update(z, a, b, draw(1, 2, 2).abs() + 1.0, weight, bias)
+    with Names():
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert "mm" in names
+    assert not {"stack", "cat", "select_backward"} & set(names)

@@ -10,7 +10,7 @@ from loose_products import LooseProducts
 from scalefold.config import ModelConfig
 from scalefold.eval.model import precision
 from scalefold.kernels import triton_ops
-from scalefold.kernels.around import iterations, norms, points
+from scalefold.kernels.structure import iterations, norms, points
 from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.model.structure import StructureModule
 

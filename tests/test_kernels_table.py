@@ -16,10 +16,19 @@ from scalefold.kernels.table import REFERENCE, Operations
 
 def test_every_operation_keeps_the_signature_of_its_definition():
     for field in dataclasses.fields(Operations):
-        if field.name != "name":
+        if hasattr(reference, field.name):  # else the model holds it
             own = inspect.signature(getattr(triton_ops.TRITON, field.name))
             expected = inspect.signature(getattr(reference, field.name))
             assert list(own.parameters) == list(expected.parameters), field.name
+
+
+def test_what_the_model_defines_sends_the_caller_there_and_one_line_says_why(caplog):
+    choice._explained.clear()
+    with caplog.at_level(logging.INFO):
+        assert triton_ops.TRITON.offset_features(torch.ones(1, 0), 32, torch.float32) is None
+    assert [record.message for record in caplog.records] == [
+        "kernels: plain PyTorch offset_features: an argument is empty"
+    ]
 
 
 def test_the_table_is_found_by_name():

@@ -191,3 +191,21 @@ def test_laid_out_parameters_keep_their_values_and_projections_become_neighbours
     weights = [getattr(module, f"linear_{name}").weight.detach() for name in ("q", "k", "v", "g")]
     assert fused_view(weights).data_ptr() == weights[0].data_ptr()
     assert torch.equal(fused_view(weights), torch.cat(weights))
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["copied", "added"])
+def test_gradients_collected_in_pieces_are_the_same_bits(accumulate: bool) -> None:
+    found = []
+    for piece in (10**6, 5):
+        torch.manual_seed(0)
+        model = Attention()
+        flat = FlatParameters(model, torch.device("cpu"), gradient_dtype=torch.bfloat16)
+        flat.piece = piece
+        for round_ in range(2):
+            model(torch.randn(4, 8)).square().sum().backward()
+            model.linear_q.weight.grad = torch.randn(8, 8).t()  # of other strides than the parameter
+            flat.collect_gradients(accumulate and round_ > 0)
+        found.append(torch.cat(list(flat.gradients.values())))
+        assert all(parameter.grad is None for parameter in model.parameters())
+    assert found[0].any()
+    assert torch.equal(*found)

@@ -132,6 +132,22 @@ def test_an_earlier_process_with_other_bits_is_named(script, tmp_path):
     assert json.loads(file.read_text()) == {"step R=1": "a", "step R=2": "b"}
 
 
+def test_a_call_that_is_cut_off_keeps_the_layouts_before(script, monkeypatch, tmp_path):
+    reproducibility = script("reproducibility")
+
+    def step_rows(host, layout, asked):
+        if layout[1] == 1:
+            raise SystemExit(143)
+        return [reproducibility.result_row("step", layout[1], 1, 3, 0)], {}
+
+    monkeypatch.setattr(reproducibility, "step_rows", step_rows)
+    monkeypatch.setattr(reproducibility, "facts", lambda: {"commit": "abc"})
+    host = reproducibility.Host(0, 2, torch.device("cpu"), None, None)
+    with pytest.raises(SystemExit):
+        reproducibility.all_step_rows(host, [2, 1], arguments(csv=tmp_path / "rows.csv", small=False))
+    assert (tmp_path / "rows.csv").read_text() == "commit,what,dap,passes,repeats,differing\nabc,step,2,1,3,0\n"
+
+
 def test_an_operation_that_does_not_run_is_no_success(script):
     reproducibility = script("reproducibility")
     case = reproducibility.operation_cases.Case("broken", "2x2", 1, lambda: 1 / 0)

@@ -1,10 +1,17 @@
 """What earlier runs say about the next one's settings."""
 
-import pytest
+import json
 
+import pytest
+from typer.testing import CliRunner
+
+from runs import TINY, tiny_config
+from scalefold.cli import app
 from scalefold.config import dump_config, load_config
 from scalefold.errors import ConfigError
 from scalefold.report.record import EvalRow, Record, StepRow
+from scalefold.run.begin import RunOptions
+from scalefold.run.loop import run_rank
 from scalefold.scaling.from_runs import changes
 
 
@@ -54,6 +61,20 @@ def test_evaluation_ranks_keep_up_with_a_cycle(tmp_path, repository, eval_s, ran
     layout = ["parallel.ranks_per_node=6", "parallel.num_eval_ranks=2", "training.val_every_iters=40"]
     config = run_folder(tmp_path / "run", repository, [0.0] * 30, eval_s=eval_s, overrides=layout)
     assert by_key(changes(config, [tmp_path / "run"]))["parallel.num_eval_ranks"].proposed == ranks
+
+
+def test_the_command_reads_the_folder_of_a_run_that_was_trained(tiny_store, tmp_path):
+    """Batches are built by the trainer itself, which so waits for each."""
+    steps = ["training.num_train_iters=14", "training.val_every_iters=7"]
+    run_rank(tiny_config(tiny_store, tmp_path / "run", *steps), RunOptions())
+    done = CliRunner().invoke(app, ["plan", str(TINY), "data.num_workers=0", "--tune", str(tmp_path / "run"), "--json"])
+    assert done.exit_code == 0, done.output
+    found = {change["key"]: change for change in json.loads(done.stdout)}
+    assert len(found) == 4
+    assert (
+        found["data.num_workers"]["proposed"] or found["data.prefetch_factor"]["proposed"]
+    )  # rare waits or steady ones
+    assert "ranks of its own would end that" in found["parallel.num_eval_ranks"]["worth"]
 
 
 def test_padding_is_compared_between_runs_only(tmp_path, repository):

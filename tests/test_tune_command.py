@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("triton")
 
 from recorded_device import Compiled, Record
+from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
-from scalefold.tune import command, programs, trials
+from scalefold.tune import command, trials
 from scalefold.tune.command import Request, tune
 from scalefold.tune.programs import Problem, Program
 from scalefold.tune.sweep import REPEATS
@@ -104,6 +105,17 @@ def test_trials_of_a_search_that_was_killed_are_in_the_folder(machine, tmp_path)
     assert len(trials.read(tmp_path / "out" / "a_gpu_trials.csv")) == 5
 
 
+def test_what_made_the_gpu_fail_at_one_problem_is_tried_at_no_other(machine, tmp_path):
+    machine.fatal = {config_text(BEST)}
+    with pytest.raises(DeviceError, match="the same command goes on after it"):
+        tune(request_for(tmp_path / "out"), lambda text: None)
+    machine.works, before = True, len(machine.asked)
+    assert tune(request_for(tmp_path / "out"), lambda text: None)
+    later = {text for text, _ in machine.asked[before:]}
+    assert later
+    assert config_text(BEST) not in later
+
+
 def test_a_second_call_tries_nothing_again_that_was_tried(machine, tmp_path):
     tune(request_for(tmp_path / "out"), lambda text: None)
     before = {(row.key, row.config) for row in trials.read(trials.own_file())}
@@ -136,20 +148,6 @@ def test_where_the_time_is_over_the_sums_say_what_they_lack(machine, tmp_path, m
     rows = tune(request_for(tmp_path / "out", minutes=0.001), said.append)
     assert rows
     assert any("the time is over: " in text and "changed operations were not timed" in text for text in said)
-
-
-def test_processors_are_those_of_the_container(tmp_path, monkeypatch):
-    """A machine shows all of its processors to a container that may use some of them."""
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(programs, "CPU_QUOTA", quota)
-    monkeypatch.setattr(programs.os, "sched_getaffinity", lambda process: set(range(64)))
-    assert programs.processors() == 64
-    quota.write_text("1600000 100000\n")
-    assert programs.processors() == 16
-    quota.write_text("max 100000\n")
-    assert programs.processors() == 64
-    quota.write_text("50000 100000\n")
-    assert programs.processors() == 1
 
 
 def test_nothing_that_does_not_compile_is_in_the_trials_with_a_time(machine, tmp_path, monkeypatch):

@@ -56,9 +56,9 @@ LAYOUTS = {
 PARTS = {  # of small_kernels.csv
     "plain": "plain",
     "single": "iterations one by one",
+    "unstitched": "unstitched",
     "ours": "ours",
     "fused": "ours, Inductor around",
-    "combined": "the same, combined",
 }
 Row = dict[str, str]
 

@@ -81,6 +81,7 @@ def spill_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "replay_held_out": lambda: replay_table("held-out"),
     "replay_development": lambda: replay_table("development"),
     "replay_trials": trial_table,
     "spills": spill_table,

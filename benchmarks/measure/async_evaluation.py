@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from common import FOLDER, ROOT, append_rows, facts
+from scalefold.processors import processors
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 
 CONFIGS = ROOT / "configs"
@@ -246,7 +247,7 @@ def measure(case: Case, store: Path, folder: Path, arguments: argparse.Namespace
     """Run one case and read it; RuntimeError with the ranks' last lines if anything went wrong."""
     workers = arguments.workers
     if workers is None:
-        workers = max(1, ((os.cpu_count() or 2) - 2 * case.world) * case.dap // case.train_ranks)
+        workers = max(1, (processors() - 2 * case.world) * case.dap // case.train_ranks)
     print(f"{case.name}: {case.train_ranks} ranks train, {case.eval_ranks} evaluate", flush=True)
     ended = run(case, store, folder, workers, arguments.set, limit_s)
     file = folder / "run" / METRICS_FILE

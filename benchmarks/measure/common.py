@@ -102,10 +102,12 @@ def read_rows(file: Path) -> list[dict[str, str]]:
 
 
 def print_table(rows: list[dict[str, object]]) -> None:
-    """Rows as an aligned table."""
+    """Rows as an aligned table, with the columns of all of them."""
     if not rows:
         return
-    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    values = ([row.get(name, "") for name in columns] for row in rows)
+    cells = [columns, *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in line] for line in values)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

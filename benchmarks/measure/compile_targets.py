@@ -193,7 +193,10 @@ def compiled_races(compiled: Any) -> list[str]:
     return ring_faults(compiled.asm["ttgir"]) + unguarded_refills(compiled.asm["ptx"], compiled.metadata.num_warps)
 
 
-ROOMS = ("scalefold.kernels", "scalefold.kernels.ops", "scalefold.kernels.around", "scalefold.parallel.dap")
+ROOMS = (
+    *("scalefold.kernels", "scalefold.kernels.ops", "scalefold.kernels.around", "scalefold.kernels.structure"),
+    "scalefold.parallel.dap",
+)
 
 
 def all_cases(modules: list[str] | None) -> list[tuple[str, Callable[[], None]]]:

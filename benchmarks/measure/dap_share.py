@@ -21,7 +21,6 @@ finite values, bit for bit. Exit status 1 if not.
 
 import argparse
 import gc
-import os
 import sys
 import time
 from collections import defaultdict
@@ -59,6 +58,7 @@ from scalefold.parallel.dap.direct import DirectExchanges
 from scalefold.parallel.dap.peer_memory import LANE
 from scalefold.parallel.dap.points import apply_dap
 from scalefold.parallel.ranks import Ranks, prepare_process
+from scalefold.processors import processors
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
 from scalefold.step.graphs import TrainStep, preserved
 from spans import Span, against_two_gpus, breakdown, summed_ms
@@ -159,7 +159,7 @@ def compile_beforehand(sizes: list[int]) -> None:
     """The operations at the shapes of these shares, by all cores."""
     from reproducibility import compile_beforehand  # with all that tuning needs, which a CPU may lack
 
-    compile_beforehand(sizes, max(1, (os.cpu_count() or 2) - 2))
+    compile_beforehand(sizes, max(1, processors() - 2))
 
 
 def let_go(small: bool) -> None:

@@ -75,6 +75,11 @@ class Start:
     phase_dap: int = 0  # of its steps, where a phase changes it
 
     @property
+    def kind(self) -> str:
+        """Of starts that take about as long as each other: a ruler, or a run on as many GPUs."""
+        return self.layout if self.layout.startswith("ruler") else f"run on {self.ranks}"
+
+    @property
     def run_name(self) -> str:
         """Its run folder: a resumed start's is that of the start before."""
         return self.after or self.name

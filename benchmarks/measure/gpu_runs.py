@@ -141,8 +141,11 @@ def main() -> int:
         plan = Plan(store, work, a.steps, a.passes, a.tiny, a.workers, a.limit_s, tuple(a.set))
         gpus = arguments.gpus or count_gpus(arguments.tiny)
         left_s = arguments.budget_s - (time.monotonic() - began)
-        results = run_all(plan, chosen(arguments.only, arguments.tiny), gpus, left_s)
-        good = write_results(plan, results, out, csv)
+        results = Results()
+        try:
+            run_all(plan, chosen(arguments.only, arguments.tiny), gpus, left_s, results)
+        finally:
+            good = write_results(plan, results, out, csv)
     finally:
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)

@@ -79,10 +79,13 @@ class Results:
     not_run: dict[str, str] = field(default_factory=dict)
 
 
-def run_all(plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float) -> Results:
-    """Run the starts in order, as many side by side as there are GPUs; none begins that would not end in time."""
-    results, waiting, running = Results(), list(starts), []
-    free, began, last_s = list(range(gpus)), time.monotonic(), {1: 1.0, 2: 1.0}
+def run_all(plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float, results: Results) -> None:
+    """Run the starts in order, as many side by side as there are GPUs; none begins that would not end in time.
+
+    ``results`` are filled as they come, so that a call that is ended early has those of the starts before.
+    """
+    waiting, running, last_s = list(starts), [], dict[str, float]()
+    free, began = list(range(gpus)), time.monotonic()
     try:
         while waiting or running:
             left_s = budget_s - (time.monotonic() - began)
@@ -90,9 +93,9 @@ def run_all(plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float) -> 
                 results.not_run[waiting[0].name] = reason
                 report(f"{waiting.pop(0).name}: NOT RUN: {reason}")
             if waiting and may_begin(waiting[0], running, free):
-                start = waiting.pop(0)
-                taken = [free.pop(0) for _ in range(start.ranks)]
-                running.append(begin(plan, start, taken, left_s))
+                taken = [free.pop(0) for _ in range(waiting[0].ranks)]
+                running.append(begin(plan, waiting[0], taken, left_s))
+                waiting.pop(0)
             for one in list(running):
                 one.act(plan.act_after)
                 one.watch_the_end()
@@ -100,7 +103,7 @@ def run_all(plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float) -> 
                     running.remove(one)
                     free = sorted(free + one.gpus)
                     seconds = (one.watched.ended_at or 0.0) - one.watched.began_at
-                    last_s[one.start.ranks] = seconds
+                    last_s[one.start.kind] = seconds
                     results.ended[one.start.name] = one.end()
                     hung = ", HUNG and was ended" if one.watched.hung else ""
                     report(f"{one.start.name}: {seconds:.1f} s, statuses {one.watched.statuses()}{hung}")
@@ -108,17 +111,19 @@ def run_all(plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float) -> 
     finally:
         for one in running:
             one.watched.end()
-    return results
+        for start in (*(one.start for one in running), *waiting):
+            results.not_run[start.name] = "the call was ended before"
 
 
-def cannot_run(start: Start, results: Results, gpus: int, left_s: float, last_s: Mapping[int, float]) -> str:
+def cannot_run(start: Start, results: Results, gpus: int, left_s: float, last_s: Mapping[str, float]) -> str:
     """Why a start never will begin; empty if it may."""
     if start.ranks > gpus:
         return f"needs {start.ranks} GPUs"
     if start.after in results.not_run:
         return f"{start.after} did not run"
-    if left_s < last_s[start.ranks]:
-        return f"{left_s:.0f} s are left of --budget-s, the last start of this size took {last_s[start.ranks]:.0f} s"
+    expected_s = last_s.get(start.kind, 1.0)
+    if left_s < expected_s:
+        return f"{left_s:.0f} s are left of --budget-s, the last start of this kind took {expected_s:.0f} s"
     return ""
 
 

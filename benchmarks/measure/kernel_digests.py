@@ -11,7 +11,6 @@ Triton. ``--compare`` prints every case; exit status 1 if bits differ or a case 
 
 import argparse
 import hashlib
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 from common import append_rows, facts, graph_microseconds, print_table, read_rows
 from reproducibility import compile_beforehand
 from scalefold.kernels.triton_ops import TRITON
+from scalefold.processors import processors
 from scalefold.tune.operation_cases import training_cases
 from scalefold.tune.programs import run_once
 from scalefold.tune.sound.bits import poison
@@ -122,7 +122,7 @@ def main() -> int:
     either.add_argument("--compare", type=Path, nargs=2, metavar=("BEFORE", "AFTER"))
     parser.add_argument("--dap", type=int, nargs="+", default=[1, 8], help="training shares")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile; 0: none")
+    parser.add_argument("--workers", type=int, default=max(1, processors() - 2), help="that compile; 0: none")
     arguments = parser.parse_args()
     if arguments.compare:
         return compare(*arguments.compare)

@@ -28,6 +28,7 @@ from scalefold.data.made.synthetic_raw import SyntheticRaw, write_raw
 from scalefold.data.raw.rawlayout import RawLayout, scan
 from scalefold.data.store import codec, prepare, store
 from scalefold.data.store.manifest import Manifest, read_manifest, verify_data, write_manifest
+from scalefold.processors import processors
 
 TRAINING_CHAINS = 594_595
 
@@ -218,7 +219,7 @@ def main() -> None:
     parser.add_argument("raw", type=Path, nargs="?", help="folder of real raw files (for real)")
     parser.add_argument("--chains", type=int, default=10_000)
     parser.add_argument("--median-rows", type=int, default=SyntheticRaw(1).median_rows)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=processors())
     parser.add_argument("--folder", type=Path, help="where to work; kept afterwards")
     arguments = parser.parse_args()
     with folder(arguments.folder) as work:

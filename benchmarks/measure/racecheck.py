@@ -13,7 +13,6 @@ hazards by kernel; exit status 1 if others have some, or if not every case was r
 
 import argparse
 import collections
-import os
 import re
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ import torch
 
 from common import print_table
 from reproducibility import compile_beforehand
+from scalefold.processors import processors
 from scalefold.tune.operation_cases import Case, training_cases
 from scalefold.tune.programs import run_once
 
@@ -112,7 +112,7 @@ def main() -> int:
         parser.error("no compute-sanitizer on this machine: it comes with CUDA's toolkit")
     deadline = time.monotonic() + 60 * arguments.minutes
     if not arguments.only:
-        compile_beforehand(arguments.dap, max(1, (os.cpu_count() or 2) - 2))
+        compile_beforehand(arguments.dap, max(1, processors() - 2))
     own = [sys.executable, __file__, "--dap", *map(str, arguments.dap), "--processes", str(arguments.processes)]
     own += ["--only", *arguments.only] if arguments.only else []
 

@@ -10,7 +10,6 @@ queue, are left out. ``wait_percent`` is the time the trainer waited for batches
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common import FOLDER, ROOT, Timing, append_rows, facts, print_table
+from scalefold.processors import processors
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 
 BASE = ROOT / "configs" / "base.yaml"
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("store", type=Path, help="prepared data set")
     parser.add_argument("--config", type=Path, default=BASE)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4), help="loader processes")
+    parser.add_argument("--workers", type=int, default=max(1, processors() - 4), help="loader processes")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further configuration")
     parser.add_argument("--csv", type=Path, default=FOLDER / "real_chains.csv")
     arguments = parser.parse_args()

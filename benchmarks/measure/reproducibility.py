@@ -34,6 +34,7 @@ from common import FOLDER, append_rows, facts, print_table
 from multi_gpu import Host, build, join, set_dropout, tell
 from scalefold.data.loading.loader import Batch
 from scalefold.kernels import tuning
+from scalefold.processors import processors
 from scalefold.step.graphs import TrainStep
 from scalefold.step.optimizer import Optimizer
 from scalefold.tune import operation_cases
@@ -188,19 +189,26 @@ def this_host(small: bool) -> Host:
 
 
 def all_step_rows(host: Host, daps: Sequence[int] | None, arguments: argparse.Namespace) -> list[dict[str, object]]:
-    """Steps of all layouts that these ranks allow; an unequal digest is a row that differs."""
+    """Steps of all layouts that these ranks allow, kept one by one; an unequal digest is a row that differs."""
     sizes = [dap for dap in daps or DAPS if host.world % dap == 0]
     rows: list[dict[str, object]] = []
     for dap in sizes:
         own, digests = step_rows(host, (host.world, dap), arguments)
         gc.collect()  # the graphs of this layout, before the next one's
-        rows += own
         for name, value in digests.items():
             tell(host, f"{name}: {value[:16]}")
         if arguments.digests is not None and host.rank == 0:
             for name in unequal_digests(arguments.digests, digests):
                 print(f"{name} DIFFERS from the process that wrote {arguments.digests}", flush=True)
-                rows.append(result_row(f"{name}, another process", dap, "", 1, 1))
+                own.append(result_row(f"{name}, another process", dap, "", 1, 1))
+        rows += keep(host, own, arguments)
+    return rows
+
+
+def keep(host: Host, rows: list[dict[str, object]], arguments: argparse.Namespace) -> list[dict[str, object]]:
+    """``rows``, which rank 0 has appended to the table: a call that is cut off later loses none of them."""
+    if host.rank == 0 and not arguments.small:
+        append_rows(arguments.csv, rows)
     return rows
 
 
@@ -218,7 +226,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--digests", type=Path, help="compare steps with an earlier process; the file is made if absent"
     )
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2), help="that compile; 0: none")
+    parser.add_argument("--workers", type=int, default=max(1, processors() - 2), help="that compile; 0: none")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU, plain operations; no CSV rows")
     parser.add_argument("--csv", type=Path, default=FOLDER / "reproducibility.csv")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")
@@ -237,14 +245,13 @@ def main() -> int:
         daps = arguments.dap or DAPS
         if arguments.workers and not arguments.only:
             compile_beforehand(daps, arguments.workers)
-        rows += operation_rows(daps, arguments.only, arguments.repeats)
+        rows += keep(host, operation_rows(daps, arguments.only, arguments.repeats), arguments)
         tell(host, f"operations after {time.monotonic() - started:.0f} s")
     if not arguments.operations:
         rows += all_step_rows(host, arguments.dap if arguments.steps or host.world > 1 else None, arguments)
         tell(host, f"steps after {time.monotonic() - started:.0f} s")
     if host.rank == 0:
         print_table(rows)
-        append_rows(arguments.csv, [] if arguments.small else rows)
     bad = [row for row in rows if row["differing"] != 0]
     tell(host, f"{len(rows)} questions, {len(bad)} with differing bits")
     if host.control is not None:

@@ -1,17 +1,16 @@
 """What lies around the trunk: structure module, heads, losses, embedders, templates, as many small kernels or as few.
 
     python benchmarks/measure/small_kernels.py --minutes 6                 # every part, then whole steps at R = 1
-    python benchmarks/measure/small_kernels.py --parts losses --variants plain ours --passes
     python benchmarks/measure/small_kernels.py --small                     # tiny sizes on the CPU, to try the script
 
-Variants: ``plain`` (the definitions in PyTorch), ``single`` (our operations, iterations of the structure module one by
-one), ``ours`` (the operations as a run takes them), ``compiled`` (regions of ``step/fuse.py`` around the plain
-definitions), ``fused`` (those regions around our operations, as ``execution.compile`` runs them), ``combined`` (the
-same, independent kernels in one launch), ``autotuned`` (``compiled`` with Inductor's max-autotune). Each part runs
-forward and backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the bits
-of REPEATS calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a CUDA graph's
-replay; ``small`` counts PyTorch's and Inductor's kernels, without products of the library. A step's error is that of
-its collected gradients, against an uncaptured step that collects them plainly. Rows are appended as they are known.
+Variants: ``plain`` (the definitions in PyTorch), ``ours`` (the operations as a run takes them), ``unstitched`` (without
+``STITCHED`` ones, for which the model has a definition), ``single`` (so, and iterations of the structure module one by
+one), ``compiled`` (regions of ``step/fuse.py`` around the plain definitions), ``fused`` (those regions around our
+operations, as ``execution.compile`` runs them), ``autotuned`` (``compiled`` with Inductor's max-autotune). Each part
+runs forward and backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the
+bits of REPEATS calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a
+replayed CUDA graph; ``small`` counts PyTorch's and Inductor's, without the library's products. A step's error is
+that of its gradients against the first variant's; its bits are those of two replays. ``--list``: its small ones.
 """
 
 import argparse
@@ -33,17 +32,19 @@ from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.choice import operations
+from scalefold.kernels.reference import elsewhere
 from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, Recycled, atom14_to_atom37, cast_trunk, select_slice
 from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.ranks import prepare_process
 from scalefold.step.fuse import can_fuse, fuse_model, fuse_terms
 from scalefold.step.graphs import TrainStep, preserved
-from scalefold.tune.sound.bits import repeat
+from scalefold.tune.sound.bits import differences, repeat
 from step_time import build, enliven, kernel_times
 
 REPEATS, REPLAYS = 20, 30
 SEED = 7
+STITCHED = [field.name for field in dataclasses.fields(Operations) if field.default is elsewhere]
 ONE_BLOCK = [f"model.{stack}.num_blocks=1" for stack in ("evoformer", "extra_msa", "template")]  # not run here
 FAINT = 1e-3  # a gradient that should vanish is judged by the largest of its part
 INDUCTORS, LIBRARY = ("triton_",), ("gemm", "cutlass", "nvjet", "xmma", "cublas")  # parts of kernel names
@@ -70,12 +71,13 @@ class Part:
 def variants(small: bool) -> dict[str, Variant]:
     """All of them; where there is no GPU, those that run on a CPU."""
     ours = REFERENCE if small else operations("triton")
-    single = dataclasses.replace(ours, structure_iterations=REFERENCE.structure_iterations)
-    found = {"plain": Variant(REFERENCE), "single": Variant(single), "ours": Variant(ours)}
+    unstitched = dataclasses.replace(ours, **dict.fromkeys(STITCHED, elsewhere))
+    single = dataclasses.replace(unstitched, structure_iterations=REFERENCE.structure_iterations)
+    found = {"plain": Variant(REFERENCE), "single": Variant(single)}
+    found |= {"unstitched": Variant(unstitched), "ours": Variant(ours)}
     found |= {"fused": Variant(ours, True), "compiled": Variant(REFERENCE, True)}
-    combos: dict[str, object] = {"combo_kernels": True, "combo_kernels_autotune": 0}
     tuned: dict[str, object] = {"max_autotune": True, "deterministic": False}
-    return found | {"combined": Variant(ours, True, combos), "autotuned": Variant(REFERENCE, True, tuned)}
+    return found | {"autotuned": Variant(REFERENCE, True, tuned)}
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -89,7 +91,8 @@ class Parts:
         enliven(self.model)
         cast_trunk(self.model, dtype)
         use_operations(self.model, variant.ops)
-        self.terms = loss_terms(config.loss, REFERENCE if variant.compiled else variant.ops)
+        self.ops = REFERENCE if variant.compiled else variant.ops  # of the losses
+        self.terms = loss_terms(config.loss, self.ops)
         if variant.compiled:
             fuse_model(self.model)
             self.terms = fuse_terms(self.terms)
@@ -173,7 +176,7 @@ class Parts:
         leaves = [outputs[key].requires_grad_() for key in outputs if key.startswith("sm_") or key.endswith("logits")]
 
         def call() -> Sequence[Tensor]:
-            return [total_of_terms(outputs, features, self.terms)[0]]
+            return [total_of_terms(outputs, features, self.terms, self.ops)[0]]
 
         return Part(call, leaves)
 
@@ -271,15 +274,13 @@ def measure(part: Part, exact: Sequence[Tensor], repeats: int) -> dict[str, obje
 def row_of(microseconds: float | None, times: dict[str, list[float]]) -> dict[str, object]:
     """Columns of a replay: its time, its kernels, those of PyTorch and Inductor among them and their time."""
     small = [t for kernel, own in times.items() if is_small(kernel) for t in own]
-    return {
+    found: dict[str, object] = {
         "us": "" if microseconds is None else round(microseconds, 1),
         "kernels": sum(map(len, times.values())),
         "small": len(small),
         "small_us": round(sum(small), 1),
-        "max_rel_error": "",
-        "repeats": "",
-        "differing": "",
     }
+    return found | dict.fromkeys(("max_rel_error", "repeats", "differing"), "")
 
 
 def measure_parts(
@@ -313,10 +314,11 @@ def measure_parts(
 def measure_steps(chosen: dict[str, Variant], arguments: argparse.Namespace) -> list[dict[str, object]]:
     """The whole step, for variants that a run can have: time, kernels, and which of them are small."""
     rows: list[dict[str, object]] = []
-    for name in ("single", "ours", "fused", "combined"):
+    first: dict[int, list[Tensor]] = {}
+    for name in ("single", "unstitched", "ours", "fused"):
         for passes in arguments.passes:
             if name in chosen and time.monotonic() < arguments.deadline:
-                rows.append(step_row(name, chosen[name], passes))
+                rows.append(step_row(name, chosen[name], passes, first, arguments.list))
                 append_rows(arguments.csv, rows[-1:])
                 print(f"  {rows[-1]}", flush=True)
                 gc.collect()
@@ -324,34 +326,37 @@ def measure_steps(chosen: dict[str, Variant], arguments: argparse.Namespace) -> 
     return rows
 
 
-def step_row(name: str, variant: Variant, passes: int) -> dict[str, object]:
-    """One row, for a step of its own."""
+def step_row(
+    name: str, variant: Variant, passes: int, first: dict[int, list[Tensor]], listed: bool
+) -> dict[str, object]:
+    """One row, for a step of its own. ``first``: gradients of the first variant, by passes, on the host."""
+    start = time.monotonic()
     config = load_config(ROOT / "configs" / "base.yaml", [f"execution.compile={str(variant.compiled).lower()}"]).config
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
     torch._dynamo.reset()
-    model, step = build(config)
-    model.structure_module.ops = variant.ops
+    _, step = build(config, variant.ops)
     with inductor_config.patch(variant.inductor):
         step.warm_up(batch, passes, lambda text: None)
+    found, again = gradients(step, batch, passes), gradients(step, batch, passes)  # timed calls change the weights
     milliseconds = time_calls(lambda: step(batch, passes, 1), 15).median_ms
     times = kernel_times(lambda: step(batch, passes, 1), None)
-    row = row_of(1e3 * milliseconds, times) | {"max_rel_error": f"{collection_error(step, batch, passes):.2e}"}
+    exact = first.setdefault(passes, found)
+    error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, exact, strict=True))
+    judged = {"max_rel_error": f"{error:.2e}", "repeats": 1, "differing": len(differences(found, again))}
     step.close()
-    return {**facts(), "part": f"step R={passes}", "variant": name, **row}
+    for kernel, own in sorted(times.items(), key=lambda item: -len(item[1])) if listed else ():
+        if is_small(kernel):
+            print(f"    {name} {len(own):5d} x {sum(own) / len(own):7.1f} us  {kernel[:110]}", flush=True)
+    print(f"  {name} R={passes}: {time.monotonic() - start:.0f} s", flush=True)
+    return {**facts(), "part": f"step R={passes}", "variant": name, **row_of(1e3 * milliseconds, times), **judged}
 
 
-def collection_error(step: TrainStep, batch: Batch, passes: int) -> float:
-    """Largest relative difference of a replay's flat gradients from those of an uncaptured step."""
-    flat = step.optimizer.flat
+def gradients(step: TrainStep, batch: Batch, passes: int) -> list[Tensor]:
+    """Flat gradients of one step from one state of weights and generator, on the host."""
     with preserved(step.optimizer):
         torch.manual_seed(SEED)
         step(batch, passes, 1)
-        found = [gradient.float().clone() for gradient in flat.gradients.values()]
-    with preserved(step.optimizer):
-        torch.manual_seed(SEED)
-        step._forward_backward(batch.features, passes, 1, accumulate=False, communicate=True)
-        plain = [gradient.float().clone() for gradient in flat.gradients.values()]
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, plain, strict=True))
+        return [gradient.cpu() for gradient in step.optimizer.flat.gradients.values()]
 
 
 def is_small(kernel: str) -> bool:
@@ -366,11 +371,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--variants", nargs="+", help="default: all but autotuned")
-    parser.add_argument(
-        "--passes", type=int, nargs="*", default=[1], help="whole steps with so many passes; none: no step"
-    )
+    parser.add_argument("--passes", type=int, nargs="*", default=[1], help="of whole steps; none: no step")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--minutes", type=float, default=6.0, help="no variant begins later than this")
+    parser.add_argument("--list", action="store_true", help="print the small kernels of each step")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU; no CSV rows")
     parser.add_argument("--csv", type=Path, default=FOLDER / "small_kernels.csv")
     arguments = parser.parse_args()

@@ -28,7 +28,7 @@ from common import FOLDER, ROOT, Timing, append_rows, device_events, facts, prin
 from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.made.synthetic import synthetic_batch
-from scalefold.kernels.table import use_operations
+from scalefold.kernels.table import Operations, use_operations
 from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
@@ -70,10 +70,13 @@ def single_rank() -> Ranks:
     return Ranks(RankLayout(1), 0, 0, torch.device("cuda", 0))
 
 
-def build(config: Config) -> tuple[AlphaFold, TrainStep]:
-    """Model and step as a run would build them; final layers are not zero, so that every gradient is alive."""
+def build(config: Config, ops: Operations | None = None) -> tuple[AlphaFold, TrainStep]:
+    """Model and step as a run would build them; final layers are not zero, so that every gradient is alive.
+
+    ``ops``: instead of those that the configuration chooses.
+    """
     ranks = single_rank()
-    ops = choose_operations(config, ranks)
+    ops = ops or choose_operations(config, ranks)
     model = build_model(config, 0, ranks)
     enliven(model)
     use_operations(model, ops)

@@ -39,15 +39,33 @@ def _tiles(recomputed: bool, *tiles: int) -> tuning.Config:
 
 def transition_forms(c: int, backward: bool) -> dict[str, Form]:
     """Forward by either program; backward by either, or in Triton without storing the hidden layer."""
-    triton = {"transition_hopper": TRITON_FORM, "transition_hopper_gradient": TRITON_FORM}
+    parts = ("transition_hopper_input", "transition_hopper_weights")
+    names = ("transition_hopper", "transition_hopper_gradient", "transition_hopper_hidden", *parts)
+    triton: Form = dict.fromkeys(names, TRITON_FORM)
     if c == 128:
         triton["transition_backward"] = _tiles(False, 128, 64, 8, 3)
     forms = {"Triton": triton, "Gluon forward": triton | {"transition_hopper": GLUON}}
     if backward:
         forms["Gluon backward"] = triton | {"transition_hopper_gradient": GLUON}
+    if backward and c == 256:
+        forms["Gluon backward, narrow blocks"] = forms["Gluon backward"] | {"transition_hopper_hidden": GLUON}
     if backward and c == 128:
         weights = {"transition_weights": tuning.tile_config((64, 64, 4, 2))}
         forms["recomputed"] = triton | {"transition_backward": _tiles(True, 128, 64, 8, 3)} | weights
+        forms |= {f"recomputed, Gluon {name[18:]}": forms["recomputed"] | {name: GLUON} for name in parts}
+        forms["recomputed, Gluon both"] = forms["recomputed"] | dict.fromkeys(parts, GLUON)
+    return forms
+
+
+def outer_product_forms(backward: bool) -> dict[str, Form]:
+    """Forward by library and Triton or by Gluon; so both parts of the backward, each alone; all by Gluon."""
+    names = ("outer_product_hopper", "outer_product_hopper_operands", "outer_product_hopper_weight")
+    library = dict.fromkeys(names, TRITON_FORM)
+    forms = {"library": library, "Gluon forward": library | {names[0]: GLUON}}
+    if backward:
+        forms["Gluon gradients of operands"] = library | {names[1]: GLUON}
+        forms["Gluon gradient of the weight"] = library | {names[2]: GLUON}
+        forms["Gluon"] = dict.fromkeys(names, GLUON)
     return forms
 
 
@@ -55,11 +73,15 @@ def forms_of(case: Case) -> dict[str, Form]:
     """Forms of an operation by name, launch parameters by kernel; the first is what others are compared with."""
     backward = case.calls > 0
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
-        return {"library": {"outer_product_hopper": TRITON_FORM}, "Gluon": {"outer_product_hopper": GLUON}}
+        return outer_product_forms(backward)
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
         stored = {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
         weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
         return {"stored": stored, "recomputed": {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)} | weights}
+    if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
+        return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}
+    if case.operation == "gated_output" and case.shape.endswith("x256from256"):
+        return {"Triton": {"gated_output_hopper": TRITON_FORM}, "Gluon": {"gated_output_hopper": GLUON}}
     if case.operation == "transition" and "x64by" not in case.shape:
         return transition_forms(128 if "x128by" in case.shape else 256, backward)
     return {}

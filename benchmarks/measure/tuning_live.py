@@ -9,7 +9,6 @@ The device's table of choices is put aside meanwhile. Rows are written as they c
 """
 
 import argparse
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,12 +28,13 @@ TURNS = ("before", "after", "before")  # the second time: how far the machine dr
 def choices_in_force(choices: Path | None) -> Iterator[None]:
     """The device's table is a copy of ``choices``, or none; what was there comes back at the end."""
     table = tuning.TABLES / f"{tuning.device_kind()}.json"
+    wanted = choices.read_bytes() if choices is not None else None  # it may be that table itself
     aside = table.with_name(f"{table.name}.aside")
     if table.exists():
         table.replace(aside)
-    if choices is not None:
-        shutil.copy(choices, table)
     try:
+        if wanted is not None:
+            table.write_bytes(wanted)
         yield
     finally:
         table.unlink(missing_ok=True)
@@ -104,6 +104,8 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=FOLDER / "tuning_live.csv", help="of shares: table to append to")
     parser.add_argument("--small", action="store_true", help="of shares: tiny model on the CPU, to try the script")
     arguments = parser.parse_args()
+    if arguments.shares and not arguments.shares.is_file():
+        parser.error(f"--shares {arguments.shares}: no such file; give a table of choices")
     return int(not (time_shares if arguments.shares else search)(arguments))
 
 

@@ -38,9 +38,9 @@ import numpy as np
 
 from common import FOLDER, ROOT, append_rows, print_table
 from scalefold.kernels import triton_ops
+from scalefold.processors import processors
 from scalefold.tune import trials
 from scalefold.tune.candidates import space
-from scalefold.tune.programs import processors
 from scalefold.tune.sweep import MOST_SPILL_BYTES
 from scalefold.tune.trials import Trial, config_text
 from tuning_methods import (
@@ -165,7 +165,7 @@ def replay_all(
     """Curves of every set in both scenarios; the longest tasks, those of TPE, first."""
     scenarios = ("", *SCENARIOS)
     tasks = {
-        (name, s, n): Task(sweep, s, tuple(known), seeds)
+        (name, s, n): Task(sweep, s, tuple(known), seeds, keep)
         for s in scenarios
         for name, sweeps in sets.items()
         for n, sweep in enumerate(sweeps)
@@ -262,11 +262,30 @@ def read_sets(folder: Path) -> dict[str, list[list[Trial]]]:
         by_problem: dict[tuple[str, str], list[Trial]] = {}
         for row in trials.read(folder / file) if (folder / file).exists() else []:
             by_problem.setdefault(row.key, []).append(row)
-        complete = [rows for rows in by_problem.values() if is_complete(rows)]
+        complete = [rows for rows in map(joined, by_problem.values()) if is_complete(rows)]
         print(f"{name}: {len(complete)} sweeps, {len(by_problem) - len(complete)} that are not complete", flush=True)
         if complete:
             found[name] = complete
     return found
+
+
+def joined(rows: Sequence[Trial]) -> list[Trial]:
+    """The longest session of a sweep, and those whose times of the same candidates agree with it to WITHIN.
+
+    Sessions differ in the code of the kernels, here also in the machine: what they disagree on is no one sweep.
+    """
+    sessions: dict[str, list[Trial]] = {}
+    for row in rows:
+        sessions.setdefault(row.code, []).append(row)
+    first, *others = sorted(sessions.values(), key=lambda own: -len(own))
+    return [*first, *(row for other in others if agree(first, other) for row in other)]
+
+
+def agree(some: Sequence[Trial], others: Sequence[Trial]) -> bool:
+    """Whether the median ratio of times of common candidates is within WITHIN of one; False if there are none."""
+    a, b = ({row.config: row.us or 0.0 for row in merged(rows)} for rows in (some, others))
+    found = [a[config] / b[config] for config in a.keys() & b.keys()]
+    return bool(found) and 1 / WITHIN <= statistics.median(found) <= WITHIN
 
 
 def is_complete(rows: Sequence[Trial]) -> bool:

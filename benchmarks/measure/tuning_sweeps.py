@@ -11,7 +11,8 @@ joined by appending all but the first line.
 All other processors compile while this process times what they have finished: results compared with the present
 choice's, bits in REPEATS repeats with memory poisoned in between, then the operation inside a CUDA graph. What does not
 compile, does not fit, races, disagrees or does not launch is a row with its error. In the time that is left the fastest
-are timed again, as further rows. A table that exists is continued.
+are timed again, as further rows. A table that exists is continued, also after a candidate that made the GPU fail, which
+ends the sweep with exit status 2: whatever this process tried next would fail with it.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 
 from common import FOLDER, print_table
+from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
 from scalefold.tune import trials
 from scalefold.tune.candidates import space
@@ -121,17 +123,16 @@ def compiled(pool: Processes, todo: list[list[Job]], seconds: float) -> Iterator
     """
     end, others = time.monotonic() + seconds, {own[0][0].key: own[1:] for own in todo if own}
     pending = {pool.submit(*own[0]): own[0] for own in todo if own}
-    while pending:
-        done = wait(pending, max(0.0, end - time.monotonic()), FIRST_COMPLETED).done
-        if not done:
-            left = len(pending) + sum(map(len, others.values()))
-            print(f"compiling ended with {left} left: the time is over", flush=True)
-            return
-        for future in done:
+    while pending and time.monotonic() < end:
+        for future in wait(pending, max(0.0, end - time.monotonic()), FIRST_COMPLETED).done:
+            if time.monotonic() > end:  # compiling may be far ahead of timing
+                break
             job = pending.pop(future)
             pending |= {pool.submit(*other): other for other in others.pop(job[0].key, [])}
             if future.exception() is None:  # else the process died; a further call tries again
                 yield job, future.result()
+    if pending:
+        print(f"{len(pending) + sum(map(len, others.values()))} are left: the time is over", flush=True)
 
 
 def row_of(
@@ -144,6 +145,16 @@ def row_of(
         return trial
     us, bits, error = device.try_out(problem, config, REPEATS)
     return replace(trial, us=us if us is None else round(us, 2), bits=bits, error=error)
+
+
+def keep(rows: list[Trial], row: Trial, device: Device, file: Path) -> None:
+    """Take up a row, on the disk; DeviceError if its candidate was the last one that this process can try."""
+    rows.append(row)
+    trials.append(file, [row])
+    if row.error and not device.works:
+        raise DeviceError(
+            f"the GPU fails with {row.kernel} {row.config} ({row.error}); the same command goes on after it"
+        )
 
 
 def closest(rows: list[Trial]) -> list[Trial]:
@@ -165,7 +176,7 @@ def again(rows: list[Trial], problems: list[Problem], devices: dict[int, Device]
             return
         problem = by_key[row.key]
         us, bits, error = devices[problem.case].try_out(problem, parse_config(row.config), REPEATS)
-        yield replace(row, us=us if us is None else round(us, 2), bits=bits, error=error)
+        yield replace(row, **trials.facts(), us=us if us is None else round(us, 2), bits=bits, error=error)  # type: ignore[arg-type]
 
 
 def summary(rows: list[Trial]) -> list[dict[str, object]]:
@@ -201,8 +212,9 @@ def sweep(arguments: argparse.Namespace) -> list[Trial]:
     try:
         for batch in (todo[:TOGETHER], todo[TOGETHER:]):
             for (problem, config), program in compiled(pool, batch, begin + (1 - RESERVED) * limit - time.monotonic()):
-                rows.append(row_of(columns[problem.key], config, program, devices[problem.case], problem))
-                trials.append(arguments.csv, rows[-1:])
+                device = devices[problem.case]
+                row = row_of(columns[problem.key], config, program, device, problem)
+                keep(rows, row, device, arguments.csv)
                 if time.monotonic() > said + 20:
                     said = time.monotonic()
                     print(f"{said - begin:4.0f} s: {len(rows)} rows, {rows[-1].kernel} {rows[-1].config}", flush=True)
@@ -210,8 +222,7 @@ def sweep(arguments: argparse.Namespace) -> list[Trial]:
         pool.close()  # what still compiles is not wanted any more
     print(f"{time.monotonic() - begin:4.0f} s: all compiled and timed once, or the time is over", flush=True)
     for row in again(rows, problems, devices, begin + limit):
-        rows.append(row)
-        trials.append(arguments.csv, [row])
+        keep(rows, row, devices[problems[0].case], arguments.csv)
     return rows
 
 
@@ -224,7 +235,7 @@ def part_of(text: str) -> tuple[int, int]:
 
 
 def main() -> int:
-    """Sweep; exit status 1 if nothing was timed."""
+    """Sweep; exit status 1 if nothing was timed, 2 if the GPU failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=sorted(SETS), default="development", help="which problems")
     parser.add_argument("--part", type=part_of, default=(0, 1), metavar="K/N", help="every Nth problem, from K = 0 on")
@@ -236,7 +247,11 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("no CUDA device: times come from one")
     begin = time.monotonic()
-    rows = sweep(arguments)
+    try:
+        rows = sweep(arguments)
+    except DeviceError as error:
+        print(error, flush=True)
+        return 2
     print_table(summary(rows))
     print(f"{len(rows)} rows in {time.monotonic() - begin:.0f} s")
     return 0 if any(row.is_sound for row in rows) else 1

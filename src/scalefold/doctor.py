@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from scalefold.processors import processors
+
 Level = Literal["ok", "note", "warning", "problem"]
 NEEDED = ("torch", "numpy", "h5py", "pydantic", "gemmi", "mlperf-logging", "matplotlib", "rich", "typer")
 
@@ -155,8 +157,7 @@ def _peers(count: int, can_access: Callable[[int, int], bool]) -> list[Finding]:
 
 
 def _host() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = [Finding("ok", "cpu", f"{cores} cores usable by this process")]
+    found = [Finding("ok", "cpu", f"{processors()} cores usable by this process")]
     shm = shutil.disk_usage("/dev/shm") if Path("/dev/shm").is_dir() else None
     if shm is not None:
         small = shm.total < 8 * 2**30

@@ -15,6 +15,7 @@ from pathlib import Path
 from queue import Queue
 
 from conftest import REPOSITORY, find_shared
+from scalefold.processors import processors
 
 TESTS_FAILED = 1  # pytest's exit status; anything else is not a test that failed
 
@@ -364,7 +365,7 @@ class Workshop:
 
 def main() -> int:
     """Check that the tests pass without a defect and fail with each; one summary line; status 1 if one is missed."""
-    start, count = time.monotonic(), min(len(MUTATIONS), os.cpu_count() or 1)
+    start, count = time.monotonic(), min(len(MUTATIONS), processors())
     with tempfile.TemporaryDirectory() as folder:
         shops: Queue[Workshop] = Queue()
         for number in range(count):

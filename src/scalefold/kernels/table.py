@@ -58,8 +58,14 @@ class Operations:
     global_attention: Callable[..., Any] = reference.global_attention
     invariant_point_attention: Callable[..., Any] = reference.invariant_point_attention
     structure_iterations: Callable[..., Any] = reference.structure_iterations
+    offset_features: Callable[..., Any] = reference.elsewhere
+    distance_features: Callable[..., Any] = reference.elsewhere
+    extra_features: Callable[..., Any] = reference.elsewhere
+    template_features: Callable[..., Any] = reference.elsewhere
+    place_residues: Callable[..., Any] = reference.elsewhere
     template_attention: Callable[..., Any] = reference.template_attention
     better_naming: Callable[..., Any] = reference.better_naming
+    side_losses: Callable[..., Any] = reference.elsewhere
     point_errors: Callable[..., Any] = reference.point_errors
     dropout_mask: Callable[..., Any] = reference.dropout_mask
     adam_swa: Callable[..., Any] = reference.adam_swa

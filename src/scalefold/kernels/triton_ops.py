@@ -5,14 +5,14 @@ plain definition, and the log says so once per operation and reason. Kernels the
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.around import iterations, naming, templates
+from scalefold.kernels.around import features, losses, naming, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -29,6 +29,7 @@ from scalefold.kernels.ops import (
     transition,
     triangle,
 )
+from scalefold.kernels.structure import iterations, placement
 from scalefold.kernels.table import Operations
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products belong to the library, which offers tf32
@@ -58,6 +59,11 @@ def draw_obstacle(shape: object, rate: float, device: torch.device) -> str | Non
     return device_obstacle(torch.device(device))
 
 
+def groups_obstacle(groups: Sequence[Sequence[Tensor]], *_: object) -> str | None:
+    """The same for groups of tensors that lie together."""
+    return device_obstacle(groups[0][0].device)
+
+
 def guarded(
     fast: Callable[..., Any], plain: Callable[..., Any], *obstacles: Obstacle, through: Callable[..., Any] | None = None
 ) -> Callable[..., Any]:
@@ -70,10 +76,10 @@ def guarded(
     def reason(*arguments: Any, **named: Any) -> str | None:
         return next((found for obstacle in obstacles if (found := obstacle(*arguments, **named))), None)
 
-    @functools.wraps(plain)
+    @functools.wraps(fast)
     def operation(*arguments: Any, **named: Any) -> Any:
         if found := reason(*arguments, **named):
-            explain(f"plain PyTorch {plain.__name__}", found)
+            explain(f"plain PyTorch {fast.__name__}", found)
             return plain(*arguments, **named)
         return fast(*arguments, **named)
 
@@ -137,10 +143,16 @@ TRITON = Operations(
     structure_iterations=guarded(
         iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
     ),
+    offset_features=guarded(features.offset_features, reference.elsewhere, buffer_obstacle, features.obstacle),
+    distance_features=guarded(features.distance_features, reference.elsewhere, buffer_obstacle, features.obstacle),
+    extra_features=guarded(features.extra_features, reference.elsewhere, buffer_obstacle, features.obstacle),
+    template_features=guarded(features.template_features, reference.elsewhere, buffer_obstacle, features.obstacle),
+    place_residues=guarded(placement.place_residues, reference.elsewhere, buffer_obstacle, placement.obstacle),
     template_attention=guarded(
         templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
     ),
     better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
+    side_losses=guarded(losses.side_losses, reference.elsewhere, groups_obstacle, losses.obstacle),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),
     dropout_mask=guarded(elementwise.dropout_mask, reference.dropout_mask, draw_obstacle),
     adam_swa=guarded(adam_swa.adam_swa, reference.adam_swa, buffer_obstacle),

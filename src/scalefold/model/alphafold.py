@@ -180,8 +180,8 @@ class AlphaFold(nn.Module):
 
     def embed_templates(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Pair representation [B, T, N, N, c_t] and rows of the MSA representation [B, T, N, c_m] of all templates."""
-        dtype = self.template_pair_embedder.linear.weight.dtype
-        t = self.template_pair_embedder(template_pair_features(features, dtype))
+        embedder = self.template_pair_embedder
+        t = embedder(template_pair_features(features, embedder.linear.weight.dtype, embedder.ops))
         return t, self.template_angle_embedder(template_angle_features(features))
 
     def add_templates(self, z: Tensor, t: Tensor, template_mask: Tensor) -> Tensor:
@@ -192,7 +192,8 @@ class AlphaFold(nn.Module):
 
     def embed_extra_msa(self, features: Features) -> Tensor:
         """Representation of the extra sequences, [B, S_extra, N, c_e]."""
-        return self.extra_msa_embedder(extra_msa_features(features, self.extra_msa_embedder.linear.weight.dtype))
+        embedder = self.extra_msa_embedder
+        return embedder(extra_msa_features(features, embedder.linear.weight.dtype, embedder.ops))
 
 
 def pair_mask_of(features: Mapping[str, Tensor]) -> Tensor:

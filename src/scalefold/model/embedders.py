@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.model.layers import LayerNorm, Linear, one_hot
 from scalefold.model.rigid import squared_distances
 
@@ -12,10 +13,16 @@ EXTRA_MSA_CLASSES = 23
 RECYCLING_BINS = 15
 RECYCLING_FIRST_EDGE_ANGSTROM, RECYCLING_LAST_EDGE_ANGSTROM = 3.25, 20.75
 RECYCLING_OPEN_EDGE_SQ = 1e8
+RECYCLING_EDGES = (
+    *(RECYCLING_FIRST_EDGE_ANGSTROM, RECYCLING_LAST_EDGE_ANGSTROM),
+    *(RECYCLING_BINS, RECYCLING_OPEN_EDGE_SQ),
+)
 
 
 class InputEmbedder(nn.Module):
     """Initial MSA and pair representations (Supplement Algorithms 3, 4, 5)."""
+
+    ops: Operations = REFERENCE
 
     def __init__(self, c_m: int, c_z: int, relpos_k: int) -> None:
         super().__init__()
@@ -39,12 +46,17 @@ class InputEmbedder(nn.Module):
 
     def relative_positions(self, residue_index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Clipped offset i - j as one-hot, in integers: bf16 cannot count beyond 256. [B, N] -> [B, N, N, 2k + 1]."""
+        found = self.ops.offset_features(residue_index, self.relpos_k, dtype)
+        if found is not None:
+            return found
         offset = residue_index[:, :, None] - residue_index[:, None, :]
         return one_hot(offset.clamp(-self.relpos_k, self.relpos_k) + self.relpos_k, 2 * self.relpos_k + 1, dtype)
 
 
 class RecyclingEmbedder(nn.Module):
     """What the previous pass found (Supplement Algorithm 32); on the first pass its inputs are zeros, not absent."""
+
+    ops: Operations = REFERENCE
 
     def __init__(self, c_m: int, c_z: int) -> None:
         super().__init__()
@@ -57,7 +69,10 @@ class RecyclingEmbedder(nn.Module):
 
         m0_prev: [B, N, c_m]; z_prev: [B, N, N, c_z]; x_prev: pseudo-beta positions [B, N, 3], angstrom, fp32.
         """
-        distances = self.distogram(x_prev, self.linear.weight.dtype)
+        dtype = self.linear.weight.dtype
+        distances = self.ops.distance_features(x_prev, RECYCLING_EDGES, dtype)
+        if distances is None:
+            distances = self.distogram(x_prev, dtype)
         return self.layer_norm_m(m0_prev), self.linear(distances) + self.layer_norm_z(z_prev)
 
     @staticmethod
@@ -71,18 +86,22 @@ class RecyclingEmbedder(nn.Module):
         return ((distance_sq > edges) & (distance_sq < upper)).to(dtype)
 
 
-def extra_msa_features(features: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+def extra_msa_features(
+    features: dict[str, Tensor], dtype: torch.dtype = torch.float32, ops: Operations = REFERENCE
+) -> Tensor:
     """Residue class, has-deletion, deletion value of the extra sequences, [B, S_extra, N, 25] in ``dtype``."""
-    parts = (
-        one_hot(features["extra_msa"], EXTRA_MSA_CLASSES, dtype),
-        features["extra_has_deletion"][..., None].to(dtype),
-        features["extra_deletion_value"][..., None].to(dtype),
-    )
+    classes, has, value = (features[f"extra_{key}"] for key in ("msa", "has_deletion", "deletion_value"))
+    found = ops.extra_features(classes, has, value, dtype)
+    if found is not None:
+        return found
+    parts = (one_hot(classes, EXTRA_MSA_CLASSES, dtype), has[..., None].to(dtype), value[..., None].to(dtype))
     return torch.cat(parts, dim=-1)
 
 
 class ExtraMSAEmbedder(nn.Module):
     """Linear embedding of the extra sequences (Supplement Algorithm 2, line 14)."""
+
+    ops: Operations = REFERENCE
 
     def __init__(self, c_e: int) -> None:
         super().__init__()

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from scalefold.config import LossConfig
 from scalefold.kernels.table import REFERENCE, Operations
-from scalefold.model.metrics import CA, lddt_ca_per_residue
+from scalefold.model.metrics import (
+    CA,
+    LDDT_CUTOFF_ANGSTROM,
+    LDDT_EPS,
+    LDDT_THRESHOLDS_ANGSTROM,
+    lddt_ca_per_residue,
+)
 from scalefold.model.rigid import Rigid, squared_distances
 from scalefold.model.violations import violation_loss
 
@@ -176,6 +182,32 @@ def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
     return torch.where(possible, -picked, torch.full_like(picked, torch.nan))
 
 
+SIDE_TERMS = ("supervised_chi", "distogram", "masked_msa", "plddt_loss", "experimentally_resolved")
+SIDE_CONSTANTS = (
+    *(TORSION_EPS, MEAN_EPS, NORM_EPS, CHI_WEIGHT, ANGLE_NORM_WEIGHT, *RESOLUTION_RANGE_ANGSTROM),
+    *(LDDT_CUTOFF_ANGSTROM, LDDT_THRESHOLDS_ANGSTROM, LDDT_EPS, DISTOGRAM_FIRST_ANGSTROM, DISTOGRAM_LAST_ANGSTROM),
+)
+
+
+def side_losses(outputs: Tensors, batch: Tensors, ops: Operations) -> dict[str, Tensor]:
+    """``SIDE_TERMS`` of ``loss_terms``, [B] each, where ``ops`` has them in one operation; else nothing.
+
+    Gradients of these need no ``FiniteGate``.
+    """
+    angles, atoms = outputs["sm_angles"], batch["all_atom_mask"]
+    torsions = (batch["chi_angles_sin_cos"], batch["chi_mask"], batch["seq_mask"], batch["aatype"])
+    predicted, truth = outputs["final_atom_positions"].detach(), batch["all_atom_positions"]
+    groups = (
+        (angles, outputs["sm_unnormalized_angles"], *torsions),
+        (outputs["distogram_logits"], batch["pseudo_beta"], batch["pseudo_beta_mask"]),
+        (outputs["masked_msa_logits"], batch["true_msa"], batch["bert_mask"]),
+        (outputs["lddt_logits"], predicted[:, :, CA], truth[:, :, CA], atoms[:, :, CA]),
+        (outputs["experimentally_resolved_logits"], atoms, batch["atom37_atom_exists"]),
+    )
+    values = ops.side_losses(groups, batch["resolution"], SIDE_CONSTANTS)
+    return {} if values is None else dict(zip(SIDE_TERMS, values.unbind(), strict=True))
+
+
 class FiniteGate:
     """Keeps a term that is not finite out of all gradients, without asking the host.
 
@@ -225,10 +257,13 @@ def alphafold_loss(outputs: Tensors, batch: Tensors, weights: LossConfig) -> tup
     return total_of_terms(outputs, batch, loss_terms(weights))
 
 
-def total_of_terms(outputs: Tensors, batch: Tensors, terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
+def total_of_terms(
+    outputs: Tensors, batch: Tensors, terms: Terms, ops: Operations = REFERENCE
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The scalar to minimise, and what to log.
 
-    outputs: of ``AlphaFold.forward``; batch: fp32 features of the supervised slice. The total is the mean over samples
+    outputs: of ``AlphaFold.forward``; batch: fp32 features of the supervised slice; ops: may have several terms in one
+    operation, which then takes the place of their functions. The total is the mean over samples
     of sqrt(number of residues in the crop) times the weighted sum of terms. A term that is NaN or infinite for any
     sample of this batch counts as zero; it is counted in ``non_finite_terms`` and logged as it is.
 
@@ -236,13 +271,14 @@ def total_of_terms(outputs: Tensors, batch: Tensors, terms: Terms) -> tuple[Tens
         total (scalar with graph) and detached scalars on the device: the unweighted mean of every term,
         ``weighted_total_loss`` (without the square root), ``scaled_weighted_total_loss``, ``non_finite_terms``.
     """
-    gates = [FiniteGate() for _ in terms]
-    values = torch.stack(
-        [function(gate.open(outputs), batch) for gate, (_, function) in zip(gates, terms.values(), strict=True)]
-    )
+    together = side_losses(outputs, batch, ops)
+    gates = {name: FiniteGate() for name in terms if name not in together}
+    alone = {name: terms[name][1](gate.open(outputs), batch) for name, gate in gates.items()}
+    values = torch.stack([(together | alone)[name] for name in terms])
     finite = torch.isfinite(values.detach()).all(1)
-    for gate, own in zip(gates, finite.unbind(), strict=True):
-        gate.finite = own
+    for name, own in zip(terms, finite.unbind(), strict=True):
+        if name in gates:
+            gates[name].finite = own
     weights = _weights(tuple(weight for weight, _ in terms.values()), values.device)
     per_sample = (torch.where(finite[:, None], values, 0.0) * weights[:, None]).sum(0)
     scale = torch.sqrt(batch["seq_length"].clamp(max=batch["aatype"].shape[1]).float())

@@ -147,14 +147,17 @@ class AngleResnet(nn.Module):
         self.layers = nn.ModuleList(AngleResnetBlock(c) for _ in range(config.num_angle_resnet_blocks))
         self.linear_out = Linear(c, NUM_ANGLES * 2)
 
-    def forward(self, s: Tensor, s_initial: Tensor) -> tuple[Tensor, Tensor]:
-        """[*, c_s] each -> (sin, cos) of omega, phi, psi, chi 1..4 before and after normalisation, [*, 7, 2] each."""
+    def forward(self, s: Tensor, s_initial: Tensor) -> Tensor:
+        """[*, c_s] each -> (sin, cos) of omega, phi, psi, chi 1..4, before normalisation, [*, 7, 2]."""
         a = self.linear_in(F.relu(s)) + self.linear_initial(F.relu(s_initial))
         for layer in self.layers:
             a = layer(a)
-        unnormalised = self.linear_out(F.relu(a)).unflatten(-1, (NUM_ANGLES, 2))
-        norm_sq = unnormalised.square().sum(-1, keepdim=True)
-        return unnormalised, unnormalised / torch.sqrt(norm_sq.clamp(min=NORM_EPS))
+        return self.linear_out(F.relu(a)).unflatten(-1, (NUM_ANGLES, 2))
+
+
+def normalised(angles: Tensor) -> Tensor:
+    """Vectors of unit length, unless they are too short for a direction. [*, 2] -> [*, 2]."""
+    return angles / torch.sqrt(angles.square().sum(-1, keepdim=True).clamp(min=NORM_EPS))
 
 
 class AtomPlacement(nn.Module):
@@ -165,6 +168,8 @@ class AtomPlacement(nn.Module):
     atom_positions: Tensor  # [21, 14, 3], angstrom, in the frame of the atom's group
     atom_mask: Tensor  # [21, 14]
     backbone_group: Tensor  # [8, 1], 1 for the group that no angle turns
+
+    ops: Operations = REFERENCE
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,6 +182,22 @@ class AtomPlacement(nn.Module):
         }
         for name, table in tables.items():
             self.register_buffer(name, table.clone(), persistent=False)
+
+    def forward(
+        self, quaternions: Tensor, translations: Tensor, unnormalised: Tensor, aatype: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Frames [B, I, N, 7], groups [B, I, N, 8, 4, 4], angles before and after normalisation, atoms.
+
+        quaternions: [B, I, N, 4]; translations: [B, I, N, 3], internal units; angles: [B, I, N, 7, 2]; aatype: [B, N].
+        """
+        tables = (self.default_frames, self.atom_groups, self.atom_positions, self.atom_mask)
+        found = self.ops.place_residues(quaternions, translations, unnormalised, aatype, tables, ANGSTROM_PER_UNIT)
+        if found is not None:  # in one operation
+            return found
+        angles, translations, aatype = normalised(unnormalised), translations * ANGSTROM_PER_UNIT, aatype[:, None]
+        groups = self.group_frames(Rigid(quaternion_to_rotation(quaternions), translations), angles, aatype)
+        frames = torch.cat((quaternions, translations), dim=-1)
+        return frames, groups.to_matrix(), unnormalised, angles, self.atom14(groups, aatype)
 
     def group_frames(self, backbone: Rigid, angles: Tensor, aatype: Tensor) -> Rigid:
         """Frames of the eight groups. backbone: [*, N], angstrom; angles: [*, N, 7, 2]; aatype: [*, N] -> [*, N, 8].
@@ -311,16 +332,14 @@ class StructureModule(nn.Module):
 
         s: [B, iterations, N, c_s]; quaternion: [B, iterations, N, 4]; translation: [B, iterations, N, 3].
         """
-        aatype = aatype[:, None]
-        unnormalised, angles = self.angle_resnet(s, s_initial[:, None])
-        translation = translation * ANGSTROM_PER_UNIT
-        groups = self.place_atoms.group_frames(Rigid(quaternion_to_rotation(quaternion), translation), angles, aatype)
+        unnormalised = self.angle_resnet(s, s_initial[:, None])
+        frames, groups, unnormalised, angles, atoms = self.place_atoms(quaternion, translation, unnormalised, aatype)
         return StructureOutputs(
-            sm_frames=torch.cat((quaternion, translation), dim=-1),
-            sm_sidechain_frames=groups.to_matrix(),
+            sm_frames=frames,
+            sm_sidechain_frames=groups,
             sm_unnormalized_angles=unnormalised,
             sm_angles=angles,
-            sm_positions=self.place_atoms.atom14(groups, aatype),
+            sm_positions=atoms,
             sm_states=s,
             sm_single=s[:, -1],
         )

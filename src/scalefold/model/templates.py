@@ -17,26 +17,36 @@ ANGLE_FEATURES = 57
 DISTOGRAM_BINS = 39
 DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM = 3.25, 50.75
 DISTOGRAM_OPEN_EDGE_SQ = 1e5
+DISTOGRAM_EDGES = (
+    *(DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM),
+    *(DISTOGRAM_BINS, DISTOGRAM_OPEN_EDGE_SQ),
+)
 NUM_CLASSES = 22
 BACKBONE_SLOTS = slice(0, 3)  # N, CA, C in atom37 order
 PSI = 2
 
 
-def template_pair_features(features: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
+def template_pair_features(
+    features: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, ops: Operations = REFERENCE
+) -> Tensor:
     """Pair features of all templates, [B, T, N, N, 88] of zeros and ones in ``dtype``.
 
     39 distogram bins of pseudo-beta distances, pseudo-beta pair mask, residue type of j, of i, three channels for
     unit vectors (always zero: the benchmark leaves them out), backbone pair mask; all times the backbone pair mask.
     """
     aatype, beta_mask = features["template_aatype"], features["template_pseudo_beta_mask"]
-    backbone = features["template_all_atom_mask"][..., BACKBONE_SLOTS].prod(-1)
+    atoms, points = features["template_all_atom_mask"], features["template_pseudo_beta"]
+    found = ops.template_features(aatype, points, beta_mask, atoms, DISTOGRAM_EDGES, dtype)
+    if found is not None:
+        return found
+    backbone = atoms[..., BACKBONE_SLOTS].prod(-1)
     backbone, beta_mask = backbone.to(dtype), beta_mask.to(dtype)
     pair_mask = (backbone[..., :, None] * backbone[..., None, :])[..., None]
     num_residues = aatype.shape[-1]
     kinds = one_hot(aatype, NUM_CLASSES, dtype)
     shape = (*aatype.shape[:2], num_residues, num_residues)
     parts = (
-        template_distogram(features["template_pseudo_beta"], dtype),
+        template_distogram(points, dtype),
         (beta_mask[..., :, None] * beta_mask[..., None, :])[..., None],
         kinds[:, :, None, :, :].expand(*shape, NUM_CLASSES),
         kinds[:, :, :, None, :].expand(*shape, NUM_CLASSES),
@@ -82,6 +92,8 @@ class TemplateAngleEmbedder(nn.Module):
 
 class TemplatePairEmbedder(nn.Module):
     """Pair features to the template representation (Supplement Algorithm 2, line 9)."""
+
+    ops: Operations = REFERENCE
 
     def __init__(self, c_t: int) -> None:
         super().__init__()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from scalefold.config import Config, RankLayout
 from scalefold.errors import ConfigError
+from scalefold.kernels.around.aside import Side
 from scalefold.kernels.choice import operations
-from scalefold.kernels.table import Operations, use_operations
+from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.model.alphafold import AlphaFold, is_fp32_parameter, select_slice
 from scalefold.model.loss import loss_terms, total_of_terms
 from scalefold.parallel.dap.collectives import Group
@@ -108,14 +109,14 @@ def build_step(
     A model has one ``reducer`` for life, because that hangs on its parameters; None makes it.
     """
     fused = config.execution.compile and ranks.device.type == "cuda" and can_fuse(ranks.device)
+    ops = REFERENCE if fused else optimizer.ops  # the compiler sees through plain operations only
+    terms = loss_terms(config.loss, ops)
     if fused:
         fuse_model(model)
-        terms = fuse_terms(loss_terms(config.loss))  # the compiler sees through plain operations only
-    else:
-        terms = loss_terms(config.loss, optimizer.ops)
+        terms = fuse_terms(terms)
 
     def objective(batch: Mapping[str, Tensor], passes: int) -> tuple[Tensor, dict[str, Tensor]]:
-        return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms)
+        return total_of_terms(model(batch, passes), select_slice(batch, passes - 1), terms, ops)
 
     graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
     group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None
@@ -126,6 +127,7 @@ def build_step(
         config.micro_batch_size,
         config.training.gradient_accumulation_steps,
         group,
+        Side(ranks.device) if ranks.device.type == "cuda" else None,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from scalefold.kernels.table import REFERENCE, use_operations
+from scalefold.processors import processors
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,17 @@ REGIONS = {
 }
 # Parts that lie wholly inside regions: the compiler sees through plain operations, not through launches of kernels.
 PLAIN_INSIDE = (
+    "input_embedder",
     "recycling_embedder",
+    "extra_msa_embedder",
+    "template_pair_embedder",
     "template_pointwise_attention",
     "structure_module.layer_norm_s",
     "structure_module.layer_norm_z",
     "structure_module.layer_norm_ipa",
     "structure_module.ipa",
     "structure_module.transition",
+    "structure_module.place_atoms",
     "auxiliary_heads",
 )
 # A region is compiled with and without gradients and for the first iteration; several models may live in one process.
@@ -69,7 +74,7 @@ def can_fuse(device: torch.device) -> bool:
     from torch._inductor import config as inductor_config
 
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        inductor_config.compile_threads = min(MAX_COMPILE_THREADS, os.cpu_count() or 1)
+        inductor_config.compile_threads = min(MAX_COMPILE_THREADS, processors())
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, MAX_VARIANTS)
     inductor_config.deterministic = True  # tiles of reductions by rule, not by stopwatch: same bits in every process
     start = time.monotonic()

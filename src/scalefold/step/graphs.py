@@ -7,7 +7,7 @@ whose seed and offset every replay reads anew, so seeding before a step has the 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scalefold.data.features.features import copy_samples
 from scalefold.data.loading.loader import Batch
+from scalefold.kernels.around.aside import Side
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.reducer import GradientReducer
 
@@ -33,6 +34,7 @@ class TrainStep:
         micro_batch_size: samples computed at once; a larger batch is worked off in parts whose gradients add up.
         accumulation: iterations per optimizer step, as the reference counts them.
         train_group: ranks over which logged values are averaged, or None.
+        side: where gradients of parameters are computed beside the backward's chain; None: on it.
     """
 
     #: What a profile names: method and name.
@@ -46,10 +48,11 @@ class TrainStep:
         micro_batch_size: int = 1,
         accumulation: int = 1,
         train_group: dist.ProcessGroup | None = None,
+        side: Side | None = None,
     ) -> None:
         self.objective, self.optimizer, self.reducer = objective, optimizer, reducer
         self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
-        self.train_group = train_group
+        self.train_group, self.side = train_group, side
         self.names: tuple[str, ...] = ()
         self.own: Tensor | None = None
         self.warm = False
@@ -100,7 +103,8 @@ class TrainStep:
     ) -> Tensor:
         self.reducer.begin(accumulate, communicate)
         loss, terms = self.objective(features, passes)
-        (loss / total).backward()
+        with self.side.used() if self.side is not None else nullcontext():
+            (loss / total).backward()
         self.reducer.finish()
         self.names = ("loss", *terms, "grad_norm")
         own = torch.stack([loss.detach().float(), *(term.detach().float() for term in terms.values())])

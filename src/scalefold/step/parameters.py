@@ -1,7 +1,7 @@
 """A model's parameters as views of flat buffers: one fp32 master, and a copy for each type they compute in."""
 
 import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,7 +125,12 @@ class FlatParameters(FlatLayout):
         device: where the buffers live.
         compute_dtype, gradient_scale: see ``FlatLayout``.
         gradient_dtype: type of the flat gradient; None means the compute type (what the all-reduce transports).
+
+    ``piece``: most elements that collecting gradients moves as one tensor: a launch of the library takes some dozen
+    tensors, and as long as its longest one.
     """
+
+    piece = 16384
 
     def __init__(
         self,
@@ -178,8 +183,8 @@ class FlatParameters(FlatLayout):
         for slot, parameter in self._members(start, stop):
             target = self.view(flat, slot, segment.start)
             if parameter.grad is not None:
-                targets.append(target)
-                sources.append(parameter.grad)
+                targets += self._pieces(target)
+                sources += self._pieces(parameter.grad)
                 parameter.grad = None
             elif not accumulate:
                 target.zero_()
@@ -188,6 +193,10 @@ class FlatParameters(FlatLayout):
                 torch._foreach_add_(targets, [s.to(targets[0].dtype) for s in sources])
             else:
                 torch._foreach_copy_(targets, sources)
+
+    def _pieces(self, x: Tensor) -> Sequence[Tensor]:
+        """A dense tensor in views of at most ``piece`` elements."""
+        return (x,) if x.numel() <= self.piece else x.reshape(-1).split(self.piece)
 
     def _members(self, start: int, stop: int) -> list[tuple[Slot, nn.Parameter]]:
         first = bisect.bisect_left(self.slots, start, key=lambda slot: slot.start)

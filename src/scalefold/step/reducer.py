@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scalefold.kernels.around import aside
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatParameters, Segment
 
@@ -90,6 +91,7 @@ class GradientReducer:
     def _launch(self) -> None:
         bucket = self.buckets[self._next]
         self._next += 1
+        aside.join()
         self.flat.collect_range(bucket.segment, bucket.flat, bucket.start, bucket.stop, self._accumulate)
         self.own.add_(bucket.values.sum(dtype=torch.float32))
         work = dist.all_reduce(bucket.values, group=self.group, async_op=True)

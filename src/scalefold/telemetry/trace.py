@@ -20,7 +20,10 @@ GROUPS = (
     ("optimizer", r"adam|_square_kernel|_total_kernel"),
     ("matrix products", r"gemm|cutlass|xmma|nvjet|cublas|aten::(mm|addmm|bmm|baddbmm)\b"),
     ("fused by Inductor", r"^triton_"),
-    ("own kernels beside attention", r"^_\w+_kernel|^_kernel|^hopper_|^(place|features|norm)_(backward_)?kernel"),
+    (
+        "own kernels beside attention",
+        r"^_\w+_kernel|^_kernel|^hopper_|^(place|features|norm|sums|values|gradients)_(backward_)?kernel",
+    ),
     ("copies and fills", r"^Mem(cpy|set)|aten::(copy_|fill_|zero_|_to_copy)\b"),
     ("single operations", r"at::native|^aten::"),
 )

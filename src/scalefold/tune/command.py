@@ -7,7 +7,7 @@ import math
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
@@ -19,6 +19,7 @@ import torch
 from scalefold.errors import ConfigError
 from scalefold.kernels import tuning
 from scalefold.kernels.tuning import Config
+from scalefold.processors import processors
 from scalefold.tune import trials
 from scalefold.tune.candidates import neighbours, space
 from scalefold.tune.device import REPLAYS, Device
@@ -33,7 +34,6 @@ from scalefold.tune.programs import (
     daps_of,
     find_problems,
     operations_of,
-    processors,
     run_once,
     start_worker,
 )
@@ -151,13 +151,17 @@ def chosen_problems(cases: list[Case], request: Request) -> list[Problem]:
     return problems
 
 
-def configs_of(problem: Problem) -> list[Config]:
-    """The present choice, those of all tables for the same problem, the present one's neighbours, the whole grid."""
+def configs_of(problem: Problem, failed: Set[tuple[str, str]] = frozenset()) -> list[Config]:
+    """The present choice, those of all tables for the same problem, the present one's neighbours, the whole grid.
+
+    ``failed``: kernels and configurations that made a GPU fail at some problem; they are no candidates at any.
+    """
     kernel, key = problem.key
     present = tuning.lookup(kernel, **problem.fields)
     tables = [tuning.read_table(path) for path in sorted(tuning.TABLES.glob("*.json"))]
     others = [table[kernel][key] for table in tables if key in table.get(kernel, {})]
-    return [present, *others, *neighbours(present), *space(kernel, problem.fields)]
+    rest = [*others, *neighbours(present), *space(kernel, problem.fields)]
+    return [present, *(config for config in rest if (kernel, trials.config_text(config)) not in failed)]
 
 
 def first_columns(problems: Sequence[Problem], cases: list[Case], daps: Sequence[int]) -> list[dict[str, object]]:
@@ -206,8 +210,9 @@ def _all_sought(cases: list[Case], daps: Sequence[int], request: Request, note: 
     """All searches, with what an earlier call has found."""
     problems = chosen_problems(cases, request)
     columns = first_columns(problems, cases, daps)
-    forest, own = advice(request, note), _own_and_others(request)[0]
-    soughts = [seek_problem(p, row, configs_of(p), forest) for p, row in zip(problems, columns, strict=True)]
+    forest, (own, others) = advice(request, note), _own_and_others(request)
+    failed = {(trial.kernel, trial.config) for trial in (*own, *others) if trial.made_gpu_fail}
+    soughts = [seek_problem(p, row, configs_of(p, failed), forest) for p, row in zip(problems, columns, strict=True)]
     resumed = sum(sought.resume(own) for sought in soughts)
     note(f"{resumed} trials of an earlier call")
     return soughts

@@ -31,7 +31,6 @@ from scalefold.kernels.table import REFERENCE
 from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, on_device, outputs_of, training_cases
 from scalefold.tune.sound.rings import ring_faults, unguarded_refills
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of processors in a period of time, or "max"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use (CUDA programming guide)
 
 
@@ -70,13 +69,6 @@ class _Launch:
     programs: int
     moved_bytes: int
     own: bool
-
-
-def processors() -> int:
-    """Processors that this process may use: those it may run on, or its container's quota if that is less."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = (CPU_QUOTA.read_text(encoding="ascii") if CPU_QUOTA.is_file() else "max").partition(" ")
-    return allowed if quota.strip() == "max" else max(1, min(allowed, int(quota) // int(period)))
 
 
 def all_cases(daps: list[int], lengths: list[int]) -> list[Case]:

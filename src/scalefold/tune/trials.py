@@ -33,6 +33,10 @@ GPUS = {
 }
 
 
+#: errors after which a process cannot use its GPU any more (CUDA runtime API, cudaError_t)
+ENDS_A_PROCESS = ("illegal memory access", "misaligned address", "illegal instruction", "unspecified launch failure")
+
+
 @dataclass(frozen=True)
 class Trial:
     """One row; figures that nobody recorded are None, texts empty.
@@ -79,6 +83,11 @@ class Trial:
     def is_sound(self) -> bool:
         """Whether it has a time that may count."""
         return self.us is not None and self.bits != "differ" and not self.error
+
+    @property
+    def made_gpu_fail(self) -> bool:
+        """Whether its program did what ends a process's use of the GPU."""
+        return any(text in self.error for text in ENDS_A_PROCESS)
 
 
 COLUMNS = tuple(field.name for field in fields(Trial))

@@ -1,1 +1,2 @@
-"""What lies around the trunk: the structure module's iterations in one piece, templates, ambiguous atoms."""
+"""What lies around the trunk: inputs of the embedders, templates, ambiguous atoms, loss terms; and aside of the
+backward's chain."""

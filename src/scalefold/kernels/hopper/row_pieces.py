@@ -134,10 +134,17 @@ def normed(x, norm):
 def normalised(x, norm):
     """The same where it is computed."""
     C: gl.constexpr = x.shape[1]
+    hat, _ = standardised(x)
+    return (hat * per_column(norm.weight, 0, C) + per_column(norm.bias, 0, C)).to(gl.bfloat16)
+
+
+@gluon.jit
+def standardised(x):
+    """(x - mean) / std of the rows of a tile x: [ROWS, C], and 1 / std: [ROWS]."""
+    C: gl.constexpr = x.shape[1]
     centred = x - (gl.sum(x, 1) * (1.0 / C))[:, None]
     rstd = gl.rsqrt(gl.sum(centred * centred, 1) * (1.0 / C) + EPS)
-    hat = centred * rstd[:, None]
-    return (hat * per_column(norm.weight, 0, C) + per_column(norm.bias, 0, C)).to(gl.bfloat16)
+    return centred * rstd[:, None], rstd
 
 
 @gluon.jit

@@ -25,7 +25,11 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from scalefold.kernels.hopper.projections import hopper_projections
+    from scalefold.kernels.hopper.projections import (
+        hopper_gated_output,
+        hopper_projections,
+        hopper_wide_projections,
+    )
     from scalefold.kernels.hopper.transition import hopper_transition, hopper_transition_gradient
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product, hopper_output
 
@@ -34,6 +38,7 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental: names m
     MISSING = f"this Triton's Gluon is another one: {error}"
 
 CHANNELS = 128
+MSA_CHANNELS = 256
 SQUARE = (CHANNELS, CHANNELS)
 BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 
@@ -42,8 +47,11 @@ MOST_SEQUENCES = 128  # of an outer product: one product's depth
 OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
 HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES of a transition's program by channels
 HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
+PLACES = "places of the results do not lie densely"  # in a peer's memory
 for _name in (
+    "gated_output_hopper",
     "norm_linear_hopper",
+    "norm_linear_hopper_wide",
     "outer_product_hopper",
     "transition_hopper",
     "transition_hopper_gradient",
@@ -58,35 +66,91 @@ def projections_obstacle(
     x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> str | None:
     """Why ``project`` cannot or should not take these arguments of ``ops.linear``, or None."""
-    *wide, narrow = weights
+    transposed = int(memory_order(x) != tuple(range(x.dim() - 1)))
     biased = [bias is not None for bias in biases]
+    if x.shape[-1] == MSA_CHANNELS:
+        reason = _wide_obstacle(x, row_mask, weights, biased)
+        return reason or preference("norm_linear_hopper_wide", x, transposed=transposed)
+    *wide, narrow = weights
     if row_mask is not None or biased != [False, False, False, True, False] or narrow.shape[0] > BIAS_ROWS:
         return "not queries, keys, values, gates with a bias, and an attention bias"
-    transposed = memory_order(x) != tuple(range(x.dim() - 1))
-    return _program_obstacle(x, wide, [narrow]) or _preference("norm_linear_hopper", x, transposed=int(transposed))
+    return _program_obstacle(x, wide, [narrow]) or preference("norm_linear_hopper", x, transposed=transposed)
 
 
-def project(x: Tensor, norm: Norm, linear: Affine, narrow: Tensor, out: Tensor, narrow_out: Tensor) -> None:
+def _wide_obstacle(x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biased: Sequence[bool]) -> str | None:
+    if reason := choice.obstacle(MISSING, (x, *weights)):
+        return reason
+    if row_mask is not None or list(biased) != [False] * (len(biased) - 1) + [True]:
+        return "not projections of which the last has a bias"
+    if any(tuple(weight.shape) != (MSA_CHANNELS, MSA_CHANNELS) for weight in weights):
+        return f"weights are not {MSA_CHANNELS} x {MSA_CHANNELS}"
+    return rows_obstacle(x)
+
+
+def project(
+    x: Tensor, norm: Norm, linear: Affine, narrow: Tensor | None, out: Tensor, narrow_out: Tensor | None
+) -> None:
     """Layer norm of x: [*, c] and its projections.
 
     linear: weight [4 c, c], bias [c] of the last c; narrow: [h, c]. out: [4, rows, c], rows in the memory order of x;
-    narrow_out: [*, h], of any strides.
+    narrow_out: [*, h], of any strides. Wide projections, of any number, have no narrow one.
     """
+    if narrow is None:
+        tiles, per_weight = x.shape[:-1].numel() // PART, MSA_CHANNELS // PART
+        hopper_wide_projections[programs(x)](
+            matrix(by_rows(x, memory_order(x)), PART, MSA_CHANNELS), weight_tiles(linear.weight, PART, MSA_CHANNELS),
+            matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, (out.shape[0] - 1) * per_weight,
+            out.shape[0] * per_weight, tiles, num_warps=4,
+        )  # fmt: skip
+        return
     views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
-    hopper_projections[_programs(x)](
-        _rows(x, memory_order(x)), _weight(linear.weight), _weight(narrow, BIAS_ROWS),
-        _matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
+    hopper_projections[programs(x)](
+        row_tiles(x, memory_order(x)), weight_tiles(linear.weight), weight_tiles(narrow, BIAS_ROWS),
+        matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
         COUNT=out.shape[0], NARROW=narrow.shape[0], num_warps=4,
     )  # fmt: skip
+
+
+def gated_output_obstacle(
+    x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dropout: Tensor | None, out: Tensor | None = None
+) -> str | None:
+    """Why ``gated_output`` cannot or should not take these arguments, or None."""
+    if reason := choice.obstacle(MISSING, (x, o, gate, weight)):
+        return reason
+    if tuple(weight.shape) != (MSA_CHANNELS, MSA_CHANNELS):
+        return f"the weight is not {MSA_CHANNELS} x {MSA_CHANNELS}"
+    if not all(is_aligned(by_rows(tensor, memory_order(x))) for tensor in (o, gate)):
+        return "o and gate do not lie densely"
+    if out is not None and not is_aligned(by_rows(out, memory_order(x))):
+        return PLACES
+    if reason := _dropout_obstacle(dropout):
+        return reason
+    return rows_obstacle(x) or preference("gated_output_hopper", x, dropped=int(dropout is not None))
+
+
+def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
+    """``reference.gated_output`` of o: [*, c], before its heads are split; out: [*, c], rows in the order of x."""
+    order = memory_order(x)
+    views, dims, count = row_views({"x": x, "dropout": dropout})
+    hopper_gated_output[programs(x)](
+        *(row_tiles(tensor, order) for tensor in (x, o, gate)), weight_tiles(linear.weight, MSA_CHANNELS, PART),
+        row_tiles(out, order), linear.bias, views["dropout"], dims, count // PART, num_warps=4,
+    )  # fmt: skip
+
+
+def _dropout_obstacle(dropout: Tensor | None) -> str | None:
+    if dropout is not None and (dropout.dtype != torch.float32 or dropout.stride(-1) != 1):
+        return "dropout scales are not fp32, dense along channels"
+    return None
 
 
 def operands_obstacle(z: Tensor, weights: Sequence[Tensor], outs: Sequence[Tensor] = ()) -> str | None:
     """Why ``operands`` cannot or should not take these arguments, or None."""
     if found := _pair_obstacle(z, weights):
         return found
-    if any(out.shape[1] % PART or not _is_aligned(_viewed(out, (out.shape[1], -1))) for out in outs):
-        return "places of the operands do not lie densely in blocks of channels"
-    return _preference("triangle_hopper_operands", z)
+    if any(out.shape[1] % PART or not is_aligned(_viewed(out, (out.shape[1], -1))) for out in outs):
+        return f"{PLACES} in blocks of channels"
+    return preference("triangle_hopper_operands", z)
 
 
 def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], outs: Sequence[Tensor]) -> None:
@@ -95,11 +159,11 @@ def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], out
     linears: a, a gate, b, b gate. Or four outs: both halves of the channels of a, then of b.
     """
     views, dims, count = row_views({"z": z, "mask": mask[..., None]})
-    places = [_matrix(_viewed(out, (out.shape[1], -1)), PART, PART) for out in outs]
+    places = [matrix(_viewed(out, (out.shape[1], -1)), PART, PART) for out in outs]
     a, second_a, b, second_b = places if len(places) == 4 else (places[0], None, places[1], None)
-    hopper_operands[_programs(z)](
-        _rows(z, memory_order(z)), *(_weight(linear.weight) for linear in linears), a, b, second_a, second_b, norm,
-        tuple(linear.bias for linear in linears), views["mask"], dims, count // PART, num_warps=4,
+    hopper_operands[programs(z)](
+        row_tiles(z, memory_order(z)), *(weight_tiles(linear.weight) for linear in linears), a, b, second_a, second_b,
+        norm, tuple(linear.bias for linear in linears), views["mask"], dims, count // PART, num_warps=4,
     )  # fmt: skip
 
 
@@ -110,13 +174,13 @@ def output_obstacle(
     order = memory_order(z)
     if found := _pair_obstacle(z, weights, [x] if d_out is None else [x, d_out]):
         return found
-    if not _is_aligned(_by_channels(x, order)):
+    if not is_aligned(_by_channels(x, order)):
         return "the product does not lie channels first"
-    if d_out is not None and not _is_aligned(_by_rows(d_out, order)):
+    if d_out is not None and not is_aligned(by_rows(d_out, order)):
         return "gradients of the output do not lie densely"
-    if dropout is not None and (dropout.dtype != torch.float32 or dropout.stride(-1) != 1):
-        return "dropout scales are not fp32, dense along channels"
-    return _preference("triangle_hopper_output" if d_out is None else "triangle_hopper_gates", z)
+    if reason := _dropout_obstacle(dropout):
+        return reason
+    return preference("triangle_hopper_output" if d_out is None else "triangle_hopper_gates", z)
 
 
 def output(
@@ -129,10 +193,10 @@ def output(
     """
     order = memory_order(z)
     views, dims, count = row_views({"z": z, "dropout": dropout})
-    hopper_output[_programs(z)](
-        _rows(z, order), _matrix(_by_channels(x, order), CHANNELS, PART),
-        None if d_out is None else _rows(d_out, order), _weight(linear_z.weight),
-        _weight(linear_g.weight), _rows(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
+    hopper_output[programs(z)](
+        row_tiles(z, order), matrix(_by_channels(x, order), CHANNELS, PART),
+        None if d_out is None else row_tiles(d_out, order), weight_tiles(linear_z.weight),
+        weight_tiles(linear_g.weight), row_tiles(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
         views["dropout"], dims, count // PART, num_warps=4,
     )  # fmt: skip
 
@@ -146,12 +210,12 @@ def transition_obstacle(
         return reason
     if c not in HIDDEN_TILES or hidden % (HIDDEN_BLOCK * HIDDEN_TILES[c][2]):
         return f"{c} channels with {hidden} hidden ones"
-    if d_out is not None and not _is_aligned(_by_rows(d_out, memory_order(x))):
+    if d_out is not None and not is_aligned(by_rows(d_out, memory_order(x))):
         return "gradients of the output do not lie densely"
-    if out is not None and not _is_aligned(_by_rows(out, memory_order(x))):
-        return "places of the output do not lie densely"
+    if out is not None and not is_aligned(by_rows(out, memory_order(x))):
+        return PLACES
     name = "transition_hopper" if d_out is None else "transition_hopper_gradient"
-    return _rows_obstacle(x) or _preference(name, x, n=hidden)
+    return rows_obstacle(x) or preference(name, x, n=hidden)
 
 
 def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
@@ -159,9 +223,9 @@ def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: T
     assert linear_1.weight is not None
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
     kept, x_stages, stages = HIDDEN_TILES[c]
-    hopper_transition[_programs(x)](
-        _matrix(_by_rows(x, order), PART, c), _weight(linear_1.weight, HIDDEN_BLOCK, c),
-        _weight(linear_2.weight, c, HIDDEN_BLOCK), _matrix(_by_rows(out, order), PART, c), norm,
+    hopper_transition[programs(x)](
+        matrix(by_rows(x, order), PART, c), weight_tiles(linear_1.weight, HIDDEN_BLOCK, c),
+        weight_tiles(linear_2.weight, c, HIDDEN_BLOCK), matrix(by_rows(out, order), PART, c), norm,
         (linear_1.bias, linear_2.bias), hidden // HIDDEN_BLOCK, x.shape[:-1].numel() // PART,
         KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
     )  # fmt: skip
@@ -177,10 +241,10 @@ def transition_gradient(
     order, (hidden, c), count = memory_order(x), linear_1.weight.shape, x.shape[:-1].numel()
     outs = [x.new_empty(count, width) for width in (hidden, hidden, c, c)]
     partials = x.new_empty(count // PART, c + hidden, dtype=torch.float32)
-    hopper_transition_gradient[_programs(x)](
-        _matrix(_by_rows(x, order), PART, c), _matrix(_by_rows(d_out, order), PART, c),
-        _weight(linear_1.weight, HIDDEN_BLOCK, c), _weight(weight_2, c, HIDDEN_BLOCK),
-        *(_matrix(out, PART, HIDDEN_BLOCK) for out in outs[:2]), *(_matrix(out, PART, c) for out in outs[2:]), norm,
+    hopper_transition_gradient[programs(x)](
+        matrix(by_rows(x, order), PART, c), matrix(by_rows(d_out, order), PART, c),
+        weight_tiles(linear_1.weight, HIDDEN_BLOCK, c), weight_tiles(weight_2, c, HIDDEN_BLOCK),
+        *(matrix(out, PART, HIDDEN_BLOCK) for out in outs[:2]), *(matrix(out, PART, c) for out in outs[2:]), norm,
         linear_1.bias, partials, hidden // HIDDEN_BLOCK, count // PART, PAIRS=HIDDEN_PAIRS[c], num_warps=4,
     )  # fmt: skip
     return outs[0], outs[1], outs[2], outs[3], partials
@@ -188,7 +252,15 @@ def transition_gradient(
 
 def outer_product_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> str | None:
     """Why ``outer_product`` cannot or should not take these arguments, or None."""
-    if reason := choice.obstacle(MISSING, (z, a, b, weight)):
+    if reason := outer_shape_obstacle(z, a, b, weight, MISSING):
+        return reason
+    fields = tuning.row_fields(z.shape[:-1].numel(), z.dtype, c=CHANNELS, sequences=a.shape[0])
+    return choice.preference(tuning.lookup("outer_product_hopper", **fields))
+
+
+def outer_shape_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor, missing: str | None) -> str | None:
+    """Why no program takes an outer product of these types and shapes, or None."""
+    if reason := choice.obstacle(missing, (z, a, b, weight)):
         return reason
     if z.shape[2] != CHANNELS or a.shape[2] != OUTER_CHANNELS or a.shape[0] > MOST_SEQUENCES:
         return f"not up to {MOST_SEQUENCES} sequences of {OUTER_CHANNELS} channels for pairs of {CHANNELS}"
@@ -196,8 +268,7 @@ def outer_product_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> s
         return f"pairs do not come in tiles of {PART} x {OUTER_COLUMNS}"
     if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (z, b)):
         return "pairs or sequences do not lie densely"
-    fields = tuning.row_fields(z.shape[:-1].numel(), z.dtype, c=CHANNELS, sequences=a.shape[0])
-    return choice.preference(tuning.lookup("outer_product_hopper", **fields))
+    return None
 
 
 def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine, out: Tensor) -> None:
@@ -208,9 +279,9 @@ def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine,
     (i, j, c), by_channel = z.shape, a.permute(2, 0, 1).contiguous().flatten(0, 1)
     tiles_i, tiles = i // PART, i // PART * (j // OUTER_COLUMNS)
     hopper_outer_product[(min(_multiprocessors(z.device), tiles),)](
-        _matrix(z.flatten(1), PART, c), _matrix(by_channel, MOST_SEQUENCES, PART),
-        _matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), _weight(linear.weight, c, OUTER_CHANNELS),
-        _matrix(out.flatten(1), PART, c), norm, linear.bias, a.shape[0], j, tiles_i, tiles, num_warps=4,
+        matrix(z.flatten(1), PART, c), matrix(by_channel, MOST_SEQUENCES, PART),
+        matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), weight_tiles(linear.weight, c, OUTER_CHANNELS),
+        matrix(out.flatten(1), PART, c), norm, linear.bias, a.shape[0], j, tiles_i, tiles, num_warps=4,
     )  # fmt: skip
 
 
@@ -220,14 +291,14 @@ def _program_obstacle(x: Tensor, weights: Sequence[Tensor], others: Sequence[Ten
         return reason
     if any(tuple(weight.shape) != SQUARE for weight in weights):
         return f"weights are not {CHANNELS} x {CHANNELS}"
-    return _rows_obstacle(x)
+    return rows_obstacle(x)
 
 
-def _rows_obstacle(x: Tensor) -> str | None:
+def rows_obstacle(x: Tensor) -> str | None:
     """Why the copy engine takes no tiles of rows of x: [*, c], or None."""
     if not x.numel() or x.shape[:-1].numel() % PART:
         return f"rows do not come in tiles of {PART}"
-    return None if _is_aligned(_by_rows(x, memory_order(x))) else "rows do not lie densely"
+    return None if is_aligned(by_rows(x, memory_order(x))) else "rows do not lie densely"
 
 
 def _pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
@@ -236,14 +307,14 @@ def _pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor
     return found or (None if z.shape[0] == 1 and z.is_contiguous() else "not one contiguous pair representation")
 
 
-def _preference(name: str, x: Tensor, **fields: int) -> str | None:
+def preference(name: str, x: Tensor, **fields: int) -> str | None:
     """What the tuned tables have against a program that takes rows of x."""
     return choice.preference(
         tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
     )
 
 
-def _by_rows(x: Tensor, order: Sequence[int]) -> Tensor | None:
+def by_rows(x: Tensor, order: Sequence[int]) -> Tensor | None:
     """View of x: [*, c] as [rows, c], rows numbered in ``order``; None if their distance varies."""
     return _viewed(x.permute(*order, -1), (-1, x.shape[-1]))
 
@@ -260,31 +331,31 @@ def _viewed(x: Tensor, shape: tuple[int, int]) -> Tensor | None:
         return None
 
 
-def _is_aligned(matrix: Tensor | None) -> bool:
+def is_aligned(matrix: Tensor | None) -> bool:
     """Whether the copy engine can address a matrix of 16-bit values, whose rows do not overlap."""
     if matrix is None or matrix.stride(1) != 1 or matrix.stride(0) < matrix.shape[1]:
         return False
     return matrix.stride(0) % 8 == 0 and matrix.data_ptr() % 16 == 0
 
 
-def _rows(x: Tensor, order: Sequence[int]) -> Any:
-    """Tiles of rows for the copy engine."""
-    return _matrix(_by_rows(x, order), PART, CHANNELS)
+def row_tiles(x: Tensor, order: Sequence[int]) -> Any:
+    """Tiles of rows, CHANNELS at a time, for the copy engine."""
+    return matrix(by_rows(x, order), PART, CHANNELS)
 
 
-def _weight(weight: Tensor, lines: int = CHANNELS, columns: int = CHANNELS) -> Any:
+def weight_tiles(weight: Tensor, lines: int = CHANNELS, columns: int = CHANNELS) -> Any:
     """Blocks of a dense weight, copied first if it begins at no multiple of 16 bytes; see ``rows.weight_blocks``."""
-    return _matrix(weight if weight.data_ptr() % 16 == 0 else weight.clone(), lines, columns)
+    return matrix(weight if weight.data_ptr() % 16 == 0 else weight.clone(), lines, columns)
 
 
-def _matrix(x: Tensor | None, lines: int, columns: int) -> Any:
+def matrix(x: Tensor | None, lines: int, columns: int) -> Any:
     """A matrix for the copy engine, in blocks [lines, columns]."""
     assert x is not None
     layout = gl.NVMMASharedLayout.get_default_for([lines, columns], gl.bfloat16)
     return TensorDescriptor.from_tensor(x, [lines, columns], layout)
 
 
-def _programs(x: Tensor) -> tuple[int]:
+def programs(x: Tensor) -> tuple[int]:
     """One program per multiprocessor, and none without tiles."""
     tiles = x.shape[:-1].numel() // PART
     return (min(_multiprocessors(x.device), tuning.ceil_div(tiles, CONSUMERS)),)

@@ -93,7 +93,7 @@ def _hidden(left, weight, bias, C: gl.constexpr):
 
 
 @gluon.jit
-def _leave_block(weights, slot):
+def leave_block(weights, slot):
     """All warps of a consumer are done with a block: its products are complete."""
     group_barrier()
     mbarrier.arrive(weights.empty.index(slot), count=1)
@@ -139,7 +139,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
                         mbarrier.expect(again.index(SIDE), x.block_type.nbytes)
                         tma.async_copy_global_to_shared(x, [tile * ROWS, 0], again.index(SIDE), slot_x)
                 acc = warpgroup_mma(hidden, weights.second.index(slot).permute((1, 0)), acc)
-                _leave_block(weights, slot)
+                leave_block(weights, slot)
                 step += 1
             if not KEPT:
                 mbarrier.wait(again.index(SIDE), n & 1)
@@ -151,7 +151,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
             for _ in range(blocks):
                 slot = step % STAGES
                 mbarrier.wait(weights.full.index(slot), (step // STAGES) & 1)
-                _leave_block(weights, slot)
+                leave_block(weights, slot)
                 step += 1
         n += 1  # noqa: SIM113
     tma.store_wait(0)
@@ -238,7 +238,7 @@ def _fetch_pairs(descriptors, rings, pairs, blocks, tiles):
 
 
 @gluon.jit
-def _store_sums(pointer, sums):
+def store_sums(pointer, sums):
     """COUNT sums, which all rows of a product with ones hold."""
     LAYOUT: gl.constexpr = sums.type.layout
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
@@ -247,7 +247,7 @@ def _store_sums(pointer, sums):
 
 
 @gluon.jit
-def _column_sums(tile, first):
+def column_sums(tile, first):
     """Sums over the rows of columns from ``first`` on of a tile in shared memory, in all rows: [ROWS, HIDDEN]."""
     ones = gl.full([ROWS, ROWS], 1.0, gl.bfloat16, operand_layout(HIDDEN))
     acc = gl.zeros([ROWS, HIDDEN], gl.float32, product_layout(HIDDEN))
@@ -276,9 +276,9 @@ def _differentiate(shared, SIDE: gl.constexpr):
             send(normed_out, tile * ROWS, 0, x)
             d_out = receive(d_ring, SIDE, n)
             for first in gl.static_range(0, C, HIDDEN):
-                total = _column_sums(d_out, first)
+                total = column_sums(d_out, first)
                 total = warpgroup_mma_wait(0, deps=(total,))
-                _store_sums(sums + first, total)
+                store_sums(sums + first, total)
             acc = gl.zeros([ROWS, C], gl.float32, product_layout(C))
             for block in range(blocks):
                 slot, parity = _slot(step, PAIRS, 0)
@@ -302,11 +302,11 @@ def _differentiate(shared, SIDE: gl.constexpr):
                 tma.async_copy_shared_to_global(d_hidden_out, [tile * ROWS, block * HIDDEN], own_d)
                 left = gl.convert_layout(d, operand_layout(C))
                 acc = warpgroup_mma(left, weight, acc, is_async=True)
-                total = _column_sums(own_d, 0)
+                total = column_sums(own_d, 0)
                 acc, total = warpgroup_mma_wait(0, deps=(acc, total))
                 group_barrier()
                 mbarrier.arrive(pairs.empty.index(slot), count=1)
-                _store_sums(sums + C + block * HIDDEN, total)
+                store_sums(sums + C + block * HIDDEN, total)
                 step += 1
             wait_until_sent(0)
             leave(d_ring, SIDE, n)

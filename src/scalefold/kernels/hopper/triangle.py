@@ -300,7 +300,7 @@ def _fetch(descriptors, channels, rings, sequences, tiles_i, tiles):
 
 
 @gluon.jit
-def _by_pair(outer, C: gl.constexpr):
+def by_pair(outer, C: gl.constexpr):
     """Products [i, (j, d)] as left operands [i, d], one per j."""
     ROWS_: gl.constexpr = outer.shape[0]
     CO: gl.constexpr = outer.shape[1] // PAIRED
@@ -333,7 +333,7 @@ def _update(shared, SIDE: gl.constexpr):
             mbarrier.wait(channels.full.index(slot), (step // STAGES) & 1)
             outer = gl.zeros([ROWS, PAIRED * CO], gl.float32, OUTER)
             outer = warpgroup_mma(channels.a.index(slot).permute((1, 0)), b, outer, use_acc=False)
-            left_0, left_1 = _by_pair(outer, C)
+            left_0, left_1 = by_pair(outer, C)
             weight = channels.weight.index(slot).permute((1, 0))
             first = warpgroup_mma(left_0, weight, first, is_async=True)
             second = warpgroup_mma(left_1, weight, second, is_async=True)

@@ -1,8 +1,9 @@
 """End of a gated attention in Triton: x + dropout * (W (sigmoid(gate) * o) + b), forward and backward.
 
-One kernel forward. Backward: one kernel for the gradients of o and gate and the operands of the weight gradient, a
-product of the library, a sum. The gradient of x is the incoming gradient itself. Saved: o, gate, dropout; nothing that
-is not an input.
+One kernel forward; on compute capability 9.0 one of ``kernels.hopper`` takes its place for the MSA, where it is faster
+(but not for a part of the columns that goes to a peer: its rows do not lie densely).
+Backward: one kernel for the gradients of o and gate and the operands of the weight gradient, a product of the library,
+a sum. The gradient of x is the incoming gradient itself. Saved: o, gate, dropout; nothing that is not an input.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -14,6 +15,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
+from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid, to_fp32
 from scalefold.kernels.rows import (
     Affine,
@@ -98,14 +102,17 @@ def _input_gradient_kernel(
         store_tile(d_gate, d_gated * value * (1.0 - opening), rows, k, extent)
 
 
-def _forward(tensors: dict[str, Tensor | None], linear: Affine) -> None:
-    """The forward kernel on x, o, gate, dropout and out."""
-    x, weight = tensors["x"], linear.weight
-    assert x is not None
+def _forward(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
+    """The forward program; out: [*, c], of any strides."""
+    weight = linear.weight
     assert weight is not None
     c, hd = weight.shape
+    if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout, out)):
+        hopper.gated_output(x, o, gate, dropout, linear, out)
+        return
     config = tuning.chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
-    launch(_forward_kernel, config, tensors, linear=linear, C=c, HD=hd)
+    tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
+    launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), linear.bias), C=c, HD=hd)
 
 
 def _part(x: Tensor | None, dim: int, first: int, width: int) -> Tensor | None:
@@ -118,24 +125,22 @@ class _GatedOutput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, o, gate, weight, bias, dropout, move):
-        ctx.save_for_backward(o, gate, weight, dropout)
-        ctx.bias_dtype, ctx.move = bias.dtype, move
-        linear, keep = Affine(weight.contiguous(), bias), any(ctx.needs_input_grad)
-        tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout}
+        ctx.save_for_backward(o, gate, weight, bias, dropout)
+        ctx.move, linear, keep = move, Affine(weight, bias), any(ctx.needs_input_grad)
         parts = None if move is None else move.parts([x], keep)
         if parts is None:
             out = torch.empty_like(x)
-            _forward(tensors | {"out": out}, linear)
+            _forward(x, o, gate, dropout, linear, out)
             return out if move is None else move.moved([out], keep)[0]
         for first, width, (place,) in parts:
-            part = {name: _part(tensor, parts.dim, first, width) for name, tensor in tensors.items()}
-            _forward(part | {"out": place}, linear)
+            part = (_part(tensor, parts.dim, first, width) for tensor in (x, o, gate, dropout))
+            _forward(*part, linear, place)
         return parts.arrived()[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        o, gate, weight, dropout = ctx.saved_tensors
+        o, gate, weight, bias, dropout = ctx.saved_tensors
         if ctx.move is not None:
             (d,) = ctx.move.inverse.moved([d], False)
         d_o, d_gate, gated = torch.empty_like(o), torch.empty_like(gate), torch.empty_like(o)
@@ -148,8 +153,12 @@ class _GatedOutput(torch.autograd.Function):
             _input_gradient_kernel, config, inputs | outputs, c, weight=weight.contiguous(), C=c, HD=hd
         )
         product = Product(d if update is None else update, gated)
-        d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
-        return d, d_o, d_gate, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype), None, None
+
+        def gradients() -> tuple[Tensor, Tensor]:
+            d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
+            return d_weight.view_as(weight), d_bias.to(bias.dtype)
+
+        return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None, None
 
 
 def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> str | None:

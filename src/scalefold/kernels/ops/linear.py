@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, to_fp32
@@ -210,7 +211,7 @@ class _NormLinear(torch.autograd.Function):
     def forward(ctx, x, norm_weight, norm_bias, row_mask, num_wide, *parameters):
         num = len(parameters) // 2
         weights, biases = parameters[:num], parameters[num:]
-        ctx.save_for_backward(x, norm_weight, norm_bias, row_mask, *weights)
+        ctx.save_for_backward(x, norm_weight, norm_bias, row_mask, *parameters)
         ctx.num_wide, ctx.has_bias = num_wide, [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)  # without a residual connection x gets no gradient but the projections' own
         return x.view_as(x), *_forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases)
@@ -218,18 +219,24 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, through, *ds):
-        x, norm_weight, norm_bias, row_mask, *weights = ctx.saved_tensors
+        x, norm_weight, norm_bias, row_mask, *parameters = ctx.saved_tensors
+        weights = parameters[: len(parameters) // 2]
         ds = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(ds, weights, strict=True)]
         wide = [d if d.stride(-1) == 1 else d.contiguous() for d in ds[: ctx.num_wide]]
         ds = [*wide, *(_in_rows_of(x, d) for d in ds[ctx.num_wide :])]
         c, dtype = x.shape[-1], norm_weight.dtype
         dx, normed, partials = input_gradient(x, norm_weight, norm_bias, row_mask, weights, ds, ctx.has_bias, through)
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
-        sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
-        norm_weight_sum, norm_bias_sum, *bias_sums = sums.split([c, c, *widths])
-        biases = [total if has else None for total, has in zip(bias_sums, ctx.has_bias, strict=True)]
-        d_weights = [part.view_as(weight) for part, weight in zip(flat, weights, strict=True)]
-        return dx, norm_weight_sum, norm_bias_sum, None, None, *d_weights, *biases
+
+        def gradients() -> list[Tensor | None]:
+            sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
+            *d_norm, d_biases = sums.split([c, c, sum(widths)])
+            biases = [total if has else None for total, has in zip(d_biases.split(widths), ctx.has_bias, strict=True)]
+            return [*d_norm, *(part.view_as(weight) for part, weight in zip(flat, weights, strict=True)), *biases]
+
+        given = [norm_weight, norm_bias, *parameters]
+        d_norm_weight, d_norm_bias, *own = aside.gradients(given, [partials, normed, *ds], gradients)
+        return dx, d_norm_weight, d_norm_bias, None, None, *own
 
 
 def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> tuple[Tensor, ...]:
@@ -246,7 +253,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     bias, bias_start = _fused_bias(biases[:num_wide], width)
     weight, blocks = fused_view(wide) if wide else None, None
     if chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
-        hopper.project(x, norm, Affine(weight, bias), narrow[0], out, narrow_out)
+        hopper.project(x, norm, Affine(weight, bias), narrow[0] if narrow else None, out, narrow_out)
         return results
     config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)
     tensors = {

@@ -3,7 +3,8 @@
 The outer product is one library product, stored as [I, c, J, d]: rows (i, c) of a times rows (j, d) of b, summed over
 sequences. The kernels read that layout in contiguous pieces while they contract (c, d) with the output weight, so
 nothing is permuted. It is kept for the backward only where computing it again costs more than its bytes. On compute
-capability 9.0 a program of ``kernels.hopper`` does the forward with few sequences, without storing it.
+capability 9.0 programs of ``kernels.hopper`` take forward and backward with few sequences where they are faster, and
+store neither it nor its gradient.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
+from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.ops.linear import masked_projections
@@ -126,32 +129,45 @@ class _Update(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, a, b, norm, weight, bias):
-        out, kept, ctx.bias_dtype = torch.empty_like(z), None, bias.dtype
+        out, kept = torch.empty_like(z), None
         if chosen("outer product", hopper.outer_product_obstacle(z, a, b, weight)):
             hopper.outer_product(z, a, b, norm, Affine(weight, bias), out)
         else:
             outer = _outer(a, b)
             _contract(z, outer, norm, weight, bias, out)
             kept = outer if a.shape[0] >= KEEP_FROM_SEQUENCES else None
-        ctx.save_for_backward(a, b, norm, weight, kept)
+        ctx.save_for_backward(a, b, norm, weight, bias, kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
-        a, b, norm, weight, outer = ctx.saved_tensors
+        a, b, norm, weight, bias, outer = ctx.saved_tensors
         scaled, sums = _scaled(d.contiguous(), norm)
-        outer = _outer(a, b) if outer is None else outer
-        d_weight, d_bias = sum_all([_weight_partials(scaled, outer), sums], weight.dtype)
-        del outer
-        (i, j, c), k, co = d.shape, weight.shape[1], a.shape[-1]
-        d_outer = a.new_empty(i * co, j * co)
-        config = tuning.chosen_tiles("outer_product_backward", d, k, k)
-        grid = (triton.cdiv(j, config["BLOCK_M"]), i)
-        _outer_gradient_kernel[grid](scaled, weight, d_outer, j, K=k, CO=co, C=c, **config)
-        d_a = (b.flatten(1) @ d_outer.t()).view_as(a)
-        d_b = (a.flatten(1) @ d_outer).view_as(b)
-        return d, d_a, d_b, None, d_weight.view_as(weight), d_bias.to(ctx.bias_dtype)
+
+        def gradients() -> tuple[Tensor, Tensor]:
+            if chosen("gradient of an outer product's weight", gluon.obstacle(gluon.NAMES[1], scaled, a, b, weight)):
+                partials = gluon.weight_partials(scaled, a, b)
+            else:
+                partials = _weight_partials(scaled, _outer(a, b) if outer is None else outer)
+            d_weight, d_bias = sum_all([partials, sums], weight.dtype)
+            return d_weight.view_as(weight), d_bias.to(bias.dtype)
+
+        own = aside.gradients([weight, bias], [scaled, sums, a, b, outer], gradients)
+        return d, *_operand_gradients(scaled, a, b, weight), None, *own
+
+
+def _operand_gradients(scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of a and b, by library products around that of the outer product, or by Gluon without it."""
+    if chosen("gradients of an outer product", gluon.obstacle(gluon.NAMES[0], scaled, a, b, weight)):
+        totals = sum_all(gluon.operand_gradients(scaled, a, b, weight), a.dtype)
+        return gluon.operand_of(totals[0], a), gluon.operand_of(totals[1], b)
+    (i, j, c), k, co = scaled.shape, weight.shape[1], a.shape[-1]
+    d_outer = a.new_empty(i * co, j * co)
+    config = tuning.chosen_tiles("outer_product_backward", scaled, k, k)
+    grid = (triton.cdiv(j, config["BLOCK_M"]), i)
+    _outer_gradient_kernel[grid](scaled, weight, d_outer, j, K=k, CO=co, C=c, **config)
+    return (b.flatten(1) @ d_outer.t()).view_as(a), (a.flatten(1) @ d_outer).view_as(b)
 
 
 def _contract(z: Tensor, outer: Tensor, norm: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -225,9 +241,7 @@ def update_obstacle(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tenso
 def outer_product_update(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``reference.outer_product_update``: a library product and one kernel forward; backward three products, three
     kernels and a sum. Saved: a, b, norm, and the outer product from 512 sequences on."""
-    dense = norm.float().contiguous()
-    samples = [
-        _Update.apply(z_n, a_n, b_n, norm_n, weight, bias)
-        for z_n, a_n, b_n, norm_n in zip(z.contiguous(), a, b, dense, strict=True)
-    ]
-    return samples[0].unsqueeze(0) if len(samples) == 1 else torch.stack(samples)
+    dense, z = norm.float().contiguous(), z.contiguous()
+    if len(z) == 1:  # views: autograd would put together the gradients of what it takes apart
+        return _Update.apply(z.squeeze(0), a.squeeze(0), b.squeeze(0), dense.squeeze(0), weight, bias)[None]
+    return torch.stack([_Update.apply(*sample, weight, bias) for sample in zip(z, a, b, dense, strict=True)])

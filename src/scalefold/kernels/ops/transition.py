@@ -17,6 +17,8 @@ parameter ``LIBRARY`` says which one to take:
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,9 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
+from scalefold.kernels.around.aside import Gradients
+from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import to_fp32
@@ -163,7 +168,7 @@ class _Transition(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, move):
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2)
+        ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
         ctx.move, keep = move, any(ctx.needs_input_grad)
         parameters = Norm(norm_weight, norm_bias), Affine(weight_1, bias_1), Affine(weight_2, bias_2)
         parts = None if move is None else move.parts([x], keep)
@@ -180,11 +185,12 @@ class _Transition(torch.autograd.Function):
     def backward(ctx, d_out):
         if ctx.move is not None:
             (d_out,) = ctx.move.inverse.moved([d_out], False)
-        return *_gradients(d_out, *ctx.saved_tensors), None
+        dx, gradients = _gradients(d_out, *ctx.saved_tensors)
+        return dx, *gradients, None
 
 
 def _forward(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
-    """The forward kernel; out: [*, c], of any strides."""
+    """The forward program; out: [*, c], of any strides."""
     weight_1, weight_2 = linear_1.weight, linear_2.weight
     assert weight_1 is not None
     assert weight_2 is not None
@@ -200,21 +206,20 @@ def _forward(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Ten
     )  # fmt: skip
 
 
-def _gradients(
-    d_out: Tensor, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor
-) -> tuple[Tensor, ...]:
-    """Gradients of x and of all parameters, in the order of ``transition``'s arguments."""
+def _gradients(d_out: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Gradients]:
+    """Gradient of x: [*, c], and those of all parameters."""
+    norm_weight, norm_bias, weight_1, bias_1, weight_2, _ = parameters
     width, c = weight_1.shape
     config = tuning.chosen_tiles("transition_backward", x, width, width)
     by_library, recomputed = bool(config.pop("LIBRARY", 0)), bool(config.pop("RECOMPUTED", 0))
     order, places = memory_order(x), tuple(range(x.dim() - 1))
     x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
     if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
-        dx, gradients = _by_gluon(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2)
-        return dx.movedim(places, order), *gradients
+        dx, gradients = _by_gluon(x, d_out, parameters)
+        return dx.movedim(places, order), gradients
     if recomputed and d_out.is_contiguous() and d_out.data_ptr() % 16 == 0:
-        dx, gradients = _recomputed(x, d_out, Norm(norm_weight, norm_bias), weight_1, bias_1, weight_2, config)
-        return dx.movedim(places, order), *gradients
+        dx, gradients = _recomputed(x, d_out, parameters, config)
+        return dx.movedim(places, order), gradients
     if by_library:
         normed = normed_rows(x, norm_weight, norm_bias)
         hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
@@ -234,47 +239,81 @@ def _gradients(
     if by_library:
         d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
         dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
-    weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
-    norm, bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm_weight.dtype)
-    d_bias_2, d_bias_1 = bias.split([c, width])
-    weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
-    return dx.movedim(places, order), *norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2
+    gradients = _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), parameters)
+    return dx.movedim(places, order), gradients
 
 
-def _by_gluon(
-    x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _stored_gradients(
+    norm_sums: Tensor,
+    bias_sums: Tensor,
+    rows: tuple[Tensor, Tensor],
+    hidden_rows: tuple[Tensor, Tensor],
+    parameters: Sequence[Tensor],
+) -> Gradients:
+    """Gradients of all parameters from rows of the norm and d_out, of the hidden layer and its gradient."""
+    (normed, d_out), (hidden, d_hidden), (_, _, weight_1, _, weight_2, _) = rows, hidden_rows, parameters
+
+    def gradients() -> tuple[Tensor, ...]:
+        weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
+        d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], weight_1.dtype)
+        d_bias_2, d_bias_1 = d_bias.split(weight_1.shape[::-1])
+        return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
+
+    return aside.gradients(parameters, [norm_sums, bias_sums, *rows, *hidden_rows], gradients)
+
+
+def _by_gluon(x: Tensor, d_out: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
     """The backward around the program of ``kernels.hopper``: gradient of x: [*, c], and those of all parameters."""
-    (width, c), linear = weight_1.shape, Affine(weight_1, bias_1)
-    *rows, bias_sums = hopper.transition_gradient(x, d_out, norm, linear, weight_2)
+    norm_weight, norm_bias, weight_1, bias_1, weight_2, _ = parameters
+    norm, linear = Norm(norm_weight, norm_bias), Affine(weight_1, bias_1)
+    program, obstacle = hopper.transition_gradient, gluon.hidden_obstacle(x, weight_1.shape[0])
+    if x.shape[-1] == hopper.MSA_CHANNELS and chosen("transition's gradient in narrow blocks", obstacle):
+        program = gluon.transition_hidden
+    *rows, bias_sums = program(x, d_out, norm, linear, weight_2)
     hidden, d_hidden, normed, d_normed = (matrix.view(*x.shape[:-1], matrix.shape[1]) for matrix in rows)
-    dx, norm_sums = norm_gradient(d_normed, x, norm.weight, through=d_out)
-    weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
-    d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], norm.weight.dtype)
-    d_bias_2, d_bias_1 = d_bias.split([c, width])
-    weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
-    return dx, (*d_norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2)
+    dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
+    return dx, _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), parameters)
 
 
 def _recomputed(
-    x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, config: tuning.Config
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+    x: Tensor, d_out: Tensor, parameters: Sequence[Tensor], config: tuning.Config
+) -> tuple[Tensor, Gradients]:
     """The backward that stores nothing of the hidden layer: gradient of x: [*, c], and those of all parameters.
 
     d_out: [*, c], contiguous.
     """
-    (width, c), dtype = weight_1.shape, norm.weight.dtype
+    norm_weight, norm_bias, weight_1, bias_1, weight_2, _ = parameters
+    norm, linear, c, dtype = Norm(norm_weight, norm_bias), Affine(weight_1, bias_1), x.shape[-1], norm_weight.dtype
+    obstacle = gluon.transition_obstacle(gluon.TRANSITION_NAMES[0], x, d_out, (weight_1, weight_2))
+    if chosen("input gradient of a transition", obstacle):
+        dx, normed, sums = gluon.transition_input(x, d_out, norm, linear, weight_2)
+    else:
+        dx, normed, sums = _recomputed_input(x, d_out, norm, weight_1, bias_1, weight_2, config)
+
+    def gradients() -> tuple[Tensor, ...]:
+        obstacle = gluon.transition_obstacle(gluon.TRANSITION_NAMES[1], normed, d_out, (weight_1, weight_2))
+        if chosen("weight gradients of a transition", obstacle):
+            partials = gluon.transition_weights(normed, d_out, linear, weight_2)
+        else:
+            partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), weight_1, bias_1, weight_2)
+        d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([*sums.split([2 * c, c], 1), *partials], dtype)
+        return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
+
+    return dx, aside.gradients(parameters, [sums, normed, d_out], gradients)
+
+
+def _recomputed_input(
+    x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, config: tuning.Config
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x: [*, c], its layer norm, and partial sums [tiles, 3 c]; see ``_recomputed``."""
+    width, c = weight_1.shape
     dx, normed, blocks = torch.empty_like(x), x.new_empty(x.shape), _blocks(weight_1, weight_2, config)
     tensors = {"x": x, "d_out": d_out, "hidden_rows": normed, "normed_out": normed, "dx": dx}
     sums = launch_with_sums(
         _backward_kernel, config, tensors, 3 * c, norm=norm, weight_1=blocks[0], bias_1=bias_1, weight_2=blocks[1],
         d_hidden_out=normed, FUSED=True, STORED=False, HIDDEN=width, C=c,
     )  # fmt: skip
-    partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), weight_1, bias_1, weight_2)
-    norm_sums, bias_2 = sums.split([2 * c, c], 1)
-    d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([norm_sums, bias_2, *partials], dtype)
-    weights = d_weight_1.view_as(weight_1), d_weight_2.view_as(weight_2)
-    return dx, (*d_norm.chunk(2), weights[0], d_bias_1, weights[1], d_bias_2)
+    return dx, normed, sums
 
 
 def _weight_partials(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid
@@ -168,16 +169,15 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, move, z, mask, norm_weight, norm_bias, *parameters):
-        weights, biases = parameters[:4], parameters[4:]
         ctx.save_for_backward(z, mask, norm_weight, norm_bias, *parameters)
-        (batch, i, j, c), width, keep = z.shape, weights[0].shape[0], any(ctx.needs_input_grad)
+        (batch, i, j, c), width, keep = z.shape, parameters[0].shape[0], any(ctx.needs_input_grad)
         like = [z.new_empty(batch, width, i, j, device="meta")] * 2
         parts = None if move is None else move.parts(like, keep)
         own = [(0, width, [torch.empty_like(x, device=z.device) for x in like])] if parts is None else parts
         places = [places for _, _, places in sorted(own, key=lambda part: part[0])]
-        norm, linears = Norm(norm_weight, norm_bias), tuple(map(Affine, weights, biases))
+        norm, linears = Norm(norm_weight, norm_bias), tuple(map(Affine, parameters[:4], parameters[4:]))
         outs = tuple(place for of_operand in zip(*places, strict=True) for place in of_operand)
-        if chosen("operands of a triangle's product", hopper.operands_obstacle(z, weights, outs)):
+        if chosen("operands of a triangle's product", hopper.operands_obstacle(z, parameters[:4], outs)):
             hopper.operands(z, mask, norm, linears, outs)
         else:
             config = tuning.chosen_tiles("triangle_project_forward", z, width, width // len(places))
@@ -192,9 +192,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, through, *ds):
-        z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
-        weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
-        c, width = z.shape[-1], weights[0].shape[0]
+        z, mask, *given = ctx.saved_tensors
+        (norm_weight, norm_bias), weights, biases = given[:2], given[2:6], given[6:]
+        c, width, dtype = z.shape[-1], weights[0].shape[0], norm_weight.dtype
         shape = z.shape[0], width, *z.shape[1:3]
         config = tuning.chosen_tiles("triangle_project_backward", z, width, width)
         linears, dz, normed = tuple(map(Affine, weights, biases)), torch.empty_like(z), torch.empty_like(z)
@@ -207,14 +207,16 @@ class _Project(torch.autograd.Function):
             _project_backward_kernel, config, inputs | outputs, 2 * c + (0 if recomputed else 4 * width),
             norm=Norm(norm_weight, norm_bias), linears=linears, WIDTH=width, C=c,
         )  # fmt: skip
-        if projected is None:
-            weights = projected_partials(normed, mask, linears, ds)
-            norm, weight, bias = sum_all([partials, *weights], norm_weight.dtype)
-        else:
-            sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], norm_weight.dtype)
-            norm, bias = sums.split([2 * c, 4 * width])
-        d_norm_weight, d_norm_bias = norm.chunk(2)
-        return None, dz, None, d_norm_weight, d_norm_bias, *weight.view(4, width, c).unbind(0), *bias.chunk(4)
+
+        def gradients() -> tuple[Tensor, ...]:
+            if projected is None:
+                norm, weight, bias = sum_all([partials, *projected_partials(normed, mask, linears, ds)], dtype)
+            else:
+                sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], dtype)
+                norm, bias = sums.split([2 * c, 4 * width])
+            return *norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
+
+        return None, dz, None, *aside.gradients(given, [partials, normed, projected, mask, *ds], gradients)
 
 
 def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
@@ -233,8 +235,7 @@ class _Product(torch.autograd.Function):
             a, b = before.moved((a, b), keep)
         ctx.save_for_backward(a, b)
         ctx.outgoing, ctx.before, ctx.after = outgoing, before, after
-        factors = (a, b.transpose(-1, -2)) if outgoing else (a.transpose(-1, -2), b)
-        return _products([factors], after, keep)[0]
+        return _products([(a, b.mT) if outgoing else (a.mT, b)], after, keep)[0]
 
     @staticmethod
     @once_differentiable
@@ -242,8 +243,7 @@ class _Product(torch.autograd.Function):
         a, b = ctx.saved_tensors
         if ctx.after is not None:
             (d,) = ctx.after.inverse.moved((d,), False)
-        turned = d.transpose(-1, -2)
-        factors = [(d, b), (turned, a)] if ctx.outgoing else [(b, turned), (a, d)]
+        factors = [(d, b), (d.mT, a)] if ctx.outgoing else [(b, d.mT), (a, d)]
         da, db = _products(factors, None if ctx.before is None else ctx.before.inverse, False)
         return da.view(ctx.shape), db.view(ctx.shape), None, None, None, None
 
@@ -282,10 +282,10 @@ class _Output(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        z, x, *parameters, dropout = ctx.saved_tensors
-        norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = parameters
+        z, x, *given, dropout = ctx.saved_tensors
+        norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, weight_z, _, weight_g, _ = given
         c, cx, x = z.shape[-1], x.shape[1], _channels_last(x)
-        projected, parameters = z.new_empty(*z.shape[:-1], 2 * c), _output_parameters(*parameters)
+        projected, parameters = z.new_empty(*z.shape[:-1], 2 * c), _output_parameters(*given)
         obstacle = hopper.output_obstacle(z, x, (weight_z, weight_g), dropout, d_out)
         if chosen("gates of a triangle's output", obstacle):
             hopper.output(z, x, dropout, d_out, projected, **parameters)
@@ -296,12 +296,16 @@ class _Output(torch.autograd.Function):
         norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
         dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
         dz, normed_z, z_sums = input_gradient(z, *norm_in, [weight_g], [d_logits], [True], d_out)
-        weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
-        z_sum, x_sum, d_weight_z, d_weight_g = sum_all([z_sums, x_sums, *weight_sums], weight_z.dtype)
-        *d_norm_in, d_bias_g = z_sum.split([c, c, c])
-        *d_norm_out, d_bias_z = x_sum.split([cx, cx, c])
-        linears = d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
-        return dz, dx.permute(0, 3, 1, 2), *d_norm_in, *d_norm_out, *linears, None
+
+        def gradients() -> tuple[Tensor, ...]:
+            weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
+            z_sum, x_sum, d_weight_z, d_weight_g = sum_all([z_sums, x_sums, *weight_sums], weight_z.dtype)
+            *d_norm_in, d_bias_g = z_sum.split([c, c, c])
+            *d_norm_out, d_bias_z = x_sum.split([cx, cx, c])
+            return *d_norm_in, *d_norm_out, d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
+
+        read = [projected, normed_x, normed_z, x_sums, z_sums]
+        return dz, dx.permute(0, 3, 1, 2), *aside.gradients(given, read, gradients), None
 
 
 def _output_parameters(
@@ -360,8 +364,7 @@ def triangle_project(
 
 def project_through(after: Move | None, z: Tensor, mask: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``triangle_project``, operands behind a change of layout; their gradients: before it, in the shapes behind it."""
-    norm, linears = parameters[:2], parameters[2:]
-    return _Project.apply(after, z, mask, *norm, *linears[::2], *linears[1::2])  # type: ignore[return-value]
+    return _Project.apply(after, z, mask, *parameters[:2], *parameters[2::2], *parameters[3::2])  # type: ignore
 
 
 def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:

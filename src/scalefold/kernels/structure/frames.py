@@ -102,3 +102,63 @@ def turning_gradient(quaternion, turning, d):
         -y * dw - z * dx + w * dy + x * dz,
         -z * dw + y * dx - x * dy + w * dz,
     )
+
+
+@triton.jit
+def product(a, b):
+    """a times b, rotations."""
+    xx, xy, xz, yx, yy, yz, zx, zy, zz = a
+    x, y, z = turn((xx, xy, xz, yx, yy, yz, zx, zy, zz), (b[0], b[3], b[6]))
+    u, v, w = turn((xx, xy, xz, yx, yy, yz, zx, zy, zz), (b[1], b[4], b[7]))
+    r, s, t = turn((xx, xy, xz, yx, yy, yz, zx, zy, zz), (b[2], b[5], b[8]))
+    return x, u, r, y, v, s, z, w, t
+
+
+@triton.jit
+def transposed(a):
+    """transpose(a)."""
+    return a[0], a[3], a[6], a[1], a[4], a[7], a[2], a[5], a[8]
+
+
+@triton.jit
+def added(a, b):
+    """a + b, rotations."""
+    return (
+        a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4], a[5] + b[5], a[6] + b[6], a[7] + b[7],
+        a[8] + b[8],
+    )  # fmt: skip
+
+
+@triton.jit
+def outer(a, b):
+    """a transpose(b), vectors."""
+    return (
+        a[0] * b[0], a[0] * b[1], a[0] * b[2], a[1] * b[0], a[1] * b[1], a[1] * b[2], a[2] * b[0], a[2] * b[1],
+        a[2] * b[2],
+    )  # fmt: skip
+
+
+@triton.jit
+def load_matrix(pointer, index, exists):
+    """Rotation and translation of a homogeneous matrix."""
+    at = pointer + index * 16
+    xx, xy = tl.load(at, mask=exists, other=0.0), tl.load(at + 1, mask=exists, other=0.0)
+    xz, tx = tl.load(at + 2, mask=exists, other=0.0), tl.load(at + 3, mask=exists, other=0.0)
+    yx, yy = tl.load(at + 4, mask=exists, other=0.0), tl.load(at + 5, mask=exists, other=0.0)
+    yz, ty = tl.load(at + 6, mask=exists, other=0.0), tl.load(at + 7, mask=exists, other=0.0)
+    zx, zy = tl.load(at + 8, mask=exists, other=0.0), tl.load(at + 9, mask=exists, other=0.0)
+    zz, tz = tl.load(at + 10, mask=exists, other=0.0), tl.load(at + 11, mask=exists, other=0.0)
+    return (xx, xy, xz, yx, yy, yz, zx, zy, zz), (tx, ty, tz)
+
+
+@triton.jit
+def store_matrix(pointer, index, rotation, translation, exists):
+    """What ``load_matrix`` loads, and the last line."""
+    at, zero = pointer + index * 16, tl.zeros(index.shape, tl.float32)
+    for k in tl.static_range(3):
+        tl.store(at + 4 * k, rotation[3 * k], mask=exists)
+        tl.store(at + 4 * k + 1, rotation[3 * k + 1], mask=exists)
+        tl.store(at + 4 * k + 2, rotation[3 * k + 2], mask=exists)
+        tl.store(at + 4 * k + 3, translation[k], mask=exists)
+        tl.store(at + 12 + k, zero, mask=exists)
+    tl.store(at + 15, zero + 1.0, mask=exists)

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
-from scalefold.kernels.around import norms, points
 from scalefold.kernels.ops import point_attention as attention
 from scalefold.kernels.rows import Affine, Norm, sum_all
+from scalefold.kernels.structure import norms, points
 
 WIDEST = 1024  # channels of s: a row stays in registers
 ROWS = {"BLOCK_M": 2, "num_warps": 4}  # few rows per program: a crop has 256

@@ -8,7 +8,8 @@ Rows are residues of all samples, fp32 [rows, C], dense; BLOCK_C is C rounded up
 import triton
 import triton.language as tl
 
-from scalefold.kernels.around.frames import (
+from scalefold.kernels.rows import normalise, normalise_gradient
+from scalefold.kernels.structure.frames import (
     length_of,
     load_quaternion,
     load_vector,
@@ -20,7 +21,6 @@ from scalefold.kernels.around.frames import (
     turned_by,
     turning_gradient,
 )
-from scalefold.kernels.rows import normalise, normalise_gradient
 
 
 @triton.jit

@@ -12,7 +12,7 @@ o_pair [H, c_z], which the product writes itself. A program holds BLOCK_M residu
 import triton
 import triton.language as tl
 
-from scalefold.kernels.around.frames import (
+from scalefold.kernels.structure.frames import (
     load_quaternion,
     load_vector,
     rotation_of,

@@ -1,0 +1,160 @@
+"""Gradients on compute capability 9.0 by programs in Gluon: when those of this folder run, and how."""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from scalefold.kernels import tuning
+from scalefold.kernels.hopper import CONSUMERS, HIDDEN_BLOCK, MULTIPROCESSORS, PART, choice
+from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper.rows import CHANNELS, MOST_SEQUENCES, OUTER_CHANNELS, matrix, outer_shape_obstacle
+from scalefold.kernels.rows import Affine, Norm, memory_order
+
+try:
+    from scalefold.kernels.hopper.gradients.hidden import hopper_transition_hidden
+    from scalefold.kernels.hopper.gradients.outer_product import hopper_outer_operand, hopper_outer_weight
+    from scalefold.kernels.hopper.gradients.transition import hopper_transition_input, hopper_transition_weights
+
+    MISSING = hopper.MISSING
+except (ImportError, AttributeError) as error:  # as in ``rows``
+    MISSING = f"this Triton's Gluon is another one: {error}"
+
+PAIRED = 2  # channels, or values of j, of a consumer
+GROUP = PAIRED * CONSUMERS  # channels of a of a program for the gradient of a
+NAMES = ("outer_product_hopper_operands", "outer_product_hopper_weight")
+TRANSITION_NAMES = ("transition_hopper_input", "transition_hopper_weights")
+FEWEST_HIDDEN = 4 * HIDDEN_BLOCK  # channels: what the loader has on its way
+for _name in (*NAMES, *TRANSITION_NAMES, "transition_hopper_hidden"):
+    tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
+
+
+def obstacle(name: str, scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> str | None:
+    """Why the program of ``name`` cannot or should not take these arguments of a backward, or None.
+
+    scaled: [I, J, c_z]; a: [S, I, 32]; b: [S, J, 32].
+    """
+    if reason := outer_shape_obstacle(scaled, a, b, weight, MISSING):
+        return reason
+    if scaled.shape[1] % PART:
+        return f"pairs do not come in tiles of {PART} x {PART}"
+    if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (a, weight)):
+        return "sequences or the weight do not lie densely"
+    fields = tuning.row_fields(scaled.shape[:-1].numel(), scaled.dtype, c=scaled.shape[2], sequences=a.shape[0])
+    return choice.preference(tuning.lookup(name, **fields))
+
+
+def operand_gradients(scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Partial gradients [ranges, 32 * I * 128] of a and [ranges, 32 * J * 128] of b, as [channel, row, sequence]."""
+    i, j, c = scaled.shape
+    turned = weight.view(c, OUTER_CHANNELS, OUTER_CHANNELS).transpose(1, 2).contiguous().view_as(weight)
+    d_a = _operand(matrix(scaled.flatten(1), PART, c), b, weight, i, (0, c))
+    return d_a, _operand(matrix(scaled.flatten(0, 1), PART, c), a, turned, j, (j, 0))
+
+
+def _operand(scaled: object, other: Tensor, weight: Tensor, rows: int, steps: tuple[int, int]) -> Tensor:
+    """Partial gradients of one operand with so many rows; ``other``: the other one, [S, count, 32]."""
+    programs, count = rows // PART * (OUTER_CHANNELS // GROUP), other.shape[1]
+    per_range = tuning.ceil_div(count, max(1, MULTIPROCESSORS // programs))
+    ranges = tuning.ceil_div(count, per_range)
+    size = OUTER_CHANNELS * rows * MOST_SEQUENCES
+    partials = torch.empty(ranges, size, dtype=torch.float32, device=other.device)
+    hopper_outer_operand[(programs, ranges)](
+        scaled, matrix(other.flatten(1), MOST_SEQUENCES, OUTER_CHANNELS),
+        matrix(weight, weight.shape[0], PAIRED * OUTER_CHANNELS), partials, rows, *steps, count, per_range, num_warps=4,
+    )  # fmt: skip
+    return partials
+
+
+def operand_of(total: Tensor, like: Tensor) -> Tensor:
+    """A sum of partial gradients as the gradient of an operand: [S, rows, 32]."""
+    return total.view(OUTER_CHANNELS, like.shape[1], MOST_SEQUENCES)[..., : like.shape[0]].permute(2, 1, 0)
+
+
+def weight_partials(scaled: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Partial gradients [ranges, c_z * 32 * 32] of the weight."""
+    (i, j, c), by_channel = scaled.shape, a.permute(2, 0, 1).contiguous().flatten(0, 1)
+    groups, tiles, pairs = OUTER_CHANNELS // CONSUMERS, i // PART, j // PAIRED
+    per_range = tuning.ceil_div(pairs, max(1, MULTIPROCESSORS // (groups * tiles)))
+    ranges = tuning.ceil_div(pairs, per_range)
+    size = c * OUTER_CHANNELS * OUTER_CHANNELS
+    partials = torch.empty(PAIRED * tiles * ranges, size, dtype=torch.float32, device=a.device)
+    hopper_outer_weight[(groups, tiles, ranges)](
+        matrix(scaled.flatten(1), PART, c), matrix(by_channel, MOST_SEQUENCES, PART),
+        matrix(b.flatten(1), MOST_SEQUENCES, PAIRED * OUTER_CHANNELS), partials, a.shape[0], pairs, per_range,
+        num_warps=4,
+    )  # fmt: skip
+    return partials
+
+
+def transition_obstacle(name: str, x: Tensor, d_out: Tensor, weights: Sequence[Tensor]) -> str | None:
+    """Why a program of TRANSITION_NAMES cannot or should not take these arguments of ``ops.transition``, or None.
+
+    x: the input or its norm, d_out: [*, c], rows as they lie.
+    """
+    if reason := choice.obstacle(MISSING, (x, d_out, *weights)):
+        return reason
+    (hidden, c), order = weights[0].shape, memory_order(x)
+    if c != CHANNELS or hidden % FEWEST_HIDDEN:
+        return f"{c} channels with {hidden} hidden ones"
+    if not hopper.is_aligned(hopper.by_rows(d_out, order)):
+        return "gradients of the output do not lie densely"
+    return hopper.rows_obstacle(x) or hopper.preference(name, x, n=hidden)
+
+
+def transition_input(
+    x: Tensor, d_out: Tensor, norm: Norm, linear_1: Affine, weight_2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of x: [*, c], the layer norm of x, and partial sums [tiles, 3 c]: for the norm's weight and bias and the
+    bias of the second linear.
+    """
+    assert linear_1.weight is not None
+    order, (hidden, c), count = memory_order(x), linear_1.weight.shape, x.shape[:-1].numel()
+    dx, normed = torch.empty_like(x), torch.empty_like(x)
+    partials = torch.empty(count // PART, 3 * c, dtype=torch.float32, device=x.device)
+    hopper_transition_input[hopper.programs(x)](
+        hopper.row_tiles(x, order), hopper.row_tiles(d_out, order),
+        hopper.weight_tiles(linear_1.weight, HIDDEN_BLOCK, c), hopper.weight_tiles(weight_2, c, HIDDEN_BLOCK),
+        hopper.row_tiles(dx, order), hopper.row_tiles(normed, order), norm, linear_1.bias, partials,
+        hidden // HIDDEN_BLOCK, count // PART, num_warps=4,
+    )  # fmt: skip
+    return dx, normed, partials
+
+
+def transition_weights(normed: Tensor, d_out: Tensor, linear_1: Affine, weight_2: Tensor) -> tuple[Tensor, ...]:
+    """Partial gradients [ranges, *] of weight 1, weight 2 and bias 1."""
+    assert linear_1.weight is not None
+    order, (hidden, c), tiles = memory_order(normed), linear_1.weight.shape, normed.shape[:-1].numel() // PART
+    groups = hidden // CHANNELS
+    per_range = tuning.ceil_div(tiles, max(1, MULTIPROCESSORS // groups))
+    ranges = tuning.ceil_div(tiles, per_range)
+    partials = torch.empty(ranges, hidden * (2 * c + 1), dtype=torch.float32, device=normed.device)
+    hopper_transition_weights[(groups, ranges)](
+        hopper.row_tiles(normed, order), hopper.row_tiles(d_out, order), hopper.weight_tiles(linear_1.weight),
+        hopper.weight_tiles(weight_2), linear_1.bias, partials, hidden, tiles, per_range, num_warps=4,
+    )  # fmt: skip
+    return partials.split([hidden * c, hidden * c, hidden], 1)
+
+
+def hidden_obstacle(x: Tensor, hidden: int) -> str | None:
+    """Why ``transition_hidden`` should not do what ``rows.transition_gradient`` can for the MSA, or None."""
+    return MISSING or hopper.preference("transition_hopper_hidden", x, n=hidden)
+
+
+def transition_hidden(
+    x: Tensor, d_out: Tensor, norm: Norm, linear_1: Affine, weight_2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``rows.transition_gradient``."""
+    assert linear_1.weight is not None
+    order, (hidden, c), count, block = memory_order(x), linear_1.weight.shape, x.shape[:-1].numel(), HIDDEN_BLOCK // 2
+    outs = [x.new_empty(count, width) for width in (hidden, hidden, c, c)]
+    partials = torch.empty(count // PART, c + hidden, dtype=torch.float32, device=x.device)
+    hopper_transition_hidden[hopper.programs(x)](
+        *(matrix(hopper.by_rows(tensor, order), PART, c) for tensor in (x, d_out)),
+        hopper.weight_tiles(linear_1.weight, block, c), hopper.weight_tiles(weight_2, c, block),
+        *(matrix(out, PART, block) for out in outs[:2]), *(matrix(out, PART, c) for out in outs[2:]), norm,
+        linear_1.bias, partials, hidden // block, count // PART, num_warps=4,
+    )  # fmt: skip
+    return outs[0], outs[1], outs[2], outs[3], partials
