@@ -57,6 +57,17 @@ def test_a_run_that_was_killed_left_no_word(run_dir: Path) -> None:
     assert "the run may still be going" in told(run_dir)["cause"].text
 
 
+def test_a_run_that_may_still_be_going_is_no_problem_and_is_to_be_waited_for(run_dir: Path) -> None:
+    log = run_dir / "result_0.txt"
+    log.write_text("".join(line for line in log.read_text().splitlines(True) if "run_stop" not in line))
+    shutil.rmtree(run_dir / "checkpoints")
+    assert told(run_dir)["next"].level == "problem"
+    os.utime(run_dir / METRICS_FILE)
+    assert told(run_dir)["next"].level == "note"
+    assert "wait, " in told(run_dir / METRICS_FILE)["next"].text
+    assert "if it has ended: start again" in told(run_dir)["next"].text
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_recommended(run_dir: Path) -> None:
     newest = run_dir / "checkpoints" / "last" / "000004" / RESUMABLE_FILE
     newest.write_bytes(newest.read_bytes()[:-1])

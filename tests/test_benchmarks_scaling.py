@@ -315,11 +315,11 @@ def test_figures_of_the_page_exist_and_are_drawings(repository):
 
 
 def test_a_dark_figure_is_the_light_one_in_other_colours(script, repository):
-    module = script("plot_scaling")
+    module = script("drawings")
     light_of = {dark: module.PALETTE[name] for name, dark in module.DARK.items()} | {module.DARK_GROUND: "white"}
     figures = repository / "docs" / "figures"
-    lights = [figures / f"{name}.svg" for name in ("exchange_costs", "minutes_by_gpus", "step_by_dap", "step_parts")]
-    for light in lights:
+    names = ("exchange_costs", "minutes_by_gpus", "step_by_dap", "step_history", "step_parts")
+    for light in (figures / f"{name}.svg" for name in names):
         text = light.with_name(f"{light.stem}_dark.svg").read_text()
         assert not [colour for colour in (*module.PALETTE.values(), "white", "black", "#000") if colour in text]
         text = re.sub("|".join(light_of), lambda found: light_of[found[0]], text)

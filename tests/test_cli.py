@@ -46,6 +46,45 @@ def log(tmp_path: Path) -> Path:
     return edit(rehearsal(tmp_path / "result_0.txt"), set_value("submission_org", "A Laboratory"))
 
 
+def test_help_shows_every_word_of_its_text_and_no_double_negative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for verb, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        shown = invoke(verb, "--help")[1]
+        texts = [command.callback.__doc__, *(getattr(parameter, "help", None) or "" for parameter in command.params)]
+        bracketed = [word for text in texts for word in text.split() if "[" in word]
+        assert [word for word in bracketed if word not in shown] == [], verb
+        assert "--no-no-" not in shown, verb
+
+
+def test_a_full_output_is_called_one() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "scalefold", "show", str(Path(__file__).parents[1] / "configs" / "tiny.yaml")],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.stderr == "error: the output, or a file that was open: No space left on device\n"
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("pack", "out", "--org", "X", "--system", "nope.json", "--config", "c", "--strong", "r"), "describe-system`"),
+        (("bench-data", "nope", "--config", "c", "--step-s", "nan"), "--step-s nan: must be positive"),
+    ],
+)
+def test_a_submitters_mistake_says_what_to_do(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], words: str
+) -> None:
+    assert words in mistake(capsys, monkeypatch, *arguments)
+
+
+def test_a_system_without_nodes_and_a_measurement_of_nothing_are_refused(tmp_path: Path) -> None:
+    assert invoke("describe-system", tmp_path / "x.json", "--nodes", 0)[0] == 2
+    assert invoke("bench-data", tmp_path, "--samples", 0)[0] == 2
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_the_readme_names_only_verbs_and_options_that_exist(repository: Path) -> None:
     group = typer.main.get_command(app)
     blocks = re.findall(r"```\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
@@ -213,7 +252,7 @@ def test_the_report_repeats_the_verdict_of_the_check(
         (["prepare", "--mmcif-dir", "{tmp}/raw", "--out", "{tmp}/file/store"], "{tmp}/file"),
         (
             ["pack", "{tmp}/out", "--org", "O", "--system", "{tmp}/none.json", "--config", "c.yaml"],
-            "{tmp}/none.json: No",
+            "{tmp}/none.json: cannot read the system description",
         ),
         (["pack", "{tmp}/out", "--org", "O", "--system", "{tmp}/file", "--config", "c.yaml"], "{tmp}/file: no JSON"),
         (["compare-runs", "{tmp}", "{tmp}", "--plot", "{tmp}/x.foo"], "x.foo: must end in .svg or .png"),

@@ -184,7 +184,7 @@ def test_doctor_counts_what_a_cache_has_lost_and_what_another_triton_cannot_use(
 @pytest.mark.parametrize(
     ("overrides", "gpu", "message"),
     [
-        ([], "B200", "--gpu B200: must be one of A100"),
+        ([], "V100", "--gpu V100: must be one of A100"),
         ([], "H100", "execution.kernels is reference"),
     ],
 )
@@ -195,6 +195,7 @@ def test_what_cannot_be_compiled_is_refused(overrides: list[str], gpu: str, mess
 
 def test_gpus_are_known_by_their_short_or_long_names() -> None:
     assert [capability_of(name) for name in ("A100-SXM-80GB", "h100", "GH200")] == [80, 90, 90]
+    assert [capability_of(name) for name in ("B200-SXM-180GB", "gb200")] == [100, 100]
 
 
 def test_doctor_says_what_is_missing_for_rdma(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def test_an_unknown_section_is_refused(tmp_path: Path) -> None:
         ("system: x\nsystem: y\n", r"x\.yaml:2: key `system` is given twice"),
         ("system: [x\n", r"x\.yaml:\d: not valid YAML"),
         ("base: x.yaml\n", "already its own child"),
+        ("system: x\nbase: y.yaml\n", r"x\.yaml:2: base: .*y\.yaml: no such file; it is sought beside x\.yaml"),
+        ("system: x\ntraining:\n", r"x\.yaml:2: `training` is a section and takes no value of its own; its keys are"),
         ("- 1\n", "must hold `key: value` lines"),
         ("system: x\nparallel: {dap_size: 3}\n", r"parallel.dap_size"),
         ("system: x\nparallel: {gpus_per_node: 8, dap_size: 8, num_eval_ranks: 1}\n", "multiple of dap_size 8"),
@@ -90,7 +92,7 @@ def test_a_bad_file_gives_one_line_that_says_where(tmp_path: Path, text: str, me
         (b"system: x\nloss: {fape_loss_weight: .nan}\n", r"x\.yaml:2: loss.fape_loss_weight: .*finite"),
         (b'system: x\nbase: "a\\0b"\n', r"x\.yaml:2: not valid YAML: a value holds NUL"),
         (b"system: \x01\n", r"x\.yaml: not valid YAML: unacceptable character"),
-        (b"", r"x\.yaml: must hold `key: value` lines"),
+        (b"", r"x\.yaml: must hold `key: value` lines, found none"),
     ],
 )
 def test_a_file_that_no_reader_expects_gives_one_line(tmp_path: Path, text: bytes, message: str) -> None:
@@ -117,7 +119,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_key(tmp_path: Path) -> None:
         ("training.seed=2021-06-31", "day is out of range"),
         ("training.seed.x=1", "training.seed"),
         ("system.x=1", "`system` is a value, not a section"),
-        ("=1", "unknown key"),
+        ("=1", "override `=1` must look like key.sub=value"),
+        ("training=1", "command line: `training` is a section and takes no value of its own; its keys are seed, "),
         ("base=x.yaml", "unknown key `base`"),
     ],
 )

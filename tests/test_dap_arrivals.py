@@ -16,9 +16,10 @@ from scalefold.config import load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels import triton_ops
+from scalefold.kernels.around import aside
 from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.dap.collectives import Group, Lasts
-from scalefold.parallel.dap.direct import PASSING_TURNS, Arrivals, DirectExchanges
+from scalefold.parallel.dap.direct import ALIGNMENT, PASSING_TURNS, Arrivals, DirectExchanges
 from scalefold.parallel.dap.points import apply_dap
 
 pytestmark = pytest.mark.skipif(
@@ -210,3 +211,16 @@ def test_a_model_computes_the_same_bits_where_results_arrive_directly():
     for found in run_ranks(compared, 2, memories, arrived, kept):
         for differing, count, direct in found:
             assert (differing, count > 100, direct > 100) == (0, True, True)
+
+
+def test_work_aside_is_waited_for_twice_in_a_turn_of_passing_results(monkeypatch):
+    """A peer writes to a place again one turn later; gradients on a second stream may read it until then."""
+    joined = []
+    monkeypatch.setattr(aside, "join", lambda: joined.append(len(places)))
+    memory = torch.zeros(64 * ALIGNMENT, dtype=torch.uint8)
+    arrivals, places = Arrivals(memory, [memory], 0, lambda: None), []
+    for _ in range(130):
+        places.append(arrivals.place(ALIGNMENT, keep=False))
+    assert len(joined) == 4
+    assert places[64] == places[0]
+    assert all(any(first < turn <= first + 64 for turn in joined) for first in range(66))

@@ -3,7 +3,7 @@
 import pytest
 
 from scalefold import doctor
-from scalefold.doctor import PAIRS, _compiler, _mpi, _peers, examine, pair_finding
+from scalefold.doctor import PAIRS, _compiler, _mpi, _peers, examine, kind_findings, pair_finding
 
 
 def test_this_machine_is_examined_and_can_run() -> None:
@@ -18,6 +18,31 @@ def test_gpus_that_cannot_read_each_others_memory_are_named() -> None:
     (note,) = _peers(3, lambda a, b: {a, b} != {0, 2})
     assert note.level == "note"
     assert note.text.startswith("cuda:0 cannot read the memory of cuda:2")
+
+
+CUDA_BUILD = ["sm_80", "sm_90", "sm_100", "sm_120", "compute_120"]
+
+
+@pytest.mark.parametrize(("name", "memory"), [("NVIDIA B200", "180 GB"), ("NVIDIA GB200", "186 GB")])
+def test_a_blackwell_gpu_gets_its_vendors_figures_and_what_its_owner_does_first(name: str, memory: str) -> None:
+    vendor, kernels = kind_findings(name, (10, 0), CUDA_BUILD)
+    assert (vendor.level, vendor.topic, kernels.level) == ("note", name.removeprefix("NVIDIA "), "note")
+    assert vendor.text.startswith("vendor's figures for ")
+    assert f"nothing measured: {memory}" in vendor.text
+    assert "(NVIDIA: " in vendor.text
+    assert kernels.text.startswith("kernels compile for compute 10.0, none was timed on this GPU: `make bench-gpu`")
+
+
+def test_measured_kinds_of_gpu_need_no_word_and_capabilities_that_nobody_compiled_for_are_warned_of() -> None:
+    assert kind_findings("NVIDIA H100 80GB HBM3", (9, 0), CUDA_BUILD) == []
+    (warning,) = kind_findings("NVIDIA RTX PRO 6000", (12, 0), CUDA_BUILD)
+    assert (warning.level, "known: 8.0, 9.0, 10.0" in warning.text) == ("warning", True)
+
+
+def test_a_pytorch_without_programs_for_the_gpu_is_a_problem() -> None:
+    problem, *_ = kind_findings("NVIDIA B200", (10, 0), ["sm_50", "sm_80", "sm_90"])
+    assert problem.level == "problem"
+    assert problem.text.startswith("this PyTorch has no programs for compute 10.0, only sm_50 sm_80 sm_90")
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.torch)

@@ -230,6 +230,7 @@ def test_the_checkpoint_lands_where_the_system_files_look_for_it(repository: Pat
     [
         (["--only", "pdb"], "--only pdb: must be one of mmcif, obsolete"),
         (["--only", "checkpoint"], "checkpoint: give its address with --source; NERSC portal"),
+        (["--only", "checkpoint", "--source", "folder/c.pt"], "checkpoint: --source folder/c.pt: must be an address"),
         (["--source", "http://x"], "--source and --list describe one part"),
         (["--workers", "0"], "--workers 0: at least one transfer"),
     ],

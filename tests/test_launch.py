@@ -91,6 +91,7 @@ def test_a_system_shows_plans_and_launches_dry(system: str) -> None:
     [
         ("h100_1x1", 1, 1, 1, 0, 128),
         ("dgx_h100_1x8", 8, 1, 8, 0, 128),
+        ("dgx_b200_1x8", 8, 1, 8, 0, 128),
         ("eos_h100_8x8", 64, 1, 64, 0, 128),
         ("eos_h100_16x8_weak", 128, 1, 128, 0, 128),
         ("eos_h100_32x8", 256, 1, 224, 32, 224),

@@ -29,6 +29,13 @@ def test_a_run_is_the_same_as_itself_even_with_tolerance_zero(tmp_path):
     assert all(row.max_step == row.max_window == 0.0 for row in comparison.rows)
 
 
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan")])
+def test_a_tolerance_that_no_run_can_keep_is_refused(tmp_path, tolerance):
+    write_run(tmp_path / "a")
+    with pytest.raises(LogError, match=f"tolerance {tolerance:g}: must be at least 0"):
+        compare_runs(tmp_path / "a", tmp_path / "a", tolerance=tolerance)
+
+
 @pytest.mark.parametrize("seed", range(1, 21))
 def test_two_seeds_of_one_curve_lie_within_the_noise_band(tmp_path, seed):
     write_run(tmp_path / "a", seed=100 + seed)

@@ -119,6 +119,17 @@ def test_a_broken_log_is_named_with_its_line(tmp_path, text, message):
         read_runs(path)
 
 
+def test_a_page_replaces_no_folder_and_no_device(tmp_path):
+    log = log_of(tmp_path)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name, kind in (("folder", "folder"), ("pipe", "device or pipe")):
+        with pytest.raises(LogError, match=f"{name}: is a {kind}; name a file to write"):
+            write_report(log, tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+    assert {file.name for file in tmp_path.iterdir()} == {log.name, "folder", "pipe"}
+
+
 def test_an_empty_or_missing_folder_is_one_clear_error(tmp_path):
     with pytest.raises(LogError, match="holds neither"):
         read_runs(tmp_path)

@@ -16,6 +16,7 @@ from scalefold.scaling.from_scratch import steps_of
 from scalefold.scaling.plan import plan, scaling_rows, states_gib, write_scaling_csv
 from scalefold.scaling.replay import replay
 from scalefold.scaling.step_time import EvalTime, gpu_family, read_eval_times, read_step_times
+from scalefold.scaling.study import study
 from scalefold.scaling.system import SystemSpec
 
 EOS = SystemSpec(
@@ -170,7 +171,7 @@ def test_a_missing_table_or_column_is_one_clear_error(tmp_path):
 
 
 def test_what_nobody_knows_is_left_open_with_a_reason():
-    found = plan(replace(EOS, gpu="B200"))
+    found = plan(replace(EOS, gpu="MI300X"))
     assert found.value("step time") is None
     assert "measure it" in found.quantities["step time"].source
     assert found.minutes is None
@@ -178,6 +179,38 @@ def test_what_nobody_knows_is_left_open_with_a_reason():
     tiny = SystemSpec("tiny", 1, 0, "cpu", global_batch_size=8, precision="fp32", is_benchmark=False)
     assert plan(tiny).minutes is None
     assert "open" in plan(tiny).text()
+
+
+DGX = SystemSpec("dgx", nodes=1, gpus_per_node=8, gpu="B200-SXM-180GB", num_workers=12)
+RACK = replace(DGX, nodes=18, gpus_per_node=4, gpu="NVIDIA GB200", global_batch_size=144, dap_size=4)
+
+
+@pytest.mark.parametrize(("spec", "gb", "domain"), [(DGX, 180, 8), (RACK, 186, 72)], ids=["DGX B200", "GB200 NVL72"])
+def test_a_gpu_that_only_its_vendor_knows_is_planned_by_the_model_and_every_line_says_so(spec, gb, domain):
+    found = plan(spec)
+    assert found.value("GPU memory") == pytest.approx(gb / 1.073741824)
+    assert found.quantities["GPU memory"].source == f"vendor's figure, {gb} GB"
+    assert (found.value("NVLink domain"), found.fits) == (domain, True)
+    assert "nothing measured" in found.quantities["NVLink domain"].source
+    assert found.quantities["step time"].source.startswith("guarded: ")
+    assert "no step was measured" in found.quantities["step time"].source
+    assert "no evaluation was measured" in found.quantities["evaluation"].source
+    assert plan(spec, kind="measured").minutes is None
+    assert found.minutes > plan(spec, kind="target").minutes > 0
+    (warning,) = found.warnings
+    assert warning.startswith(f"no step was ever measured on a {gpu_family(spec.gpu)}")
+    assert warning in study(found, runs=1).text()
+
+
+def test_a_measured_step_ends_the_warning_of_the_vendors_figures(tmp_path):
+    found = plan(DGX, step_time_csv=write_table(tmp_path / "t.csv", ["NVIDIA B200,1,200"], head="gpu,dap_size,step_ms"))
+    assert (found.value("step time"), found.warnings) == (16 * 200, [])
+
+
+@pytest.mark.parametrize("change", [{"dap_size": 8}, {"nodes": 9, "gpus_per_node": 8}])
+def test_a_rack_joined_by_nvlink_is_still_nodes_of_four_gpus(change):
+    (first, *_) = plan(replace(RACK, **change)).warnings
+    assert first.startswith("a node of GB200 NVL72 has 4 GPUs, whatever NVLink joins (vendor): gpus_per_node")
 
 
 @pytest.mark.parametrize("batch", [64, 127, 257, 512])
@@ -273,7 +306,7 @@ def test_gpu_names_of_drivers_and_submitters_are_understood(name, family):
 
 
 def test_the_scaling_table_is_what_the_report_draws(tmp_path):
-    plans = [plan(EOS), plan(SystemSpec("dgx", 1, 8, "H100", global_batch_size=128)), plan(replace(EOS, gpu="B200"))]
+    plans = [plan(EOS), plan(SystemSpec("dgx", 1, 8, "H100", global_batch_size=128)), plan(replace(EOS, gpu="MI300X"))]
     rows = scaling_rows(plans)
     assert [row["accelerators"] for row in rows] == ["2080", "8"]
     table = write_scaling_csv(rows, tmp_path / "scaling.csv")

@@ -50,6 +50,6 @@ def test_too_few_loader_workers_show_up_as_waiting():
 
 def test_an_open_plan_cannot_be_simulated_and_says_why():
     with pytest.raises(ConfigError, match="eos: cannot be simulated, its plan is open: needs step time"):
-        study(plan(replace(EOS, gpu="B200")))
+        study(plan(replace(EOS, gpu="MI300X")))
     with pytest.raises(ConfigError, match="runs 0"):
         study(plan(EOS), Noise(), runs=0)

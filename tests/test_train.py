@@ -1,7 +1,9 @@
 """Whole tiny runs in one process: outcome, log, record, resume, and what happens when something goes wrong."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from scalefold.report.record import Record, read_metrics
 from scalefold.run.begin import RunOptions
 from scalefold.run.header import source_commit
 from scalefold.run.loop import run_rank
+from scalefold.run.step_log import StepLog
 from scalefold.step.checkpoint import AVERAGED_FILE, RESUMABLE_FILE, STATE_FILE, load_run
 
 
@@ -224,3 +227,28 @@ def test_the_commit_is_that_of_the_checkout_which_holds_the_package_not_of_one_a
     assert source_commit(file) == git("rev-parse", "--short", "HEAD").strip()
     file.write_text("two")
     assert source_commit(file) == git("rev-parse", "--short", "HEAD").strip() + "+"
+
+
+def test_ctrl_c_stops_in_order_with_a_checkpoint_and_a_second_one_at_once(
+    tiny_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    push = StepLog.push
+
+    def stop_at_1(self: StepLog, step: int, *values) -> None:
+        push(self, step, *values)
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StepLog, "push", stop_at_1)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        outcome = run_rank(tiny_config(tiny_store, tmp_path), RunOptions())
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert outcome is not None
+    assert outcome.status == "aborted"
+    assert 0 < outcome.step < 4
+    assert weights(tmp_path, outcome.step)
+    assert "signal SIGINT: stopping after this step (Ctrl-C again ends at once" in caplog.text

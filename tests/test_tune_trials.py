@@ -146,7 +146,7 @@ import sys
 from pathlib import Path
 from scalefold.tune import programs
 programs.tuning.TABLES = Path(sys.argv[1])
-programs.start_worker([1], [], 90, "a_gpu")
+programs.start_worker([1], [], int(sys.argv[2]), "a_gpu")
 print(programs.tuning.lookup("layer_norm_forward", rows=65536, c=128, dtype="bfloat16"))
 cases = programs.all_cases([1], [])
 n = next(n for n, case in enumerate(cases) if case.name.startswith("layer_norm 1x256x256"))
@@ -157,7 +157,8 @@ print(programs.compile_task(problem, {"BLOCK_M": 7, "num_warps": 4}))
 
 
 @pytest.mark.long
-def test_a_program_is_read_without_a_gpu_and_one_that_does_not_compile_says_why(tmp_path, monkeypatch):
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_a_program_is_read_without_a_gpu_and_one_that_does_not_compile_says_why(target, tmp_path, monkeypatch):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later.
 
     A process that compiles sees no GPU, and yet chooses what is not searched as the GPU's own table says.
@@ -166,7 +167,7 @@ def test_a_program_is_read_without_a_gpu_and_one_that_does_not_compile_says_why(
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     tuning.save("a_gpu", {"layer_norm_forward": {"c=128 dtype=bfloat16 rows=65536": {"BLOCK_M": 32, "num_warps": 2}}})
-    command = [sys.executable, "-c", COMPILED, str(tmp_path)]
+    command = [sys.executable, "-c", COMPILED, str(tmp_path), str(target)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     chosen, good, bad = done.stdout.splitlines()

@@ -9,7 +9,6 @@ Writes docs/figures/*.svg, twins for dark pages (``*_dark.svg``), and everything
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
+import drawings
 from common import FOLDER, ROOT
 from dap_estimate import (
     DAP_SIZES,
@@ -36,7 +36,6 @@ from dap_estimate import (
 from pages import fill, markdown, spread
 from scalefold.config import load_config
 from scalefold.mlperf.log.published import Published, read_published
-from scalefold.report.page import DARK, DARK_GROUND
 from scalefold.report.plots import PALETTE, Plot, draw, scaling_curve
 from scalefold.scaling.from_config import system_spec
 from scalefold.scaling.plan import Plan, plan, scaling_rows
@@ -329,20 +328,6 @@ def replay_table() -> str:
     return markdown(["result", "GPUs", "runs", "published min", "mean error", "worst run"], rows)
 
 
-# --- figures for dark pages -------------------------------------------------------------------------------------------
-
-
-def dark_twin(light: Path) -> Path:
-    """The same drawing in the colours of dark pages, beside it."""
-    text = light.read_text(encoding="utf-8").replace('fill="white"/>', f'fill="{DARK_GROUND}"/>', 1)
-    twin = light.with_name(f"{light.stem}_dark.svg")
-    twin.write_text(re.sub("|".join(PALETTE.values()), lambda found: _DARK_OF[found[0]], text), encoding="utf-8")
-    return twin
-
-
-_DARK_OF = {colour: DARK[name] for name, colour in PALETTE.items()}
-
-
 def main() -> int:
     """Draw, fill, say what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -354,10 +339,7 @@ def main() -> int:
     forecasts = [forecast(name) for name in CONFIGS]
     plots = [step_by_dap(), exchange_costs(), step_parts(), minutes_by_gpus(forecasts, read_published())]
     for figure in plots:
-        svg, png = figure.save(arguments.figures)
-        if not arguments.png:
-            png.unlink()
-        print(svg, dark_twin(svg))
+        print(*drawings.write(figure, arguments.figures, arguments.png))
     tables: dict[str, Callable[[], str]] = SHARE_TABLES | {
         "step": step_table,
         "exchange": exchange_table,

@@ -13,11 +13,13 @@ from pathlib import Path
 from statistics import mean
 
 from pages import markdown, print_or_write
+from sub_layers import OPTIMIZER, SubLayer, Times, sub_layers
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PASSES = ("1", "2", "3", "4")
 NONE = "–"
+GOALS = ("gate", "aim")
 STEP_VARIANTS = {
     "ours": "ours",
     "ours_ckpt": "ours, activation checkpointing",
@@ -156,17 +158,34 @@ def step_table() -> str:
     return markdown(["card", "variant", "commit", *(f"R = {r}" for r in PASSES), "mean", "peak GiB"], rows)
 
 
+def step_history(device: str) -> dict[str, str]:
+    """Commit -> mean of all commits that were measured on one GPU for all numbers of passes, oldest first."""
+    own = [r for r in read("step_time") if (r["device"], r["variant"], r["gpus"]) == (device, "ours", "1")]
+    commits = dict.fromkeys(row["commit"] for row in own)
+    means = {commit: mean_ms({row["passes"]: row for row in own if row["commit"] == commit}) for commit in commits}
+    return {commit: ms for commit, ms in means.items() if ms != NONE}
+
+
 def history_table() -> str:
-    """Means of all commits that were measured on one GPU for all numbers of passes, oldest first."""
+    """The steps of every card, oldest first."""
     rows = []
     for device in devices("step_time"):
-        means: dict[str, str] = {}
-        own = [r for r in read("step_time") if (r["device"], r["variant"], r["gpus"]) == (device, "ours", "1")]
-        for commit in dict.fromkeys(row["commit"] for row in own):
-            means[commit] = mean_ms({row["passes"]: row for row in own if row["commit"] == commit})
-        text = " → ".join(f"{ms} ({commit})" for commit, ms in means.items() if ms != NONE)
+        text = " → ".join(f"{ms} ({commit})" for commit, ms in step_history(device).items())
         rows.append([card({"device": device}), text])
     return markdown(["card", "mean step, ms (commit)"], rows)
+
+
+def goal_table() -> str:
+    """The newest step of every card beside the gate and the aim that were set for it."""
+    goals = newest(read("cards"), "card")
+    rows: list[Sequence[object]] = []
+    for device in devices("step_time"):
+        if (goal := goals.get((card({"device": device}),))) is None or not (history := step_history(device)):
+            continue
+        commit, ms = list(history.items())[-1]
+        over = [f"{goal[f'{kind}_ms']} ({100 * (float(ms) / float(goal[f'{kind}_ms']) - 1):+.0f} %)" for kind in GOALS]
+        rows.append([goal["card"], ms, *over, commit])
+    return markdown(["card", "mean step, ms", *(f"{kind} (step over it)" for kind in GOALS), "commit"], rows)
 
 
 def operation_table() -> str:
@@ -187,18 +206,76 @@ def operation_table() -> str:
     )
 
 
-def kernel_table(largest: int = 6) -> str:
-    """The kernels that take most of a step with one pass, on the card that was profiled last."""
-    device = devices("step_kernels")[0]
-    rows = [row for row in read("step_kernels") if row["device"] == device and row["passes"] == "1"]
-    rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
+def kernel_table(largest: int = 12) -> str:
+    """The kernels that take most of a step with one pass of one GPU, on the card that was profiled last."""
+    rows = [row for row in read("dap_share_kernels") if (row["dap"], row["passes"]) == ("1", "1")]
+    rows = [row for row in rows if (row["device"], row["commit"]) == (rows[-1]["device"], rows[-1]["commit"])]
     ours = sorted((row for row in rows if "::" not in row["kernel"]), key=lambda row: -float(row["total_ms"]))
-    whole = next(
-        r for r in reversed(read("step_profile")) if r["device"] == device and r["commit"] == rows[0]["commit"]
-    )
-    cells = [[f"`{row['kernel']}`", f"{float(row['total_ms']):.1f}", row["calls"]] for row in ours[:largest]]
-    cells.append(["all", f"{float(whole['busy_ms']):.1f} of {float(whole['step_ms']):.1f}", whole["kernels"]])
-    return markdown([f"kernel ({card(rows[0])}, {rows[0]['commit']}, R = 1)", "ms", "calls"], cells)
+    whole = whole_share()
+    cells = [
+        [f"`{row['kernel']}`", f"{float(row['total_ms']):.1f}", row["calls"], f"{float(row['mean_us']):.0f}"]
+        for row in ours[:largest]
+    ]
+    busy = f"{float(whole['computing_ms']):.1f} of {float(whole['median_ms']):.1f}"
+    cells.append(["all", busy, whole["kernels"], ""])
+    return markdown([f"kernel ({card(rows[0])}, {rows[0]['commit']}, R = 1)", "ms", "calls", "µs each"], cells)
+
+
+def whole_share() -> Row:
+    """The newest step of one GPU with one pass that was taken apart."""
+    return [row for row in read("dap_share") if (row["dap"], row["passes"]) == ("1", "1")][-1]
+
+
+# --- floor, budget, measured ------------------------------------------------------------------------------------------
+
+
+def sub_layer_times(device: str) -> dict[str, tuple[Times, str]]:
+    """Newest µs on a card, and the commit: of operations both directions, of parts and the optimizer one number."""
+    found: dict[str, tuple[Times, str]] = {}
+    for row in read("kernels"):
+        if (row["device"], row["variant"]) == (device, "ours"):
+            own = (float(row["forward_us"]), float(row["backward_us"]))
+            found[f"{row['operation']} {row['shape']}"] = own, row["commit"]
+    for row in read("small_kernels"):
+        if (row["device"], row["variant"]) == (device, "ours"):
+            found[row["part"]] = (float(row["us"]),), row["commit"]
+    whole = whole_share()
+    if whole["device"] == device:
+        found[OPTIMIZER] = (1000 * float(whole["optimizer_ms"]),), whole["commit"]
+    return found
+
+
+def pair(values: Sequence[float], digits: int = 0) -> str:
+    """``38 / 81``."""
+    return " / ".join(f"{value:.{digits}f}" for value in values)
+
+
+def sub_layer_line(own: SubLayer) -> list[object]:
+    """One row of the table."""
+    needs = [pair([float(row["gflop"]) for row in own.work], 1), pair([1000 * float(row["gb"]) for row in own.work])]
+    limits = [own.step_ms(own.floor), own.step_ms(own.budget)]
+    line: list[object] = [own.name, own.calls, *needs, pair(own.floor), pair(own.budget)]
+    if own.measured is None:
+        return [*line, "not measured", pair(limits, 1) + f" / {NONE}", NONE]
+    missing = "".join(f", `{name}` not measured" for name in own.measured.missing)
+    ms = pair([*limits, own.step_ms(own.measured.us)], 1)
+    return [*line, pair(own.measured.us) + missing, ms, ", ".join(own.measured.commits)]
+
+
+def sub_layer_table() -> str:
+    """Floor, budget and measured time of sub-layers on the card whose operations were measured last, of known ones."""
+    cards = newest(read("cards"), "card")
+    device = next(name for name in devices("kernels") if (card({"device": name}),) in cards)
+    limits = cards[(card({"device": device}),)]
+    found = sub_layers(read("sub_layers"), limits, sub_layer_times(device))
+    sums = [sum(own.step_ms(own.floor) for own in found), sum(own.step_ms(own.budget) for own in found)]
+    sums.append(sum(own.step_ms(own.measured.us) for own in found if own.measured is not None))
+    step = steps(device)["1"]
+    rows = [sub_layer_line(own) for own in found]
+    rows.append(["**sum**", "", "", "", "", "", "", f"**{pair(sums, 1)}**", ""])
+    rows.append(["the step itself", "", "", "", "", "", "", f"{float(step['median_ms']):.1f}", step["commit"]])
+    head = [f"sub-layer on {limits['card']}", "calls", "GFLOP", "MB", "floor, µs", "budget, µs", "measured, µs"]
+    return markdown([*head, "ms of a step, R = 1: floor / budget / measured", "commit"], rows)
 
 
 def part_table() -> str:
@@ -247,8 +324,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "headline": headline_table,
     "steps": step_table,
     "history": history_table,
+    "goals": goal_table,
     "operations": operation_table,
     "kernels": kernel_table,
+    "sub_layers": sub_layer_table,
     "parts": part_table,
     "evaluation": evaluation_table,
     "runs": run_table,

@@ -1,14 +1,14 @@
-"""Compile every Triton kernel for compute capability 8.0 and 9.0 without a GPU, and list what ptxas made of it.
+"""Compile every Triton kernel for compute capability 8.0, 9.0 and 10.0 without a GPU; list what ptxas made of it.
 
-    python benchmarks/measure/compile_targets.py [--targets 80 90] [--only triangle] [--modules attention ...] [--csv
-    out.csv] python benchmarks/measure/compile_targets.py --rings                   # races only, for 9.0, at the shapes
-    of DAP 1 python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
+    python benchmarks/measure/compile_targets.py [--targets 80 90 100] [--only NAME] [--modules M ...] [--csv out.csv]
+    python benchmarks/measure/compile_targets.py --rings           # races only, for 9.0, at the shapes of DAP 1
+    python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
 
 Each kernel module names representative calls (``compile_cases``, see ``scalefold.kernels.tuning``); ``--dap`` and
 ``--evaluation`` take every operation at the shapes of those shares and lengths instead. They run on meta tensors; each
 launch is recorded instead of executed and compiled with the launch parameters of the target. Exit status 1 if a kernel
-does not compile, if its shared memory exceeds what a program may use there, or if it races (``rings.py``); ``--rings``
-looks for races alone and compiles no further than that needs.
+does not compile, if its shared or tensor memory exceeds what a program may use there, or if it races (``rings.py``,
+which does not know the products of 10.0); ``--rings`` looks for races alone and compiles no further than that needs.
 """
 
 import argparse
@@ -38,10 +38,10 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from scalefold.kernels import triton_ops, tuning
 from scalefold.tune import operation_cases
+from scalefold.tune.programs import SHARED_LIMIT, TENSOR_COLUMNS, tensor_columns
 from scalefold.tune.sound.rings import ring_faults, unguarded_refills
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use (CUDA programming guide)
-SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
+SHARED_PER_SM = {target: limit + 1024 for target, limit in SHARED_LIMIT.items()}
 REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64
 
 
@@ -57,7 +57,10 @@ class Launch:
 
 @dataclass
 class Report:
-    """What one compiled kernel uses; ``programs_per_sm`` by registers, shared memory and warps."""
+    """What one compiled kernel uses; ``programs_per_sm`` by registers, warps, shared and tensor memory.
+
+    ``tensor_columns`` and ``tcgen05`` (products there) are those of 10.0, zero elsewhere.
+    """
 
     case: str
     kernel: str
@@ -67,8 +70,10 @@ class Report:
     registers: int
     spill_bytes: int
     shared_kib: float
+    tensor_columns: int
     programs_per_sm: int
     wgmma: int
+    tcgen05: int
     mma: int
     options: str
     races: str
@@ -167,9 +172,10 @@ def report(case: str, launch: Launch, target: int) -> Report:
     compiled = compile_launch(launch, target)
     ptx = compiled.asm["ptx"]
     registers, spill = ptxas_usage(ptx, target)
-    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    warps, shared, columns = compiled.metadata.num_warps, compiled.metadata.shared, tensor_columns(compiled)
     allocated = -(-registers // 8) * 8 * 32 * warps
     resident = min(REGISTERS_PER_SM // allocated, WARPS_PER_SM // warps, SHARED_PER_SM[target] // (shared + 1024))
+    resident = min(resident, TENSOR_COLUMNS // columns) if columns else resident
     constants = {k: v for k, v in launch.options.items() if k not in ("num_warps", "debug")}
     return Report(
         case=case,
@@ -180,8 +186,10 @@ def report(case: str, launch: Launch, target: int) -> Report:
         registers=registers,
         spill_bytes=spill,
         shared_kib=round(shared / 1024, 1),
+        tensor_columns=columns,
         programs_per_sm=resident,
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
+        tcgen05=len(re.findall(r"tcgen05\.mma\.", ptx)),
         mma=len(re.findall(r"mma\.sync\.aligned\.m", ptx)),
         options=" ".join(f"{k}={v}" for k, v in constants.items() if isinstance(v, int | str)),
         races="; ".join(compiled_races(compiled)),
@@ -278,7 +286,7 @@ def print_races(cases: list[tuple[str, Callable[[], None]]], target: int) -> int
 def main() -> int:
     """Print one line per kernel; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90], choices=[80, 90])
+    parser.add_argument("--targets", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
     parser.add_argument("--modules", nargs="+", help="modules with kernels (default: all)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--csv", type=Path, help="also write the table here")
@@ -298,13 +306,17 @@ def print_reports(cases: list[tuple[str, Callable[[], None]]], targets: list[int
     """One line per kernel, also as a CSV file; exit status 1 if one is too large or races, or there is none."""
     rows = []
     bad = False
-    print(f"{'case':28}{'kernel':26}target warps regs spill  smem KiB  per SM  wgmma  mma  grid  options")
+    print(
+        f"{'case':28}{'kernel':26}target warps regs spill  smem KiB  tmem  per SM  wgmma  tcgen05  mma  grid  options"
+    )
     for row in reports(cases, targets):
         rows.append(row)
-        bad |= row.shared_kib * 1024 > SHARED_LIMIT[row.target] or bool(row.races)
+        too_large = row.shared_kib * 1024 > SHARED_LIMIT[row.target] or row.tensor_columns > TENSOR_COLUMNS
+        bad |= too_large or bool(row.races)
         print(
             f"{row.case:28}{row.kernel:26}{row.target:6} {row.warps:5} {row.registers:4} {row.spill_bytes:5}"
-            f" {row.shared_kib:9.1f} {row.programs_per_sm:7} {row.wgmma:6} {row.mma:4}  {row.grid}  {row.options}"
+            f" {row.shared_kib:9.1f} {row.tensor_columns:5} {row.programs_per_sm:7} {row.wgmma:6} {row.tcgen05:8}"
+            f" {row.mma:4}  {row.grid}  {row.options}{'  TOO LARGE' if too_large else ''}"
             f"{'  RACES: ' + row.races if row.races else ''}",
             flush=True,
         )

@@ -52,7 +52,8 @@ def transition_forms(c: int, backward: bool) -> dict[str, Form]:
     if backward and c == 128:
         weights = {"transition_weights": tuning.tile_config((64, 64, 4, 2))}
         forms["recomputed"] = triton | {"transition_backward": _tiles(True, 128, 64, 8, 3)} | weights
-        forms |= {f"recomputed, Gluon {name[18:]}": forms["recomputed"] | {name: GLUON} for name in parts}
+        for name in parts:
+            forms[f"recomputed, Gluon {name.removeprefix('transition_hopper_')}"] = forms["recomputed"] | {name: GLUON}
         forms["recomputed, Gluon both"] = forms["recomputed"] | dict.fromkeys(parts, GLUON)
     return forms
 

@@ -19,17 +19,22 @@ _MOST = 8
 
 
 def examine_run(run_dir: Path) -> list[Finding]:
-    """What is known of a run, the cause of its end, and what to do; a ``problem`` if it cannot be resumed.
+    """What is known of a run, why it ended, and what to do; a ``problem`` if it has ended and cannot be resumed.
 
     Raises:
         LogError: there is no record, or it is damaged.
     """
     metrics = read_metrics(run_dir)
+    run_dir = run_dir if run_dir.is_dir() else run_dir.parent
     log, words = newest_log(run_dir), read_last_words(run_dir)
     checkpoints, good = _checkpoints(run_dir)
     ended = log is not None and log.first("run_stop") is not None
-    cause = _cause(run_dir, log, words, ended)
-    return [*_record(metrics), *_log(log), *cause, *checkpoints, _advice(log, words, good)]
+    age_s = time.time() - (run_dir / METRICS_FILE).stat().st_mtime
+    going = not words and not ended and age_s < RECENT_S
+    advice = _advice(log, words, good)
+    if going:
+        advice = Finding("note", "next", f"wait, `scalefold status {run_dir}` shows it; if it has ended: {advice.text}")
+    return [*_record(metrics), *_log(log), *_cause(words, ended, age_s), *checkpoints, advice]
 
 
 def newest_log(run_dir: Path) -> Log | None:
@@ -79,7 +84,7 @@ def _log(log: Log | None) -> Iterator[Finding]:
     yield Finding("ok" if stop and not broken else "warning", "log", f"{log.file.name} {text}{broken}")
 
 
-def _cause(run_dir: Path, log: Log | None, words: list[dict[str, Any]], ended: bool) -> Iterator[Finding]:
+def _cause(words: list[dict[str, Any]], ended: bool, age_s: float) -> Iterator[Finding]:
     for entry in words[:_MOST]:
         topic = f"rank {entry['rank']}"
         yield Finding("warning", topic, f"on {entry.get('host', '?')}: {entry['error']}")
@@ -88,7 +93,6 @@ def _cause(run_dir: Path, log: Log | None, words: list[dict[str, Any]], ended: b
     if ended:
         yield Finding("ok", "cause", "an orderly end: target, step budget, next phase or a stop that was asked for")
         return
-    age_s = time.time() - (run_dir / METRICS_FILE).stat().st_mtime
     if age_s < RECENT_S:
         yield Finding(
             "note", "cause", f"none yet: the record was written {age_s:.0f} s ago, the run may still be going"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from scalefold.processors import processors
+from scalefold.scaling.step_time import VENDOR, gpu_family
 
 Level = Literal["ok", "note", "warning", "problem"]
 NEEDED = ("torch", "numpy", "h5py", "pydantic", "gemmi", "mlperf-logging", "matplotlib", "rich", "typer")
@@ -33,8 +34,9 @@ PAIRS = (
 )
 TRIED = {
     "measured": "the measured pair: every figure on GPUs was taken with it",
-    "tested": "tested, not measured: kernels in the interpreter, and compiled for compute capability 8.0 and 9.0",
+    "tested": "tested, not measured: kernels in the interpreter, and compiled for compute capability 8.0, 9.0 and 10.0",
 }
+MEASURED, COMPILED = ("H100", "H200"), ((8, 0), (9, 0), (10, 0))  # kinds with times, capabilities kernels compile for
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _devices() -> list[Finding]:
         return []
     if not torch.cuda.is_available():
         return [Finding("note", "devices", "no CUDA device: runs use the CPU and the plain PyTorch operations")]
-    found = []
+    found, kinds = [], set()
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         gib = facts.total_memory / 2**30
@@ -139,10 +141,32 @@ def _devices() -> list[Finding]:
         found.append(
             Finding(level, f"cuda:{index}", f"{facts.name}, compute {facts.major}.{facts.minor}, {gib:.0f} GiB")
         )
+        kinds.add((facts.name, (facts.major, facts.minor)))
+    for name, capability in sorted(kinds):
+        found += kind_findings(name, capability, torch.cuda.get_arch_list())
     found += _peers(torch.cuda.device_count(), torch.cuda.can_device_access_peer)
     from torch.cuda import nccl
 
     return [*found, Finding("ok", "nccl", ".".join(map(str, nccl.version())))]
+
+
+def kind_findings(name: str, capability: tuple[int, int], architectures: list[str]) -> list[Finding]:
+    """What is known of a kind of GPU where nothing was measured; ``architectures``: what this PyTorch is built for."""
+    found, shown, family = [], f"{capability[0]}.{capability[1]}", gpu_family(name)
+    if not any(arch.removeprefix("sm_").rstrip("af")[:-1] == str(capability[0]) for arch in architectures):
+        built = " ".join(architectures)
+        text = f"this PyTorch has no programs for compute {shown}, only {built}; `make setup TORCH_VARIANT=cuda`"
+        found.append(Finding("problem", family, text))
+    if family in VENDOR:
+        found.append(Finding("note", family, VENDOR[family].text()))
+    if capability not in COMPILED:
+        known = ", ".join(f"{major}.{minor}" for major, minor in COMPILED)
+        text = f"nobody compiled the kernels for compute {shown}; known: {known}; first: `make bench-gpu`"
+        found.append(Finding("warning", family, text))
+    elif family not in MEASURED:
+        text = f"kernels compile for compute {shown}, none was timed on this GPU: `make bench-gpu`, `scalefold tune`"
+        found.append(Finding("note", family, text))
+    return found
 
 
 def _peers(count: int, can_access: Callable[[int, int], bool]) -> list[Finding]:

@@ -1,11 +1,11 @@
-"""Signals that ask a run to stop: a scheduler sends them to every process of a job; only training ranks act on them."""
+"""Signals that ask a run to stop: a scheduler or Ctrl-C sends them to all processes, training ranks alone act."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def leave_stopping_to_others() -> None:

@@ -52,6 +52,16 @@ def is_finite_number(value: Any) -> bool:
     return is_number(value) and math.isfinite(value)
 
 
+def replaceable(path: Path, error: type[ScaleFoldError]) -> Path:
+    """``path``, if it is absent or a file: a rename onto a folder fails, and one onto a device removes the device.
+
+    Raises ``error`` naming what is there.
+    """
+    if path.exists() and not path.is_file():
+        raise error(f"{path}: is a {'folder' if path.is_dir() else 'device or pipe'}; name a file to write")
+    return path
+
+
 def write_line(file_descriptor: int, line: str) -> None:
     """Append a whole line or nothing: what a full disk takes of it is taken back.
 

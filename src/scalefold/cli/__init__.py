@@ -55,7 +55,8 @@ def main() -> None:
     except OSError as error:
         if error.filename is None and error.errno not in SHORTAGES:
             raise
-        place = f"{error.filename}: " if error.filename is not None else ""
+        place = error.filename if error.filename is not None else PLACES.get(error.errno or 0, "")
+        place = f"{place}: " if place else ""
         what_to_do = SHORTAGES.get(error.errno or 0, "")
         print(f"error: {place}{error.strerror}{what_to_do}", file=sys.stderr, flush=True)
         leave(ScaleFoldError.exit_status)
@@ -67,6 +68,7 @@ SHORTAGES = {
     errno.EMFILE: f"; raise the limit (ulimit -n), which this process ({os.getpid()}) has reached",
     errno.ENFILE: "; the whole node has reached its limit (sysctl fs.file-max)",
 }  # of no file in particular
+PLACES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "the output, or a file that was open")
 
 
 def print_anything() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scalefold.errors import ConfigError
+from scalefold.textfile import parse_json, read_text
 
 if TYPE_CHECKING:
     from scalefold.mlperf.pack.package import SystemEntry
@@ -145,7 +146,7 @@ def score(
 
 def describe_system(
     out: Annotated[Path, typer.Argument(help="systems/<system>.json to write")],
-    nodes: Annotated[int, typer.Option(help="number of nodes like this one")] = 1,
+    nodes: Annotated[int, typer.Option(help="number of nodes like this one", min=1)] = 1,
     submitter: Annotated[str, typer.Option(help="organization")] = "",
     field: Annotated[list[str] | None, typer.Option(help="NAME=VALUE that a person states")] = None,
 ) -> None:
@@ -159,6 +160,8 @@ def describe_system(
     description = describe(number_of_nodes=nodes, submitter=submitter, system_name=out.stem, known=known)
     description.write(out)
     print(f"{out}: to fill in by hand: {', '.join(description.to_fill) or 'nothing'}")
+    if description.fields["accelerators_per_node"] == "0":
+        print(f"{out}: no accelerator is seen here; for a system with GPUs remove the file and call this on a GPU node")
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -223,7 +226,7 @@ def _system_entry(
     from scalefold.mlperf.pack.package import SystemEntry
 
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = parse_json(read_text(file, ConfigError, "system description (`scalefold describe-system`)"))
     except ValueError as error:
         raise ConfigError(f"{file}: no JSON ({error}); `scalefold describe-system` writes it") from None
     if not isinstance(description, dict):
@@ -263,7 +266,7 @@ def verify_package(
 def bench_data(
     store: Annotated[Path, typer.Argument(help="prepared store")],
     config: Annotated[Path | None, typer.Option(help="system whose demand for workers is computed")] = None,
-    samples: Annotated[int | None, typer.Option(help="measure that many chains, evenly spaced")] = None,
+    samples: Annotated[int | None, typer.Option(help="measure that many chains, evenly spaced", min=1)] = None,
     step_s: Annotated[float | None, typer.Option(help="step time of that system in seconds")] = None,
 ) -> None:
     """Measure how long samples take on one core: quantiles, bytes read, slowest chains, workers needed.
@@ -276,7 +279,7 @@ def bench_data(
     from scalefold.data.loading.bench import bench_data as measure
     from scalefold.data.loading.bench import workers_needed
 
-    if step_s is not None and (config is None or step_s <= 0):
+    if step_s is not None and (config is None or not step_s > 0):
         raise ConfigError(f"--step-s {step_s:g}: must be positive, and --config must name the system it belongs to")
     loaded = load_config(config).config if config else None
     settings = feature_settings(loaded) if loaded else FeatureSettings()

@@ -20,7 +20,7 @@ def tune(
     evaluation: Annotated[str, typer.Option(help="lengths of chains, forward only, with commas")] = "",
     minutes: Annotated[float, typer.Option(help="time limit of the whole search", min=0.1)] = 6.0,
     missing: Annotated[bool, typer.Option(help="only problems without a tuned entry")] = False,
-    no_history: Annotated[bool, typer.Option(help="search from nothing, to compare with")] = False,
+    no_history: Annotated[bool, typer.Option("--no-history", help="search from nothing, to compare with")] = False,
     history: Annotated[
         list[Path] | None, typer.Option(help="further trials to learn from, CSV (again for more)")
     ] = None,
@@ -31,7 +31,7 @@ def tune(
 ) -> None:
     """Search launch parameters of the kernels on this GPU, advised by all earlier trials, and save what wins.
 
-    Needs the extra scalefold[tune], or a --model. Called again it goes on where it was stopped; docs/tuning.md.
+    Needs scikit-learn (the extra `tune`), or a --model. Called again it goes on where it was stopped; docs/tuning.md.
 
     Example: scalefold tune --dap 1,2,4,8 --minutes 10
     """

@@ -95,17 +95,21 @@ def _read_with_parents(file: Path, seen: tuple[Path, ...]) -> tuple[dict[str, An
         raise ConfigError(f"{file}: base: names a file that is already its own child")
     values, origins = _read_yaml(file)
     base = values.pop("base", None)
-    origins.pop("base", None)
+    origin = origins.pop("base", None)
     if base is None:
         return values, origins
-    parent, parent_origins = _read_with_parents(file.parent / str(base), (*seen, file.resolve()))
+    parent_file = file.parent / str(base)
+    if not parent_file.is_file():
+        raise ConfigError(f"{origin}: base: {parent_file}: no such file; it is sought beside {file.name}")
+    parent, parent_origins = _read_with_parents(parent_file, (*seen, file.resolve()))
     return _merge(parent, values), parent_origins | origins
 
 
 def _read_yaml(file: Path) -> tuple[dict[str, Any], dict[str, Origin]]:
     values, node = parse_yaml(read_text(file, ConfigError, "configuration"), str(file))
     if not isinstance(values, dict):
-        raise ConfigError(f"{file}: must hold `key: value` lines, found {type(values).__name__}")
+        found = "found none" if values is None else f"found {type(values).__name__}"
+        raise ConfigError(f"{file}: must hold `key: value` lines, {found}")
     origins: dict[str, Origin] = {}
     _collect_lines(node, "", str(file), origins)
     return values, origins
@@ -132,7 +136,7 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 def _apply_override(values: dict[str, Any], origins: dict[str, Origin], override: str) -> None:
     key, equals, text = override.partition("=")
     shown = f"override `{override[:80]}{'...' * (len(override) > 80)}`"
-    if not equals:
+    if not (equals and key.strip()):
         raise ConfigError(f"{shown} must look like key.sub=value")
     *parents, last = key.strip().split(".")
     target = values
@@ -157,6 +161,9 @@ def _refuse_unknown_keys(values: dict[str, Any], origins: dict[str, Origin]) -> 
         sections = {".".join(k.split(".")[: n + 1]) for k in known for n in range(k.count("."))}
         near = difflib.get_close_matches(bad, [*known, *sections], n=1, cutoff=0.0)
         origin = origins.get(key) or origins.get(bad) or _parent_origin(bad, origins)
+        if bad in sections:
+            keys = ", ".join(k.removeprefix(f"{bad}.") for k in known if k.startswith(f"{bad}."))
+            raise ConfigError(f"{origin}: `{bad}` is a section and takes no value of its own; its keys are {keys}")
         raise ConfigError(f"{origin}: unknown key `{bad}`; the nearest known key is `{near[0]}`")
 
 

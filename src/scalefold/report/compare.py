@@ -97,10 +97,13 @@ def compare_runs(
         window: steps per moving mean.
 
     Raises:
-        LogError: a file cannot be read, or two runs share fewer steps than one window.
+        LogError: a file cannot be read, two runs share fewer steps than one window, or a negative tolerance.
     """
     if window < 1:
         raise LogError(f"window {window}: must be at least one step")
+    for bound in (tolerance, step_tolerance):
+        if bound is not None and not bound >= 0:
+            raise LogError(f"tolerance {bound:g}: must be at least 0")
     paths = [Path(a), Path(b), *map(Path, more)]
     for path in paths:
         if path.suffix == ".txt":

@@ -24,6 +24,7 @@ from scalefold.report.logs import Run, read_runs, reference_band
 from scalefold.report.systems import System, Verdict, by_system, closed_only, parse_check
 from scalefold.telemetry.stragglers import HEAD, read_loads
 from scalefold.telemetry.trace import read_anatomies
+from scalefold.textfile import replaceable
 
 #: Dark twins of ``plots.PALETTE``, and the ground that they stand on.
 DARK_GROUND = "#0f1419"
@@ -72,10 +73,10 @@ def write_report(
         step_time_csv: measured step times, shown as they are.
 
     Raises:
-        LogError: nothing to report on, or a file that is no log; names file and line.
+        LogError: nothing to report on, a file that is no log (names file and line), or no place for a page.
     """
+    out = replaceable(Path(out_html), LogError)
     systems = by_system(read_runs(inputs))
-    out = Path(out_html)
     published = read_published()
     scaling = _read_table(scaling_csv)
     figures = _figures(systems, scaling, published)

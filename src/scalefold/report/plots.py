@@ -103,10 +103,12 @@ class Plot:
         return files
 
 
-def draw(paint: Callable[[Axes], None], name: str, title: str, caption: str, height: float = 2.9) -> Plot:
-    """Run ``paint`` on fresh axes of the house style."""
+def draw(
+    paint: Callable[[Axes], None], name: str, title: str, caption: str, height: float = 2.9, width: float = 4.3
+) -> Plot:
+    """Run ``paint`` on fresh axes of the house style; sizes are in inches."""
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.3, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure.add_subplot())
         figure.draw_without_rendering()
         figure.set_layout_engine("none")

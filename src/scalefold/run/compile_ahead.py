@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from scalefold.parallel.ranks import Ranks
 
 MANIFEST = "scalefold_kernels.json"
-CAPABILITIES = {"A100": 80, "A800": 80, "H100": 90, "H200": 90, "H800": 90, "GH200": 90}
+CAPABILITIES = {"A100": 80, "A800": 80, "H100": 90, "H200": 90, "H800": 90, "GH200": 90, "B200": 100, "GB200": 100}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Compiled:
 
 
 def capability_of(gpu: str) -> int:
-    """80 for ``A100`` or ``A100-SXM-80GB``, 90 for ``H100``; ConfigError for a GPU that kernels are not made for."""
+    """80 for ``A100`` or ``A100-SXM-80GB``, 90 for ``H100``, 100 for ``B200``; ConfigError for any other GPU."""
     name = gpu.split("-")[0].upper()
     if name not in CAPABILITIES:
         raise ConfigError(f"--gpu {gpu}: must be one of {', '.join(CAPABILITIES)}")

@@ -22,11 +22,18 @@ class Stops:
         self._signal = StopSignal(ranks.train_control_group, self._decide)
 
     def catch_signals(self) -> None:
-        """SIGTERM and SIGUSR1 ask for an orderly stop after the current step, with a checkpoint."""
+        """SIGTERM, SIGUSR1 and SIGINT ask for an orderly stop after the current step, with a checkpoint.
+
+        Whoever presses Ctrl-C again is not kept waiting: a second SIGINT is a KeyboardInterrupt.
+        """
 
         def ask(signum: int, _: Any) -> None:
             self.asked = True
-            log.warning("%s: signal %s: stopping after this step", self.ranks.describe(), signal.Signals(signum).name)
+            name, again = signal.Signals(signum).name, ""
+            if signum == signal.SIGINT:
+                signal.signal(signum, signal.default_int_handler)
+                again = " (Ctrl-C again ends at once, without a checkpoint)"
+            log.warning("%s: signal %s: stopping after this step%s", self.ranks.describe(), name, again)
 
         for wanted in STOP_SIGNALS:
             signal.signal(wanted, ask)

@@ -17,6 +17,7 @@ from scalefold.scaling.simulate import RunTimes, simulate
 from scalefold.scaling.step_time import (
     REFERENCE_EVAL_TIMES,
     REFERENCE_STEP_TIMES,
+    VENDOR,
     EvalTime,
     Kind,
     StepTime,
@@ -137,6 +138,7 @@ def plan(
         ConfigError: a table cannot be read.
     """
     builder = _Builder(spec, assumptions)
+    builder.vendor()
     step = find_step_time(
         _tables(step_time_csv), spec.gpu, spec.precision, spec.dap_size, spec.activation_checkpointing, kind
     )
@@ -200,11 +202,34 @@ class _Builder:
     def get(self, name: str) -> float | None:
         return self.quantities[name].value
 
+    def vendor(self) -> None:
+        """Where only the vendor knows the GPU: its NVLink domain, and that groups stay inside a node of it."""
+        spec, vendor = self.spec, VENDOR.get(gpu_family(self.spec.gpu))
+        if vendor is None:
+            return
+        source = f"DAP groups stay inside a node of {vendor.gpus_per_node}; {vendor.text()}"
+        self.put("NVLink domain", vendor.nvlink_gpus, "GPUs", source)
+        if max(spec.gpus_per_node, spec.dap_size) > vendor.gpus_per_node:
+            self.warnings.append(
+                f"a node of {vendor.system} has {vendor.gpus_per_node} GPUs, whatever NVLink joins (vendor): "
+                f"gpus_per_node {spec.gpus_per_node} and dap_size {spec.dap_size} must fit there"
+            )
+
+    def _gpu_memory(self) -> tuple[float | None, str]:
+        """GiB of the GPU and who says so."""
+        spec, family = self.spec, gpu_family(self.spec.gpu)
+        if spec.gpu_memory_gib:
+            return spec.gpu_memory_gib, "given"
+        if family in GPU_MEMORY_GIB:
+            return GPU_MEMORY_GIB[family], "as the driver reports it"
+        if family in VENDOR:
+            return VENDOR[family].memory_gib, f"vendor's figure, {VENDOR[family].memory_gb:g} GB"
+        return None, f"not known for {shown_gpu(spec.gpu)}"
+
     def memory(self, step: StepTime | None) -> None:
         spec, assumed = self.spec, self.assumed
-        available = spec.gpu_memory_gib or GPU_MEMORY_GIB.get(gpu_family(spec.gpu))
-        known = "given" if spec.gpu_memory_gib else "as the driver reports it"
-        self.put("GPU memory", available, "GiB", known if available else f"not known for {shown_gpu(spec.gpu)}")
+        available, known = self._gpu_memory()
+        self.put("GPU memory", available, "GiB", known)
         if not spec.is_benchmark:
             self.put("memory per GPU", None, "GiB", "not the benchmark's model: measure one step")
         elif step is not None and step.peak_gib is not None:
@@ -239,6 +264,11 @@ class _Builder:
             samples = f"{spec.local_batch_size} x " if spec.local_batch_size > 1 else ""
             source = f"{step.kind}: {samples}{step.step_ms:g} ms, {step.source}"
             self.put("step time", step.step_ms * spec.local_batch_size, "ms", source)
+            if step.kind in ("guarded", "target") and step.gpu in VENDOR:
+                self.warnings.append(
+                    f"no step was ever measured on a {step.gpu}: time and minutes are a model's on the vendor's "
+                    "figures; run `make bench-gpu` there and give --step-times benchmarks/results/step_time.csv"
+                )
         step_ms = self.get("step time")
         rate = None if step_ms is None else spec.global_batch_size / step_ms * 1000
         self.put("throughput", rate, "samples/s", "global batch / step time")

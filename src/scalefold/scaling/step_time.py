@@ -1,6 +1,7 @@
 """Tables of step and evaluation times: measured on this project's kernels, published by submitters, or modelled.
 
-A lookup never scales or interpolates: it returns a row and names its source, or says what to measure.
+A lookup never scales or interpolates: it returns a row and names its source, or says what to measure. Beside them what
+a vendor says of GPUs on which nothing was measured.
 """
 
 import csv
@@ -51,6 +52,44 @@ class EvalTime:
     def seconds_on(self, num_ranks: int) -> float:
         """Wall seconds on ``num_ranks`` GPUs: balanced placement, bounded by the longest chain."""
         return max(self.total_gpu_s / num_ranks, self.longest_chain_s)
+
+
+@dataclass(frozen=True)
+class VendorFigures:
+    """One GPU of a system by its vendor's account: peaks, of which no program reaches all; none was measured here.
+
+    ``bf16_tflops``: dense. ``nvlink_gb_per_s``: both directions together. ``nvlink_gpus``: GPUs of one NVLink domain;
+    ``gpus_per_node``: those of one operating system, inside which a DAP group stays.
+    """
+
+    system: str
+    memory_gb: float
+    memory_tb_per_s: float
+    bf16_tflops: float
+    nvlink_gb_per_s: float
+    nvlink_gpus: int
+    gpus_per_node: int
+    source: str
+
+    @property
+    def memory_gib(self) -> float:
+        """Memory in GiB, a GB taken as 10^9 bytes: drivers report rather more."""
+        return self.memory_gb * 1e9 / 2**30
+
+    def text(self) -> str:
+        """All figures with their source, marked as the vendor's."""
+        return (
+            f"vendor's figures for {self.system}, nothing measured: {self.memory_gb:g} GB at {self.memory_tb_per_s:g} "
+            f"TB/s, {self.bf16_tflops:g} TFLOP/s in bf16 (dense), NVLink {self.nvlink_gb_per_s:g} GB/s among "
+            f"{self.nvlink_gpus} GPUs, {self.gpus_per_node} a node ({self.source})"
+        )
+
+
+#: By the family of their GPU.
+VENDOR = {
+    "B200": VendorFigures("DGX B200", 180, 8, 2250, 1800, 8, 8, "NVIDIA: DGX B200 user guide; peaks as quoted"),
+    "GB200": VendorFigures("GB200 NVL72", 186, 8, 2500, 1800, 72, 4, "NVIDIA: DGX GB200 user guide; peaks as quoted"),
+}
 
 
 def gpu_family(name: str) -> str:

@@ -20,6 +20,7 @@ class Study:
     noise: Noise
     convergence: Convergence
     runs: list[Simulation]
+    warnings: list[str]
 
     @property
     def minutes(self) -> np.ndarray:
@@ -37,7 +38,7 @@ class Study:
         return {name: mean(run.parts[name] for run in self.runs) for name in self.runs[0].parts}
 
     def text(self) -> str:
-        """Spread, parts and the assumptions behind them."""
+        """Spread, parts, the assumptions behind them and the warnings of the plan."""
         low, median, high = np.percentile(self.minutes, [5, 50, 95])
         head = f"{self.name}: {len(self.runs)} simulated runs, mean without extremes {self.score_minutes:.2f} min"
         lines = [f"{head}; 5 % {low:.2f}, median {median:.2f}, 95 % {high:.2f}"]
@@ -46,6 +47,7 @@ class Study:
         lines += [f"  {name:<28}{seconds:>10.1f} s{100 * seconds / total:>7.1f} %" for name, seconds in parts.items()]
         lines.append(f"  failures per run: {mean(run.num_failures for run in self.runs):.2f}")
         lines.append(f"  assumed: convergence {self.convergence.source}; {_settings(self.noise)}")
+        lines += [f"  warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
 
@@ -81,7 +83,7 @@ def study(
     known = samples_to_converge(spec.global_batch_size * spec.gradient_accumulation_steps, convergence, extrapolate)
     per_cycle = spec.global_batch_size * spec.val_every_iters
     cycles = draw_cycles(known.mean_samples, known.sd_samples, per_cycle, runs, seed)
-    return Study(spec.name, noise, known, simulate_many(plan.times, noise, cycles, seed))
+    return Study(spec.name, noise, known, simulate_many(plan.times, noise, cycles, seed), plan.warnings)
 
 
 def _settings(noise: Noise) -> str:

@@ -31,7 +31,8 @@ from scalefold.kernels.table import REFERENCE
 from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, on_device, outputs_of, training_cases
 from scalefold.tune.sound.rings import ring_faults, unguarded_refills
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes one program may use (CUDA programming guide)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program (CUDA programming guide)
+TENSOR_COLUMNS = 512  # of tensor memory in a multiprocessor of 10.0 (PTX manual); Triton refuses to load more
 
 
 @dataclass
@@ -238,6 +239,8 @@ def _figures(launches: list[_Launch]) -> Program:
     error = f"races in {', '.join(racing)}" if racing else ""
     if own and shared > SHARED_LIMIT[own[0].kernel.metadata.target.arch]:
         error = f"shared memory: {shared} bytes"
+    if (columns := max((tensor_columns(launch.kernel) for launch in own), default=0)) > TENSOR_COLUMNS:
+        error = f"tensor memory: {columns} columns"
     return Program(
         registers=max((registers for registers, _ in usage), default=0),
         spill_bytes=sum(spilled for _, spilled in usage),
@@ -246,6 +249,11 @@ def _figures(launches: list[_Launch]) -> Program:
         moved_bytes=own[0].moved_bytes if own else 0,
         error=error,
     )
+
+
+def tensor_columns(kernel: Any) -> int:
+    """Columns of tensor memory that a compiled kernel takes: none before 10.0."""
+    return getattr(kernel.metadata, "tmem_size", None) or 0
 
 
 def _texts(kernel: Any) -> tuple[str, str, int]:

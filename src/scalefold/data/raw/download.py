@@ -140,12 +140,13 @@ def files_of(part: Part, source: str | None = None, listing: Path | None = None)
             (default: ``manifest.csv`` below the source; for ``s3`` what the bucket lists).
 
     Raises:
-        DataError: no address is known, or the listing cannot be read.
+        DataError: no address is known, it is none, or the listing cannot be read.
     """
-    base = source or part.source
-    if base is None:
+    base = (source or part.source or "").rstrip("/")
+    if not base:
         raise DataError(f"{part.name}: give its address with --source; {part.where}")
-    base = base.rstrip("/")
+    if not re.fullmatch(r"(https?|ftp|file)://\S+", base):
+        raise DataError(f"{part.name}: --source {base}: must be an address, for example https://host/folder/file")
     if part.layout == "file":
         digest = CHECKPOINT_SHA256 if part.name == "checkpoint" else None
         name = CHECKPOINT_NAME if part.name == "checkpoint" else base.rsplit("/", 1)[-1]

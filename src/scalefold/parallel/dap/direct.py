@@ -31,6 +31,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from scalefold.kernels.around import aside
 from scalefold.parallel.dap.collectives import Flight, Group, Lasts, Parts
 from scalefold.parallel.dap.peer_memory import LANE, copy_parts, send_parts, sum_parts
 
@@ -82,6 +83,9 @@ class Arrivals:
         if count * PASSING_TURNS > end - self.kept_bytes:
             return None
         place = self._passing if self._passing + count <= end else self.kept_bytes
+        middle = (self.kept_bytes + end) // 2
+        if (place < middle) != (self._passing - 1 < middle):  # into the other half
+            aside.join()  # what reads results on a second stream is not half a turn behind: peers write there again
         self._passing = place + count
         return place
 

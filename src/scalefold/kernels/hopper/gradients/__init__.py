@@ -46,6 +46,12 @@ def obstacle(name: str, scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) ->
     return choice.preference(tuning.lookup(name, **fields))
 
 
+def _ranges(count: int, programs: int) -> tuple[int, int]:
+    """Ranges of ``count`` steps, and steps of one: as many as fill the multiprocessors with ``programs`` each."""
+    per_range = tuning.ceil_div(count, max(1, MULTIPROCESSORS // programs))
+    return tuning.ceil_div(count, per_range), per_range
+
+
 def operand_gradients(scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Partial gradients [ranges, 32 * I * 128] of a and [ranges, 32 * J * 128] of b, as [channel, row, sequence]."""
     i, j, c = scaled.shape
@@ -57,8 +63,7 @@ def operand_gradients(scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> t
 def _operand(scaled: object, other: Tensor, weight: Tensor, rows: int, steps: tuple[int, int]) -> Tensor:
     """Partial gradients of one operand with so many rows; ``other``: the other one, [S, count, 32]."""
     programs, count = rows // PART * (OUTER_CHANNELS // GROUP), other.shape[1]
-    per_range = tuning.ceil_div(count, max(1, MULTIPROCESSORS // programs))
-    ranges = tuning.ceil_div(count, per_range)
+    ranges, per_range = _ranges(count, programs)
     size = OUTER_CHANNELS * rows * MOST_SEQUENCES
     partials = torch.empty(ranges, size, dtype=torch.float32, device=other.device)
     hopper_outer_operand[(programs, ranges)](
@@ -77,8 +82,7 @@ def weight_partials(scaled: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Partial gradients [ranges, c_z * 32 * 32] of the weight."""
     (i, j, c), by_channel = scaled.shape, a.permute(2, 0, 1).contiguous().flatten(0, 1)
     groups, tiles, pairs = OUTER_CHANNELS // CONSUMERS, i // PART, j // PAIRED
-    per_range = tuning.ceil_div(pairs, max(1, MULTIPROCESSORS // (groups * tiles)))
-    ranges = tuning.ceil_div(pairs, per_range)
+    ranges, per_range = _ranges(pairs, groups * tiles)
     size = c * OUTER_CHANNELS * OUTER_CHANNELS
     partials = torch.empty(PAIRED * tiles * ranges, size, dtype=torch.float32, device=a.device)
     hopper_outer_weight[(groups, tiles, ranges)](
@@ -128,8 +132,7 @@ def transition_weights(normed: Tensor, d_out: Tensor, linear_1: Affine, weight_2
     assert linear_1.weight is not None
     order, (hidden, c), tiles = memory_order(normed), linear_1.weight.shape, normed.shape[:-1].numel() // PART
     groups = hidden // CHANNELS
-    per_range = tuning.ceil_div(tiles, max(1, MULTIPROCESSORS // groups))
-    ranges = tuning.ceil_div(tiles, per_range)
+    ranges, per_range = _ranges(tiles, groups)
     partials = torch.empty(ranges, hidden * (2 * c + 1), dtype=torch.float32, device=normed.device)
     hopper_transition_weights[(groups, ranges)](
         hopper.row_tiles(normed, order), hopper.row_tiles(d_out, order), hopper.weight_tiles(linear_1.weight),
