@@ -17,9 +17,11 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -31,6 +33,7 @@ from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.table import use_operations
 from scalefold.parallel.dap.points import apply_dap
+from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
 from scalefold.step.graphs import TrainStep, preserved
@@ -52,6 +55,7 @@ class Host:
     device: torch.device
     control: dist.ProcessGroup | None  # all ranks, on the CPU
     out: Path | None
+    steps: WeakSet[TrainStep] = field(default_factory=WeakSet)  # built here, as long as they live
 
     @property
     def small(self) -> bool:
@@ -61,6 +65,11 @@ class Host:
     def barrier(self) -> None:
         """All ranks go on together."""
         dist.barrier(group=self.control)
+
+    def close_steps(self) -> None:
+        """Destroy the graphs that are left: as long as one lives, so do the communicators that it uses."""
+        for step in self.steps:
+            step.close()
 
     def keep(self, name: str, rows: list[dict[str, object]]) -> None:
         """Print rows on rank 0 and append them to a table."""
@@ -100,15 +109,36 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")
     arguments = parser.parse_args()
     started = time.monotonic()
-    host = join(arguments.small, arguments.out or (None if arguments.small else FOLDER))
-    if not arguments.skip_exchanges:
-        host.keep("exchange.csv", measure_exchanges(host))
-    sizes = arguments.dap or [2**n for n in range(4) if 2**n <= host.world]
     deadline = started + 60 * arguments.minutes
-    good = measure_layouts(host, layouts(host.world, sizes), arguments, deadline)
-    host.barrier()
-    dist.destroy_process_group()
-    return int(not good)
+
+    def measure(host: Host) -> bool:
+        if not arguments.skip_exchanges:
+            host.keep("exchange.csv", measure_exchanges(host))
+        sizes = arguments.dap or [2**n for n in range(4) if 2**n <= host.world]
+        return measure_layouts(host, layouts(host.world, sizes), arguments, deadline)
+
+    return together(measure, arguments.small, arguments.out or (None if arguments.small else FOLDER))
+
+
+def together(measure: Callable[[Host], bool], small: bool, out: Path | None, ending: Ending | None = None) -> int:
+    """What the ranks that torchrun started measure together; exit status 1 if it is not what it must be.
+
+    They part in order and within the bound of ``ending``: graphs go before the communicators that these hold. A rank
+    that fails leaves at once, without waiting for exchanges that may never end.
+    """
+    try:
+        with ending or Ending() as ending:
+            host = join(small, out)
+            ending.owner = f"rank {host.rank}"
+            ending.add("process groups", dist.destroy_process_group, after_errors=False)
+            ending.add("captured steps", host.close_steps, after_errors=False)
+            ending.add("waiting for the other ranks", host.barrier, after_errors=False)
+            ending.status = int(not measure(host))
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    return ending.status
 
 
 def join(small: bool, out: Path | None) -> Host:
@@ -252,6 +282,7 @@ def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainS
     without_dropout(model)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     step.model = model  # type: ignore[attr-defined]
+    host.steps.add(step)
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device=ranks.device)
     return step, batch, config
 

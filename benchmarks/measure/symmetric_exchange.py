@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import FOLDER, facts
-from multi_gpu import EXCHANGE_MIB, MIB, Host, join, time_exchange
+from multi_gpu import EXCHANGE_MIB, MIB, Host, time_exchange, together
 from scalefold.parallel.dap.collectives import Lasts
 from scalefold.parallel.dap.direct import DirectExchanges, mapped
 from scalefold.parallel.dap.peer_memory import LANE
@@ -55,17 +55,19 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
     return row
 
 
+def measure_sizes(host: Host) -> bool:
+    """All rows."""
+    assert dist.group.WORLD is not None
+    own = mapped(dist.group.WORLD, host.device)
+    host.keep("exchange_symmetric.csv", [measure(host, mib, own) for mib in EXCHANGE_MIB])
+    return True
+
+
 def main() -> int:
     """Measure on all ranks, print and write on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table")
-    host = join(False, parser.parse_args().out)
-    assert dist.group.WORLD is not None
-    own = mapped(dist.group.WORLD, host.device)
-    host.keep("exchange_symmetric.csv", [measure(host, mib, own) for mib in EXCHANGE_MIB])
-    host.barrier()
-    dist.destroy_process_group()
-    return 0
+    return together(measure_sizes, False, parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Representative calls of the row-wise kernels at the benchmark's shapes, on meta tensors (see ``tuning``)."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,36 +56,6 @@ def triangle_project(shape: tuple[int, int, int], c: int) -> None:
     run_backward(triangle.triangle_project(leaf(*shape, c), mask, *norm(c), *parameters))
 
 
-class HalvedChannels(NamedTuple):
-    """The change of layout of a triangle's operands between two GPUs, as one of them writes it: ``table.Parts``."""
-
-    places: list[Tensor]
-    dim: int = 1
-
-    def __iter__(self) -> Iterator[tuple[int, int, list[Tensor]]]:  # type: ignore[override]
-        """Both peers' halves of both operands."""
-        width = self.places[0].shape[1]
-        return iter([(first, width, self.places) for first in (0, width)])
-
-    def arrived(self) -> list[Tensor]:
-        """The results, as a rank gets them."""
-        return [torch.empty(1, x.shape[1], 2 * x.shape[2], x.shape[3], dtype=x.dtype, device=META) for x in self.places]
-
-
-class ToChannels:
-    """``table.Move`` of ``HalvedChannels``."""
-
-    def parts(self, like: Sequence[Tensor], keep: bool) -> HalvedChannels:
-        """Places of half the channels of tensors like these, among twice as many rows."""
-        return HalvedChannels([leaf(1, x.shape[1] // 2, 2 * x.shape[2], x.shape[3])[:, :, : x.shape[2]] for x in like])
-
-
-def triangle_operands_sent(shape: tuple[int, int, int], c: int) -> None:
-    parameters = [parameter for _ in range(4) for parameter in (leaf(c, c), leaf(c))]
-    mask = torch.empty(shape, dtype=torch.bfloat16, device=META)
-    triangle.project_through(ToChannels(), leaf(*shape, c), mask, *norm(c), *parameters)  # type: ignore[arg-type]
-
-
 def triangle_output(shape: tuple[int, int, int], c: int) -> None:
     dropout = torch.empty(shape[0], 1, shape[2], c, device=META)
     linears = (leaf(c, c), leaf(c), leaf(c, c), leaf(c))
@@ -136,7 +105,6 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("transition_template", lambda: transitions(template, 64, 2)),
         ("triangle_project_pair", lambda: triangle_project(pair, 128)),
         ("triangle_project_template", lambda: triangle_project(template, 64)),
-        ("triangle_operands_sent", lambda: triangle_operands_sent((1, 128, 256), 128)),
         ("triangle_output_pair", lambda: triangle_output(pair, 128)),
         ("triangle_output_template", lambda: triangle_output(template, 64)),
         ("outer_product_project_msa", lambda: outer_product_project(msa, 256)),

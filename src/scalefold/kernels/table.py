@@ -6,38 +6,13 @@ process and the model never names a GPU. This module knows no implementation but
 others.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from scalefold.kernels import reference
-
-
-class Parts(Protocol):
-    """Places for the parts of results along ``dim``: first index, width, and the places of that part of each result."""
-
-    dim: int
-
-    def __iter__(self) -> Iterator[tuple[int, int, list[Tensor]]]: ...
-
-    def arrived(self) -> list[Tensor]: ...
-
-
-class Move(Protocol):
-    """A change of layout that an operation takes its results through, and on the way ``inverse`` their gradients.
-
-    ``parts``: where an operation may write results like these tensors itself, part by part; None where it cannot, and
-    ``moved`` takes them there. Both tell whether the backward pass needs them.
-    """
-
-    @property
-    def inverse(self) -> "Move": ...
-
-    def parts(self, like: Sequence[Tensor], keep: bool) -> Parts | None: ...
-
-    def moved(self, xs: Sequence[Tensor], keep: bool) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -76,11 +51,7 @@ REFERENCE = Operations("reference")
 
 
 def use_operations(model: nn.Module, ops: Operations) -> None:
-    """Let every module of ``model`` that calls operations take them from ``ops``, or from what it makes of them."""
+    """Let every module of ``model`` that calls operations take them from ``ops``."""
     for module in model.modules():
         if hasattr(module, "ops"):
-            module.ops = getattr(module, "adapted", _as_it_is)(ops)  # type: ignore[assignment]
-
-
-def _as_it_is(ops: Operations) -> Operations:
-    return ops
+            module.ops = ops  # type: ignore[assignment]

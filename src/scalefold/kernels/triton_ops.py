@@ -64,26 +64,17 @@ def groups_obstacle(groups: Sequence[Sequence[Tensor]], *_: object) -> str | Non
     return device_obstacle(groups[0][0].device)
 
 
-def guarded(
-    fast: Callable[..., Any], plain: Callable[..., Any], *obstacles: Obstacle, through: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
-    """``fast`` where no obstacle stands in the way of the arguments, else ``plain`` with the reason logged once.
-
-    ``through``: the fast one for results that go through a change of layout. Whoever has one finds it, and what stands
-    in its way, as attributes.
-    """
-
-    def reason(*arguments: Any, **named: Any) -> str | None:
-        return next((found for obstacle in obstacles if (found := obstacle(*arguments, **named))), None)
+def guarded(fast: Callable[..., Any], plain: Callable[..., Any], *obstacles: Obstacle) -> Callable[..., Any]:
+    """``fast`` where no obstacle stands in the way of the arguments, else ``plain`` with the reason logged once."""
 
     @functools.wraps(fast)
     def operation(*arguments: Any, **named: Any) -> Any:
-        if found := reason(*arguments, **named):
-            explain(f"plain PyTorch {fast.__name__}", found)
-            return plain(*arguments, **named)
+        for obstacle in obstacles:
+            if reason := obstacle(*arguments, **named):
+                explain(f"plain PyTorch {fast.__name__}", reason)
+                return plain(*arguments, **named)
         return fast(*arguments, **named)
 
-    operation.through, operation.reason = through, reason  # type: ignore[attr-defined]
     return operation
 
 
@@ -92,20 +83,8 @@ TRITON = Operations(
     layer_norm=guarded(layer_norm.layer_norm, reference.layer_norm, buffer_obstacle, layer_norm.obstacle),
     layer_norm_linear=guarded(linear.layer_norm_linear, reference.layer_norm_linear, matrix_obstacle, linear.obstacle),
     attention=guarded(attention.attention, reference.attention, matrix_obstacle),
-    gated_output=guarded(
-        gated_output.gated_output,
-        reference.gated_output,
-        matrix_obstacle,
-        gated_output.obstacle,
-        through=gated_output.output_through,
-    ),
-    transition=guarded(
-        transition.transition,
-        reference.transition,
-        matrix_obstacle,
-        transition.obstacle,
-        through=transition.transition_through,
-    ),
+    gated_output=guarded(gated_output.gated_output, reference.gated_output, matrix_obstacle, gated_output.obstacle),
+    transition=guarded(transition.transition, reference.transition, matrix_obstacle, transition.obstacle),
     outer_product_project=guarded(
         outer_product.outer_product_project,
         reference.outer_product_project,
@@ -119,15 +98,9 @@ TRITON = Operations(
         outer_product.update_obstacle,
     ),
     triangle_project=guarded(
-        triangle.triangle_project,
-        reference.triangle_project,
-        matrix_obstacle,
-        triangle.project_obstacle,
-        through=triangle.project_through,
+        triangle.triangle_project, reference.triangle_project, matrix_obstacle, triangle.project_obstacle
     ),
-    triangle_product=guarded(
-        triangle.triangle_product, reference.triangle_product, matrix_obstacle, through=triangle.product_through
-    ),
+    triangle_product=guarded(triangle.triangle_product, reference.triangle_product, matrix_obstacle),
     triangle_output=guarded(
         triangle.triangle_output, reference.triangle_output, matrix_obstacle, triangle.output_obstacle
     ),

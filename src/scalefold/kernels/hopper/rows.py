@@ -47,7 +47,6 @@ MOST_SEQUENCES = 128  # of an outer product: one product's depth
 OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
 HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES of a transition's program by channels
 HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
-PLACES = "places of the results do not lie densely"  # in a peer's memory
 for _name in (
     "gated_output_hopper",
     "norm_linear_hopper",
@@ -111,9 +110,7 @@ def project(
     )  # fmt: skip
 
 
-def gated_output_obstacle(
-    x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dropout: Tensor | None, out: Tensor | None = None
-) -> str | None:
+def gated_output_obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dropout: Tensor | None) -> str | None:
     """Why ``gated_output`` cannot or should not take these arguments, or None."""
     if reason := choice.obstacle(MISSING, (x, o, gate, weight)):
         return reason
@@ -121,15 +118,13 @@ def gated_output_obstacle(
         return f"the weight is not {MSA_CHANNELS} x {MSA_CHANNELS}"
     if not all(is_aligned(by_rows(tensor, memory_order(x))) for tensor in (o, gate)):
         return "o and gate do not lie densely"
-    if out is not None and not is_aligned(by_rows(out, memory_order(x))):
-        return PLACES
     if reason := _dropout_obstacle(dropout):
         return reason
     return rows_obstacle(x) or preference("gated_output_hopper", x, dropped=int(dropout is not None))
 
 
 def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
-    """``reference.gated_output`` of o: [*, c], before its heads are split; out: [*, c], rows in the order of x."""
+    """``reference.gated_output`` of o: [*, c], before its heads are split; out: [*, c] lies as x does."""
     order = memory_order(x)
     views, dims, count = row_views({"x": x, "dropout": dropout})
     hopper_gated_output[programs(x)](
@@ -144,26 +139,21 @@ def _dropout_obstacle(dropout: Tensor | None) -> str | None:
     return None
 
 
-def operands_obstacle(z: Tensor, weights: Sequence[Tensor], outs: Sequence[Tensor] = ()) -> str | None:
+def operands_obstacle(z: Tensor, weights: Sequence[Tensor]) -> str | None:
     """Why ``operands`` cannot or should not take these arguments, or None."""
-    if found := _pair_obstacle(z, weights):
-        return found
-    if any(out.shape[1] % PART or not is_aligned(_viewed(out, (out.shape[1], -1))) for out in outs):
-        return f"{PLACES} in blocks of channels"
-    return preference("triangle_hopper_operands", z)
+    return _pair_obstacle(z, weights) or preference("triangle_hopper_operands", z)
 
 
 def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], outs: Sequence[Tensor]) -> None:
     """Both operands of a triangle's product, outs: [1, c, I, J] each; see ``reference.triangle_project``.
 
-    linears: a, a gate, b, b gate. Or four outs: both halves of the channels of a, then of b.
+    linears: a, a gate, b, b gate.
     """
     views, dims, count = row_views({"z": z, "mask": mask[..., None]})
-    places = [matrix(_viewed(out, (out.shape[1], -1)), PART, PART) for out in outs]
-    a, second_a, b, second_b = places if len(places) == 4 else (places[0], None, places[1], None)
     hopper_operands[programs(z)](
-        row_tiles(z, memory_order(z)), *(weight_tiles(linear.weight) for linear in linears), a, b, second_a, second_b,
-        norm, tuple(linear.bias for linear in linears), views["mask"], dims, count // PART, num_warps=4,
+        row_tiles(z, memory_order(z)), *(weight_tiles(linear.weight) for linear in linears),
+        *(matrix(out.view(CHANNELS, -1), PART, PART) for out in outs), norm, tuple(linear.bias for linear in linears),
+        views["mask"], dims, count // PART, num_warps=4,
     )  # fmt: skip
 
 
@@ -201,9 +191,7 @@ def output(
     )  # fmt: skip
 
 
-def transition_obstacle(
-    x: Tensor, weights: Sequence[Tensor], d_out: Tensor | None = None, out: Tensor | None = None
-) -> str | None:
+def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | None = None) -> str | None:
     """Why ``transition``, or with d_out its gradient, cannot or should not take these arguments, or None."""
     c, hidden = x.shape[-1], weights[0].shape[0]
     if reason := choice.obstacle(MISSING, (x, *weights, d_out)):
@@ -212,8 +200,6 @@ def transition_obstacle(
         return f"{c} channels with {hidden} hidden ones"
     if d_out is not None and not is_aligned(by_rows(d_out, memory_order(x))):
         return "gradients of the output do not lie densely"
-    if out is not None and not is_aligned(by_rows(out, memory_order(x))):
-        return PLACES
     name = "transition_hopper" if d_out is None else "transition_hopper_gradient"
     return rows_obstacle(x) or preference(name, x, n=hidden)
 

@@ -82,14 +82,10 @@ def _fetch_pairs(z, weight_descriptors, ring, weights, there, tiles):
 
 
 @gluon.jit
-def _project(shared, SIDE: gl.constexpr, PARTS: gl.constexpr):
-    """A consumer: sigmoid(gate) * value * mask of both operands, turned on their way through shared memory.
-
-    outs: of a, then of b, the places of PARTS equal parts of the channels.
-    """
+def _project(shared, SIDE: gl.constexpr):
+    """A consumer: sigmoid(gate) * value * mask of both operands, turned on their way through shared memory."""
     mask, dims, norm, biases, outs, ring, weights, staged, there, tiles = shared
     C: gl.constexpr = weights.shape[1]
-    WIDTH: gl.constexpr = C // PARTS
     LAYOUT: gl.constexpr = product_layout(COLUMNS)
     gl.static_assert(2 * C // COLUMNS % STAGED == 0, "the first block of a tile would meet the last one's buffer")
     mbarrier.wait(there, 0)
@@ -107,36 +103,27 @@ def _project(shared, SIDE: gl.constexpr, PARTS: gl.constexpr):
                 own = staged.index(SIDE * STAGED + (operand * C + first) // COLUMNS % STAGED)
                 wait_until_sent(STAGED - 1)
                 own.permute((1, 0)).store((gate * value * keep[:, None]).to(gl.bfloat16))
-                send(outs[operand * PARTS + first // WIDTH], first % WIDTH, tile * ROWS, own)
+                send(outs[operand], first, tile * ROWS, own)
         n += 1  # noqa: SIM113
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_operands(
-    z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, second_a, second_b, norm, biases, mask, dims,
-    tiles,
+    z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, norm, biases, mask, dims, tiles
 ):  # fmt: skip
-    """Descriptors of z [64 tiles, C], weights [C, C] and operands a, b [C, 64 tiles]; biases in the weights' order.
-
-    With second_a and second_b, the second halves of the channels of a and b go there: [C / 2, 64 tiles] each.
-    """
-    PARTS: gl.constexpr = 1 if second_a is None else 2
+    """Descriptors of z [64 tiles, C], weights [C, C] and operands a, b [C, 64 tiles]; biases in the weights' order."""
     ring = new_ring(z, OPERAND_STAGES)
     weights = tiles_for(weight_a, 4)
     staged = tiles_for(out_a, CONSUMERS * STAGED)
     there = one_arrival(1).index(0)
     publish()
     weight_descriptors = (weight_a, weight_a_gate, weight_b, weight_b_gate)  # a launch takes no tuple of these
-    if PARTS == 1:
-        outs = (out_a, out_b)
-    else:
-        outs = (out_a, second_a, out_b, second_b)
-    shared = (mask, dims, norm, biases, outs, ring, weights, staged, there, tiles)
+    shared = (mask, dims, norm, biases, (out_a, out_b), ring, weights, staged, there, tiles)
     gl.warp_specialize(
         [
-            (_project, (shared, 0, PARTS)),
-            (_project, (shared, 1, PARTS)),
+            (_project, (shared, 0)),
+            (_project, (shared, 1)),
             (_fetch_pairs, (z, weight_descriptors, ring, weights, there, tiles)),
         ],
         [4, 4],

@@ -1,7 +1,6 @@
 """End of a gated attention in Triton: x + dropout * (W (sigmoid(gate) * o) + b), forward and backward.
 
-One kernel forward; on compute capability 9.0 one of ``kernels.hopper`` takes its place for the MSA, where it is faster
-(but not for a part of the columns that goes to a peer: its rows do not lie densely).
+One kernel forward; on compute capability 9.0 one of ``kernels.hopper`` takes its place for the MSA, where it is faster.
 Backward: one kernel for the gradients of o and gate and the operands of the weight gradient, a product of the library,
 a sum. The gradient of x is the incoming gradient itself. Saved: o, gate, dropout; nothing that is not an input.
 """
@@ -31,7 +30,6 @@ from scalefold.kernels.rows import (
     sum_all,
     width_obstacle,
 )
-from scalefold.kernels.table import Move
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
 tuning.register_tiles("gated_output_forward", {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)})
@@ -102,47 +100,26 @@ def _input_gradient_kernel(
         store_tile(d_gate, d_gated * value * (1.0 - opening), rows, k, extent)
 
 
-def _forward(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
-    """The forward program; out: [*, c], of any strides."""
-    weight = linear.weight
-    assert weight is not None
-    c, hd = weight.shape
-    if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout, out)):
-        hopper.gated_output(x, o, gate, dropout, linear, out)
-        return
-    config = tuning.chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
-    tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
-    launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), linear.bias), C=c, HD=hd)
-
-
-def _part(x: Tensor | None, dim: int, first: int, width: int) -> Tensor | None:
-    """What of x belongs to indices ``first`` on along ``dim``."""
-    return x if x is None or x.shape[dim] == 1 else x.narrow(dim, first, width)
-
-
 class _GatedOutput(torch.autograd.Function):
-    """Arguments: x, o flattened to [*, H * D], gate, weight, bias, dropout, change of layout."""
+    """Arguments: x, o flattened to [*, H * D], gate, weight, bias, dropout."""
 
     @staticmethod
-    def forward(ctx, x, o, gate, weight, bias, dropout, move):
+    def forward(ctx, x, o, gate, weight, bias, dropout):
         ctx.save_for_backward(o, gate, weight, bias, dropout)
-        ctx.move, linear, keep = move, Affine(weight, bias), any(ctx.needs_input_grad)
-        parts = None if move is None else move.parts([x], keep)
-        if parts is None:
-            out = torch.empty_like(x)
-            _forward(x, o, gate, dropout, linear, out)
-            return out if move is None else move.moved([out], keep)[0]
-        for first, width, (place,) in parts:
-            part = (_part(tensor, parts.dim, first, width) for tensor in (x, o, gate, dropout))
-            _forward(*part, linear, place)
-        return parts.arrived()[0]
+        out = torch.empty_like(x)
+        c, hd = weight.shape
+        if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout)):
+            hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), out)
+            return out
+        config = tuning.chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
+        tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
+        launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), bias), C=c, HD=hd)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
         o, gate, weight, bias, dropout = ctx.saved_tensors
-        if ctx.move is not None:
-            (d,) = ctx.move.inverse.moved([d], False)
         d_o, d_gate, gated = torch.empty_like(o), torch.empty_like(gate), torch.empty_like(o)
         update = None if dropout is None else torch.empty_like(d)
         c, hd = weight.shape
@@ -158,7 +135,7 @@ class _GatedOutput(torch.autograd.Function):
             d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
             return d_weight.view_as(weight), d_bias.to(bias.dtype)
 
-        return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None, None
+        return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None
 
 
 def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> str | None:
@@ -168,9 +145,4 @@ def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> 
 
 def gated_output(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None) -> Tensor:
     """``reference.gated_output``; the result lies in the memory order of x."""
-    return output_through(None, x, o, gate, weight, bias, dropout)
-
-
-def output_through(after: Move | None, x: Tensor, o: Tensor, *rest: Tensor | None) -> Tensor:
-    """``gated_output`` behind a change of layout."""
-    return _GatedOutput.apply(x, o.flatten(-2), *rest, after)  # type: ignore[return-value]
+    return _GatedOutput.apply(x, o.flatten(-2), gate, weight, bias, dropout)  # type: ignore[return-value]

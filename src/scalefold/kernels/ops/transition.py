@@ -53,7 +53,6 @@ from scalefold.kernels.rows import (
     weight_blocks,
     width_obstacle,
 )
-from scalefold.kernels.table import Move
 from scalefold.kernels.weight_gradient import NUM_PROGRAMS, Product, row_ranges, weight_partials
 
 tuning.register_tiles("transition_forward", {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)})
@@ -164,83 +163,62 @@ def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[
 
 
 class _Transition(torch.autograd.Function):
-    """Arguments: those of ``transition``, and a change of layout."""
+    """Arguments: those of ``transition``."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, move):
+    def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-        ctx.move, keep = move, any(ctx.needs_input_grad)
-        parameters = Norm(norm_weight, norm_bias), Affine(weight_1, bias_1), Affine(weight_2, bias_2)
-        parts = None if move is None else move.parts([x], keep)
-        if parts is None:
-            out = torch.empty_like(x)
-            _forward(x, *parameters, out)
-            return out if move is None else move.moved([out], keep)[0]
-        for first, width, (place,) in parts:
-            _forward(x.narrow(parts.dim, first, width), *parameters, place)
-        return parts.arrived()[0]
+        out = torch.empty_like(x)
+        hidden, c = weight_1.shape
+        norm = Norm(norm_weight, norm_bias)
+        if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))):
+            hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out)
+            return out
+        config = tuning.chosen_tiles("transition_forward", x, hidden, hidden)
+        blocks = _blocks(weight_1, weight_2, config)
+        launch(
+            _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=bias_1,
+            weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
+        )  # fmt: skip
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out):
-        if ctx.move is not None:
-            (d_out,) = ctx.move.inverse.moved([d_out], False)
-        dx, gradients = _gradients(d_out, *ctx.saved_tensors)
-        return dx, *gradients, None
-
-
-def _forward(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
-    """The forward program; out: [*, c], of any strides."""
-    weight_1, weight_2 = linear_1.weight, linear_2.weight
-    assert weight_1 is not None
-    assert weight_2 is not None
-    hidden, c = weight_1.shape
-    if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2), out=out)):
-        hopper.transition(x, norm, linear_1, linear_2, out)
-        return
-    config = tuning.chosen_tiles("transition_forward", x, hidden, hidden)
-    blocks = _blocks(weight_1, weight_2, config)
-    launch(
-        _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=linear_1.bias,
-        weight_2=blocks[1], bias_2=linear_2.bias, HIDDEN=hidden, C=c,
-    )  # fmt: skip
-
-
-def _gradients(d_out: Tensor, x: Tensor, *parameters: Tensor) -> tuple[Tensor, Gradients]:
-    """Gradient of x: [*, c], and those of all parameters."""
-    norm_weight, norm_bias, weight_1, bias_1, weight_2, _ = parameters
-    width, c = weight_1.shape
-    config = tuning.chosen_tiles("transition_backward", x, width, width)
-    by_library, recomputed = bool(config.pop("LIBRARY", 0)), bool(config.pop("RECOMPUTED", 0))
-    order, places = memory_order(x), tuple(range(x.dim() - 1))
-    x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
-    if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
-        dx, gradients = _by_gluon(x, d_out, parameters)
-        return dx.movedim(places, order), gradients
-    if recomputed and d_out.is_contiguous() and d_out.data_ptr() % 16 == 0:
-        dx, gradients = _recomputed(x, d_out, parameters, config)
-        return dx.movedim(places, order), gradients
-    if by_library:
-        normed = normed_rows(x, norm_weight, norm_bias)
-        hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
-        hidden = hidden.view(*x.shape[:-1], width)
-        dx = x  # the kernel leaves it alone
-    else:
-        dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
-    d_hidden = torch.empty_like(hidden)
-    blocks = _blocks(weight_1, weight_2, config)
-    tensors = {"x": x, "d_out": d_out, "hidden_rows": hidden, "normed_out": normed, "dx": dx}
-    partials = launch_with_sums(
-        _backward_kernel, config, tensors, 3 * c + width, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
-        bias_1=bias_1, weight_2=blocks[1], d_hidden_out=d_hidden, FUSED=not by_library, STORED=True,
-        HIDDEN=width, C=c,
-    )  # fmt: skip
-    norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
-    if by_library:
-        d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
-        dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
-    gradients = _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), parameters)
-    return dx.movedim(places, order), gradients
+        x, *parameters = ctx.saved_tensors
+        norm_weight, norm_bias, weight_1, bias_1, weight_2, _ = parameters
+        width, c = weight_1.shape
+        config = tuning.chosen_tiles("transition_backward", x, width, width)
+        by_library, recomputed = bool(config.pop("LIBRARY", 0)), bool(config.pop("RECOMPUTED", 0))
+        order, places = memory_order(x), tuple(range(x.dim() - 1))
+        x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
+        if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
+            dx, gradients = _by_gluon(x, d_out, parameters)
+            return dx.movedim(places, order), *gradients
+        if recomputed and d_out.is_contiguous() and d_out.data_ptr() % 16 == 0:
+            dx, gradients = _recomputed(x, d_out, parameters, config)
+            return dx.movedim(places, order), *gradients
+        if by_library:
+            normed = normed_rows(x, norm_weight, norm_bias)
+            hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
+            hidden = hidden.view(*x.shape[:-1], width)
+            dx = x  # the kernel leaves it alone
+        else:
+            dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
+        d_hidden = torch.empty_like(hidden)
+        blocks = _blocks(weight_1, weight_2, config)
+        tensors = {"x": x, "d_out": d_out, "hidden_rows": hidden, "normed_out": normed, "dx": dx}
+        partials = launch_with_sums(
+            _backward_kernel, config, tensors, 3 * c + width, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
+            bias_1=bias_1, weight_2=blocks[1], d_hidden_out=d_hidden, FUSED=not by_library, STORED=True,
+            HIDDEN=width, C=c,
+        )  # fmt: skip
+        norm_sums, bias_sums = partials.split([2 * c, c + width], 1)
+        if by_library:
+            d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
+            dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
+        gradients = _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), parameters)
+        return dx.movedim(places, order), *gradients
 
 
 def _stored_gradients(
@@ -354,9 +332,4 @@ def transition(
     bias_2: Tensor,
 ) -> Tensor:
     """``reference.transition``; the result lies in the memory order of x."""
-    return transition_through(None, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-
-
-def transition_through(after: Move | None, *arguments: Tensor) -> Tensor:
-    """``transition`` behind a change of layout."""
-    return _Transition.apply(*arguments, after)  # type: ignore[return-value]
+    return _Transition.apply(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)  # type: ignore[return-value]

@@ -37,7 +37,6 @@ from scalefold.kernels.rows import (
     sum_all,
     width_obstacle,
 )
-from scalefold.kernels.table import Move
 from scalefold.kernels.weight_gradient import Product, projected_partials, weight_partials
 
 for _name, _default in {
@@ -60,22 +59,19 @@ def _projected(normed, linear, n, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 @triton.jit
 def _project_forward_kernel(
     z, mask, norm, linears, outs, extent,
-    WIDTH: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs.
-    outs: of a, then of b, the places of PARTS equal parts of the channels."""
+    """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C, IN_REGISTERS=True)
     keep = load_per_row(mask, rows, extent)
     for side in tl.static_range(2):
-        for part in tl.static_range(PARTS):
-            for first in range(0, WIDTH // PARTS, BLOCK_N):
-                n = first + tl.arange(0, BLOCK_N)
-                channel = part * (WIDTH // PARTS) + n
-                gate, _ = _projected(normed, linears[2 * side + 1], channel, C, BLOCK_M, BLOCK_N)
-                value, _ = _projected(normed, linears[2 * side], channel, C, BLOCK_M, BLOCK_N)
-                product = sigmoid(gate) * value * keep[:, None]
-                store_tile(outs[side * PARTS + part], product, rows, n, extent)
+        for first in range(0, WIDTH, BLOCK_N):
+            n = first + tl.arange(0, BLOCK_N)
+            gate, _ = _projected(normed, linears[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
+            value, _ = _projected(normed, linears[2 * side], n, C, BLOCK_M, BLOCK_N)
+            product = sigmoid(gate) * value * keep[:, None]
+            store_tile(outs[side], product, rows, n, extent)
 
 
 @triton.jit
@@ -165,40 +161,36 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """Arguments: change of layout, z, mask, norm weight and bias, four weights, four biases (a, a gate, b, b gate)."""
+    """Arguments: z, mask, norm weight, norm bias, four weights, four biases (a, a gate, b, b gate)."""
 
     @staticmethod
-    def forward(ctx, move, z, mask, norm_weight, norm_bias, *parameters):
+    def forward(ctx, z, mask, norm_weight, norm_bias, *parameters):
+        weights, biases = parameters[:4], parameters[4:]
         ctx.save_for_backward(z, mask, norm_weight, norm_bias, *parameters)
-        (batch, i, j, c), width, keep = z.shape, parameters[0].shape[0], any(ctx.needs_input_grad)
-        like = [z.new_empty(batch, width, i, j, device="meta")] * 2
-        parts = None if move is None else move.parts(like, keep)
-        own = [(0, width, [torch.empty_like(x, device=z.device) for x in like])] if parts is None else parts
-        places = [places for _, _, places in sorted(own, key=lambda part: part[0])]
-        norm, linears = Norm(norm_weight, norm_bias), tuple(map(Affine, parameters[:4], parameters[4:]))
-        outs = tuple(place for of_operand in zip(*places, strict=True) for place in of_operand)
-        if chosen("operands of a triangle's product", hopper.operands_obstacle(z, parameters[:4], outs)):
+        (batch, i, j, c), width = z.shape, weights[0].shape[0]
+        outs = tuple(z.new_empty(batch, width, i, j) for _ in range(2))
+        norm, linears = Norm(norm_weight, norm_bias), tuple(map(Affine, weights, biases))
+        if chosen("operands of a triangle's product", hopper.operands_obstacle(z, weights)):
             hopper.operands(z, mask, norm, linears, outs)
         else:
-            config = tuning.chosen_tiles("triangle_project_forward", z, width, width // len(places))
+            config = tuning.chosen_tiles("triangle_project_forward", z, width, width)
             tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, outs))}
-            sizes = {"WIDTH": width, "PARTS": len(places), "C": c}
-            launch(_project_forward_kernel, config, tensors, norm=norm, linears=linears, **sizes)
-        if move is not None:
-            outs = move.moved(outs, keep) if parts is None else parts.arrived()
+            launch(_project_forward_kernel, config, tensors, norm=norm, linears=linears, WIDTH=width, C=c)
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
         return z.view_as(z), *outs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, through, *ds):
-        z, mask, *given = ctx.saved_tensors
-        (norm_weight, norm_bias), weights, biases = given[:2], given[2:6], given[6:]
+        z, mask, norm_weight, norm_bias, *parameters = ctx.saved_tensors
+        weights, biases = tuple(parameters[:4]), tuple(parameters[4:])
         c, width, dtype = z.shape[-1], weights[0].shape[0], norm_weight.dtype
-        shape = z.shape[0], width, *z.shape[1:3]
-        config = tuning.chosen_tiles("triangle_project_backward", z, width, width)
-        linears, dz, normed = tuple(map(Affine, weights, biases)), torch.empty_like(z), torch.empty_like(z)
-        ds = tuple(z.new_zeros(shape) if d is None else d.view(shape) if d.is_contiguous() else d for d in ds)
+        config, linears = (
+            tuning.chosen_tiles("triangle_project_backward", z, width, width),
+            map(Affine, weights, biases),
+        )
+        linears, dz, normed = tuple(linears), torch.empty_like(z), torch.empty_like(z)
+        ds = tuple(z.new_zeros(z.shape[0], width, *z.shape[1:3]) if d is None else d for d in ds)
         recomputed = bool(config.pop("RECOMPUTED", 0)) and _are_matrices(z, *ds)
         projected = None if recomputed else z.new_empty(*z.shape[:-1], 4 * width)
         inputs = {"z": z, "mask": mask[..., None], "ds": tuple(map(_channels_last, ds)), "through": through}
@@ -216,7 +208,8 @@ class _Project(torch.autograd.Function):
                 norm, bias = sums.split([2 * c, 4 * width])
             return *norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
-        return None, dz, None, *aside.gradients(given, [partials, normed, projected, mask, *ds], gradients)
+        given = [norm_weight, norm_bias, *weights, *biases]
+        return dz, None, *aside.gradients(given, [partials, normed, projected, mask, *ds], gradients)
 
 
 def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
@@ -229,38 +222,18 @@ class _Product(torch.autograd.Function):
     """Batched products of views; autograd's own backward would hand over transposed gradients."""
 
     @staticmethod
-    def forward(ctx, a, b, outgoing, before, after, there):
-        keep, ctx.shape = any(ctx.needs_input_grad), a.shape
-        if before is not None and not there:
-            a, b = before.moved((a, b), keep)
+    def forward(ctx, a, b, outgoing):
         ctx.save_for_backward(a, b)
-        ctx.outgoing, ctx.before, ctx.after = outgoing, before, after
-        return _products([(a, b.mT) if outgoing else (a.mT, b)], after, keep)[0]
+        ctx.outgoing = outgoing
+        return a @ b.transpose(-1, -2) if outgoing else a.transpose(-1, -2) @ b
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
         a, b = ctx.saved_tensors
-        if ctx.after is not None:
-            (d,) = ctx.after.inverse.moved((d,), False)
-        factors = [(d, b), (d.mT, a)] if ctx.outgoing else [(b, d.mT), (a, d)]
-        da, db = _products(factors, None if ctx.before is None else ctx.before.inverse, False)
-        return da.view(ctx.shape), db.view(ctx.shape), None, None, None, None
-
-
-def _products(factors: list[tuple[Tensor, Tensor]], move: Move | None, keep: bool) -> list[Tensor]:
-    """Batched products of equal shapes, after ``move``, which splits their rows: of one sample by its parts."""
-    if move is None:
-        return [left @ right for left, right in factors]
-    left, right = factors[0]
-    like = left.new_empty((*left.shape[:-1], right.shape[-1]), device="meta")
-    parts = move.parts([like] * len(factors), keep) if left.shape[0] == 1 else None
-    if parts is None:
-        return move.moved([left @ right for left, right in factors], keep)
-    for first, width, places in parts:
-        for (left, right), place in zip(factors, places, strict=True):
-            torch.bmm(left[0].narrow(parts.dim - 1, first, width), right[0], out=place[0])
-    return parts.arrived()
+        if ctx.outgoing:
+            return d @ b, d.transpose(-1, -2) @ a, None
+        return b @ d.transpose(-1, -2), a @ d, None
 
 
 class _Output(torch.autograd.Function):
@@ -358,23 +331,14 @@ def triangle_project(
     bias_b_gate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.triangle_project``: one kernel forward, two and library products backward."""
-    a, b = (weight_a, bias_a, weight_a_gate, bias_a_gate), (weight_b, bias_b, weight_b_gate, bias_b_gate)
-    return project_through(None, z, mask, norm_weight, norm_bias, *a, *b)
-
-
-def project_through(after: Move | None, z: Tensor, mask: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``triangle_project``, operands behind a change of layout; their gradients: before it, in the shapes behind it."""
-    return _Project.apply(after, z, mask, *parameters[:2], *parameters[2::2], *parameters[3::2])  # type: ignore
+    weights = (weight_a, weight_a_gate, weight_b, weight_b_gate)
+    biases = (bias_a, bias_a_gate, bias_b, bias_b_gate)
+    return _Project.apply(z, mask, norm_weight, norm_bias, *weights, *biases)  # type: ignore[return-value]
 
 
 def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
     """``reference.triangle_product``: batched products of the library, one forward and two backward, no copies."""
-    return _Product.apply(a, b, outgoing, None, None, False)  # type: ignore[return-value]
-
-
-def product_through(a: Tensor, b: Tensor, outgoing: bool, before: Move, after: Move, there: bool) -> Tensor:
-    """``triangle_product``, operands from ``before`` a change of layout (``there``: behind it), ``after`` another."""
-    return _Product.apply(a, b, outgoing, before, after, there)  # type: ignore[return-value]
+    return _Product.apply(a, b, outgoing)  # type: ignore[return-value]
 
 
 def output_obstacle(z: Tensor, x: Tensor, *_: object) -> str | None:

@@ -3,10 +3,10 @@
 Every exchange states what its backward must be, because that follows from how the result is used: a tensor that all
 ranks use for different work needs its gradients summed (reduce-scatter), one that all ranks use for the same work has
 the same gradient everywhere (slice). A group whose GPUs map each other's memory exchanges by ``direct``; all others,
-shapes that are too odd for it, and exchanges that go on beside other work by the process group's library.
+and shapes that are too odd for it, by the process group's library.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -29,32 +29,6 @@ class Lasts(Enum):
         return Lasts.STEP if any(ctx.needs_input_grad) else Lasts.SHORT
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Where the P parts along ``dim`` of tensors belong that their producer writes itself, in the memory of all ranks.
-
-    targets: of each tensor one per peer; order: peers, those behind a wire first; results: what is here in the new
-    layout, to be read after ``meet``.
-    """
-
-    dim: int
-    targets: Sequence[Sequence[Tensor]]
-    order: Sequence[int]
-    results: list[Tensor]
-    meet: Callable[[], None]
-
-    def __iter__(self) -> Iterator[tuple[int, int, list[Tensor]]]:
-        """First index along ``dim`` of a part, its width, and where that part of each tensor belongs."""
-        width = self.targets[0][0].shape[self.dim]
-        for peer in self.order:
-            yield peer * width, width, [of_tensor[peer] for of_tensor in self.targets]
-
-    def arrived(self) -> list[Tensor]:
-        """The tensors in their new layout, once every rank has written its parts."""
-        self.meet()
-        return self.results
-
-
 class Direct(Protocol):
     """Exchanges by way of peers' memory, of what ``takes`` accepts; dimensions count from the front."""
 
@@ -64,35 +38,21 @@ class Direct(Protocol):
 
     def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]: ...
 
-    def begin_all_to_all(self, x: Tensor, split_dim: int, concat_dim: int, lasts: Lasts) -> "Flight | None": ...
-
-    def parts(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> Parts | None: ...
+    def begin_all_to_all(
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
+    ) -> tuple[list[Tensor], Callable[[], None]]: ...
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor: ...
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor: ...
 
 
-FORMS = ("early", "product", "operands", "gated_output", "transition")
-
-
 @dataclass(eq=False)
 class Group:
-    """The P ranks that share a sample, and how they exchange: directly where ``direct`` is there and takes it.
-
-    forms: which of ``FORMS`` the direct exchanges take. ``early``: what goes on beside other work is written to the
-    peers as well, and meets no barrier of its own. The others: that operation of the model writes its results to the
-    peers itself (``product``: of a triangle multiplication, with the gradients of its operands; ``operands`` of it,
-    which asks for ``product``; ``gated_output`` of an attention and ``transition`` of pairs, before a change of axis).
-    """
+    """The P ranks that share a sample, and how they exchange: directly where ``direct`` is there and takes it."""
 
     processes: dist.ProcessGroup
     direct: Direct | None = None
-    forms: frozenset[str] = frozenset()
-
-    def takes_form(self, form: str) -> bool:
-        """Whether exchanges have that form now."""
-        return self.direct is not None and form in self.forms
 
     @property
     def size(self) -> int:
@@ -185,11 +145,11 @@ class Flight:
 
 
 def begin_all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group, lasts: Lasts = Lasts.LONG) -> Flight:
-    """Send the P parts of x along ``split_dim``; other work goes on until ``end_all_to_all``."""
-    if group.takes_form("early") and group.direct is not None and group.direct.takes([x], split_dim, concat_dim):
-        flight = group.direct.begin_all_to_all(x, split_dim, concat_dim, lasts)
-        if flight is not None:
-            return flight
+    """``all_to_all`` of x, dimensions >= 0; other work goes on until ``end_all_to_all``."""
+    mapped = group.direct
+    if mapped is not None and mapped.takes([x], split_dim, concat_dim):
+        (received,), wait = mapped.begin_all_to_all([x], split_dim, concat_dim, lasts)
+        return Flight(received, None, wait)
     parts = _parts(x, split_dim, group.size).contiguous()
     received = torch.empty_like(parts)
     work = dist.all_to_all_single(received, parts, group=group.processes, async_op=True)
@@ -197,7 +157,7 @@ def begin_all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group, l
 
 
 def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
-    """Wait (on a GPU: the device does) and concatenate what came along ``concat_dim``."""
+    """Wait (on a GPU: the device does); what came, concatenated along ``concat_dim``."""
     flight.wait()
     return flight.received if flight.sent is None else _joined(flight.received, concat_dim)
 
@@ -288,9 +248,8 @@ class _Overlapped(torch.autograd.Function):
         if begins:
             flights["forward"] = begin_all_to_all(x, *dims, group, Lasts.by(ctx))
             return flights["forward"].received
-        flight = flights.pop("forward")
-        out = end_all_to_all(flight, dims[1])
-        return out.view_as(out) if flight.sent is None else out  # what arrived by itself is x
+        out = end_all_to_all(flights.pop("forward"), dims[1])
+        return out.view_as(out)  # what arrived by itself is x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -300,34 +259,6 @@ class _Overlapped(torch.autograd.Function):
         flight = begin_all_to_all(grads[0], concat_dim, split_dim, ctx.group, Lasts.SHORT)
         ctx.flights["backward"] = flight
         return flight.received.view(ctx.shape), None, None, None, None
-
-
-@dataclass(frozen=True)
-class Move:
-    """A change of layout that results of an operation go through: shards move from ``concat_dim`` to ``split_dim``.
-
-    ``keep``: the result is needed until the backward pass.
-    """
-
-    group: Group
-    split_dim: int
-    concat_dim: int
-
-    @property
-    def inverse(self) -> "Move":
-        """The way back, which gradients take."""
-        return Move(self.group, self.concat_dim, self.split_dim)
-
-    def parts(self, like: Sequence[Tensor], keep: bool) -> Parts | None:
-        """Where the producer of tensors ``like`` these (shape and type) is to write them; None: ``moved`` it is."""
-        lasts, direct = Lasts.STEP if keep else Lasts.SHORT, self.group.direct
-        if direct is None or not direct.takes(like, self.split_dim, self.concat_dim):
-            return None
-        return direct.parts(like, self.split_dim, self.concat_dim, lasts)
-
-    def moved(self, xs: Sequence[Tensor], keep: bool) -> list[Tensor]:
-        """Results that lie in the old layout."""
-        return all_to_all(xs, self.split_dim, self.concat_dim, self.group, Lasts.STEP if keep else Lasts.SHORT)
 
 
 def scatter(x: Tensor, dim: int, group: Group) -> Tensor:

@@ -5,8 +5,7 @@ Two ways, both without multicast and without the host in between, so that a CUDA
 * **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, and all ranks meet at a
   barrier on the device: one kernel and one barrier. Results lie in memory that all ranks of the group map, at the same
   place on each: either until the next step begins (what the backward pass needs), or until some exchanges later.
-  Where other work comes before the result is read, any barrier in between serves (``begin_all_to_all``), and where an
-  operation can write its results in parts, it writes them to the peers itself (``parts``).
+  Where other work comes before the result is read, any barrier in between serves (``begin_all_to_all``).
 * **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's
   stage: for sums, for results that somebody holds longer, and where there is no room for a result any more.
 
@@ -32,14 +31,14 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from scalefold.kernels.around import aside
-from scalefold.parallel.dap.collectives import Flight, Group, Lasts, Parts
+from scalefold.parallel.dap.collectives import Group, Lasts
 from scalefold.parallel.dap.peer_memory import LANE, copy_parts, send_parts, sum_parts
 
 log = logging.getLogger(__name__)
 
 STAGE_BYTES = 32 * 2**20  # the largest exchange of the benchmark's shapes has 16 MiB per rank
 STAGES = 2
-KEPT_BYTES = 10 * 2**30  # of all ranks together: what the benchmark's model exchanges with gradients, and some room
+KEPT_BYTES = 12 * 2**30  # of all ranks together: what the benchmark's model exchanges with gradients, and some room
 PASSING_BYTES = 2 * 2**30
 PASSING_TURNS = 16
 ALIGNMENT = 512
@@ -120,7 +119,7 @@ class DirectExchanges:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
         self.arrivals = arrivals
         self._turn = 0
-        self._met = 0  # barriers so far
+        self._met = 0  # barriers of exchanges so far
 
     def begin(self) -> None:
         """A step begins on all ranks of the group."""
@@ -136,38 +135,27 @@ class DirectExchanges:
 
     def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]:
         """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense."""
-        shape, split_block, concat_block = self._blocks(xs[0], split_dim, concat_dim)
+        outs, wait = self.begin_all_to_all(xs, split_dim, concat_dim, lasts)
+        wait()
+        return outs
+
+    def begin_all_to_all(
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
+    ) -> tuple[list[Tensor], Callable[[], None]]:
+        """The same, and what to call before anybody reads it: a barrier, unless another exchange has met one since."""
+        shape = list(xs[0].shape)
+        shape[split_dim] //= self.size
+        part = shape.copy()
+        shape[concat_dim] *= self.size
+        split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
         arrived = self._sent(xs, shape, lasts, False, split_block, concat_block)
         if arrived is not None:
-            return arrived
+            met = self._met
+            return arrived, lambda: None if self._met > met else self._meet()
         outs = [x.new_empty(shape) for x in xs]
         for staged, out in zip(self._staged(xs), outs, strict=True):
             copy_parts(staged, out, self.rank, split_block, concat_block)
-        return outs
-
-    def begin_all_to_all(self, x: Tensor, split_dim: int, concat_dim: int, lasts: Lasts) -> Flight | None:
-        """The same of one tensor, not to be read before ``wait``: any barrier until then serves. None: no room."""
-        shape, split_block, concat_block = self._blocks(x, split_dim, concat_dim)
-        place = self._place([x], shape, lasts)
-        if place is None:
-            return None
-        (out,), met = self._send(place, [x], shape, False, split_block, concat_block), self._met
-        return Flight(out, None, lambda: None if self._met > met else self._meet())
-
-    def parts(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> Parts | None:
-        """``all_to_all`` of tensors like these, whose producer writes every part to its place; None: no room."""
-        shape, _, concat_block = self._blocks(xs[0], split_dim, concat_dim)
-        place, dtype = self._place(xs, shape, lasts), xs[0].dtype
-        if self.arrivals is None or place is None:
-            return None
-        targets = self._targets(self.arrivals, place, dtype, concat_block)
-        results = self.arrivals.at(place, shape, dtype, len(xs))
-        part, strides = list(shape), results[0].stride()
-        part[concat_dim] //= self.size
-        firsts = [n * math.prod(shape) + self.rank * concat_block for n in range(len(xs))]
-        views = [[t.as_strided(part, strides, int(t.storage_offset()) + first) for t in targets] for first in firsts]
-        order = [(self.rank + n) % self.size for n in range(1, self.size + 1)]
-        return Parts(split_dim, views, order, results, self._meet)
+        return outs, lambda: None
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor:
         """The ranks' tensors behind each other along ``dim``, dense."""
@@ -176,6 +164,7 @@ class DirectExchanges:
         block = math.prod(x.shape[dim:])
         arrived = self._sent([x], shape, lasts, True, x.numel(), block)
         if arrived is not None:
+            self._meet()
             return arrived[0]
         out = x.new_empty(shape)
         copy_parts(self._staged([x])[0], out, None, x.numel(), block)
@@ -189,43 +178,22 @@ class DirectExchanges:
         sum_parts(self._staged([x])[0], out, self.rank, math.prod(shape[dim:]))
         return out
 
-    def _blocks(self, x: Tensor, split_dim: int, concat_dim: int) -> tuple[list[int], int, int]:
-        """Shape of x after its all-to-all, and elements of a run of its parts before and after."""
-        shape = list(x.shape)
-        shape[split_dim] //= self.size
-        blocks = math.prod(shape[split_dim:]), math.prod(shape[concat_dim:])
-        shape[concat_dim] *= self.size
-        return shape, *blocks
-
     def _sent(
         self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts, whole: bool, split_block: int, concat_block: int
     ) -> list[Tensor] | None:
-        """Results of ``shape``, written by all ranks; None where they last longer or there is no room for them."""
-        place = self._place(xs, shape, lasts)
-        if place is None:
-            return None
-        results = self._send(place, xs, shape, whole, split_block, concat_block)
-        self._meet()
-        return results
-
-    def _place(self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts) -> int | None:
-        """Where results of ``shape`` arrive, one for each of xs; None where they last longer or there is no room."""
+        """Results of ``shape``, there once all ranks meet; None where they last longer or there is no room for them."""
         if self.arrivals is None or lasts is Lasts.LONG:
             return None
-        return self.arrivals.place(len(xs) * math.prod(shape) * xs[0].dtype.itemsize, keep=lasts is Lasts.STEP)
-
-    def _send(
-        self, place: int, xs: Sequence[Tensor], shape: list[int], whole: bool, split_block: int, concat_block: int
-    ) -> list[Tensor]:
-        """Write parts to all peers; results of ``shape`` are there after the next barrier."""
-        assert self.arrivals is not None
         dtype = xs[0].dtype
+        place = self.arrivals.place(len(xs) * math.prod(shape) * dtype.itemsize, keep=lasts is Lasts.STEP)
+        if place is None:
+            return None
         targets = self._targets(self.arrivals, place, dtype, concat_block)
         send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
         return self.arrivals.at(place, shape, dtype, len(xs))
 
     def _meet(self) -> None:
-        """The barrier after which all that was sent so far has arrived."""
+        """The barrier behind which all that was sent so far has arrived."""
         assert self.arrivals is not None
         self._met += 1
         self.arrivals.barrier()

@@ -10,10 +10,6 @@ Lengths that P does not divide are padded at a stack's entry: masks with zeros, 
 positions, and cut off at its exit.
 """
 
-import weakref
-from collections.abc import Callable
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +18,6 @@ from scalefold.errors import ConfigError
 from scalefold.parallel.dap.collectives import (
     Flights,
     Group,
-    Move,
     begin_exchange,
     end_exchange,
     exchange,
@@ -31,7 +26,6 @@ from scalefold.parallel.dap.collectives import (
     gather_shared,
     scatter,
 )
-from scalefold.parallel.dap.producers import hand_over
 
 SHARDED_PARAMETERS = "_stack.blocks."
 
@@ -107,36 +101,17 @@ class Exchange(nn.Module):
     def __init__(self, group: Group, split_dim: int, concat_dim: int) -> None:
         super().__init__()
         self.group, self.split_dim, self.concat_dim = group, split_dim, concat_dim
-        self._there: Callable[[], Tensor | None] = lambda: None
-
-    @property
-    def move(self) -> Move:
-        """What an operation needs to take its results through this point by itself."""
-        return Move(self.group, self.split_dim, self.concat_dim)
-
-    def passed(self, x: Tensor) -> Tensor:
-        """x, of which the point knows from now on that it is on the other side already."""
-        self._there = weakref.ref(x)
-        return x
-
-    def is_behind(self, x: Tensor) -> bool:
-        """Whether x is on the other side."""
-        return self._there() is x
 
     def forward(self, x: Tensor) -> Tensor:
         """Same tensor, other axis sharded."""
-        return x if self.is_behind(x) else exchange(x, self.split_dim, self.concat_dim, self.group)
+        return exchange(x, self.split_dim, self.concat_dim, self.group)
 
 
 class ExchangeAll(Exchange):
-    """An ``Exchange`` of several equally shaped tensors in one go, unless ``taker`` takes them through it itself."""
-
-    taker: Any = None
+    """An ``Exchange`` of several equally shaped tensors in one go."""
 
     def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Same tensors, other axis sharded."""
-        if self.taker is not None and self.taker.takes(xs[0]):
-            return xs
         return exchange_all(xs, self.split_dim, self.concat_dim, self.group)
 
 
@@ -169,7 +144,6 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
         for name, point in _points(group).items():
             if isinstance(getattr(module, name, None), nn.Identity):
                 setattr(module, name, point)
-    hand_over(model)
 
 
 def _points(group: Group) -> dict[str, nn.Module]:
