@@ -15,8 +15,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from processes import run_ranks
+from scalefold.config import load_config
 from scalefold.kernels import triton_ops
-from scalefold.parallel.dap import collectives
+from scalefold.parallel.dap import collectives, direct
 
 EXCHANGES = ("all_to_all", "all_gather", "reduce_scatter", "begin_all_to_all", "end_all_to_all")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -124,6 +125,32 @@ def test_exchanges_too_large_to_arrive_go_by_stages_alone_as_well(script, monkey
         call, expected = script("dap_share").exchange_calls(own, x)["all_to_all"]
         torch.testing.assert_close(call(), expected, rtol=0, atol=0)
         assert (own._turn - turn) % 2 == stages, "the smaller one arrives, the larger one is staged"
+
+
+def test_what_the_benchmarks_model_keeps_for_its_backward_has_room_at_dap_8(script, repository, monkeypatch):
+    """Gathered operands are as large at every size, so a share keeps more than an eighth of what one GPU would."""
+    kept: dict[int, int] = {}
+
+    def recorded(exchange, blocks):
+        def call(x, *args):
+            result = exchange(x, *args)
+            parts = getattr(result, "received", result)
+            if collectives.Lasts.STEP in args:
+                kept[blocks] += sum(part.nbytes for part in ([parts] if isinstance(parts, Tensor) else parts))
+            return result
+
+        return call
+
+    for blocks in (1, 2):
+        config = load_config(repository / "configs" / "base.yaml", [f"model.evoformer.num_blocks={blocks}"]).config
+        kept[blocks] = 0
+        with monkeypatch.context() as patch:
+            for name in ("all_to_all", "all_gather", "begin_all_to_all"):
+                patch.setattr(collectives, name, recorded(getattr(collectives, name), blocks))
+            script("exchange_counts").count(config, 8)
+    whole = load_config(repository / "configs" / "base.yaml", []).config.model.evoformer.num_blocks
+    assert whole == 48
+    assert 0 < kept[1] + (whole - 1) * (kept[2] - kept[1]) <= direct.KEPT_BYTES // 8
 
 
 def test_parts_are_marked_in_the_order_of_the_step(script):

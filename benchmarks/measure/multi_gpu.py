@@ -37,7 +37,7 @@ from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
 from scalefold.step.graphs import TrainStep, preserved
-from spans import Span, breakdown
+from spans import Span, breakdown, summary
 from step_time import enliven, row, without_dropout
 
 MIB = 2**20
@@ -354,27 +354,6 @@ def profile(host: Host, call: Callable[[], object], wall_ms: float) -> dict[str,
     on_device = device_events(lambda: (host.barrier(), call()))  # all begin once the profiler is ready
     kernels = [e for e in on_device if not e.name.startswith("nccl:")]  # that would be a mark around kernels
     return breakdown([Span(e.name, e.time_range.start, e.time_range.end) for e in kernels], wall_ms)
-
-
-def summary(means: dict[Layout, dict[int, float]]) -> list[str]:
-    """Mean over passes per layout; speed and efficiency against one GPU, which does one sample per step too."""
-    one = mean(means[1, 1])
-    lines = []
-    for (gpus, dap), times in means.items():
-        now, samples = mean(times), gpus // dap
-        text = f"gpus {gpus} dap {dap}: mean over R = {', '.join(map(str, times))}: {now:.1f} ms"
-        if gpus > 1 and dap == 1:
-            text += f", data parallel efficiency {100 * one / now:.1f} %"
-        elif gpus > 1:
-            rate = samples * one / now
-            text += f", one sample {one / now:.2f} times faster than on one GPU, efficiency {100 * rate / gpus:.1f} %"
-        lines.append(text)
-    return lines
-
-
-def mean(times: dict[int, float]) -> float:
-    """Mean over numbers of passes."""
-    return sum(times.values()) / len(times)
 
 
 if __name__ == "__main__":
