@@ -116,6 +116,14 @@ def test_exchanges_over_mapped_memory_alone_are_the_packages_own(script, size):
 
 
 @needs_kernels
+def test_an_exchange_begun_before_another_is_measured_with_one_barrier_for_both(script):
+    own = script("absent_peers").direct_alone(2, DEVICE)
+    x, before = torch.randn(16, 8, device=DEVICE).bfloat16(), own._met
+    assert torch.equal(script("symmetric_exchange").early_all_to_all(own, x), x)
+    assert own._met - before == 1
+
+
+@needs_kernels
 @pytest.mark.parametrize("size", [2, 8])
 def test_exchanges_too_large_to_arrive_go_by_stages_alone_as_well(script, monkeypatch, size):
     monkeypatch.setattr(script("absent_peers"), "PASSING_BYTES", size * 2**16)  # as at full size: P times less per rank

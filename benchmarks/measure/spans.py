@@ -96,7 +96,7 @@ def against_two_gpus(
 
 
 def summary(means: dict[tuple[int, int], dict[int, float]]) -> list[str]:
-    """Mean over passes per layout (GPUs, DAP size); speed and efficiency against one GPU, which does one sample per step too."""
+    """Mean over passes of GPUs, DAP size; speed and efficiency against one GPU, which does one sample per step too."""
     one = mean(means[1, 1])
     lines = []
     for (gpus, dap), times in means.items():
