@@ -15,8 +15,9 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from processes import run_ranks
+from scalefold.config import load_config
 from scalefold.kernels import triton_ops
-from scalefold.parallel.dap import collectives
+from scalefold.parallel.dap import collectives, direct
 
 EXCHANGES = ("all_to_all", "all_gather", "reduce_scatter", "begin_all_to_all", "end_all_to_all")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -97,7 +98,7 @@ def test_absent_peers_hold_what_this_rank_holds_and_are_gone_afterwards(script, 
         assert torch.equal(moved, torch.cat([x[:, :2]] * 4, 2))
         assert torch.equal(collectives.all_gather(x, 2, group), torch.cat([x] * 4, 2))
         assert torch.equal(collectives.reduce_scatter(x, 2, group), 4 * x[:, :, :3])
-        flight = collectives.begin_all_to_all(x, 1, group)
+        flight = collectives.begin_all_to_all(x, 1, 2, group)
         assert torch.equal(collectives.end_all_to_all(flight, 2), moved)
         odd = torch.arange(3.0, device=DEVICE)
         dist.all_reduce(odd, group=ranks.train_group)
@@ -115,6 +116,14 @@ def test_exchanges_over_mapped_memory_alone_are_the_packages_own(script, size):
 
 
 @needs_kernels
+def test_an_exchange_begun_before_another_is_measured_with_one_barrier_for_both(script):
+    own = script("absent_peers").direct_alone(2, DEVICE)
+    x, before = torch.randn(16, 8, device=DEVICE).bfloat16(), own._met
+    assert torch.equal(script("symmetric_exchange").early_all_to_all(own, x), x)
+    assert own._met - before == 1
+
+
+@needs_kernels
 @pytest.mark.parametrize("size", [2, 8])
 def test_exchanges_too_large_to_arrive_go_by_stages_alone_as_well(script, monkeypatch, size):
     monkeypatch.setattr(script("absent_peers"), "PASSING_BYTES", size * 2**16)  # as at full size: P times less per rank
@@ -124,6 +133,32 @@ def test_exchanges_too_large_to_arrive_go_by_stages_alone_as_well(script, monkey
         call, expected = script("dap_share").exchange_calls(own, x)["all_to_all"]
         torch.testing.assert_close(call(), expected, rtol=0, atol=0)
         assert (own._turn - turn) % 2 == stages, "the smaller one arrives, the larger one is staged"
+
+
+def test_what_the_benchmarks_model_keeps_for_its_backward_has_room_at_dap_8(script, repository, monkeypatch):
+    """Gathered operands are as large at every size, so a share keeps more than an eighth of what one GPU would."""
+    kept: dict[int, int] = {}
+
+    def recorded(exchange, blocks):
+        def call(x, *args):
+            result = exchange(x, *args)
+            parts = getattr(result, "received", result)
+            if collectives.Lasts.STEP in args:
+                kept[blocks] += sum(part.nbytes for part in ([parts] if isinstance(parts, Tensor) else parts))
+            return result
+
+        return call
+
+    for blocks in (1, 2):
+        config = load_config(repository / "configs" / "base.yaml", [f"model.evoformer.num_blocks={blocks}"]).config
+        kept[blocks] = 0
+        with monkeypatch.context() as patch:
+            for name in ("all_to_all", "all_gather", "begin_all_to_all"):
+                patch.setattr(collectives, name, recorded(getattr(collectives, name), blocks))
+            script("exchange_counts").count(config, 8)
+    whole = load_config(repository / "configs" / "base.yaml", []).config.model.evoformer.num_blocks
+    assert whole == 48
+    assert 0 < kept[1] + (whole - 1) * (kept[2] - kept[1]) <= direct.KEPT_BYTES // 8
 
 
 def test_parts_are_marked_in_the_order_of_the_step(script):

@@ -2,8 +2,8 @@
 
 Every peer is taken to hold what this rank holds, and nobody is waited for. So shapes, bytes and launches are those of a
 rank of a real group, and values are not. Exchanges over mapped memory are the package's own, with this rank's memory in
-the place of every peer's; the barrier is a kernel that does not wait. What goes through the library (the exchange
-beside the pair updates, sums of gradients) is one kernel of the same bytes on a stream of its own, as NCCL's would be.
+the place of every peer's; the barrier is a kernel that does not wait. What goes through the library (sums of gradients)
+is one kernel of the same bytes on a stream of its own, as NCCL's would be.
 """
 
 # pyright: reportAssignmentType=false, reportCallIssue=false

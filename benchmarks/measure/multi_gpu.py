@@ -18,9 +18,11 @@ import gc
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -33,10 +35,11 @@ from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels.table import use_operations
 from scalefold.parallel.dap.points import apply_dap
+from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
 from scalefold.step.graphs import TrainStep, preserved
-from spans import Span, breakdown
+from spans import Span, breakdown, summary
 from step_time import enliven, row, without_dropout
 
 MIB = 2**20
@@ -54,6 +57,7 @@ class Host:
     device: torch.device
     control: dist.ProcessGroup | None  # all ranks, on the CPU
     out: Path | None
+    steps: WeakSet[TrainStep] = field(default_factory=WeakSet)  # built here, as long as they live
 
     @property
     def small(self) -> bool:
@@ -63,6 +67,11 @@ class Host:
     def barrier(self) -> None:
         """All ranks go on together."""
         dist.barrier(group=self.control)
+
+    def close_steps(self) -> None:
+        """Destroy the graphs that are left: as long as one lives, so do the communicators that it uses."""
+        for step in self.steps:
+            step.close()
 
     def keep(self, name: str, rows: list[dict[str, object]]) -> None:
         """Print rows on rank 0 and append them to a table."""
@@ -102,15 +111,36 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")
     arguments = parser.parse_args()
     started = time.monotonic()
-    host = join(arguments.small, arguments.out or (None if arguments.small else FOLDER))
-    if not arguments.skip_exchanges:
-        host.keep("exchange.csv", measure_exchanges(host))
-    sizes = arguments.dap or [2**n for n in range(4) if 2**n <= host.world]
     deadline = started + 60 * arguments.minutes
-    good = measure_layouts(host, layouts(host.world, sizes), arguments, deadline)
-    host.barrier()
-    dist.destroy_process_group()
-    return int(not good)
+
+    def measure(host: Host) -> bool:
+        if not arguments.skip_exchanges:
+            host.keep("exchange.csv", measure_exchanges(host))
+        sizes = arguments.dap or [2**n for n in range(4) if 2**n <= host.world]
+        return measure_layouts(host, layouts(host.world, sizes), arguments, deadline)
+
+    return together(measure, arguments.small, arguments.out or (None if arguments.small else FOLDER))
+
+
+def together(measure: Callable[[Host], bool], small: bool, out: Path | None, ending: Ending | None = None) -> int:
+    """What the ranks that torchrun started measure together; exit status 1 if it is not what it must be.
+
+    They part in order and within the bound of ``ending``: graphs go before the communicators that these hold. A rank
+    that fails leaves at once, without waiting for exchanges that may never end.
+    """
+    try:
+        with ending or Ending() as ending:
+            host = join(small, out)
+            ending.owner = f"rank {host.rank}"
+            ending.add("process groups", dist.destroy_process_group, after_errors=False)
+            ending.add("captured steps", host.close_steps, after_errors=False)
+            ending.add("waiting for the other ranks", host.barrier, after_errors=False)
+            ending.status = int(not measure(host))
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    return ending.status
 
 
 def join(small: bool, out: Path | None) -> Host:
@@ -261,6 +291,7 @@ def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainS
     without_dropout(model)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     step.model = model  # type: ignore[attr-defined]
+    host.steps.add(step)
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device=ranks.device)
     return step, batch, config
 
@@ -348,27 +379,6 @@ def profile(host: Host, call: Callable[[], object], wall_ms: float) -> dict[str,
     on_device = device_events(lambda: (host.barrier(), call()))  # all begin once the profiler is ready
     kernels = [e for e in on_device if not e.name.startswith("nccl:")]  # that would be a mark around kernels
     return breakdown([Span(e.name, e.time_range.start, e.time_range.end) for e in kernels], wall_ms)
-
-
-def summary(means: dict[Layout, dict[int, float]]) -> list[str]:
-    """Mean over passes per layout; speed and efficiency against one GPU, which does one sample per step too."""
-    one = mean(means[1, 1])
-    lines = []
-    for (gpus, dap), times in means.items():
-        now, samples = mean(times), gpus // dap
-        text = f"gpus {gpus} dap {dap}: mean over R = {', '.join(map(str, times))}: {now:.1f} ms"
-        if gpus > 1 and dap == 1:
-            text += f", data parallel efficiency {100 * one / now:.1f} %"
-        elif gpus > 1:
-            rate = samples * one / now
-            text += f", one sample {one / now:.2f} times faster than on one GPU, efficiency {100 * rate / gpus:.1f} %"
-        lines.append(text)
-    return lines
-
-
-def mean(times: dict[int, float]) -> float:
-    """Mean over numbers of passes."""
-    return sum(times.values()) / len(times)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import FOLDER, append_rows, facts, print_table
-from multi_gpu import Host, build, join, set_dropout, tell
+from multi_gpu import Host, build, set_dropout, tell, together
 from scalefold.data.loading.loader import Batch
 from scalefold.kernels import tuning
 from scalefold.processors import processors
@@ -181,13 +181,6 @@ def unequal_digests(file: Path, digests: dict[str, str]) -> list[str]:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-def this_host(small: bool) -> Host:
-    """The ranks that torchrun started, or this process alone."""
-    if "RANK" in os.environ:
-        return join(small, None)
-    return Host(0, 1, torch.device("cpu") if small else torch.device("cuda", 0), None, None)
-
-
 def all_step_rows(host: Host, daps: Sequence[int] | None, arguments: argparse.Namespace) -> list[dict[str, object]]:
     """Steps of all layouts that these ranks allow, kept one by one; an unequal digest is a row that differs."""
     sizes = [dap for dap in daps or DAPS if host.world % dap == 0]
@@ -237,9 +230,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Ask, print and append on rank 0; exit status 1 if anything differs or nothing ran."""
+    """Ask by the ranks that torchrun started, or alone; exit status 1 if anything differs or nothing ran."""
     arguments, started = parse_arguments(), time.monotonic()
-    host = this_host(arguments.small)
+    if "RANK" in os.environ:
+        return together(lambda host: ask(host, arguments, started), arguments.small, None)
+    device = torch.device("cpu") if arguments.small else torch.device("cuda", 0)
+    return int(not ask(Host(0, 1, device, None, None), arguments, started))
+
+
+def ask(host: Host, arguments: argparse.Namespace, started: float) -> bool:
+    """Print and append on rank 0; whether something ran and nothing differs."""
     rows: list[dict[str, object]] = []
     if not arguments.steps and host.world == 1 and not arguments.small:
         daps = arguments.dap or DAPS
@@ -254,10 +254,7 @@ def main() -> int:
         print_table(rows)
     bad = [row for row in rows if row["differing"] != 0]
     tell(host, f"{len(rows)} questions, {len(bad)} with differing bits")
-    if host.control is not None:
-        host.barrier()
-        dist.destroy_process_group()
-    return int(bool(bad) or not rows)
+    return bool(rows) and not bad
 
 
 if __name__ == "__main__":

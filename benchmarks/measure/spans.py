@@ -1,4 +1,4 @@
-"""What a device did in a step, from the spans of its kernels: computing, exchanging, both, neither."""
+"""What a device did in a step, from the spans of its kernels: computing, exchanging, both, neither; who is faster."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,3 +93,24 @@ def against_two_gpus(
             }
         )
     return rows
+
+
+def summary(means: dict[tuple[int, int], dict[int, float]]) -> list[str]:
+    """Mean over passes of GPUs, DAP size; speed and efficiency against one GPU, which does one sample per step too."""
+    one = mean(means[1, 1])
+    lines = []
+    for (gpus, dap), times in means.items():
+        now, samples = mean(times), gpus // dap
+        text = f"gpus {gpus} dap {dap}: mean over R = {', '.join(map(str, times))}: {now:.1f} ms"
+        if gpus > 1 and dap == 1:
+            text += f", data parallel efficiency {100 * one / now:.1f} %"
+        elif gpus > 1:
+            rate = samples * one / now
+            text += f", one sample {one / now:.2f} times faster than on one GPU, efficiency {100 * rate / gpus:.1f} %"
+        lines.append(text)
+    return lines
+
+
+def mean(times: dict[int, float]) -> float:
+    """Mean over numbers of passes."""
+    return sum(times.values()) / len(times)

@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 4 benchmarks/measure/symmetric_exchange.py
 
 Results are compared with NCCL's before timing; rows go to ``exchange_symmetric.csv``. ``staged``: read from the peers'
-stages, as results that somebody holds for long. All move the same bytes; what NCCL needs besides, to bring parts into
-order before and after, is left out.
+stages, as results that somebody holds for long. ``early``: begun before another exchange, whose barrier serves both;
+what that adds to the other one. ``barrier``: nothing but the barrier. All move the same bytes; what NCCL needs besides,
+to bring parts into order before and after, is left out.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common import FOLDER, facts
-from multi_gpu import EXCHANGE_MIB, MIB, Host, join, time_exchange
+from multi_gpu import EXCHANGE_MIB, MIB, Host, time_exchange, together
 from scalefold.parallel.dap.collectives import Lasts
 from scalefold.parallel.dap.direct import DirectExchanges, mapped
 from scalefold.parallel.dap.peer_memory import LANE
@@ -29,7 +30,7 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
     x = torch.randn(int(mib * MIB / 2) // (size * LANE) * size, LANE, device="cuda").bfloat16()
     rows = {"all_to_all": x.shape[0], "all_gather": size * x.shape[0], "reduce_scatter": x.shape[0] // size}
     ours: dict[str, Callable[[], Tensor]] = {
-        "all_to_all": lambda: own.all_to_all([x[None]], 1, 0, Lasts.SHORT)[0].flatten(0, 1),
+        "all_to_all": lambda: all_to_all(own, x),
         "all_gather": lambda: own.all_gather(x, 0, Lasts.SHORT),
         "reduce_scatter": lambda: own.reduce_scatter(x, 0),
     }
@@ -37,6 +38,7 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
         "all_to_all": lambda: own.all_to_all([x[None]], 1, 0, Lasts.LONG)[0].flatten(0, 1),
         "all_gather": lambda: own.all_gather(x, 0, Lasts.LONG),
     }
+    early: dict[str, Callable[[], Tensor]] = {"all_to_all": lambda: early_all_to_all(own, x)}
     library: dict[str, Callable[[Tensor, Tensor], object]] = {
         "all_to_all": dist.all_to_all_single,
         "all_gather": dist.all_gather_into_tensor,
@@ -46,26 +48,48 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
     for name, length in rows.items():
         expected = x.new_empty(length, LANE)
         library[name](expected, x)
-        for call in filter(None, (ours[name], staged.get(name))):
+        for call in filter(None, (ours[name], staged.get(name), early.get(name))):
             if not torch.allclose(call().float(), expected.float(), rtol=2e-2, atol=2e-2):  # bf16 in another order
                 sys.exit(f"rank {own.rank}: {name} of {mib} MiB differs from NCCL's")
         row[f"{name}_us"] = round(time_exchange(host, ours[name]), 2)
         row[f"{name}_nccl_us"] = round(time_exchange(host, lambda name=name, out=expected: library[name](out, x)), 2)
     row |= {f"{name}_staged_us": round(time_exchange(host, call), 2) for name, call in staged.items()}
-    return row
+    added = time_exchange(host, early["all_to_all"]) - time_exchange(host, lambda: all_to_all(own, x[:size]))
+    return row | {"all_to_all_early_us": round(added, 2), "barrier_us": round(time_exchange(host, meet_of(own)), 2)}
+
+
+def all_to_all(own: DirectExchanges, x: Tensor) -> Tensor:
+    """x: [P n, LANE] -> the same shape, parts in rank order."""
+    return own.all_to_all([x[None]], 1, 0, Lasts.SHORT)[0].flatten(0, 1)
+
+
+def early_all_to_all(own: DirectExchanges, x: Tensor) -> Tensor:
+    """The same, with the least exchange that there is between its beginning and its end."""
+    (out,), wait = own.begin_all_to_all([x[None]], 1, 0, Lasts.SHORT)
+    all_to_all(own, x[: own.size])
+    wait()
+    return out.flatten(0, 1)
+
+
+def meet_of(own: DirectExchanges) -> Callable[[], object]:
+    """The barrier behind results that arrive."""
+    assert own.arrivals is not None
+    return own.arrivals.barrier
+
+
+def measure_sizes(host: Host) -> bool:
+    """All rows."""
+    assert dist.group.WORLD is not None
+    own = mapped(dist.group.WORLD, host.device)
+    host.keep("exchange_symmetric.csv", [measure(host, mib, own) for mib in EXCHANGE_MIB])
+    return True
 
 
 def main() -> int:
     """Measure on all ranks, print and write on rank 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the table")
-    host = join(False, parser.parse_args().out)
-    assert dist.group.WORLD is not None
-    own = mapped(dist.group.WORLD, host.device)
-    host.keep("exchange_symmetric.csv", [measure(host, mib, own) for mib in EXCHANGE_MIB])
-    host.barrier()
-    dist.destroy_process_group()
-    return 0
+    return together(measure_sizes, False, parser.parse_args().out)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@
 Every exchange states what its backward must be, because that follows from how the result is used: a tensor that all
 ranks use for different work needs its gradients summed (reduce-scatter), one that all ranks use for the same work has
 the same gradient everywhere (slice). A group whose GPUs map each other's memory exchanges by ``direct``; all others,
-shapes that are too odd for it, and exchanges that go on beside other work by the process group's library.
+and shapes that are too odd for it, by the process group's library.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -37,6 +37,10 @@ class Direct(Protocol):
     def takes(self, xs: Sequence[Tensor], dim: int, other: int | None = None) -> bool: ...
 
     def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]: ...
+
+    def begin_all_to_all(
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
+    ) -> tuple[list[Tensor], Callable[[], None]]: ...
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor: ...
 
@@ -129,25 +133,33 @@ def all_to_all(
 
 @dataclass
 class Flight:
-    """An all-to-all under way: ``received`` [P, ...] must not be touched before its end."""
+    """An all-to-all under way: ``received`` must not be touched before its end.
+
+    sent: what the library still reads, so ``received`` [P, ...] is to be joined; None where ``received`` is the result.
+    wait: returns once it is there (on a GPU: what follows on the device waits).
+    """
 
     received: Tensor
-    sent: Tensor
-    work: dist.Work | None
+    sent: Tensor | None
+    wait: Callable[[], object]
 
 
-def begin_all_to_all(x: Tensor, split_dim: int, group: Group) -> Flight:
-    """Send the P parts of x along ``split_dim``; other work goes on until ``end_all_to_all``."""
+def begin_all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group, lasts: Lasts = Lasts.LONG) -> Flight:
+    """``all_to_all`` of x, dimensions >= 0; other work goes on until ``end_all_to_all``."""
+    mapped = group.direct
+    if mapped is not None and mapped.takes([x], split_dim, concat_dim):
+        (received,), wait = mapped.begin_all_to_all([x], split_dim, concat_dim, lasts)
+        return Flight(received, None, wait)
     parts = _parts(x, split_dim, group.size).contiguous()
     received = torch.empty_like(parts)
-    return Flight(received, parts, dist.all_to_all_single(received, parts, group=group.processes, async_op=True))
+    work = dist.all_to_all_single(received, parts, group=group.processes, async_op=True)
+    return Flight(received, parts, work.wait if work is not None else lambda: None)
 
 
 def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
-    """Wait (on a GPU: the device does) and concatenate what came along ``concat_dim``."""
-    if flight.work is not None:
-        flight.work.wait()
-    return _joined(flight.received, concat_dim)
+    """Wait (on a GPU: the device does); what came, concatenated along ``concat_dim``."""
+    flight.wait()
+    return flight.received if flight.sent is None else _joined(flight.received, concat_dim)
 
 
 def _parts(x: Tensor, split_dim: int, size: int) -> Tensor:
@@ -232,18 +244,21 @@ class _Overlapped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, begins: bool, dims: tuple[int, int], group: Group, flights: Flights) -> Tensor:
-        ctx.begins, ctx.dims, ctx.group, ctx.flights = begins, dims, group, flights
+        ctx.begins, ctx.dims, ctx.group, ctx.flights, ctx.shape = begins, dims, group, flights, x.shape
         if begins:
-            flights["forward"] = begin_all_to_all(x, dims[0], group)
+            flights["forward"] = begin_all_to_all(x, *dims, group, Lasts.by(ctx))
             return flights["forward"].received
-        return end_all_to_all(flights.pop("forward"), dims[1])
+        out = end_all_to_all(flights.pop("forward"), dims[1])
+        return out.view_as(out)  # what arrived by itself is x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        split_dim, concat_dim = ctx.dims
         if ctx.begins:
-            return end_all_to_all(ctx.flights.pop("backward"), ctx.dims[0]), None, None, None, None
-        flight = ctx.flights["backward"] = begin_all_to_all(grads[0], ctx.dims[1], ctx.group)
-        return flight.received, None, None, None, None
+            return end_all_to_all(ctx.flights.pop("backward"), split_dim), None, None, None, None
+        flight = begin_all_to_all(grads[0], concat_dim, split_dim, ctx.group, Lasts.SHORT)
+        ctx.flights["backward"] = flight
+        return flight.received.view(ctx.shape), None, None, None, None
 
 
 def scatter(x: Tensor, dim: int, group: Group) -> Tensor:

@@ -5,13 +5,15 @@ Two ways, both without multicast and without the host in between, so that a CUDA
 * **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, and all ranks meet at a
   barrier on the device: one kernel and one barrier. Results lie in memory that all ranks of the group map, at the same
   place on each: either until the next step begins (what the backward pass needs), or until some exchanges later.
+  Where other work comes before the result is read, any barrier in between serves (``begin_all_to_all``).
 * **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's
   stage: for sums, for results that somebody holds longer, and where there is no room for a result any more.
 
-Why nobody writes what a peer still reads: every exchange is a barrier, and a rank reaches one only after all that
-stands before it in its stream. Two stages take turns: who writes to a stage again has passed the barrier of the other
-one, which its peers reach only after reading the first. The place of a passing result is given away again after at
-least ``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a barrier of its own.
+Why nobody writes what a peer still reads: every exchange is a barrier (but for one under way beside others), and a rank
+reaches one only after all that stands before it in its stream. Two stages take turns: who writes to a stage again has
+passed the barrier of the other one, which its peers reach only after reading the first. The place of a passing result
+is given away again after at least ``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a
+barrier of its own.
 Turns of the stages go on from one captured graph to the next, and graphs are replayed in any order, so one may begin
 with the stage that the one before ended with: the barrier of the step's beginning lies between.
 Measured beside NCCL by ``benchmarks/measure/symmetric_exchange.py``.
@@ -36,7 +38,7 @@ log = logging.getLogger(__name__)
 
 STAGE_BYTES = 32 * 2**20  # the largest exchange of the benchmark's shapes has 16 MiB per rank
 STAGES = 2
-KEPT_BYTES = 10 * 2**30  # of all ranks together: what the benchmark's model exchanges with gradients, and some room
+KEPT_BYTES = 12 * 2**30  # of all ranks together: what the benchmark's model exchanges with gradients, and some room
 PASSING_BYTES = 2 * 2**30
 PASSING_TURNS = 16
 ALIGNMENT = 512
@@ -117,6 +119,7 @@ class DirectExchanges:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
         self.arrivals = arrivals
         self._turn = 0
+        self._met = 0  # barriers of exchanges so far
 
     def begin(self) -> None:
         """A step begins on all ranks of the group."""
@@ -132,6 +135,14 @@ class DirectExchanges:
 
     def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]:
         """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense."""
+        outs, wait = self.begin_all_to_all(xs, split_dim, concat_dim, lasts)
+        wait()
+        return outs
+
+    def begin_all_to_all(
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
+    ) -> tuple[list[Tensor], Callable[[], None]]:
+        """The same, and what to call before anybody reads it: a barrier, unless another exchange has met one since."""
         shape = list(xs[0].shape)
         shape[split_dim] //= self.size
         part = shape.copy()
@@ -139,11 +150,12 @@ class DirectExchanges:
         split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
         arrived = self._sent(xs, shape, lasts, False, split_block, concat_block)
         if arrived is not None:
-            return arrived
+            met = self._met
+            return arrived, lambda: None if self._met > met else self._meet()
         outs = [x.new_empty(shape) for x in xs]
         for staged, out in zip(self._staged(xs), outs, strict=True):
             copy_parts(staged, out, self.rank, split_block, concat_block)
-        return outs
+        return outs, lambda: None
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor:
         """The ranks' tensors behind each other along ``dim``, dense."""
@@ -152,6 +164,7 @@ class DirectExchanges:
         block = math.prod(x.shape[dim:])
         arrived = self._sent([x], shape, lasts, True, x.numel(), block)
         if arrived is not None:
+            self._meet()
             return arrived[0]
         out = x.new_empty(shape)
         copy_parts(self._staged([x])[0], out, None, x.numel(), block)
@@ -168,7 +181,7 @@ class DirectExchanges:
     def _sent(
         self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts, whole: bool, split_block: int, concat_block: int
     ) -> list[Tensor] | None:
-        """Results of ``shape``, written by all ranks; None where they last longer or there is no room for them."""
+        """Results of ``shape``, there once all ranks meet; None where they last longer or there is no room for them."""
         if self.arrivals is None or lasts is Lasts.LONG:
             return None
         dtype = xs[0].dtype
@@ -177,8 +190,13 @@ class DirectExchanges:
             return None
         targets = self._targets(self.arrivals, place, dtype, concat_block)
         send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
-        self.arrivals.barrier()
         return self.arrivals.at(place, shape, dtype, len(xs))
+
+    def _meet(self) -> None:
+        """The barrier behind which all that was sent so far has arrived."""
+        assert self.arrivals is not None
+        self._met += 1
+        self.arrivals.barrier()
 
     def _targets(self, arrivals: Arrivals, place: int, dtype: torch.dtype, concat_block: int) -> list[Tensor]:
         """Of each peer the results at ``place``, in which this rank's parts are runs of ``concat_block`` elements."""
@@ -191,6 +209,7 @@ class DirectExchanges:
         places = [slice(n * count, (n + 1) * count) for n in range(len(xs))]
         for x, place in zip(xs, places, strict=True):
             self.stages[turn].view(dtype)[place].view(x.shape).copy_(x)
+        self._met += 1
         self.barrier(turn)
         return [[peer[place] for peer in self.views[dtype][turn]] for place in places]
 
