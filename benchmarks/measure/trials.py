@@ -70,9 +70,27 @@ def outer_product_forms(backward: bool) -> dict[str, Form]:
     return forms
 
 
+def attention_forms(shape: str) -> dict[str, Form]:
+    """Gradients of keys as they were or with all that a row needs on its way early, of queries from either end."""
+    batch, heads = int(shape.split("x")[0]), int(shape.rsplit("x", 1)[1].split("h")[0])
+    keys = {"HOPPER": 1, "GROUPS": 66 // (batch * heads), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64, "EARLY": 0}
+    queries = {"BLOCK_Q": 64, "BLOCK_K": 256, "num_warps": 8, "STAGES": 3, "GROUPS": 8, "REVERSED": 0}
+    names = ("attention_hopper_keys", "attention_backward_queries")
+    early, reverse = keys | {"EARLY": 1}, queries | {"REVERSED": 1}
+    return {
+        "as before": dict(zip(names, (keys, queries), strict=True)),
+        "early": dict(zip(names, (early, queries), strict=True)),
+        "early, reversed": dict(zip(names, (early, reverse), strict=True)),
+        "early, reversed, 232 registers": dict(zip(names, (early | {"REGISTERS": 232}, reverse), strict=True)),
+        "reversed": dict(zip(names, (keys, reverse), strict=True)),
+    }
+
+
 def forms_of(case: Case) -> dict[str, Form]:
     """Forms of an operation by name, launch parameters by kernel; the first is what others are compared with."""
     backward = case.calls > 0
+    if case.operation == "attention" and backward and case.shape.endswith("_bias"):
+        return attention_forms(case.shape)
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
         return outer_product_forms(backward)
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):

@@ -25,6 +25,7 @@ try:
 
     from scalefold.kernels.hopper.attention_forward import hopper_forward
     from scalefold.kernels.hopper.attention_keys import hopper_keys
+    from scalefold.kernels.hopper.gradients.attention_keys import hopper_keys_early
     from scalefold.kernels.hopper.pieces import LOG2_E, Mask, Statistics
 
     MISSING = None
@@ -109,6 +110,15 @@ def key_gradients(
     ds = q.new_empty(batch, rows, heads, n, tuning.ceil_div(n, 8) * 8)[..., :n]  # lines of whole 16 bytes
     block_q = config["BLOCK_Q"]
     groups, per_program = _groups(rows, config)
+    if config.get("EARLY"):
+        groups = min(config["GROUPS"], rows)
+        hopper_keys_early[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
+            *(_tiles(x, block_q) for x in (q, do, o)), *(_tiles(x, PART) for x in (k, v, dk, dv)),
+            _scores(ds, PART, block_q), bias, bias.stride()[:3], _mask(mask, inf),
+            Statistics(lse, rest, rows, heads, n), rows, groups, SCALE=width**-0.5, KEYS=tuning.power_of_two(n),
+            STAGES=config["STAGES"], REGISTERS=config["REGISTERS"], num_warps=4,
+        )  # fmt: skip
+        return dk, dv, ds
     hopper_keys[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
         _tiles(q, block_q), _tiles(do, block_q), _tiles(k, PART), _tiles(v, PART),
         _tiles(dk, PART), _tiles(dv, PART), _scores(ds, PART, block_q),
@@ -156,7 +166,7 @@ def forward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
 
 def keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     """As measured best of a few."""
-    return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64}
+    return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64, "EARLY": 0}
 
 
 def _filling(fields: tuning.Fields) -> int:

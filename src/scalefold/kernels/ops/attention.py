@@ -199,7 +199,8 @@ def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Te
     dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
     partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
     backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
-        *_views(k, ds, dqs, partial), rows, n, heads, group, **_constants(q, config, blocks, (k, dq)),
+        *_views(k, ds, dqs, partial), rows, n, heads, group, REVERSED=bool(config.get("REVERSED")),
+        **_constants(q, config, blocks, (k, dq)),
     )  # fmt: skip
     if parts > 1:
         dq = dqs.sum(0).to(q.dtype)
