@@ -348,7 +348,12 @@ def case_of(name):
 BIASED = ["triangle_start", "triangle_end", "triangle_masked", "msa_row_124", "template"]
 KEYS_CASES = [*BIASED, "awkward"]
 FORWARD_CASES = [*BIASED, "msa_column", "msa_column_dap2", "awkward_rows", "awkward_columns"]
-GPU_CASES = [("keys", name) for name in KEYS_CASES] + [("forward", name) for name in FORWARD_CASES]
+ROWS_CASES = ["msa_column", "msa_column_dap2", "awkward_columns", "short_columns"]
+GPU_CASES = [
+    *(("keys", name) for name in KEYS_CASES),
+    *(("forward", name) for name in FORWARD_CASES),
+    *(("rows", name) for name in ROWS_CASES),
+]
 
 
 @pytest.mark.gpu

@@ -86,11 +86,17 @@ def attention_forms(shape: str) -> dict[str, Form]:
     }
 
 
+def row_forms() -> dict[str, Form]:
+    """Gradients without a bias by either program."""
+    gluon = {"HOPPER": 1, "GROUPS": 16, "STAGES": 3, "REGISTERS": 232}
+    return {name: {"attention_hopper_rows": form} for name, form in {"Triton": TRITON_FORM, "Gluon": gluon}.items()}
+
+
 def forms_of(case: Case) -> dict[str, Form]:
     """Forms of an operation by name, launch parameters by kernel; the first is what others are compared with."""
     backward = case.calls > 0
-    if case.operation == "attention" and backward and case.shape.endswith("_bias"):
-        return attention_forms(case.shape)
+    if case.operation == "attention" and backward:
+        return attention_forms(case.shape) if case.shape.endswith("_bias") else row_forms()
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
         return outer_product_forms(backward)
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):

@@ -7,7 +7,7 @@ The lists hold what has won or come close on some GPU at some shape; a kernel wi
 import itertools
 from collections.abc import Callable, Iterable
 
-from scalefold.kernels.hopper.attention import forward_default, keys_default
+from scalefold.kernels.hopper.attention import forward_default, keys_default, rows_default
 from scalefold.kernels.tuning import Config, Fields, tile_config
 from scalefold.kernels.weight_gradient import NARROWEST
 
@@ -131,6 +131,11 @@ def _hopper_keys(fields: Fields) -> list[Config]:
     return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1} | form for form in forms]
 
 
+def _hopper_rows(fields: Fields) -> list[Config]:
+    """The Triton program and the one in Gluon."""
+    return [rows_default(fields, 90) | {"HOPPER": hopper} for hopper in (0, 1)]
+
+
 def _row_programs(fields: Fields) -> list[Config]:
     """The Triton program and the one in Gluon."""
     return [{"HOPPER": 0}, {"HOPPER": 1}]
@@ -183,6 +188,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "attention_forward": _attention_forward,
     "attention_hopper_forward": _hopper_forward,
     "attention_hopper_keys": _hopper_keys,
+    "attention_hopper_rows": _hopper_rows,
     "gated_output_backward": _tiles(GATED_OUTPUT),
     "gated_output_forward": _tiles(GATED_OUTPUT),
     "gated_output_hopper": _row_programs,

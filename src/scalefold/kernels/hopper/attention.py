@@ -26,6 +26,7 @@ try:
     from scalefold.kernels.hopper.attention_forward import hopper_forward
     from scalefold.kernels.hopper.attention_keys import hopper_keys
     from scalefold.kernels.hopper.gradients.attention_keys import hopper_keys_early
+    from scalefold.kernels.hopper.gradients.attention_rows import hopper_rows
     from scalefold.kernels.hopper.pieces import LOG2_E, Mask, Statistics
 
     MISSING = None
@@ -57,6 +58,17 @@ def keys_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, inf
     if inf < LEAST_INF:
         return f"a mask of {inf:g} does not swallow scores"
     return choice.preference(_launch_parameters("attention_hopper_keys", q, bias))
+
+
+def rows_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, inf: float) -> str | None:
+    """Why ``row_gradients`` cannot or should not run, or None."""
+    if reason := _obstacle((q, k, v, do), None):
+        return reason
+    if not PART < q.shape[2] <= PART * CONSUMERS:
+        return f"rows of {q.shape[2]} keys, not {PART + 1} to {PART * CONSUMERS}"
+    if inf < LEAST_INF:
+        return f"a mask of {inf:g} does not swallow scores"
+    return choice.preference(_launch_parameters("attention_hopper_rows", q, None))
 
 
 def _obstacle(inputs: tuple[Tensor, ...], bias: Tensor | None) -> str | None:
@@ -130,6 +142,22 @@ def key_gradients(
     return dk, dv, ds
 
 
+def row_gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, o: Tensor, do: Tensor, lse: Tensor, rest: Tensor, inf: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``ops.attention._gradients``: dq, dk and dv without a bias."""
+    batch, rows, n, heads, width = q.shape
+    config = _launch_parameters("attention_hopper_rows", q, None)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    groups = min(config["GROUPS"], rows)
+    hopper_rows[(1, heads, batch * groups)](
+        *(_tiles(x, PART) for x in (q, do, o, k, v, dq, dk, dv)), _mask(mask, inf),
+        Statistics(lse, rest, rows, heads, n), rows, groups,
+        SCALE=width**-0.5, STAGES=config["STAGES"], REGISTERS=config["REGISTERS"], num_warps=4,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
 def _groups(rows: int, config: tuning.Config) -> tuple[int, int]:
     """Into how many groups rows are split, none of them empty, and how many rows a program walks over."""
     per_program = tuning.ceil_div(rows, min(config["GROUPS"], rows))
@@ -169,6 +197,11 @@ def keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64, "EARLY": 0}
 
 
+def rows_default(fields: tuning.Fields, capability: int) -> tuning.Config:
+    """As many rows on their way as shared memory holds."""
+    return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 3, "REGISTERS": 232}
+
+
 def _filling(fields: tuning.Fields) -> int:
     """Groups of rows that fill all multiprocessors once: a program takes one for itself."""
     tiles = int(fields["batch"]) * int(fields["heads"]) * tuning.ceil_div(int(fields["n"]), PART * CONSUMERS)
@@ -177,3 +210,4 @@ def _filling(fields: tuning.Fields) -> int:
 
 tuning.register("attention_hopper_forward", forward_default)
 tuning.register("attention_hopper_keys", keys_default)
+tuning.register("attention_hopper_rows", rows_default)

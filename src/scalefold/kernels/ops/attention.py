@@ -77,7 +77,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, bias, o, lse, rest = ctx.saved_tensors
         do = do if do.stride(-1) == 1 else do.contiguous()
         if bias is None:
-            return *_gradients(q, k, v, mask, o, do, lse, rest, ctx.inf), None, None, None
+            gluon = chosen("attention gradients", hopper.rows_obstacle(q, k, v, do, ctx.inf))
+            take = hopper.row_gradients if gluon else _gradients
+            return *take(q, k, v, mask, o, do, lse, rest, ctx.inf), None, None, None
         gluon = chosen("attention keys' gradients", hopper.keys_obstacle(q, k, v, do, bias, ctx.inf))
         take = hopper.key_gradients if gluon else _key_gradients
         dk, dv, ds = take(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)

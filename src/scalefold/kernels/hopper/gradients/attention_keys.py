@@ -37,7 +37,7 @@ LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of one value per q
 
 
 @gluon.jit
-def _place(rows, groups):
+def place_among(rows, groups):
     """What a program does; ``first``: the first of rows ``groups`` apart, so that all programs are at neighbours."""
     first = gl.program_id(2) % groups
     count = (rows - first + groups - 1) // groups
@@ -45,7 +45,7 @@ def _place(rows, groups):
 
 
 @gluon.jit
-def _fetch(given, SCALE: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
+def fetch_row(given, SCALE: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
     """The producer: all queries, outputs and their gradients of a row, the consumers' keys and values, their mask, and
     two statistics of queries.
 
@@ -234,7 +234,7 @@ def hopper_keys_early(
     """Descriptors of [B, S, N, H, D] and, ds, of [B * S * H, N keys, N queries]; bias: [B, H, N, N] with strides
     (B, H, N).
     """
-    place = _place(rows, groups)
+    place = place_among(rows, groups)
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
     STEPS: gl.constexpr = KEYS // BLOCK_Q
     DENSE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -256,7 +256,7 @@ def hopper_keys_early(
         [
             (_differentiate, (shared, 0, SCALE, STAGES, STEPS)),
             (_differentiate, (shared, 1, SCALE, STAGES, STEPS)),
-            (_fetch, (given, SCALE, STAGES, STEPS)),
+            (fetch_row, (given, SCALE, STAGES, STEPS)),
         ],
         [4, 4],
         [REGISTERS, 504 - 2 * REGISTERS],
