@@ -345,7 +345,7 @@ def case_of(name):
     return next(case for case in hopper_cases.CASES if case.name == name)
 
 
-BIASED = ["triangle_start", "triangle_end", "triangle_masked", "msa_row_124", "template"]
+BIASED = ["triangle_start", "triangle_end", "triangle_masked", "triangle_turned", "msa_row_124", "template"]
 KEYS_CASES = [*BIASED, "awkward"]
 FORWARD_CASES = [*BIASED, "msa_column", "msa_column_dap2", "awkward_rows", "awkward_columns"]
 ROWS_CASES = ["msa_column", "msa_column_dap2", "awkward_columns", "short_columns"]

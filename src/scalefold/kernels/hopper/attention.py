@@ -77,6 +77,8 @@ def _obstacle(inputs: tuple[Tensor, ...], bias: Tensor | None) -> str | None:
         return reason
     if inputs[0].shape[4] not in WIDTHS:
         return f"{inputs[0].shape[4]} channels per head, not one of {WIDTHS}"
+    if bias is not None and 1 not in bias.stride()[-2:]:
+        return "the bias lies neither along keys nor along queries"
     if not all(map(_is_aligned, inputs)):
         return "the copy engine needs rows that start at multiples of 16 bytes"
     return None
@@ -84,6 +86,11 @@ def _obstacle(inputs: tuple[Tensor, ...], bias: Tensor | None) -> str | None:
 
 def _launch_parameters(kernel: str, q: Tensor, bias: Tensor | None) -> tuning.Config:
     return tuning.lookup(kernel, **tuning.attention_fields(q, bias is not None))
+
+
+def _is_turned(bias: Tensor | None) -> bool:
+    """Whether a bias lies along queries, as that of transposed rows does, and not along keys."""
+    return bias is not None and bias.stride(-1) != 1
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -104,9 +111,9 @@ def forward(
     groups, per_program = _groups(rows, config)
     hopper_forward[(n // (PART * CONSUMERS), heads, batch * groups)](
         _tiles(q, PART), _tiles(k, n), _tiles(v, n), _tiles(o, PART),
-        bias, None if bias is None else bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
+        bias, None if bias is None else bias.stride(), _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
         rows, per_program, groups,
-        SCALE=width**-0.5, SAVE=save, STAGES=config["STAGES"], num_warps=4,
+        SCALE=width**-0.5, SAVE=save, STAGES=config["STAGES"], TURNED=_is_turned(bias), num_warps=4,
     )  # fmt: skip
     return (o, lse, rest) if save else (o, None, None)
 
@@ -126,11 +133,12 @@ def key_gradients(
         groups = min(config["GROUPS"], rows)
         hopper_keys_early[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
             *(_tiles(x, block_q) for x in (q, do, o)), *(_tiles(x, PART) for x in (k, v, dk, dv)),
-            _scores(ds, PART, block_q), bias, bias.stride()[:3], _mask(mask, inf),
+            _scores(ds, PART, block_q), bias, bias.stride(), _mask(mask, inf),
             Statistics(lse, rest, rows, heads, n), rows, groups, SCALE=width**-0.5, KEYS=tuning.power_of_two(n),
-            STAGES=config["STAGES"], REGISTERS=config["REGISTERS"], num_warps=4,
+            STAGES=config["STAGES"], REGISTERS=config["REGISTERS"], TURNED=_is_turned(bias), num_warps=4,
         )  # fmt: skip
         return dk, dv, ds
+    bias = bias.contiguous() if _is_turned(bias) else bias
     hopper_keys[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
         _tiles(q, block_q), _tiles(do, block_q), _tiles(k, PART), _tiles(v, PART),
         _tiles(dk, PART), _tiles(dv, PART), _scores(ds, PART, block_q),

@@ -50,12 +50,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None
     """Triton version of ``reference.attention``; gradients of q, k, v and bias, once differentiable.
 
     q, k, v: [B, S, N, H, D] with any strides over B, S, N, H (copied if D is not contiguous), D <= 128; mask:
-    [B, S, N]; bias: [B, H, N, N] (copied if keys are not
+    [B, S, N]; bias: [B, H, N, N] (where Triton reads it copied if keys are not
     contiguous) or None -> [B, S, N, H, D] in the type and memory order of q.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if bias is not None and bias.stride(-1) != 1:  # read once per row of q: a copy beats as many gathers
-        bias = bias.contiguous()
     return _Attention.apply(q, k, v, mask, bias, inf)
 
 
@@ -64,6 +62,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float) -> Tensor:
         save = any(ctx.needs_input_grad)
         gluon = chosen("attention forward", hopper.forward_obstacle(q, k, v, bias))
+        if bias is not None and bias.stride(-1) != 1 and not gluon:  # a copy beats as many gathers as q has rows
+            bias = bias.contiguous()
         take = hopper.forward if gluon else _forward
         o, lse, rest = take(q, k, v, mask, bias, inf, save)
         if save:
