@@ -81,8 +81,8 @@ def attention_forms(shape: str) -> dict[str, Form]:
         "as before": dict(zip(names, (keys, queries), strict=True)),
         "early": dict(zip(names, (early, queries), strict=True)),
         "early, reversed": dict(zip(names, (early, reverse), strict=True)),
+        "early, reversed, as the bias": dict(zip(names, (early, reverse | {"AS_BIAS": 1}), strict=True)),
         "early, reversed, 232 registers": dict(zip(names, (early | {"REGISTERS": 232}, reverse), strict=True)),
-        "reversed": dict(zip(names, (keys, reverse), strict=True)),
     }
 
 
@@ -121,7 +121,9 @@ def forms_of(case: Case) -> dict[str, Form]:
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
         stored = {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
         weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
-        return {"stored": stored, "recomputed": {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)} | weights}
+        recomputed = {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)}
+        completed = {"triangle_project_weights": weights["triangle_project_weights"] | {"COMPLETED": 1}}
+        return {"stored": stored, "recomputed": recomputed | weights, "completed": recomputed | completed}
     if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
         return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}
     if case.operation == "gated_output" and case.shape.endswith("x256from256"):
@@ -213,7 +215,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     deadline, known, found, late = time.monotonic() + 60 * arguments.minutes, facts(), [], 0
-    cases = [turned_attention(), *(case for dap in arguments.dap for case in training_cases(dap))]
+    cases = [*(case for dap in arguments.dap for case in training_cases(dap)), turned_attention()]
     cases += [case for length in arguments.evaluation for case in evaluation_cases(length)]
     cases = [case for case in cases if forms_of(case)]
     cases = [case for case in cases if not arguments.only or any(part in case.name for part in arguments.only)]

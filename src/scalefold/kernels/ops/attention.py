@@ -191,22 +191,24 @@ def _key_gradients(
 
 
 def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-    """dq and the gradient of the bias, a view with keys outermost."""
+    """dq and the gradient of the bias, which lies as the bias does."""
     batch, rows, n, heads, width = q.shape
     config = tuning.lookup("attention_backward_queries", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
     parts, group = tuning.ceil_div(n, blocks[1]), tuning.ceil_div(rows, min(config["GROUPS"], rows))
     groups = tuning.ceil_div(rows, group)
+    turned = bias.stride(-1) != 1 or not config.get("AS_BIAS")
     dq = torch.empty_like(q)
     dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
     partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
     backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
-        *_views(k, ds, dqs, partial), rows, n, heads, group, REVERSED=bool(config.get("REVERSED")),
+        *_views(k, ds, dqs, partial), rows, n, heads, group, REVERSED=bool(config.get("REVERSED")), TURNED=turned,
         **_constants(q, config, blocks, (k, dq)),
     )  # fmt: skip
     if parts > 1:
         dq = dqs.sum(0).to(q.dtype)
-    return dq, sum_partials(partial.flatten(1), bias.dtype).view(batch, heads, n, n).transpose(-1, -2)
+    d_bias = sum_partials(partial.flatten(1), bias.dtype).view(batch, heads, n, n)
+    return dq, d_bias.transpose(-1, -2) if turned else d_bias
 
 
 def _config(block_q: int, block_k: int, num_warps: int, stages: int, **extra: int) -> tuning.Config:
