@@ -29,7 +29,7 @@ from scalefold.tune.sound.bits import repeat
 
 REPEATS, REPLAYS = 20, 30
 
-TRITON_FORM, GLUON, AHEAD = {"HOPPER": 0}, {"HOPPER": 1}, {"HOPPER": 1, "AHEAD": 1}
+TRITON_FORM, GLUON = {"HOPPER": 0}, {"HOPPER": 1}
 Form = dict[str, tuning.Config]
 
 
@@ -113,9 +113,6 @@ def forms_of(case: Case) -> dict[str, Form]:
     backward = case.calls > 0
     if case.operation == "attention" and backward:
         return row_forms() if case.shape.endswith("_plain") else attention_forms(case.shape)
-    if case.operation == "triangle_output" and backward and case.shape.endswith("x128"):
-        names = ("triangle_hopper_output", "triangle_hopper_gates")
-        return {name: dict.fromkeys(names, form) for name, form in {"in turn": GLUON, "ahead": AHEAD}.items()}
     if case.operation == "layer_norm_linear" and case.shape.endswith("tx128to128+128+128+128+4"):
         along = {"Triton": TRITON_FORM, "Gluon": GLUON, "Gluon, bias along memory": GLUON | {"ALONG": 1}}
         return {name: {"norm_linear_hopper": form} for name, form in along.items()}
@@ -126,9 +123,7 @@ def forms_of(case: Case) -> dict[str, Form]:
         weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
         recomputed = {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)}
         completed = {"triangle_project_weights": weights["triangle_project_weights"] | {"COMPLETED": 1}}
-        return {"stored": stored, "recomputed": recomputed | weights, "completed": recomputed | completed} | {
-            "operands ahead": recomputed | weights | {"triangle_hopper_operands": AHEAD}
-        }
+        return {"stored": stored, "recomputed": recomputed | weights, "completed": recomputed | completed}
     if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
         return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}
     if case.operation == "gated_output" and case.shape.endswith("x256from256"):

@@ -163,7 +163,7 @@ def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], out
     hopper_operands[programs(z)](
         row_tiles(z, memory_order(z)), *(weight_tiles(linear.weight) for linear in linears),
         *(matrix(out.view(CHANNELS, -1), PART, PART) for out in outs), norm, tuple(linear.bias for linear in linears),
-        views["mask"], dims, count // PART, AHEAD=is_ahead("triangle_hopper_operands", z), num_warps=4,
+        views["mask"], dims, count // PART, num_warps=4,
     )  # fmt: skip
 
 
@@ -197,8 +197,7 @@ def output(
         row_tiles(z, order), matrix(_by_channels(x, order), CHANNELS, PART),
         None if d_out is None else row_tiles(d_out, order), weight_tiles(linear_z.weight),
         weight_tiles(linear_g.weight), row_tiles(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
-        views["dropout"], dims, count // PART,
-        AHEAD=is_ahead("triangle_hopper_output" if d_out is None else "triangle_hopper_gates", z), num_warps=4,
+        views["dropout"], dims, count // PART, num_warps=4,
     )  # fmt: skip
 
 
@@ -309,12 +308,6 @@ def preference(name: str, x: Tensor, **fields: int) -> str | None:
     return choice.preference(
         tuning.lookup(name, **tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], **fields))
     )
-
-
-def is_ahead(name: str, x: Tensor) -> bool:
-    """Whether products of the next channels run while these are finished."""
-    fields = tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1])
-    return bool(tuning.lookup(name, **fields).get("AHEAD"))
 
 
 def by_rows(x: Tensor, order: Sequence[int]) -> Tensor | None:

@@ -108,74 +108,9 @@ def _project(shared, SIDE: gl.constexpr):
     tma.store_wait(0)
 
 
-@gluon.jit
-def _block_products(left, weights, block: gl.constexpr):
-    """Products with gate and value weights of a block of operands' channels, on their way: [ROWS, COLUMNS] each."""
-    PER_OPERAND: gl.constexpr = weights.shape[1] // COLUMNS
-    OPERAND: gl.constexpr = block // PER_OPERAND
-    FIRST: gl.constexpr = block % PER_OPERAND * COLUMNS
-    logits = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
-    values = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
-    gate_block = weights.index(2 * OPERAND + 1).slice(FIRST, COLUMNS, 0).permute((1, 0))
-    value_block = weights.index(2 * OPERAND).slice(FIRST, COLUMNS, 0).permute((1, 0))
-    logits = warpgroup_mma(left, gate_block, logits, use_acc=False, is_async=True)
-    values = warpgroup_mma(left, value_block, values, use_acc=False, is_async=True)
-    return logits, values
-
-
-@gluon.jit
-def _send_block(
-    logits, values, keep, biases, outs, staged, tile, SIDE: gl.constexpr, C: gl.constexpr, block: gl.constexpr
-):  # fmt: skip
-    """sigmoid(gate) * value * mask of a block, turned on its way through shared memory."""
-    OPERAND: gl.constexpr = block // (C // COLUMNS)
-    FIRST: gl.constexpr = block % (C // COLUMNS) * COLUMNS
-    gate = sigmoid(logits + per_column(biases[2 * OPERAND + 1], FIRST, COLUMNS))
-    value = values + per_column(biases[2 * OPERAND], FIRST, COLUMNS)
-    own = staged.index(SIDE * STAGED + block % STAGED)
-    wait_until_sent(STAGED - 1)
-    own.permute((1, 0)).store((gate * value * keep[:, None]).to(gl.bfloat16))
-    send(outs[OPERAND], FIRST, tile * ROWS, own)
-
-
-@gluon.jit
-def _project_ahead(shared, SIDE: gl.constexpr):
-    """The same; products of the next block of channels run while these are gated and sent."""
-    mask, dims, norm, biases, outs, ring, weights, staged, there, tiles = shared
-    C: gl.constexpr = weights.shape[1]
-    BLOCKS: gl.constexpr = 2 * C // COLUMNS
-    mbarrier.wait(there, 0)
-    n = 0
-    for tile in range(gl.program_id(0) * CONSUMERS + SIDE, tiles, gl.num_programs(0) * CONSUMERS):
-        keep = gl.load(mask.pointer + row_offsets(mask, tile, dims, product_layout(COLUMNS))).to(gl.float32)
-        z = read(receive(ring, SIDE, n))
-        leave(ring, SIDE, n)
-        left = normed(z, norm)
-        logits, values = _block_products(left, weights, 0)
-        for block in gl.static_range(BLOCKS - 1):
-            next_logits, next_values = _block_products(left, weights, block + 1)
-            logits, values = warpgroup_mma_wait(2, deps=(logits, values))
-            _send_block(logits, values, keep, biases, outs, staged, tile, SIDE, C, block)
-            logits = next_logits
-            values = next_values
-        logits, values = warpgroup_mma_wait(0, deps=(logits, values))
-        _send_block(logits, values, keep, biases, outs, staged, tile, SIDE, C, BLOCKS - 1)
-        n += 1  # noqa: SIM113
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _project_either(shared, SIDE: gl.constexpr, AHEAD: gl.constexpr):
-    if AHEAD:
-        _project_ahead(shared, SIDE)
-    else:
-        _project(shared, SIDE)
-
-
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_operands(
-    z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, norm, biases, mask, dims, tiles,
-    AHEAD: gl.constexpr,
+    z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, norm, biases, mask, dims, tiles
 ):  # fmt: skip
     """Descriptors of z [64 tiles, C], weights [C, C] and operands a, b [C, 64 tiles]; biases in the weights' order."""
     ring = new_ring(z, OPERAND_STAGES)
@@ -187,8 +122,8 @@ def hopper_operands(
     shared = (mask, dims, norm, biases, (out_a, out_b), ring, weights, staged, there, tiles)
     gl.warp_specialize(
         [
-            (_project_either, (shared, 0, AHEAD)),
-            (_project_either, (shared, 1, AHEAD)),
+            (_project, (shared, 0)),
+            (_project, (shared, 1)),
             (_fetch_pairs, (z, weight_descriptors, ring, weights, there, tiles)),
         ],
         [4, 4],
@@ -221,58 +156,7 @@ def _fetch_outputs(descriptors, weight_descriptors, rings, weights, there, tiles
 
 
 @gluon.jit
-def _start_half(left_z, left_x, weights, first: gl.constexpr):
-    logits = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
-    values = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
-    gate_block = weights.index(1).slice(first, COLUMNS, 0).permute((1, 0))
-    value_block = weights.index(0).slice(first, COLUMNS, 0).permute((1, 0))
-    logits = warpgroup_mma(left_z, gate_block, logits, use_acc=False, is_async=True)
-    values = warpgroup_mma(left_x, value_block, values, use_acc=False, is_async=True)
-    return logits, values
-
-
-@gluon.jit
-def _finish_half(
-    logits, values, z_tile, d_tile, biases, dropout, tile, dims, first: gl.constexpr, BACKWARD: gl.constexpr
-):  # fmt: skip
-    scale = 1.0
-    if dropout is not None:
-        scale = _load_dropout(dropout, tile, first, dims)
-    gate = sigmoid(logits + per_column(biases[0], first, COLUMNS))
-    value = values + per_column(biases[1], first, COLUMNS)
-    z_part, d_part = z_tile.slice(first, COLUMNS, 1), d_tile.slice(first, COLUMNS, 1)
-    before = read(d_part)
-    group_barrier()
-    if BACKWARD:
-        d = before * gate * scale
-        z_part.store(d.to(gl.bfloat16))
-        d_part.store((d * value * (1.0 - gate)).to(gl.bfloat16))
-    else:
-        z_part.store((before + gate * value * scale).to(gl.bfloat16))
-
-
-@gluon.jit
-def _finish_in_turn(
-    left_z, left_x, weights, z_tile, d_tile, biases, dropout, tile, dims, C: gl.constexpr, BACKWARD: gl.constexpr
-):  # fmt: skip
-    for first in gl.static_range(0, C, COLUMNS):
-        scale = 1.0
-        if dropout is not None:
-            scale = _load_dropout(dropout, tile, first, dims)
-        gate, value = _gate_and_value(left_z, left_x, weights.index(1), weights.index(0), biases, first)
-        z_part, d_part = z_tile.slice(first, COLUMNS, 1), d_tile.slice(first, COLUMNS, 1)
-        before = read(d_part)
-        group_barrier()
-        if BACKWARD:
-            d = before * gate * scale
-            z_part.store(d.to(gl.bfloat16))
-            d_part.store((d * value * (1.0 - gate)).to(gl.bfloat16))
-        else:
-            z_part.store((before + gate * value * scale).to(gl.bfloat16))
-
-
-@gluon.jit
-def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr, AHEAD: gl.constexpr):
+def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
     """A consumer. z is written over with z + dropout * sigmoid(gate) * value; BACKWARD: z and d_out with the gradients
     of value and gate. Their slots go back to the loader when these have been sent, during the next tile.
     """
@@ -296,19 +180,20 @@ def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr, AHEAD: gl.conste
             d_tile = receive(d_ring, SIDE, n)
         else:
             d_tile = z_tile
-        if AHEAD:
-            halves = (
-                _start_half(left_z, left_x, weights, 0),
-                _start_half(left_z, left_x, weights, COLUMNS),
-            )
-            logits, values = warpgroup_mma_wait(2, deps=halves[0])
-            _finish_half(logits, values, z_tile, d_tile, biases, dropout, tile, dims, 0, BACKWARD)
-            logits, values = warpgroup_mma_wait(0, deps=halves[1])
-            _finish_half(logits, values, z_tile, d_tile, biases, dropout, tile, dims, COLUMNS, BACKWARD)
-        else:
-            _finish_in_turn(
-                left_z, left_x, weights, z_tile, d_tile, biases, dropout, tile, dims, C, BACKWARD
-            )
+        for first in gl.static_range(0, C, COLUMNS):
+            scale = 1.0
+            if dropout is not None:
+                scale = _load_dropout(dropout, tile, first, dims)
+            gate, value = _gate_and_value(left_z, left_x, weights.index(1), weights.index(0), biases, first)
+            z_part, d_part = z_tile.slice(first, COLUMNS, 1), d_tile.slice(first, COLUMNS, 1)
+            before = read(d_part)
+            group_barrier()
+            if BACKWARD:
+                d = before * gate * scale
+                z_part.store(d.to(gl.bfloat16))
+                d_part.store((d * value * (1.0 - gate)).to(gl.bfloat16))
+            else:
+                z_part.store((before + gate * value * scale).to(gl.bfloat16))
         send(out, tile * ROWS, 0, z_tile)
         if BACKWARD:
             tma.async_copy_shared_to_global(out, [tile * ROWS, C], d_tile)
@@ -325,9 +210,7 @@ def _load_dropout(dropout, tile, first, dims):
 
 
 @gluon.jit(do_not_specialize=["tiles"])
-def hopper_output(
-    z, x, d_out, weight_value, weight_gate, out, norms, biases, dropout, dims, tiles, AHEAD: gl.constexpr
-):  # fmt: skip
+def hopper_output(z, x, d_out, weight_value, weight_gate, out, norms, biases, dropout, dims, tiles):
     """Descriptors of z [64 tiles, C], x [C, 64 tiles], weights [C, C] and out [64 tiles, C]; with d_out [64 tiles, C]
     instead of None, out is the gradients of value and gate logits [64 tiles, 2 C].
 
@@ -346,8 +229,8 @@ def hopper_output(
     shared = (norms, biases, dropout, dims, out, rings, weights, there, tiles)
     gl.warp_specialize(
         [
-            (_output, (shared, 0, BACKWARD, AHEAD)),
-            (_output, (shared, 1, BACKWARD, AHEAD)),
+            (_output, (shared, 0, BACKWARD)),
+            (_output, (shared, 1, BACKWARD)),
             (_fetch_outputs, ((z, x, d_out), (weight_value, weight_gate), rings, weights, there, tiles)),
         ],
         [4, 4],
