@@ -71,19 +71,10 @@ def outer_product_forms(backward: bool) -> dict[str, Form]:
 
 
 def attention_forms(shape: str) -> dict[str, Form]:
-    """Gradients of keys as they were or with all that a row needs on its way early, of queries from either end."""
-    batch, heads = int(shape.split("x")[0]), int(shape.rsplit("x", 1)[1].split("h")[0])
-    keys = {"HOPPER": 1, "GROUPS": 66 // (batch * heads), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64, "EARLY": 0}
-    queries = {"BLOCK_Q": 64, "BLOCK_K": 256, "num_warps": 8, "STAGES": 3, "GROUPS": 8, "REVERSED": 0}
-    names = ("attention_hopper_keys", "attention_backward_queries")
-    early, reverse = keys | {"EARLY": 1}, queries | {"REVERSED": 1}
-    return {
-        "as before": dict(zip(names, (keys, queries), strict=True)),
-        "early": dict(zip(names, (early, queries), strict=True)),
-        "early, reversed": dict(zip(names, (early, reverse), strict=True)),
-        "early, reversed, as the bias": dict(zip(names, (early, reverse | {"AS_BIAS": 1}), strict=True)),
-        "early, reversed, 232 registers": dict(zip(names, (early | {"REGISTERS": 232}, reverse), strict=True)),
-    }
+    """Gradients of a bias that lie along queries or as the bias does."""
+    queries = {"BLOCK_Q": 64, "BLOCK_K": 256, "num_warps": 8, "STAGES": 3, "GROUPS": 8}
+    forms = {"along queries": queries, "as the bias": queries | {"AS_BIAS": 1}}
+    return {name: {"attention_backward_queries": form} for name, form in forms.items()}
 
 
 def turned_attention() -> Case:

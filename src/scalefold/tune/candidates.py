@@ -127,8 +127,7 @@ def _hopper_forward(fields: Fields) -> list[Config]:
 def _hopper_keys(fields: Fields) -> list[Config]:
     """HOPPER = 0: the Triton program."""
     present = keys_default(fields, 90)
-    forms = [{"EARLY": 1, "REGISTERS": 224}, {"EARLY": 1, "REGISTERS": 232}, {"EARLY": 0, "REGISTERS": 224}]
-    return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1} | form for form in forms]
+    return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1, "REGISTERS": registers} for registers in (224, 232)]
 
 
 def _hopper_rows(fields: Fields) -> list[Config]:

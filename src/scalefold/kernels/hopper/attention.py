@@ -1,9 +1,9 @@
-"""Attention's forward and keys' gradients for compute capability 9.0 in Gluon, beside ``ops.attention``'s in Triton.
+"""Attention's forward and gradients for compute capability 9.0 in Gluon, beside ``ops.attention``'s in Triton.
 
-``forward`` and ``key_gradients`` take the arguments of the functions of ``ops.attention`` that they replace and give
-the same results, ``lse`` and ``rest`` included, so that either may follow the other. Each has an obstacle: a Gluon
-program runs only where it is known to win, which the tuned tables say (HOPPER = 1). Both sum in a fixed order and use
-no atomics: equal inputs give equal bits.
+``forward``, ``key_gradients`` and ``row_gradients`` take the arguments of the functions of ``ops.attention`` that they
+replace and give the same results, ``lse`` and ``rest`` included, so that either may follow the other. Each has an
+obstacle: a Gluon program runs only where it is known to win, which the tuned tables say (HOPPER = 1). All sum in a
+fixed order and use no atomics: equal inputs give equal bits.
 
 Triton's interpreter cannot run Gluon. What can be tested without a GPU is that the programs compile and that obstacles
 are found; what they compute is tested on a GPU.
@@ -24,8 +24,7 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from scalefold.kernels.hopper.attention_forward import hopper_forward
-    from scalefold.kernels.hopper.attention_keys import hopper_keys
-    from scalefold.kernels.hopper.gradients.attention_keys import hopper_keys_early
+    from scalefold.kernels.hopper.gradients.attention_keys import hopper_keys
     from scalefold.kernels.hopper.gradients.attention_rows import hopper_rows
     from scalefold.kernels.hopper.pieces import LOG2_E, Mask, Statistics
 
@@ -128,24 +127,12 @@ def key_gradients(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     ds = q.new_empty(batch, rows, heads, n, tuning.ceil_div(n, 8) * 8)[..., :n]  # lines of whole 16 bytes
     block_q = config["BLOCK_Q"]
-    groups, per_program = _groups(rows, config)
-    if config.get("EARLY"):
-        groups = min(config["GROUPS"], rows)
-        hopper_keys_early[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
-            *(_tiles(x, block_q) for x in (q, do, o)), *(_tiles(x, PART) for x in (k, v, dk, dv)),
-            _scores(ds, PART, block_q), bias, bias.stride(), _mask(mask, inf),
-            Statistics(lse, rest, rows, heads, n), rows, groups, SCALE=width**-0.5, KEYS=tuning.power_of_two(n),
-            STAGES=config["STAGES"], REGISTERS=config["REGISTERS"], TURNED=_is_turned(bias), num_warps=4,
-        )  # fmt: skip
-        return dk, dv, ds
-    bias = bias.contiguous() if _is_turned(bias) else bias
+    groups = min(config["GROUPS"], rows)
     hopper_keys[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
-        _tiles(q, block_q), _tiles(do, block_q), _tiles(k, PART), _tiles(v, PART),
-        _tiles(dk, PART), _tiles(dv, PART), _scores(ds, PART, block_q),
-        bias, bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
-        (o, o.stride()[:4], do, do.stride()[:4]), rows, per_program, groups,
-        SCALE=width**-0.5, D=width, KEYS=tuning.power_of_two(n), STAGES=config["STAGES"],
-        REGISTERS=config["REGISTERS"], num_warps=4,
+        *(_tiles(x, block_q) for x in (q, do, o)), *(_tiles(x, PART) for x in (k, v, dk, dv)),
+        _scores(ds, PART, block_q), bias, bias.stride(), _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
+        rows, groups, SCALE=width**-0.5, KEYS=tuning.power_of_two(n), STAGES=config["STAGES"],
+        REGISTERS=config["REGISTERS"], TURNED=_is_turned(bias), num_warps=4,
     )  # fmt: skip
     return dk, dv, ds
 
@@ -202,7 +189,7 @@ def forward_default(fields: tuning.Fields, capability: int) -> tuning.Config:
 
 def keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     """As measured best of a few."""
-    return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64, "EARLY": 0}
+    return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64}
 
 
 def rows_default(fields: tuning.Fields, capability: int) -> tuning.Config:

@@ -195,14 +195,13 @@ def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Te
     batch, rows, n, heads, width = q.shape
     config = tuning.lookup("attention_backward_queries", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
-    parts, group = tuning.ceil_div(n, blocks[1]), tuning.ceil_div(rows, min(config["GROUPS"], rows))
-    groups = tuning.ceil_div(rows, group)
+    parts, groups = tuning.ceil_div(n, blocks[1]), min(config["GROUPS"], rows)
     turned = bias.stride(-1) != 1 or not config.get("AS_BIAS")
     dq = torch.empty_like(q)
     dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
     partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
     backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
-        *_views(k, ds, dqs, partial), rows, n, heads, group, REVERSED=bool(config.get("REVERSED")), TURNED=turned,
+        *_views(k, ds, dqs, partial), rows, n, heads, TURNED=turned,
         **_constants(q, config, blocks, (k, dq)),
     )  # fmt: skip
     if parts > 1:

@@ -3,7 +3,7 @@
 A program owns 128 keys of a head and walks over rows; its bias, [keys, queries], stays in shared memory. Scores are
 [keys, queries] as well, so that weights and their gradients are left operands of products where they are, in registers.
 The producer, which would idle, sums o * do of every query (delta) on its way. Gradients of scores leave by the copy
-engine.
+engine, and in the tiles that they leave from those of keys and values follow.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -231,7 +231,7 @@ def _differentiate(
 
 
 @gluon.jit(do_not_specialize=["rows", "groups"])
-def hopper_keys_early(
+def hopper_keys(
     q_desc, do_desc, o_desc, k_desc, v_desc, dk_desc, dv_desc, ds_desc,
     bias, bias_strides, mask, statistics, rows, groups,
     SCALE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, TURNED: gl.constexpr,
