@@ -24,7 +24,7 @@ from kernels import outputs_of, results, seeds_of
 from scalefold.kernels import tuning
 from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.kernels.triton_ops import TRITON
-from scalefold.tune.operation_cases import Case, Draw, Inputs, evaluation_cases, training_cases
+from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, training_cases
 from scalefold.tune.sound.bits import repeat
 
 REPEATS, REPLAYS = 20, 30
@@ -70,51 +70,15 @@ def outer_product_forms(backward: bool) -> dict[str, Form]:
     return forms
 
 
-def attention_forms(shape: str) -> dict[str, Form]:
-    """Gradients of a bias that lie along queries or as the bias does."""
-    queries = {"BLOCK_Q": 64, "BLOCK_K": 256, "num_warps": 8, "STAGES": 3, "GROUPS": 8}
-    forms = {"along queries": queries, "as the bias": queries | {"AS_BIAS": 1}}
-    return {name: {"attention_backward_queries": form} for name, form in forms.items()}
-
-
-def turned_attention() -> Case:
-    """Attention of an ending node whose bias lies along queries."""
-
-    def build(dtype: torch.dtype = torch.bfloat16) -> Inputs:
-        draw = Draw(True, dtype)
-        projected = [draw(1, 256, 256, 128, transposed=True) for _ in range(3)]
-        bias, mask = draw(1, 4, 256, 256), draw.ones(1, 256, 256)
-
-        def call(ops: Operations) -> Tensor:
-            return ops.attention(*(x.unflatten(-1, (4, 32)) for x in projected), mask, bias.transpose(-1, -2), 1e9)
-
-        return Inputs(draw.leaves, call)
-
-    return Case("attention", "1x256x256tx4h32_turned", 52, build)
-
-
-def row_forms() -> dict[str, Form]:
-    """Gradients without a bias by either program."""
-    gluon = {"HOPPER": 1, "GROUPS": 16, "STAGES": 3, "REGISTERS": 232}
-    return {name: {"attention_hopper_rows": form} for name, form in {"Triton": TRITON_FORM, "Gluon": gluon}.items()}
-
-
 def forms_of(case: Case) -> dict[str, Form]:
     """Forms of an operation by name, launch parameters by kernel; the first is what others are compared with."""
     backward = case.calls > 0
-    if case.operation == "attention" and backward:
-        return row_forms() if case.shape.endswith("_plain") else attention_forms(case.shape)
-    if case.operation == "layer_norm_linear" and case.shape.endswith("tx128to128+128+128+128+4"):
-        along = {"Triton": TRITON_FORM, "Gluon": GLUON, "Gluon, bias along memory": GLUON | {"ALONG": 1}}
-        return {name: {"norm_linear_hopper": form} for name, form in along.items()}
     if case.operation == "outer_product_update" and not case.shape.startswith("1024x"):
         return outer_product_forms(backward)
     if case.operation == "triangle_project" and backward and case.shape.endswith("x128"):
         stored = {"triangle_project_backward": _tiles(False, 64, 64, 4, 2)}
         weights = {"triangle_project_weights": tuning.tile_config((64, 64, 4, 2))}
-        recomputed = {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)}
-        completed = {"triangle_project_weights": weights["triangle_project_weights"] | {"COMPLETED": 1}}
-        return {"stored": stored, "recomputed": recomputed | weights, "completed": recomputed | completed}
+        return {"stored": stored, "recomputed": {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)} | weights}
     if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
         return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}
     if case.operation == "gated_output" and case.shape.endswith("x256from256"):
@@ -206,7 +170,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("needs a GPU")
     deadline, known, found, late = time.monotonic() + 60 * arguments.minutes, facts(), [], 0
-    cases = [*(case for dap in arguments.dap for case in training_cases(dap)), turned_attention()]
+    cases = [case for dap in arguments.dap for case in training_cases(dap)]
     cases += [case for length in arguments.evaluation for case in evaluation_cases(length)]
     cases = [case for case in cases if forms_of(case)]
     cases = [case for case in cases if not arguments.only or any(part in case.name for part in arguments.only)]

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import complete, sigmoid, to_fp32
+from scalefold.kernels.instructions import sigmoid, to_fp32
 from scalefold.kernels.rows import (
     Affine,
     Extent,
@@ -301,7 +301,7 @@ def _tiles(product: Product, num_products: int) -> tuning.Config:
 @triton.jit
 def _add_projected(
     normed, mask, value, gate, d, partials, extent, start, end, first,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COMPLETED: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Rows start..end of output channels from ``first`` on of one operand: gradients of both weights [2 WIDTH, C] to
     ``partials``; returns those of both biases [BLOCK_N].
@@ -327,8 +327,6 @@ def _add_projected(
         sum_gate += tl.sum(to_fp32(d_gate), 1)
         acc_value = dot(d_value, x, acc_value)
         acc_gate = dot(d_gate, x, acc_gate)
-        if COMPLETED:  # else the assembler lets every product wait for the one before (its warning C7515)
-            acc_value, acc_gate = complete(acc_value), complete(acc_gate)
     tl.store(partials + offsets, acc_value)
     tl.store(partials + WIDTH * C + offsets, acc_gate)
     return sum_value, sum_gate
@@ -337,7 +335,7 @@ def _add_projected(
 @triton.jit
 def _projected_kernel(
     normed, mask, linears, d_a, d_b, partials, extent, num_rows, rows_per_split,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COMPLETED: tl.constexpr = False,
+    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (block of channels of both operands, range of rows) -> partials[range]: gradients of the four weights
     [4 WIDTH, C] and biases [4 WIDTH]. The norm [rows, C] and d [WIDTH, rows] are read by descriptors.
@@ -354,7 +352,7 @@ def _projected_kernel(
             own = partials + 2 * side * WIDTH * C
             sum_value, sum_gate = _add_projected(
                 normed, mask, linears[2 * side], linears[2 * side + 1], ds[side], own, extent, start, end, first,
-                WIDTH, C, BLOCK_M, BLOCK_N, COMPLETED,
+                WIDTH, C, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             sums = partials + 4 * WIDTH * C + 2 * side * WIDTH + first + tl.arange(0, BLOCK_N)
             tl.store(sums, sum_value)

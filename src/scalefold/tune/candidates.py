@@ -127,7 +127,7 @@ def _hopper_forward(fields: Fields) -> list[Config]:
 def _hopper_keys(fields: Fields) -> list[Config]:
     """HOPPER = 0: the Triton program."""
     present = keys_default(fields, 90)
-    return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1, "REGISTERS": registers} for registers in (224, 232)]
+    return [present | {"HOPPER": hopper} for hopper in (0, 1)]
 
 
 def _hopper_rows(fields: Fields) -> list[Config]:

@@ -76,8 +76,6 @@ def _obstacle(inputs: tuple[Tensor, ...], bias: Tensor | None) -> str | None:
         return reason
     if inputs[0].shape[4] not in WIDTHS:
         return f"{inputs[0].shape[4]} channels per head, not one of {WIDTHS}"
-    if bias is not None and 1 not in bias.stride()[-2:]:
-        return "the bias lies neither along keys nor along queries"
     if not all(map(_is_aligned, inputs)):
         return "the copy engine needs rows that start at multiples of 16 bytes"
     return None
@@ -85,11 +83,6 @@ def _obstacle(inputs: tuple[Tensor, ...], bias: Tensor | None) -> str | None:
 
 def _launch_parameters(kernel: str, q: Tensor, bias: Tensor | None) -> tuning.Config:
     return tuning.lookup(kernel, **tuning.attention_fields(q, bias is not None))
-
-
-def _is_turned(bias: Tensor | None) -> bool:
-    """Whether a bias lies along queries, as that of transposed rows does, and not along keys."""
-    return bias is not None and bias.stride(-1) != 1
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -110,9 +103,9 @@ def forward(
     groups, per_program = _groups(rows, config)
     hopper_forward[(n // (PART * CONSUMERS), heads, batch * groups)](
         _tiles(q, PART), _tiles(k, n), _tiles(v, n), _tiles(o, PART),
-        bias, None if bias is None else bias.stride(), _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
+        bias, None if bias is None else bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
         rows, per_program, groups,
-        SCALE=width**-0.5, SAVE=save, STAGES=config["STAGES"], TURNED=_is_turned(bias), num_warps=4,
+        SCALE=width**-0.5, SAVE=save, STAGES=config["STAGES"], num_warps=4,
     )  # fmt: skip
     return (o, lse, rest) if save else (o, None, None)
 
@@ -130,9 +123,9 @@ def key_gradients(
     groups = min(config["GROUPS"], rows)
     hopper_keys[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
         *(_tiles(x, block_q) for x in (q, do, o)), *(_tiles(x, PART) for x in (k, v, dk, dv)),
-        _scores(ds, PART, block_q), bias, bias.stride(), _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
+        _scores(ds, PART, block_q), bias, bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
         rows, groups, SCALE=width**-0.5, KEYS=tuning.power_of_two(n), STAGES=config["STAGES"],
-        REGISTERS=config["REGISTERS"], TURNED=_is_turned(bias), num_warps=4,
+        REGISTERS=config["REGISTERS"], num_warps=4,
     )  # fmt: skip
     return dk, dv, ds
 

@@ -91,20 +91,14 @@ def _store_mask(shift, least, mask, b, s):
 
 
 @gluon.jit
-def _keep_bias(bias, strides, tile, place, line, SCALE: gl.constexpr, TURNED: gl.constexpr):
-    """Bias of this consumer's queries and all keys into its tile, in units of products.
-
-    TURNED: it lies along queries; a lane then reads 8 queries of one key, those of a warp side by side.
-    """
+def _keep_bias(bias, strides, tile, place, line, SCALE: gl.constexpr):
+    """Bias of this consumer's queries and all keys into its tile, in units of products."""
     KEYS: gl.constexpr = tile.shape[1]
-    if TURNED:
-        READ: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [4, 1], [0, 1])
-    else:
-        READ: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (KEYS // 8), KEYS // 8], [4, 1], [1, 0])
+    READ: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (KEYS // 8), KEYS // 8], [4, 1], [1, 0])
     queries = line + gl.arange(0, PART, layout=gl.SliceLayout(1, READ))
     keys = gl.arange(0, KEYS, layout=gl.SliceLayout(0, READ))
     base = bias + place.b.to(gl.int64) * strides[0] + place.h * strides[1]
-    values = gl.load(base + queries[:, None] * strides[2] + keys[None, :] * strides[3])
+    values = gl.load(base + queries[:, None] * strides[2] + keys[None, :])
     tile.store(values.to(gl.float32) * (1.0 / SCALE))
     group_barrier()
 
@@ -195,16 +189,14 @@ def _store_statistics(statistics, place, s, line, top, total):
 
 
 @gluon.jit
-def _attend(
-    shared, GROUP: gl.constexpr, SCALE: gl.constexpr, SAVE: gl.constexpr, STAGES: gl.constexpr, TURNED: gl.constexpr
-):  # fmt: skip
+def _attend(shared, GROUP: gl.constexpr, SCALE: gl.constexpr, SAVE: gl.constexpr, STAGES: gl.constexpr):
     """A consumer: softmax over all keys of its PART queries, row by row."""
     o_desc, tiles, barriers, place, bias, bias_strides, statistics = shared
     turn = barriers.turn
     line = place.line + GROUP * PART
     own = tiles.o.index(GROUP)
     if bias is not None:
-        _keep_bias(bias, bias_strides, tiles.bias.index(GROUP), place, line, SCALE, TURNED)
+        _keep_bias(bias, bias_strides, tiles.bias.index(GROUP), place, line, SCALE)
     products = _products(tiles, barriers, bias, 0, GROUP, STAGES)
     masked = _is_masked(tiles, 0)
     scores = warpgroup_mma_wait(0, deps=[products])
@@ -228,10 +220,10 @@ def _attend(
 @gluon.jit(do_not_specialize=["rows", "per_program", "groups"])
 def hopper_forward(
     q_desc, k_desc, v_desc, o_desc, bias, bias_strides, mask, statistics, rows, per_program, groups,
-    SCALE: gl.constexpr, SAVE: gl.constexpr, STAGES: gl.constexpr, TURNED: gl.constexpr,
+    SCALE: gl.constexpr, SAVE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """q, k, v, o: descriptors of [B, S, N, H, D], k and v of all keys; bias: [B, H, N, N] with its strides or None;
-    TURNED: it lies along queries.
+    """q, k, v, o: descriptors of [B, S, N, H, D], k and v of all keys; bias: [B, H, N, N] with strides (B, H, N) or
+    None.
     """
     place = place_of(rows, groups, per_program, CONSUMERS * PART)
     KEYS: gl.constexpr = k_desc.block_type.shape[2]
@@ -251,8 +243,8 @@ def hopper_forward(
     shared = (o_desc, tiles, barriers, place, bias, bias_strides, statistics)
     gl.warp_specialize(
         [
-            (_attend, (shared, 0, SCALE, SAVE, STAGES, TURNED)),
-            (_attend, (shared, 1, SCALE, SAVE, STAGES, TURNED)),
+            (_attend, (shared, 0, SCALE, SAVE, STAGES)),
+            (_attend, (shared, 1, SCALE, SAVE, STAGES)),
             (_fetch, ((q_desc, k_desc, v_desc), tiles, barriers, place, mask, STAGES)),
         ],
         [4, 4],

@@ -65,7 +65,7 @@ def projections_obstacle(
     x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> str | None:
     """Why ``project`` cannot or should not take these arguments of ``ops.linear``, or None."""
-    transposed = int(_is_transposed(x))
+    transposed = int(memory_order(x) != tuple(range(x.dim() - 1)))
     biased = [bias is not None for bias in biases]
     if x.shape[-1] == MSA_CHANNELS:
         reason = _wide_obstacle(x, row_mask, weights, biased)
@@ -74,16 +74,6 @@ def projections_obstacle(
     if row_mask is not None or biased != [False, False, False, True, False] or narrow.shape[0] > BIAS_ROWS:
         return "not queries, keys, values, gates with a bias, and an attention bias"
     return _program_obstacle(x, wide, [narrow]) or preference("norm_linear_hopper", x, transposed=transposed)
-
-
-def is_along(x: Tensor) -> bool:
-    """Whether the attention bias that ``project`` finds for a transposed x lies along memory, so along queries."""
-    fields = tuning.row_fields(x.shape[:-1].numel(), x.dtype, c=x.shape[-1], transposed=int(_is_transposed(x)))
-    return bool(tuning.lookup("norm_linear_hopper", **fields).get("ALONG"))
-
-
-def _is_transposed(x: Tensor) -> bool:
-    return memory_order(x) != tuple(range(x.dim() - 1))
 
 
 def _wide_obstacle(x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biased: Sequence[bool]) -> str | None:

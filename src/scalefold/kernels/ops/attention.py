@@ -50,10 +50,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None
     """Triton version of ``reference.attention``; gradients of q, k, v and bias, once differentiable.
 
     q, k, v: [B, S, N, H, D] with any strides over B, S, N, H (copied if D is not contiguous), D <= 128; mask:
-    [B, S, N]; bias: [B, H, N, N] (where Triton reads it copied if keys are not
+    [B, S, N]; bias: [B, H, N, N] (copied if keys are not
     contiguous) or None -> [B, S, N, H, D] in the type and memory order of q.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if bias is not None and bias.stride(-1) != 1:  # read once per row of q: a copy beats as many gathers
+        bias = bias.contiguous()
     return _Attention.apply(q, k, v, mask, bias, inf)
 
 
@@ -62,8 +64,6 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | None, inf: float) -> Tensor:
         save = any(ctx.needs_input_grad)
         gluon = chosen("attention forward", hopper.forward_obstacle(q, k, v, bias))
-        if bias is not None and bias.stride(-1) != 1 and not gluon:  # a copy beats as many gathers as q has rows
-            bias = bias.contiguous()
         take = hopper.forward if gluon else _forward
         o, lse, rest = take(q, k, v, mask, bias, inf, save)
         if save:
@@ -191,23 +191,20 @@ def _key_gradients(
 
 
 def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-    """dq and the gradient of the bias, which lies as the bias does."""
+    """dq and the gradient of the bias, a view with keys outermost."""
     batch, rows, n, heads, width = q.shape
     config = tuning.lookup("attention_backward_queries", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
     parts, groups = tuning.ceil_div(n, blocks[1]), min(config["GROUPS"], rows)
-    turned = bias.stride(-1) != 1 or not config.get("AS_BIAS")
     dq = torch.empty_like(q)
     dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
     partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
     backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
-        *_views(k, ds, dqs, partial), rows, n, heads, TURNED=turned,
-        **_constants(q, config, blocks, (k, dq)),
+        *_views(k, ds, dqs, partial), rows, n, heads, **_constants(q, config, blocks, (k, dq)),
     )  # fmt: skip
     if parts > 1:
         dq = dqs.sum(0).to(q.dtype)
-    d_bias = sum_partials(partial.flatten(1), bias.dtype).view(batch, heads, n, n)
-    return dq, d_bias.transpose(-1, -2) if turned else d_bias
+    return dq, sum_partials(partial.flatten(1), bias.dtype).view(batch, heads, n, n).transpose(-1, -2)
 
 
 def _config(block_q: int, block_k: int, num_warps: int, stages: int, **extra: int) -> tuning.Config:

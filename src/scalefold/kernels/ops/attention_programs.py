@@ -357,12 +357,11 @@ def backward_queries(
     k, ds, dq, partial, rows, n, heads,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, TURNED: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of queries of one head, for a group of rows, and the sum of their gradients of scores.
 
-    With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile. TURNED: the sums lie along
-    queries, else along keys.
+    With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile.
     """
     tiles = tl.cdiv(n, BLOCK_Q)
     offs_q = (tl.program_id(0) % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -384,7 +383,4 @@ def backward_queries(
     group = tl.program_id(1).to(tl.int64)
     strides = partial.strides
     own_partial = partial.pointer + (group * strides[0] + b * strides[1] + h * strides[2])
-    if TURNED:
-        _store_scores(own_partial, total, offs_k, offs_q, strides[3], n, EVEN)
-    else:
-        _store_scores(own_partial, tl.trans(total), offs_q, offs_k, strides[3], n, EVEN)
+    _store_scores(own_partial, total, offs_k, offs_q, strides[3], n, EVEN)

@@ -247,13 +247,12 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     out = x.new_empty(num_wide, count, width)
     outs = [_in_order(order, part, x.shape) for part in out.unbind(0)]
     narrow_out = None
-    gluon = chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases))
     if narrow:
-        narrow_out = _narrow_out(x, narrow[0].shape[0], order if gluon and hopper.is_along(x) else range(x.dim() - 1))
+        narrow_out = x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1)
     results = tuple(outs if narrow_out is None else [*outs, narrow_out])
     bias, bias_start = _fused_bias(biases[:num_wide], width)
     weight, blocks = fused_view(wide) if wide else None, None
-    if gluon:
+    if chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
         hopper.project(x, norm, Affine(weight, bias), narrow[0] if narrow else None, out, narrow_out)
         return results
     config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)
@@ -271,14 +270,6 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
         bias_start=bias_start, N=num_wide * width, WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, C=c,
     )  # fmt: skip
     return results
-
-
-def _narrow_out(x: Tensor, width: int, order: Sequence[int]) -> Tensor:
-    """Uninitialised [*, width] for x: [*, c], stored channels first behind the first dimension, rows in ``order``."""
-    first, *rest = order
-    stored = x.new_empty(x.shape[first], width, *(x.shape[d] for d in rest))
-    places = {first: 0, **{d: n + 2 for n, d in enumerate(rest)}}
-    return stored.permute(*(places[d] for d in range(x.dim() - 1)), 1)
 
 
 def input_gradient(

@@ -115,25 +115,20 @@ def _delta(o, do):
 
 
 @gluon.jit
-def _keep_bias(
-    bias, strides, tiles, place, n, line, FIRST: gl.constexpr, STEPS: gl.constexpr, TURNED: gl.constexpr
-):  # fmt: skip
+def _keep_bias(bias, strides, tiles, place, n, line, FIRST: gl.constexpr, STEPS: gl.constexpr):
     """Bias of this consumer's keys and all queries, transposed on its way into shared memory.
 
-    A lane reads 8 keys of one query; the 32 queries of a warp then lie side by side. TURNED: it lies along queries.
+    A lane reads 8 keys of one query; the 32 queries of a warp then lie side by side.
     """
     BLOCK_Q: gl.constexpr = tiles.shape[2]
-    if TURNED:
-        READ: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    else:
-        READ: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [4, 1], [0, 1])
+    READ: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [4, 1], [0, 1])
     keys = line + gl.arange(0, PART, layout=gl.SliceLayout(1, READ))
     base = bias + place.b.to(gl.int64) * strides[0] + place.h * strides[1]
     found = ()  # all on their way before the first is waited for
     for step in gl.static_range(STEPS):
         queries = step * BLOCK_Q + gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, READ))
         inside = (keys < n)[:, None] & (queries < n)[None, :]
-        found += (gl.load(base + queries[None, :] * strides[2] + keys[:, None] * strides[3], mask=inside, other=0.0),)
+        found += (gl.load(base + queries[None, :] * strides[2] + keys[:, None], mask=inside, other=0.0),)
     for step in gl.static_range(STEPS):
         tiles.index(FIRST + step).store(found[step])
     group_barrier()
@@ -149,7 +144,7 @@ def _start(bias, shift, delta, SCALE: gl.constexpr, SCORES: gl.constexpr):
 
 @gluon.jit
 def _differentiate(
-    shared, GROUP: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr, TURNED: gl.constexpr
+    shared, GROUP: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr
 ):  # fmt: skip
     """A consumer: gradients of its PART keys and values, and of their scores, row by row.
 
@@ -165,7 +160,7 @@ def _differentiate(
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
     line = place.line + GROUP * PART
-    _keep_bias(bias, bias_strides, bias_s, place, statistics.n, line, GROUP * STEPS, STEPS, TURNED)
+    _keep_bias(bias, bias_strides, bias_s, place, statistics.n, line, GROUP * STEPS, STEPS)
     for i in range(place.count):
         stage = i % STAGES
         s = place.first + i * groups
@@ -234,10 +229,10 @@ def _differentiate(
 def hopper_keys(
     q_desc, do_desc, o_desc, k_desc, v_desc, dk_desc, dv_desc, ds_desc,
     bias, bias_strides, mask, statistics, rows, groups,
-    SCALE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr, TURNED: gl.constexpr,
+    SCALE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """Descriptors of [B, S, N, H, D] and, ds, of [B * S * H, N keys, N queries]; bias: [B, H, N, N] with its strides;
-    TURNED: it lies along queries.
+    """Descriptors of [B, S, N, H, D] and, ds, of [B * S * H, N keys, N queries]; bias: [B, H, N, N] with strides
+    (B, H, N).
     """
     place = place_among(rows, groups)
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
@@ -259,8 +254,8 @@ def hopper_keys(
     shared = (outs, tiles, bias_s, ds_s, barriers, place, groups, bias, bias_strides, statistics)
     gl.warp_specialize(
         [
-            (_differentiate, (shared, 0, SCALE, STAGES, STEPS, TURNED)),
-            (_differentiate, (shared, 1, SCALE, STAGES, STEPS, TURNED)),
+            (_differentiate, (shared, 0, SCALE, STAGES, STEPS)),
+            (_differentiate, (shared, 1, SCALE, STAGES, STEPS)),
             (fetch_row, (given, SCALE, STAGES, STEPS)),
         ],
         [4, 4],
