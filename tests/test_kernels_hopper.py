@@ -1,4 +1,4 @@
-"""Attention in Gluon, forward and keys' gradients: which calls the programs take and that they compile, without a GPU;
+"""Attention in Gluon, forward and gradients: which calls the programs take and that they compile, without a GPU;
 what they compute, on one of 9.0.
 
 Triton's interpreter cannot run Gluon.
@@ -49,6 +49,12 @@ def obstacle(x, inf=1e9, bias=None):
     """That of keys' gradients."""
     with tuning.override("attention_hopper_keys", PREFERRED):
         return hopper.keys_obstacle(x, x, x, x, bias_of() if bias is None else bias, inf)
+
+
+def rows_obstacle(x, inf=1e9):
+    """That of the gradients without a bias."""
+    with tuning.override("attention_hopper_rows", PREFERRED):
+        return hopper.rows_obstacle(x, x, x, x, inf)
 
 
 def forward_obstacle(x, bias=None):
@@ -119,6 +125,33 @@ def test_what_the_programs_cannot_take_is_named(compiled, x, inf, reason):
     assert reason in str(obstacle(x, inf))
 
 
+@pytest.mark.parametrize("n", [65, 100, 128])
+@pytest.mark.parametrize("width", [8, 16, 32])
+def test_rows_of_65_to_128_keys_without_a_bias_have_no_obstacle(compiled, n, width):
+    assert rows_obstacle(rows_of(n=n, width=width)) is None
+
+
+@pytest.mark.parametrize(
+    ("x", "inf", "reason"),
+    [
+        (rows_of(n=64), 1e9, "rows of 64 keys, not 65 to 128"),
+        (rows_of(n=129), 1e9, "rows of 129 keys"),
+        (rows_of(n=128, width=64), 1e9, "64 channels"),
+        (rows_of(n=128, dtype=torch.float32), 1e9, "float32 is not bfloat16"),
+        (rows_of(n=128), 1e5, "a mask of 100000 does not swallow scores"),
+    ],
+    ids=["short", "long", "wide", "float32", "inf"],
+)
+def test_what_gradients_without_a_bias_cannot_take_is_named(compiled, x, inf, reason):
+    assert reason in str(rows_obstacle(x, inf))
+
+
+@pytest.mark.parametrize("dap_size", [1, 2, 4, 8])
+def test_gradients_of_the_msa_s_columns_are_preferred_in_gluon(compiled, dap_size):
+    x = rows_of(256 // dap_size, n=128, heads=8)
+    assert hopper.rows_obstacle(x, x, x, x, 1e9) is None
+
+
 @pytest.mark.parametrize("target", [80, 100])
 def test_other_compute_capabilities_keep_triton(monkeypatch, target):
     monkeypatch.setattr(hopper_choice, "INTERPRETED", tl.constexpr(False))
@@ -153,6 +186,12 @@ def test_without_an_entry_in_the_tables_triton_is_preferred(compiled, monkeypatc
 def test_key_gradients_are_preferred_where_they_were_found_faster(compiled, rows, heads, width, preferred):
     x = rows_of(rows=rows, heads=heads, width=width)
     assert (hopper.keys_obstacle(x, x, x, x, bias_of(heads), 1e9) is None) == preferred
+
+
+@pytest.mark.parametrize("dap_size", [1, 2])
+def test_key_gradients_of_templates_are_preferred(compiled, dap_size):
+    x = torch.empty(4, 256 // dap_size, 256, 4, 16, dtype=torch.bfloat16, device="meta")
+    assert hopper.keys_obstacle(x, x, x, x, bias_of(4).expand(4, -1, -1, -1), 1e9) is None
 
 
 @pytest.mark.parametrize("dap_size", [1, 2, 4, 8])
@@ -244,6 +283,21 @@ def test_a_backward_takes_gluon_where_nothing_stands_in_its_way(compiled, monkey
     assert messages(caplog) == []
 
 
+def test_a_backward_without_a_bias_takes_gluon_where_nothing_stands_in_its_way(compiled, monkeypatch):
+    def named(name):
+        return lambda q, k, v, *_: calls.append(name) or tuple(map(torch.empty_like, (q, k, v)))
+
+    calls = []
+    monkeypatch.setattr(hopper, "row_gradients", named("Gluon"))
+    monkeypatch.setattr(twin, "_gradients", named("Triton"))
+    monkeypatch.setattr(hopper, "forward", lambda q, *_: (torch.empty_like(q), None, None))
+    for n in (128, 48):
+        q, k, v = (rows_of(rows=256, n=n, heads=8).requires_grad_() for _ in range(3))
+        monkeypatch.setattr(twin, "_forward", lambda q, *_: (torch.empty_like(q), None, None))
+        twin.attention(q, k, v, torch.ones(1, 256, n, device="meta"), None, 1e9).sum().backward()
+    assert calls == ["Gluon", "Triton"]
+
+
 def test_a_backward_says_once_why_it_stays_with_triton(compiled, monkeypatch, caplog):
     choice._explained.clear()
     with caplog.at_level(logging.INFO):
@@ -294,6 +348,7 @@ def test_without_gluon_everything_imports_and_the_reason_is_known(repository):
 
 PROGRAMS = [
     ("msa_row", "keys", "GROUPS=8 STAGES=2 REGISTERS=224 BLOCK_Q=64"),
+    ("msa_column", "rows", "GROUPS=16 STAGES=3 REGISTERS=232"),
     ("msa_row", "forward", "GROUPS=8 STAGES=2"),
     ("msa_column", "forward", "GROUPS=16 STAGES=4"),
 ]
@@ -348,7 +403,12 @@ def case_of(name):
 BIASED = ["triangle_start", "triangle_end", "triangle_masked", "msa_row_124", "template"]
 KEYS_CASES = [*BIASED, "awkward"]
 FORWARD_CASES = [*BIASED, "msa_column", "msa_column_dap2", "awkward_rows", "awkward_columns"]
-GPU_CASES = [("keys", name) for name in KEYS_CASES] + [("forward", name) for name in FORWARD_CASES]
+ROWS_CASES = ["msa_column", "msa_column_dap2", "awkward_columns", "short_columns"]
+GPU_CASES = [
+    *(("keys", name) for name in KEYS_CASES),
+    *(("forward", name) for name in FORWARD_CASES),
+    *(("rows", name) for name in ROWS_CASES),
+]
 
 
 @pytest.mark.gpu

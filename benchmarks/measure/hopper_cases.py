@@ -14,7 +14,7 @@ from scalefold.kernels.ops import attention as twin
 from scalefold.tune.candidates import CANDIDATES
 
 INF = 1e9
-KERNELS = {pass_: f"attention_hopper_{pass_}" for pass_ in ("forward", "keys")}
+KERNELS = {pass_: f"attention_hopper_{pass_}" for pass_ in ("forward", "keys", "rows")}
 ALLOWED = 1.2  # times the twin's own error
 SLACK = 1e-6  # what rounding in another order may add to a result that is nearly exact
 
@@ -35,7 +35,7 @@ class Case:
     @property
     def passes(self) -> list[str]:
         """Those that have a Gluon program."""
-        fits = {"forward": self.shape[2] == hopper.LENGTHS[self.biased], "keys": self.biased}
+        fits = {"forward": self.shape[2] == hopper.LENGTHS[self.biased], "keys": self.biased, "rows": not self.biased}
         return [pass_ for pass_ in KERNELS if fits[pass_]]
 
 
@@ -53,6 +53,7 @@ CASES = (
     Case("awkward", (2, 5, 201, 4, 32), masked=True),
     Case("awkward_rows", (2, 5, 256, 4, 32), masked=True),
     Case("awkward_columns", (2, 37, 128, 8, 32), biased=False, transposed=True, masked=True),
+    Case("short_columns", (2, 7, 100, 8, 32), biased=False, masked=True),
     Case("template", (4, 256, 256, 4, 16)),
     Case("extra_msa_row", (1, 1024, 256, 8, 8)),
 )
@@ -121,6 +122,7 @@ def _exact_rows(q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Tensor, *, bi
         "o": o,
         "lse": torch.logsumexp(logits, -1) * math.log2(math.e),
         "rest": torch.where(kept, 1.0, 1.0 / mask.shape[-1]),
+        "dq": torch.einsum("bshqk,bskhd->bsqhd", ds, k) * scale,
         "dk": torch.einsum("bshqk,bsqhd->bskhd", ds, q) * scale,
         "dv": torch.einsum("bshqk,bsqhd->bskhd", weights, do),
         "ds": ds.transpose(-1, -2),
@@ -132,10 +134,11 @@ class Implementation(NamedTuple):
 
     forward: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
     keys: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    rows: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-TWIN = Implementation(twin._forward, twin._key_gradients)
-HOPPER = Implementation(hopper.forward, hopper.key_gradients)
+TWIN = Implementation(twin._forward, twin._key_gradients, twin._gradients)
+HOPPER = Implementation(hopper.forward, hopper.key_gradients, hopper.row_gradients)
 
 
 def run_forward(how: Implementation, inputs: Inputs) -> Results:
@@ -150,6 +153,9 @@ def run(pass_: str, how: Implementation, inputs: Inputs, saved: Results) -> Resu
     if pass_ == "forward":
         return run_forward(how, inputs)
     q, k, v, mask, bias, do = inputs
+    if pass_ == "rows":
+        found = how.rows(q, k, v, mask, saved["o"], do, saved["lse"], saved["rest"], INF)
+        return dict(zip(("dq", "dk", "dv"), found, strict=True))
     found = how.keys(q, k, v, mask, bias, saved["o"], do, saved["lse"], saved["rest"], INF)
     return dict(zip(("dk", "dv", "ds"), found, strict=True))
 

@@ -7,7 +7,7 @@ The lists hold what has won or come close on some GPU at some shape; a kernel wi
 import itertools
 from collections.abc import Callable, Iterable
 
-from scalefold.kernels.hopper.attention import forward_default, keys_default
+from scalefold.kernels.hopper.attention import forward_default, keys_default, rows_default
 from scalefold.kernels.tuning import Config, Fields, tile_config
 from scalefold.kernels.weight_gradient import NARROWEST
 
@@ -127,7 +127,12 @@ def _hopper_forward(fields: Fields) -> list[Config]:
 def _hopper_keys(fields: Fields) -> list[Config]:
     """HOPPER = 0: the Triton program."""
     present = keys_default(fields, 90)
-    return [present | {"HOPPER": 0}] + [present | {"HOPPER": 1, "REGISTERS": registers} for registers in (224, 232)]
+    return [present | {"HOPPER": hopper} for hopper in (0, 1)]
+
+
+def _hopper_rows(fields: Fields) -> list[Config]:
+    """The Triton program and the one in Gluon."""
+    return [rows_default(fields, 90) | {"HOPPER": hopper} for hopper in (0, 1)]
 
 
 def _row_programs(fields: Fields) -> list[Config]:
@@ -182,6 +187,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "attention_forward": _attention_forward,
     "attention_hopper_forward": _hopper_forward,
     "attention_hopper_keys": _hopper_keys,
+    "attention_hopper_rows": _hopper_rows,
     "gated_output_backward": _tiles(GATED_OUTPUT),
     "gated_output_forward": _tiles(GATED_OUTPUT),
     "gated_output_hopper": _row_programs,

@@ -1,9 +1,9 @@
-"""Attention's forward and keys' gradients for compute capability 9.0 in Gluon, beside ``ops.attention``'s in Triton.
+"""Attention's forward and gradients for compute capability 9.0 in Gluon, beside ``ops.attention``'s in Triton.
 
-``forward`` and ``key_gradients`` take the arguments of the functions of ``ops.attention`` that they replace and give
-the same results, ``lse`` and ``rest`` included, so that either may follow the other. Each has an obstacle: a Gluon
-program runs only where it is known to win, which the tuned tables say (HOPPER = 1). Both sum in a fixed order and use
-no atomics: equal inputs give equal bits.
+``forward``, ``key_gradients`` and ``row_gradients`` take the arguments of the functions of ``ops.attention`` that they
+replace and give the same results, ``lse`` and ``rest`` included, so that either may follow the other. Each has an
+obstacle: a Gluon program runs only where it is known to win, which the tuned tables say (HOPPER = 1). All sum in a
+fixed order and use no atomics: equal inputs give equal bits.
 
 Triton's interpreter cannot run Gluon. What can be tested without a GPU is that the programs compile and that obstacles
 are found; what they compute is tested on a GPU.
@@ -24,7 +24,8 @@ try:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from scalefold.kernels.hopper.attention_forward import hopper_forward
-    from scalefold.kernels.hopper.attention_keys import hopper_keys
+    from scalefold.kernels.hopper.gradients.attention_keys import hopper_keys
+    from scalefold.kernels.hopper.gradients.attention_rows import hopper_rows
     from scalefold.kernels.hopper.pieces import LOG2_E, Mask, Statistics
 
     MISSING = None
@@ -56,6 +57,17 @@ def keys_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, bias: Tensor, inf
     if inf < LEAST_INF:
         return f"a mask of {inf:g} does not swallow scores"
     return choice.preference(_launch_parameters("attention_hopper_keys", q, bias))
+
+
+def rows_obstacle(q: Tensor, k: Tensor, v: Tensor, do: Tensor, inf: float) -> str | None:
+    """Why ``row_gradients`` cannot or should not run, or None."""
+    if reason := _obstacle((q, k, v, do), None):
+        return reason
+    if not PART < q.shape[2] <= PART * CONSUMERS:
+        return f"rows of {q.shape[2]} keys, not {PART + 1} to {PART * CONSUMERS}"
+    if inf < LEAST_INF:
+        return f"a mask of {inf:g} does not swallow scores"
+    return choice.preference(_launch_parameters("attention_hopper_rows", q, None))
 
 
 def _obstacle(inputs: tuple[Tensor, ...], bias: Tensor | None) -> str | None:
@@ -108,16 +120,30 @@ def key_gradients(
     dk, dv = torch.empty_like(k), torch.empty_like(v)
     ds = q.new_empty(batch, rows, heads, n, tuning.ceil_div(n, 8) * 8)[..., :n]  # lines of whole 16 bytes
     block_q = config["BLOCK_Q"]
-    groups, per_program = _groups(rows, config)
+    groups = min(config["GROUPS"], rows)
     hopper_keys[(tuning.ceil_div(n, PART * CONSUMERS), heads, batch * groups)](
-        _tiles(q, block_q), _tiles(do, block_q), _tiles(k, PART), _tiles(v, PART),
-        _tiles(dk, PART), _tiles(dv, PART), _scores(ds, PART, block_q),
-        bias, bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
-        (o, o.stride()[:4], do, do.stride()[:4]), rows, per_program, groups,
-        SCALE=width**-0.5, D=width, KEYS=tuning.power_of_two(n), STAGES=config["STAGES"],
+        *(_tiles(x, block_q) for x in (q, do, o)), *(_tiles(x, PART) for x in (k, v, dk, dv)),
+        _scores(ds, PART, block_q), bias, bias.stride()[:3], _mask(mask, inf), Statistics(lse, rest, rows, heads, n),
+        rows, groups, SCALE=width**-0.5, KEYS=tuning.power_of_two(n), STAGES=config["STAGES"],
         REGISTERS=config["REGISTERS"], num_warps=4,
     )  # fmt: skip
     return dk, dv, ds
+
+
+def row_gradients(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, o: Tensor, do: Tensor, lse: Tensor, rest: Tensor, inf: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``ops.attention._gradients``: dq, dk and dv without a bias."""
+    batch, rows, n, heads, width = q.shape
+    config = _launch_parameters("attention_hopper_rows", q, None)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    groups = min(config["GROUPS"], rows)
+    hopper_rows[(1, heads, batch * groups)](
+        *(_tiles(x, PART) for x in (q, do, o, k, v, dq, dk, dv)), _mask(mask, inf),
+        Statistics(lse, rest, rows, heads, n), rows, groups,
+        SCALE=width**-0.5, STAGES=config["STAGES"], REGISTERS=config["REGISTERS"], num_warps=4,
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 def _groups(rows: int, config: tuning.Config) -> tuple[int, int]:
@@ -159,6 +185,11 @@ def keys_default(fields: tuning.Fields, capability: int) -> tuning.Config:
     return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 2, "REGISTERS": 224, "BLOCK_Q": 64}
 
 
+def rows_default(fields: tuning.Fields, capability: int) -> tuning.Config:
+    """As many rows on their way as shared memory holds."""
+    return {"HOPPER": 0, "GROUPS": _filling(fields), "STAGES": 3, "REGISTERS": 232}
+
+
 def _filling(fields: tuning.Fields) -> int:
     """Groups of rows that fill all multiprocessors once: a program takes one for itself."""
     tiles = int(fields["batch"]) * int(fields["heads"]) * tuning.ceil_div(int(fields["n"]), PART * CONSUMERS)
@@ -167,3 +198,4 @@ def _filling(fields: tuning.Fields) -> int:
 
 tuning.register("attention_hopper_forward", forward_default)
 tuning.register("attention_hopper_keys", keys_default)
+tuning.register("attention_hopper_rows", rows_default)

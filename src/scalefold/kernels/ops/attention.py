@@ -77,7 +77,9 @@ class _Attention(torch.autograd.Function):
         q, k, v, mask, bias, o, lse, rest = ctx.saved_tensors
         do = do if do.stride(-1) == 1 else do.contiguous()
         if bias is None:
-            return *_gradients(q, k, v, mask, o, do, lse, rest, ctx.inf), None, None, None
+            gluon = chosen("attention gradients", hopper.rows_obstacle(q, k, v, do, ctx.inf))
+            take = hopper.row_gradients if gluon else _gradients
+            return *take(q, k, v, mask, o, do, lse, rest, ctx.inf), None, None, None
         gluon = chosen("attention keys' gradients", hopper.keys_obstacle(q, k, v, do, bias, ctx.inf))
         take = hopper.key_gradients if gluon else _key_gradients
         dk, dv, ds = take(q, k, v, mask, bias, o, do, lse, rest, ctx.inf)
@@ -193,13 +195,12 @@ def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Te
     batch, rows, n, heads, width = q.shape
     config = tuning.lookup("attention_backward_queries", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
-    parts, group = tuning.ceil_div(n, blocks[1]), tuning.ceil_div(rows, min(config["GROUPS"], rows))
-    groups = tuning.ceil_div(rows, group)
+    parts, groups = tuning.ceil_div(n, blocks[1]), min(config["GROUPS"], rows)
     dq = torch.empty_like(q)
     dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
     partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
     backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
-        *_views(k, ds, dqs, partial), rows, n, heads, group, **_constants(q, config, blocks, (k, dq)),
+        *_views(k, ds, dqs, partial), rows, n, heads, **_constants(q, config, blocks, (k, dq)),
     )  # fmt: skip
     if parts > 1:
         dq = dqs.sum(0).to(q.dtype)

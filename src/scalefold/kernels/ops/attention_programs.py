@@ -352,9 +352,9 @@ def backward_keys(
     _store_rows(_of_row(dv, b, s, h, ALIGN), offs_k, dv.strides[2], n, dv_sum, D, BLOCK_D, EVEN)
 
 
-@triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
+@triton.jit(do_not_specialize=["rows", "n"])
 def backward_queries(
-    k, ds, dq, partial, rows, n, heads, rows_per_program,
+    k, ds, dq, partial, rows, n, heads,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -373,10 +373,8 @@ def backward_queries(
     own_ds = ds.pointer + (b * ds.strides[0] + h * ds.strides[2])
     own_dq = dq.pointer + (part * dq.strides[0] + b * dq.strides[1] + _head(h, dq.strides[4], ALIGN))
     total = tl.zeros([BLOCK_K, BLOCK_Q], tl.float32)
-    first = tl.program_id(1) * rows_per_program
-    last = tl.minimum(first + rows_per_program, rows)
-    for row in tl.range(first, last, num_stages=STAGES):
-        s = tl.cast(row, tl.int64)
+    for before in tl.range(tl.program_id(1), rows, tl.num_programs(1), num_stages=STAGES):
+        s = tl.cast(rows - 1 - before, tl.int64)  # what was written last may still be in the cache
         tile = _load_bias(own_ds + s * ds.strides[1], offs_k, offs_q, ds.strides[3], 1, n, EVEN)
         keys = _load_rows(own_k + s * k.strides[1], offs_k, k.strides[2], n, D, BLOCK_D, EVEN)
         gradient = tl.dot(tl.trans(tile), keys, input_precision=PRECISION) * SCALE

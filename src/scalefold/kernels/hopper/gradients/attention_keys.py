@@ -3,7 +3,7 @@
 A program owns 128 keys of a head and walks over rows; its bias, [keys, queries], stays in shared memory. Scores are
 [keys, queries] as well, so that weights and their gradients are left operands of products where they are, in registers.
 The producer, which would idle, sums o * do of every query (delta) on its way. Gradients of scores leave by the copy
-engine.
+engine, and in the tiles that they leave from those of keys and values follow.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -24,85 +24,94 @@ from scalefold.kernels.hopper.pieces import (
     CONSUMERS,
     LOG2_E,
     PART,
+    Place,
     flat,
     group_barrier,
     load_keep,
     new_barriers,
-    place_of,
     row_of,
     tiles_for,
 )
 
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of one value per query or key, in registers
+
 
 @gluon.jit
-def _fetch(
-    descriptors, tiles, full, empty, place, outputs, statistics, inf,
-    D: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr,
-):  # fmt: skip
-    """The producer: all queries and output gradients of a row, the consumers' keys and values, and two statistics.
+def place_among(rows, groups):
+    """What a program does; ``first``: the first of rows ``groups`` apart, so that all programs are at neighbours."""
+    first = gl.program_id(2) % groups
+    count = (rows - first + groups - 1) // groups
+    return Place(gl.program_id(2) // groups, gl.program_id(1), first, count, gl.program_id(0) * CONSUMERS * PART)
 
-    ``full`` of a stage is completed by the last byte that the copy engine brings and by the arrival of this group,
-    after it has stored the statistics of all queries.
+
+@gluon.jit
+def fetch_row(given, SCALE: gl.constexpr, STAGES: gl.constexpr, STEPS: gl.constexpr):
+    """The producer: all queries, outputs and their gradients of a row, the consumers' keys and values, their mask, and
+    two statistics of queries.
+
+    ``full`` of a stage is completed by the last byte that consumers read and by the arrival of this group, after it has
+    stored mask and statistics; ``brought`` by the last byte of outputs and their gradients, which delta needs. What
+    mask and statistics come from is on its way while the group waits for the slot: latency is no part of a row's time.
     """
-    q_desc, do_desc, k_desc, v_desc = descriptors
-    q_s, do_s, k_s, v_s, exponent_s, delta_s = tiles
+    descriptors, tiles, barriers, place, groups, mask, statistics = given
+    q_desc, do_desc, o_desc, k_desc, v_desc = descriptors
+    q_s, do_s, o_s, k_s, v_s, exponent_s, delta_s, shift_s, factor_s = tiles
+    full, empty, brought = barriers
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
-    BYTES: gl.constexpr = 2 * (CONSUMERS * PART + STEPS * BLOCK_Q) * k_desc.block_type.shape[4] * 2
+    FACTOR: gl.constexpr = SCALE * LOG2_E
+    exponents = exponent_s._reinterpret(gl.float32, [STAGES, STEPS * BLOCK_Q], exponent_s.layout)
+    shifts = shift_s._reinterpret(gl.float32, [STAGES, CONSUMERS * PART], shift_s.layout)
     for i in range(place.count):
         stage = i % STAGES
-        s = place.first + i
+        s = place.first + i * groups
+        exponent = _exponents(statistics, place, s, mask.inf, STEPS * BLOCK_Q)
+        keep = load_keep(mask, place.b, s, place.line + gl.arange(0, CONSUMERS * PART, layout=LINE))
+        is_empty = gl.load(statistics.lse + row_of(statistics, place, s) * statistics.n) < -0.5 * mask.inf
         mbarrier.wait(empty.index(stage), ((i // STAGES) & 1) ^ 1)
-        arrived = full.index(stage)
-        mbarrier.expect(arrived, BYTES)
-        for part in gl.static_range(CONSUMERS):
-            at = [place.b, s, place.line + part * PART, place.h, 0]
-            tma.async_copy_global_to_shared(k_desc, at, arrived, k_s.index(stage * CONSUMERS + part))
-            tma.async_copy_global_to_shared(v_desc, at, arrived, v_s.index(stage * CONSUMERS + part))
+        mbarrier.expect(brought.index(stage), STEPS * (o_desc.block_type.nbytes + do_desc.block_type.nbytes))
+        mbarrier.expect(full.index(stage), STEPS * q_desc.block_type.nbytes + 2 * CONSUMERS * k_desc.block_type.nbytes)
         for step in gl.static_range(STEPS):
             at = [place.b, s, step * BLOCK_Q, place.h, 0]
-            tma.async_copy_global_to_shared(q_desc, at, arrived, q_s.index(stage * STEPS + step))
-            tma.async_copy_global_to_shared(do_desc, at, arrived, do_s.index(stage * STEPS + step))
-        for step in range(STEPS):  # not unrolled: this group has few registers
             slot = stage * STEPS + step
-            _store_exponents(exponent_s.index(slot), statistics, place, s, step * BLOCK_Q, inf, BLOCK_Q)
-            _store_deltas(delta_s.index(slot), outputs, statistics.n, place, s, step * BLOCK_Q, D, BLOCK_Q)
+            tma.async_copy_global_to_shared(do_desc, at, brought.index(stage), do_s.index(slot))
+            tma.async_copy_global_to_shared(o_desc, at, brought.index(stage), o_s.index(step))
+            tma.async_copy_global_to_shared(q_desc, at, full.index(stage), q_s.index(slot))
+        for part in gl.static_range(CONSUMERS):
+            at = [place.b, s, place.line + part * PART, place.h, 0]
+            slot = stage * CONSUMERS + part
+            tma.async_copy_global_to_shared(k_desc, at, full.index(stage), k_s.index(slot))
+            tma.async_copy_global_to_shared(v_desc, at, full.index(stage), v_s.index(slot))
+        exponents.index(stage).store(exponent)
+        shifts.index(stage).store(keep * mask.inf - mask.inf)
+        factor_s.index(stage).store(gl.full([1], gl.where(is_empty, 0.0, FACTOR), gl.float32, LINE))
+        mbarrier.wait(brought.index(stage), (i // STAGES) & 1)
+        for step in gl.static_range(STEPS):
+            slot = stage * STEPS + step
+            delta_s.index(slot).store(_delta(flat(o_s.index(step)), flat(do_s.index(slot))))
+        fence_async_shared()
         group_barrier()
-        mbarrier.arrive(arrived, count=1)
+        mbarrier.arrive(full.index(stage), count=1)
 
 
 @gluon.jit
-def _store_exponents(target, statistics, place, s, start, inf, BLOCK_Q: gl.constexpr):
+def _exponents(statistics, place, s, inf, COUNT: gl.constexpr):
     """What is added to scores in base 2 to make them exponents of the weights: -lse, and minus infinity beyond n.
 
     In a row without any key left all weights of a query are equal: rest, whose logarithm stands here.
     """
-    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    queries = start + gl.arange(0, BLOCK_Q, layout=LINE)
+    queries = gl.arange(0, COUNT, layout=LINE)
     offsets = row_of(statistics, place, s) * statistics.n + queries
     lse = gl.load(statistics.lse + offsets, mask=queries < statistics.n, other=float("inf"))
     rest = gl.load(statistics.rest + offsets, mask=queries < statistics.n, other=1.0)
-    target.store(gl.where(lse < -0.5 * inf, gl.log2(rest), -lse))
+    return gl.where(lse < -0.5 * inf, gl.log2(rest), -lse)
 
 
 @gluon.jit
-def _store_deltas(target, outputs, n, place, s, start, D: gl.constexpr, BLOCK_Q: gl.constexpr):
-    """Minus the sum of o * do over the channels of each query."""
-    o, o_strides, do, do_strides = outputs
-    WIDTH: gl.constexpr = D // 8  # lanes of a query
+def _delta(o, do):
+    """Minus the sum of o * do over the channels of each query, both in shared memory."""
+    WIDTH: gl.constexpr = o.shape[1] // 8  # lanes of a query
     READ: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [4, 1], [1, 0])
-    queries = start + gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(1, READ))
-    value = _load_rows(o, o_strides, place, s, queries, n, D, READ)
-    gradient = _load_rows(do, do_strides, place, s, queries, n, D, READ)
-    target.store(-gl.sum(value * gradient, 1))
-
-
-@gluon.jit
-def _load_rows(pointer, strides, place, s, queries, n, D: gl.constexpr, READ: gl.constexpr):
-    """fp32 [queries, D] of one head, zeros beyond n."""
-    channels = gl.arange(0, D, layout=gl.SliceLayout(0, READ))
-    base = pointer + place.b.to(gl.int64) * strides[0] + s.to(gl.int64) * strides[1] + place.h * strides[3]
-    offsets = queries[:, None] * strides[2] + channels[None, :]
-    return gl.load(base + offsets, mask=(queries < n)[:, None], other=0.0).to(gl.float32)
+    return -gl.sum(o.load(READ).to(gl.float32) * do.load(READ).to(gl.float32), 1)
 
 
 @gluon.jit
@@ -115,12 +124,13 @@ def _keep_bias(bias, strides, tiles, place, n, line, FIRST: gl.constexpr, STEPS:
     READ: gl.constexpr = gl.BlockedLayout([8, 1], [1, 32], [4, 1], [0, 1])
     keys = line + gl.arange(0, PART, layout=gl.SliceLayout(1, READ))
     base = bias + place.b.to(gl.int64) * strides[0] + place.h * strides[1]
+    found = ()  # all on their way before the first is waited for
     for step in gl.static_range(STEPS):
         queries = step * BLOCK_Q + gl.arange(0, BLOCK_Q, layout=gl.SliceLayout(0, READ))
         inside = (keys < n)[:, None] & (queries < n)[None, :]
-        tiles.index(FIRST + step).store(
-            gl.load(base + queries[None, :] * strides[2] + keys[:, None], mask=inside, other=0.0)
-        )
+        found += (gl.load(base + queries[None, :] * strides[2] + keys[:, None], mask=inside, other=0.0),)
+    for step in gl.static_range(STEPS):
+        tiles.index(FIRST + step).store(found[step])
     group_barrier()
 
 
@@ -140,28 +150,28 @@ def _differentiate(
 
     Products of the next tile of queries run while the weights of this one are computed.
     """
-    descriptors, tiles, full, empty, place, bias, bias_strides, mask, statistics = shared
+    descriptors, tiles, bias_s, ds_s, barriers, place, groups, bias, bias_strides, statistics = shared
     dk_desc, dv_desc, ds_desc = descriptors
-    q_s, do_s, k_s, v_s, exponent_s, delta_s, bias_s, ds_s, out_s = tiles
+    q_s, do_s, _o_s, k_s, v_s, exponent_s, delta_s, shift_s, factor_s = tiles
+    full, empty, brought = barriers
     BLOCK_Q: gl.constexpr = q_s.shape[3]
     D: gl.constexpr = q_s.shape[5]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_Q, 16])
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=RESULT, k_width=2)
     line = place.line + GROUP * PART
-    keys = line + gl.arange(0, PART, layout=gl.SliceLayout(1, SCORES))
-    _keep_bias(bias, bias_strides, bias_s, place, mask.n, line, GROUP * STEPS, STEPS)
+    _keep_bias(bias, bias_strides, bias_s, place, statistics.n, line, GROUP * STEPS, STEPS)
     for i in range(place.count):
         stage = i % STAGES
-        s = place.first + i
-        row = row_of(statistics, place, s)
-        shift = load_keep(mask, place.b, s, keys) * mask.inf - mask.inf
-        empty_row = gl.load(statistics.lse + row * statistics.n) < -0.5 * mask.inf
-        factor = gl.where(empty_row, 0.0, SCALE * LOG2_E)
+        s = place.first + i * groups
+        mbarrier.wait(brought.index(stage), (i // STAGES) & 1)
         mbarrier.wait(full.index(stage), (i // STAGES) & 1)
+        shift = shift_s.index(stage * CONSUMERS + GROUP).load(gl.SliceLayout(1, SCORES))
+        factor = gl.max(factor_s.index(stage).load(LINE), 0)
         key = flat(k_s.index(stage * CONSUMERS + GROUP))
         value = flat(v_s.index(stage * CONSUMERS + GROUP))
         first = stage * STEPS
+        turn = i * (STEPS + 1)  # of the tiles that leave
         dk = gl.zeros([PART, D], gl.float32, RESULT)
         dv = gl.zeros([PART, D], gl.float32, RESULT)
         scores, gradients = _start(bias_s.index(GROUP * STEPS), shift, delta_s.index(first), SCALE, SCORES)
@@ -189,8 +199,8 @@ def _differentiate(
             dv = warpgroup_mma(gl.convert_layout(weights.to(ds_desc.dtype), WEIGHTS), do, dv, is_async=True)
             d_scores = (weights * gradient).to(ds_desc.dtype)
             dk = warpgroup_mma(gl.convert_layout(d_scores, WEIGHTS), query, dk, is_async=True)
-            out = ds_s.index(2 * GROUP + step % 2)
-            tma.store_wait(1)  # the store before the last one has read this tile
+            out = ds_s.index(2 * GROUP + (turn + step) % 2)
+            tma.store_wait(2 if step == 0 else 1)  # the store before the last one, which may be of dk and dv, has read
             group_barrier()
             out.reshape([PART, BLOCK_Q]).store(d_scores)
             fence_async_shared()
@@ -200,51 +210,53 @@ def _differentiate(
         dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
         group_barrier()  # all four warps have read the slot
         mbarrier.arrive(empty.index(stage), count=1)
-        tma.store_wait(2)  # only the last two tiles of scores may be on their way: results of the last row have left
+        tma.store_wait(1)
         group_barrier()
-        flat(out_s.index(2 * GROUP)).store((dk * SCALE).to(dk_desc.dtype))
-        flat(out_s.index(2 * GROUP + 1)).store(dv.to(dv_desc.dtype))
+        out = ds_s.index(2 * GROUP + (turn + STEPS) % 2)._reinterpret(
+            dk_desc.dtype, [2] + dk_desc.block_type.shape, dk_desc.layout
+        )
+        flat(out.index(0)).store((dk * SCALE).to(dk_desc.dtype))
+        flat(out.index(1)).store(dv.to(dv_desc.dtype))
         fence_async_shared()
         group_barrier()
         at = [place.b, s, line, place.h, 0]
-        tma.async_copy_shared_to_global(dk_desc, at, out_s.index(2 * GROUP))
-        tma.async_copy_shared_to_global(dv_desc, at, out_s.index(2 * GROUP + 1))
+        tma.async_copy_shared_to_global(dk_desc, at, out.index(0))
+        tma.async_copy_shared_to_global(dv_desc, at, out.index(1))
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["rows", "per_program", "groups"])
+@gluon.jit(do_not_specialize=["rows", "groups"])
 def hopper_keys(
-    q_desc, do_desc, k_desc, v_desc, dk_desc, dv_desc, ds_desc,
-    bias, bias_strides, mask, statistics, outputs, rows, per_program, groups,
-    SCALE: gl.constexpr, D: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    q_desc, do_desc, o_desc, k_desc, v_desc, dk_desc, dv_desc, ds_desc,
+    bias, bias_strides, mask, statistics, rows, groups,
+    SCALE: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of [B, S, N, H, D] and, ds, of [B * S * H, N keys, N queries]; bias: [B, H, N, N] with strides
-    (B, H, N); outputs: pointers and strides (B, S, N, H) of o and do.
+    (B, H, N).
     """
-    place = place_of(rows, groups, per_program, CONSUMERS * PART)
+    place = place_among(rows, groups)
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
     STEPS: gl.constexpr = KEYS // BLOCK_Q
-    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    DENSE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART, BLOCK_Q], gl.bfloat16)
-    q_s = tiles_for(q_desc, STAGES * STEPS)
-    do_s = tiles_for(do_desc, STAGES * STEPS)
-    k_s = tiles_for(k_desc, STAGES * CONSUMERS)
-    v_s = tiles_for(v_desc, STAGES * CONSUMERS)
-    exponent_s = gl.allocate_shared_memory(gl.float32, [STAGES * STEPS, BLOCK_Q], LINE)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES * STEPS, BLOCK_Q], LINE)
+    q_s, do_s, o_s = tiles_for(q_desc, STAGES * STEPS), tiles_for(do_desc, STAGES * STEPS), tiles_for(o_desc, STEPS)
+    k_s, v_s = tiles_for(k_desc, STAGES * CONSUMERS), tiles_for(v_desc, STAGES * CONSUMERS)
+    exponent_s = gl.allocate_shared_memory(gl.float32, [STAGES * STEPS, BLOCK_Q], DENSE)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES * STEPS, BLOCK_Q], DENSE)
+    shift_s = gl.allocate_shared_memory(gl.float32, [STAGES * CONSUMERS, PART], DENSE)
+    factor_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1], DENSE)
     bias_s = gl.allocate_shared_memory(bias.dtype.element_ty, [CONSUMERS * STEPS, PART, BLOCK_Q], SQUARE)
     ds_s = tiles_for(ds_desc, 2 * CONSUMERS)
-    out_s = tiles_for(dk_desc, 2 * CONSUMERS)
-    full, empty = new_barriers(STAGES, 2), new_barriers(STAGES, CONSUMERS)
-    own = (q_s, do_s, k_s, v_s, exponent_s, delta_s, bias_s, ds_s, out_s)
-    shared = ((dk_desc, dv_desc, ds_desc), own, full, empty, place, bias, bias_strides, mask, statistics)
-    inputs = (q_desc, do_desc, k_desc, v_desc)
-    fetched = (q_s, do_s, k_s, v_s, exponent_s, delta_s)
+    tiles = (q_s, do_s, o_s, k_s, v_s, exponent_s, delta_s, shift_s, factor_s)
+    barriers = (new_barriers(STAGES, 2), new_barriers(STAGES, CONSUMERS), new_barriers(STAGES, 1))
+    given = ((q_desc, do_desc, o_desc, k_desc, v_desc), tiles, barriers, place, groups, mask, statistics)
+    outs = (dk_desc, dv_desc, ds_desc)
+    shared = (outs, tiles, bias_s, ds_s, barriers, place, groups, bias, bias_strides, statistics)
     gl.warp_specialize(
         [
             (_differentiate, (shared, 0, SCALE, STAGES, STEPS)),
             (_differentiate, (shared, 1, SCALE, STAGES, STEPS)),
-            (_fetch, (inputs, fetched, full, empty, place, outputs, statistics, mask.inf, D, STAGES, STEPS)),
+            (fetch_row, (given, SCALE, STAGES, STEPS)),
         ],
         [4, 4],
         [REGISTERS, 504 - 2 * REGISTERS],
