@@ -10,6 +10,7 @@ queue, are left out. ``wait_percent`` is the time the trainer waited for batches
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,10 @@ NO_EVALUATION = 1_000_000
 STEPS_DONE = 4  # exit status of ``scalefold train`` at the end of the step budget
 
 
-def train(config: Path, store: Path, steps: int, workers: int, extra: list[str], run_dir: Path) -> Metrics:
-    """Train ``steps`` steps in a process of its own; exits with its status if that fails."""
+def train(
+    config: Path, store: Path, steps: int, workers: int, extra: list[str], run_dir: Path, gpu: int | None = None
+) -> Metrics:
+    """Train ``steps`` steps in a process of its own, on the first GPU or ``gpu``; exits with its status if that fails."""
     settings = [
         f"data.store_dir={store}",
         f"data.num_workers={workers}",
@@ -40,7 +43,8 @@ def train(config: Path, store: Path, steps: int, workers: int, extra: list[str],
         "run.log_every_iters=1",
     ]
     command = [sys.executable, "-m", "scalefold", "train", str(config), *settings, *extra]
-    status = subprocess.run(command).returncode
+    chosen = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    status = subprocess.run(command, env=chosen).returncode
     if status not in (0, STEPS_DONE):
         sys.exit(status)
     return read_metrics(run_dir / METRICS_FILE)

@@ -1,0 +1,89 @@
+"""The training curve of the kernels beside that of the plain path: what is trained where, kept, compared and judged."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from runs import SMALLEST, TINY
+from scalefold.report.record import read_metrics
+
+
+@pytest.fixture
+def script(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    import training_curve
+
+    yield training_curve
+    for name in ("training_curve", "real_chains", "common"):
+        sys.modules.pop(name, None)
+
+
+def trainer(started, losses):
+    """In the place of training: notes settings and GPU, writes the metrics of ``losses`` by whether kernels are plain."""
+
+    def train(config, store, steps, workers, extra, run_dir, gpu):
+        variant = "plain" if "execution.kernels=reference" in extra else "ours"
+        started[variant] = (extra, gpu)
+        run_dir.mkdir()
+        lines = [json.dumps({"kind": "run", "config_name": "x"})]
+        for step, loss in enumerate(losses[variant][:steps], 1):
+            numbers = {"loss": loss, "lr": 0.1, "grad_norm": 1.0, "step_ms": 2.0, "data_ms": 0.1, "passes": 1}
+            places = {"step": step, "samples": step, "time_s": float(step), "peak_gib": 1.0, "terms": {"fape": loss / 2}}
+            lines.append(json.dumps({"kind": "step", **numbers, **places}))
+        (run_dir / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return read_metrics(run_dir)
+
+    return train
+
+
+def run(script, monkeypatch, folder: Path, *arguments: str) -> tuple[int, list[dict[str, str]]]:
+    monkeypatch.setattr(sys, "argv", ["training_curve.py", "store", "--folder", str(folder), *arguments])
+    status = script.main()
+    table = folder / "training_curve.csv"
+    return status, list(csv.DictReader(table.open())) if table.exists() else []
+
+
+def noisy(offset: float) -> list[float]:
+    return [10.0 - 0.01 * step + 0.3 * (step * 7 % 5 - 2) + offset for step in range(60)]
+
+
+def test_each_variant_has_a_gpu_of_its_own_and_the_nearest_term_is_named(script, monkeypatch, tmp_path) -> None:
+    started: dict[str, tuple[list[str], int | None]] = {}
+    losses = {"plain": noisy(0.0), "ours": noisy(0.01)}
+    monkeypatch.setattr(script, "train", trainer(started, losses))
+    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 2)
+    status, rows = run(script, monkeypatch, tmp_path, "--variants", "plain", "ours", "--recompute", "--steps", "60")
+    assert (started["plain"][1], started["ours"][1]) == (0, 1)
+    assert script.RECOMPUTED in started["plain"][0] and script.RECOMPUTED not in started["ours"][0]
+    assert (tmp_path / "curve_plain.jsonl").exists() and (tmp_path / "curve_ours.jsonl").exists()
+    (row,) = rows
+    assert (status, row["same"], row["steps"], row["compared"]) == (0, "yes", "60", "2")
+    assert float(row["last_loss"]) == pytest.approx(float(row["plain_last_loss"]) + 0.01, abs=2e-3)
+    assert 0 < float(row["difference"]) < float(row["band"])
+
+
+def test_a_curve_that_leaves_the_band_of_the_kept_plain_one_is_told(script, monkeypatch, tmp_path, capsys) -> None:
+    started: dict[str, tuple[list[str], int | None]] = {}
+    losses = {"plain": noisy(0.0), "ours": noisy(4.0)}
+    monkeypatch.setattr(script, "train", trainer(started, losses))
+    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 1)
+    assert run(script, monkeypatch, tmp_path, "--variants", "plain", "--steps", "40") == (0, [])
+    status, rows = run(script, monkeypatch, tmp_path)
+    assert started["ours"][1] == 0
+    assert (status, rows[0]["same"], rows[0]["steps"]) == (1, "no", "40")
+    assert "NOT the same" in capsys.readouterr().out
+
+
+@pytest.mark.long
+def test_two_real_runs_of_the_tiny_model_are_trained_and_compared(script, tiny_store, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["training_curve.py", str(tiny_store), "--config", str(TINY)])
+    sys.argv += ["--variants", "plain", "ours", "--steps", "22", "--crop", "16", "--workers", "0"]
+    sys.argv += ["--folder", str(tmp_path), "--set", *SMALLEST, "training.num_train_iters=22"]
+    sys.argv += ["training.val_every_iters=1000"]
+    assert script.main() == 0
+    (row,) = csv.DictReader((tmp_path / "training_curve.csv").open())
+    assert (row["same"], row["steps"], row["difference"]) == ("yes", "22", "0.00e+00")
