@@ -72,3 +72,42 @@ def test_the_figures_of_others_have_a_source(repository: Path, tables: ModuleTyp
     for page in PAGES:
         text = (repository / page).read_text(encoding="utf-8")
         assert set(re.findall(r"\b(\d{3,4}) ms(?: \||;)", text)) <= known
+
+
+def test_every_rival_has_its_column_and_the_fastest_is_set_against_ours(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = "date,device,torch,commit,operation,shape,variant,forward_us,backward_us,max_rel_error"
+    triangle = "triangle_multiplication,1x256x256x128_outgoing"
+    timed = [("bbb", "ours", 80, 320), ("bbb", "fast_trimul", 200, 1800), ("aaa", "compiled", 100, 500)]
+    timed += [("bbb", "cuequivariance", 90, 270)]
+    lines = [f"2026-01-01,NVIDIA H100,t,{commit},{triangle},{name},{f},{b},0.01" for commit, name, f, b in timed]
+    alone = "2026-01-01,NVIDIA H100,t,bbb,transition,1x256x256x128by4,ours,50,200,0.01"
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "kernels.csv").write_text("\n".join([head, *lines, alone]) + "\n")
+    head, _, first, second = tables.operation_table().splitlines()
+    assert head.split(" | ")[1:] == [
+        "ours", "compiled", "cuEquivariance", "fast-trimul", "plain", "fastest other / ours", "commit |"
+    ]  # fmt: skip
+    assert first.endswith("| 80 / 320 | *100 / 500* | 90 / 270 | 200 / 1800 |  | 0.90 | bbb |")
+    assert second.endswith("| 50 / 200 |  |  |  |  | – | bbb |")
+
+
+def test_the_newest_curve_of_a_card_is_shown_with_its_verdict_and_none_before_it_is_measured(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.curve_table() == ""
+    head = "date,device,torch,commit,steps,crop,ours_ms,plain_ms,first_loss,last_loss,plain_last_loss,compared,nearest,"
+    device = "NVIDIA H100 80GB HBM3"
+    lines = [
+        f"2026-01-01,{device},t,{commit},{steps},128,1,2,120.5,60.25,60.5,10,fape,{difference},5.00e-02,77,{same}"
+        for commit, steps, difference, same in (("aaa", 200, "6.00e-02", "no"), ("bbb", 500, "4.00e-02", "yes"))
+    ]
+    for number, expected in ((1, "0.060 of 0.050 (fape, step 77) | **no** | aaa"), (2, "0.040 of 0.050")):
+        text = "\n".join([head + "difference,band,at_step,same", *lines[:number]])
+        (tmp_path / "training_curve.csv").write_text(text + "\n")
+        (shown,) = tables.curve_table().splitlines()[2:]
+        assert expected in shown
+    assert shown.startswith("| H100 | 500 | 120.50 | 60.25 | 60.50 | 10 |")
+    assert shown.endswith("| yes | bbb |")

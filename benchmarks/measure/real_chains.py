@@ -31,7 +31,7 @@ STEPS_DONE = 4  # exit status of ``scalefold train`` at the end of the step budg
 def train(
     config: Path, store: Path, steps: int, workers: int, extra: list[str], run_dir: Path, gpu: int | None = None
 ) -> Metrics:
-    """Train ``steps`` steps in a process of its own, on the first GPU or ``gpu``; exits with its status if that fails."""
+    """Train ``steps`` steps in a process of its own, on ``gpu`` or the first one; exits with its status if it fails."""
     settings = [
         f"data.store_dir={store}",
         f"data.num_workers={workers}",

@@ -1,7 +1,7 @@
-"""Forms that other libraries have of the operations that ``kernels.py`` measures; each is imported only if it is there.
+"""Forms that other libraries have of the operations that ``kernels.py`` measures; each is imported if it is there.
 
-A rival takes the parameters as its library keeps them: ``arrange`` brings tensors of a case, or their gradients, into its
-order and layout, so that no variant pays for a layout that its users would not have.
+A rival takes the parameters as its library keeps them: ``arrange`` brings tensors of a case, or their gradients, into
+its order and layout, so that no variant pays for a layout that its users would not have.
 """
 
 import importlib
@@ -59,7 +59,7 @@ def cuequivariance_attention(leaves: list[Tensor], library: Any) -> Rival:
     return Rival(lambda: library.triangle_attention(q, k, v, bias[:, None], mask, scale).transpose(2, 3), leaves)
 
 
-# --- triangle multiplication: z, two norms, then weight and bias of a, a's gate, b, b's gate, output, output's gate -----
+# --- triangle multiplication: z, two norms, weight and bias of a, its gate, b, its gate, output, its gate -------------
 
 
 def fresh(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -68,7 +68,7 @@ def fresh(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def packed(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Weights, then biases, of both operands in one tensor, of both gates in another: z, norms, 4 packed, output, gate."""
+    """Weights and biases of both operands in one tensor each, so of both gates: z, norms, 4 packed, output, gate."""
     z_and_norms, linears = tensors[:5], tensors[5:]
     both = [torch.cat([linears[i], linears[i + 4]]) for i in range(4)]
     return [*z_and_norms, *both, *linears[8:]]

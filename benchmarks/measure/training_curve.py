@@ -1,12 +1,12 @@
 """Training curves of the full model on real chains: the kernels against the plain definitions, same seed and batches.
 
-    python benchmarks/measure/training_curve.py STORE                           # ours, against the plain curve of --folder
-    python benchmarks/measure/training_curve.py STORE --variants plain ours     # both anew, at once where there are two GPUs
+    python benchmarks/measure/training_curve.py STORE                        # ours, against the plain curve in --folder
+    python benchmarks/measure/training_curve.py STORE --variants plain ours  # both anew, at once on two GPUs
 
 STORE needs evaluation chains (``scalefold prepare --evaluation-list``), though none is evaluated. One pass per step.
-Crops are shorter than the benchmark's, so that the plain path takes less long; nothing else differs. Metrics are kept as
-``curve_VARIANT.jsonl`` in --folder, the comparison is a row of ``training_curve.csv`` there. Exit status 1 if the curves
-leave the band of ``scalefold compare-runs``.
+Crops are shorter than the benchmark's, so that the plain path takes less long; nothing else differs. Metrics are kept
+as ``curve_VARIANT.jsonl`` in --folder, the comparison is a row of ``training_curve.csv`` there. Exit status 1 if the
+curves leave the band of ``scalefold compare-runs``.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def curve(folder: Path, variant: str) -> Path:
     return folder / f"curve_{variant}.jsonl"
 
 
-def train_variant(variant: str, gpu: int | None, arguments: argparse.Namespace) -> Metrics:
+def train_variant(arguments: argparse.Namespace, variant: str, gpu: int | None) -> Metrics:
     """Train one variant on a GPU (None: whatever is there) and keep its metrics."""
     own = [*settings(variant, arguments.crop), *arguments.set]
     if variant == "plain" and arguments.recompute:
@@ -62,9 +63,9 @@ def train_all(arguments: argparse.Namespace) -> dict[str, Metrics]:
     variants = arguments.variants
     gpus: list[int | None] = list(range(torch.cuda.device_count()))
     if len(gpus) < len(variants):
-        return {variant: train_variant(variant, None, arguments) for variant in variants}
+        return {variant: train_variant(arguments, variant, None) for variant in variants}
     with ThreadPoolExecutor(len(variants)) as pool:
-        found = pool.map(lambda pair: train_variant(*pair, arguments), zip(variants, gpus, strict=False))
+        found = pool.map(partial(train_variant, arguments), variants, gpus[: len(variants)])
         return dict(zip(variants, found, strict=True))
 
 
@@ -96,7 +97,9 @@ def main() -> int:
     parser.add_argument("store", type=Path, help="prepared data set")
     parser.add_argument("--config", type=Path, default=BASE)
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), default=["ours"])
-    parser.add_argument("--recompute", action="store_true", help="plain: activation checkpointing, for cards below 64 GiB")
+    parser.add_argument(
+        "--recompute", action="store_true", help="plain: activation checkpointing, for cards below 64 GiB"
+    )
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--workers", type=int, default=12, help="loader processes of each run")
