@@ -93,21 +93,19 @@ def test_every_rival_has_its_column_and_the_fastest_is_set_against_ours(
     assert second.endswith("| 50 / 200 |  |  |  |  | – | bbb |")
 
 
-def test_the_newest_curve_of_a_card_is_shown_with_its_verdict_and_none_before_it_is_measured(
+def test_a_curve_is_shown_beside_what_rounding_alone_does_and_not_before_it_is_measured(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.curve_table() == ""
-    head = "date,device,torch,commit,steps,crop,ours_ms,plain_ms,first_loss,last_loss,plain_last_loss,compared,nearest,"
-    device = "NVIDIA H100 80GB HBM3"
+    head = "date,device,torch,commit,variant,crop,term,steps,first,last,plain_last,difference,band,at_step,"
     lines = [
-        f"2026-01-01,{device},t,{commit},{steps},128,1,2,120.5,60.25,60.5,10,fape,{difference},5.00e-02,77,{same}"
-        for commit, steps, difference, same in (("aaa", 200, "6.00e-02", "no"), ("bbb", 500, "4.00e-02", "yes"))
+        f"2026-01-01,NVIDIA H100,t,bbb,{variant},128,{term},500,3,1,1,{difference},5.00e-02,77,-1.04e-01,1.1e-02,{same}"
+        for variant, difference, same in (("ours", "9e-2", "no"), ("rounded", "6e-2", "no"), ("ours", "4e-2", "yes"))
+        for term in (*tables.TERMS, "non_finite_terms")
     ]
-    for number, expected in ((1, "0.060 of 0.050 (fape, step 77) | **no** | aaa"), (2, "0.040 of 0.050")):
-        text = "\n".join([head + "difference,band,at_step,same", *lines[:number]])
-        (tmp_path / "training_curve.csv").write_text(text + "\n")
-        (shown,) = tables.curve_table().splitlines()[2:]
-        assert expected in shown
-    assert shown.startswith("| H100 | 500 | 120.50 | 60.25 | 60.50 | 10 |")
-    assert shown.endswith("| yes | bbb |")
+    (tmp_path / "training_curve.csv").write_text("\n".join([head + "mean_difference,standard_error,same", *lines]))
+    shown = tables.curve_table().splitlines()
+    assert [line.split(" | ")[0] for line in shown[2:]] == [f"| {name}" for name in tables.TERMS.values()]
+    ours, rounded = "0.040 of 0.050 | 77 | -10.4 ± 1.1 %", "**0.060 of 0.050** | 77 | -10.4 ± 1.1 %"
+    assert shown[2] == f"| loss | {ours} | {rounded} |"

@@ -18,13 +18,14 @@ from pathlib import Path
 
 import numpy as np
 
-from common import FOLDER, ROOT, Timing, append_rows, facts, print_table
+from common import FOLDER, ROOT, Timing, append_rows, device_name, facts, print_table
 from scalefold.processors import processors
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 
 BASE = ROOT / "configs" / "base.yaml"
 FILLING = 4  # steps left out
 NO_EVALUATION = 1_000_000
+SEED = 5
 STEPS_DONE = 4  # exit status of ``scalefold train`` at the end of the step budget
 
 
@@ -35,7 +36,7 @@ def train(
     settings = [
         f"data.store_dir={store}",
         f"data.num_workers={workers}",
-        "training.seed=5",
+        f"training.seed={SEED}",
         f"training.num_train_iters={steps}",
         f"training.val_every_iters={NO_EVALUATION}",
         f"run.run_dir={run_dir}",
@@ -43,7 +44,7 @@ def train(
         "run.log_every_iters=1",
     ]
     command = [sys.executable, "-m", "scalefold", "train", str(config), *settings, *extra]
-    chosen = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
+    chosen = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device_name(gpu)}
     status = subprocess.run(command, env=chosen).returncode
     if status not in (0, STEPS_DONE):
         sys.exit(status)

@@ -2,11 +2,15 @@
 
     python benchmarks/measure/training_curve.py STORE                        # ours, against the plain curve in --folder
     python benchmarks/measure/training_curve.py STORE --variants plain ours  # both anew, at once on two GPUs
+    python benchmarks/measure/training_curve.py --variants ours --kept       # nothing anew: the curves in --folder
 
+``rounded`` is the plain path once more, from another rounding of the weights to bf16, ``ours_rounded`` the kernels from
+there: what the former differs by is no fault of theirs.
 STORE needs evaluation chains (``scalefold prepare --evaluation-list``), though none is evaluated. One pass per step.
 Crops are shorter than the benchmark's, so that the plain path takes less long; nothing else differs. Metrics are kept
-as ``curve_VARIANT.jsonl`` in --folder, the comparison is a row of ``training_curve.csv`` there. Exit status 1 if the
-curves leave the band of ``scalefold compare-runs``.
+as ``curve_VARIANT.jsonl`` in --folder, each comparison with plain as rows of ``training_curve.csv`` there, one for the
+loss and each term: ``mean_difference`` is that of means of WINDOW steps one after the other, with the standard error
+that they would have if they were independent. Exit status 1 if a curve leaves the band of ``scalefold compare-runs``.
 """
 
 import argparse
@@ -21,13 +25,21 @@ import numpy as np
 import torch
 
 from common import FOLDER, append_rows, facts
-from real_chains import BASE, train
+from real_chains import BASE, SEED, train
+from scalefold.config import load_config
+from scalefold.data.loading.sampler import initialisation_seed
+from scalefold.model.alphafold import AlphaFold
 from scalefold.report.compare import Comparison, compare_runs
+from scalefold.report.compare import Row as Compared
 from scalefold.report.record import METRICS_FILE, Metrics
+from scalefold.step.build import compute_dtype
 
-VARIANTS = {"ours": [], "plain": ["execution.kernels=reference"]}
+PLAIN = ["execution.kernels=reference"]
+VARIANTS = {"ours": [], "plain": PLAIN, "rounded": PLAIN, "ours_rounded": []}
+ROUNDED = ("rounded", "ours_rounded")
 RECOMPUTED = "execution.activation_checkpointing=true"
-LAST = 20  # steps whose mean loss is shown
+WINDOW = 20  # steps
+HALF_A_PLACE = torch.finfo(torch.bfloat16).eps / 4  # of a number just below a power of two
 
 
 def settings(variant: str, crop: int) -> list[str]:
@@ -46,57 +58,103 @@ def curve(folder: Path, variant: str) -> Path:
     return folder / f"curve_{variant}.jsonl"
 
 
-def train_variant(arguments: argparse.Namespace, variant: str, gpu: int | None) -> Metrics:
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_variant(arguments: argparse.Namespace, variant: str, gpu: int | None) -> None:
     """Train one variant on a GPU (None: whatever is there) and keep its metrics."""
     own = [*settings(variant, arguments.crop), *arguments.set]
-    if variant == "plain" and arguments.recompute:
+    if VARIANTS[variant] == PLAIN and arguments.recompute:
         own.append(RECOMPUTED)
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        metrics = train(arguments.config, arguments.store, arguments.steps, arguments.workers, own, run_dir, gpu)
+        run_dir, weights = Path(folder) / "run", Path(folder) / "weights.pt"
+        if variant in ROUNDED:
+            torch.save(rounded_weights(arguments.config, own), weights)
+            own.append(f"training.init_checkpoint={weights}")
+        train(arguments.config, arguments.store, arguments.steps, arguments.workers, own, run_dir, gpu)
         shutil.copy(run_dir / METRICS_FILE, curve(arguments.folder, variant))
-    return metrics
 
 
-def train_all(arguments: argparse.Namespace) -> dict[str, Metrics]:
+def train_all(arguments: argparse.Namespace) -> None:
     """Every variant: each on a GPU of its own if there are enough, else one after the other."""
     variants = arguments.variants
     gpus: list[int | None] = list(range(torch.cuda.device_count()))
     if len(gpus) < len(variants):
-        return {variant: train_variant(arguments, variant, None) for variant in variants}
+        for variant in variants:
+            train_variant(arguments, variant, None)
+        return
     with ThreadPoolExecutor(len(variants)) as pool:
-        found = pool.map(partial(train_variant, arguments), variants, gpus[: len(variants)])
-        return dict(zip(variants, found, strict=True))
+        list(pool.map(partial(train_variant, arguments), variants, gpus[: len(variants)]))
 
 
-def row(metrics: Metrics, found: Comparison, crop: int) -> dict[str, object]:
-    """Of ours: time, losses, and the loss or term whose window means come nearest to, or farthest over, their band."""
-    plain = found.metrics[0]
-    nearest = max(found.rows, key=lambda own: own.max_window / max(own.band, 1e-12))
+def rounded_weights(file: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
+    """The weights that a run begins with, those that compute in bf16 moved by up to half of their last place."""
+    config = load_config(file, overrides).config
+    weights = AlphaFold(config.model, seed=initialisation_seed(SEED) % 2**63).state_dict()
+    random = torch.Generator().manual_seed(SEED)
+    for name, weight in weights.items():
+        if compute_dtype(config, name) is torch.bfloat16:
+            parts = torch.rand(weight.shape, generator=random).mul_(2).sub_(1)
+            weight.mul_(1 + HALF_A_PLACE * parts)
+    return weights
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def compare(arguments: argparse.Namespace, variant: str) -> bool:
+    """Print, note and return whether a kept curve lies in the band of the plain one."""
+    found = compare_runs(curve(arguments.folder, "plain"), curve(arguments.folder, variant), window=WINDOW)
+    print(f"{variant}\n{found.text()}")
+    append_rows(arguments.folder / "training_curve.csv", rows_of(variant, found, arguments.crop))
+    return found.ok
+
+
+def rows_of(variant: str, found: Comparison, crop: int) -> list[dict[str, object]]:
+    """A row for the loss and one for each term."""
+    run = found.metrics[1].run
+    known = {**facts(), "device": run.get("device", ""), "torch": run.get("torch", ""), "variant": variant}
+    return [{**known, "crop": crop, **term_row(one, found)} for one in found.rows if one.num_steps >= WINDOW]
+
+
+def term_row(one: Compared, found: Comparison) -> dict[str, object]:
+    """Means at the end, the window that comes nearest to (or farthest over) its band, and the mean difference."""
+    plain, own = (means(values(metrics, one.quantity)[: one.num_steps]) for metrics in found.metrics)
+    relative = (own - plain) / np.maximum(np.abs(plain), 1e-12)
+    error = relative.std(ddof=1) / len(relative) ** 0.5 if len(relative) > 1 else 0.0
     return {
-        **facts(),
-        "steps": nearest.num_steps,
-        "crop": crop,
-        "ours_ms": round(float(np.median(metrics.step_ms)), 2),
-        "plain_ms": round(float(np.median(plain.step_ms)), 2),
-        "first_loss": round(float(metrics.loss[:LAST].mean()), 3),
-        "last_loss": round(float(metrics.loss[-LAST:].mean()), 3),
-        "plain_last_loss": round(float(plain.loss[: len(metrics.loss)][-LAST:].mean()), 3),
-        "compared": len(found.rows),
-        "nearest": nearest.quantity,
-        "difference": f"{nearest.max_window:.2e}",
-        "band": f"{nearest.band:.2e}",
-        "at_step": nearest.worst_step,
-        "same": "yes" if found.ok else "no",
+        "term": one.quantity,
+        "steps": one.num_steps,
+        "first": f"{own[0]:.4g}",
+        "last": f"{own[-1]:.4g}",
+        "plain_last": f"{plain[-1]:.4g}",
+        "difference": f"{one.max_window:.2e}",
+        "band": f"{one.band:.2e}",
+        "at_step": one.worst_step,
+        "mean_difference": f"{relative.mean():+.2e}",
+        "standard_error": f"{error:.1e}",
+        "same": "yes" if one.ok else "no",
     }
 
 
+def values(metrics: Metrics, quantity: str) -> np.ndarray:
+    """Of every step [N]."""
+    return metrics.loss if quantity == "loss" else metrics.terms[quantity]
+
+
+def means(own: np.ndarray) -> np.ndarray:
+    """Of WINDOW steps each, one after the other."""
+    count = len(own) // WINDOW
+    return own[: count * WINDOW].reshape(count, WINDOW).mean(1)
+
+
 def main() -> int:
-    """Train, keep, compare; return 1 if the curves differ."""
+    """Train, keep, compare; return 1 if a curve differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="prepared data set")
+    parser.add_argument("store", type=Path, nargs="?", help="prepared data set")
     parser.add_argument("--config", type=Path, default=BASE)
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), default=["ours"])
+    parser.add_argument("--kept", action="store_true", help="train nothing")
     parser.add_argument(
         "--recompute", action="store_true", help="plain: activation checkpointing, for cards below 64 GiB"
     )
@@ -106,13 +164,12 @@ def main() -> int:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further configuration")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="curves and table")
     arguments = parser.parse_args()
-    trained = train_all(arguments)
-    if "ours" not in trained:
-        return 0
-    found = compare_runs(curve(arguments.folder, "plain"), curve(arguments.folder, "ours"))
-    print(found.text())
-    append_rows(arguments.folder / "training_curve.csv", [row(trained["ours"], found, arguments.crop)])
-    return int(not found.ok)
+    if not arguments.kept:
+        if arguments.store is None:
+            parser.error("training needs a STORE")
+        train_all(arguments)
+    same = [compare(arguments, variant) for variant in arguments.variants if variant != "plain"]
+    return int(not all(same))
 
 
 if __name__ == "__main__":
