@@ -51,7 +51,7 @@ def test_a_slow_operation_and_a_failed_measurement_are_missed(gates, tmp_path, c
     write(tmp_path, "gates.csv", [{"measurement": "curve", "status": 1, "seconds": 5}])
     found = verdicts(gates)
     assert found["operations slower than another implementation"] == "MISSED"
-    assert found["200-step curve leaves the band (exit status)"] == "MISSED"
+    assert found["500-step curve leaves the band (exit status)"] == "MISSED"
     assert "lost: attention s" in capsys.readouterr().out
 
 

@@ -72,3 +72,40 @@ def test_the_figures_of_others_have_a_source(repository: Path, tables: ModuleTyp
     for page in PAGES:
         text = (repository / page).read_text(encoding="utf-8")
         assert set(re.findall(r"\b(\d{3,4}) ms(?: \||;)", text)) <= known
+
+
+def test_every_rival_has_its_column_and_the_fastest_is_set_against_ours(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = "date,device,torch,commit,operation,shape,variant,forward_us,backward_us,max_rel_error"
+    triangle = "triangle_multiplication,1x256x256x128_outgoing"
+    timed = [("bbb", "ours", 80, 320), ("bbb", "fast_trimul", 200, 1800), ("aaa", "compiled", 100, 500)]
+    timed += [("bbb", "cuequivariance", 90, 270)]
+    lines = [f"2026-01-01,NVIDIA H100,t,{commit},{triangle},{name},{f},{b},0.01" for commit, name, f, b in timed]
+    alone = "2026-01-01,NVIDIA H100,t,bbb,transition,1x256x256x128by4,ours,50,200,0.01"
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "kernels.csv").write_text("\n".join([head, *lines, alone]) + "\n")
+    head, _, first, second = tables.operation_table().splitlines()
+    assert head.split(" | ")[1:] == [
+        "ours", "compiled", "cuEquivariance", "fast-trimul", "plain", "fastest other / ours", "commit |"
+    ]  # fmt: skip
+    assert first.endswith("| 80 / 320 | *100 / 500* | 90 / 270 | 200 / 1800 |  | 0.90 | bbb |")
+    assert second.endswith("| 50 / 200 |  |  |  |  | – | bbb |")
+
+
+def test_a_curve_is_shown_beside_what_rounding_alone_does_and_not_before_it_is_measured(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.curve_table() == ""
+    head = "date,device,torch,commit,variant,crop,term,steps,first,last,plain_last,difference,band,at_step,"
+    lines = [
+        f"2026-01-01,NVIDIA H100,t,bbb,{variant},128,{term},500,3,1,1,{difference},5.00e-02,77,-1.04e-01,1.1e-02,{same}"
+        for variant, difference, same in (("ours", "9e-2", "no"), ("rounded", "6e-2", "no"), ("ours", "4e-2", "yes"))
+        for term in (*tables.TERMS, "non_finite_terms")
+    ]
+    (tmp_path / "training_curve.csv").write_text("\n".join([head + "mean_difference,standard_error,same", *lines]))
+    shown = tables.curve_table().splitlines()
+    assert [line.split(" | ")[0] for line in shown[2:]] == [f"| {name}" for name in tables.TERMS.values()]
+    ours, rounded = "0.040 of 0.050 | 77 | -10.4 ± 1.1 %", "**0.060 of 0.050** | 77 | -10.4 ± 1.1 %"
+    assert shown[2] == f"| loss | {ours} | {rounded} |"

@@ -30,17 +30,36 @@ OPERATIONS = (  # name in the table, operation and shape in kernels.csv
     ("attention with bias, 128 × 8 × 256 × 32 (MSA row)", "attention", "1x128x256x8h32_bias"),
     ("attention with bias, 1024 × 8 × 256 × 8 (extra MSA row)", "attention", "1x1024x256x8h8_bias"),
     ("attention, 256 × 8 × 128 × 32 (MSA column)", "attention", "1x256x128tx8h32_plain"),
-    ("triangle multiplication, 256², c 128", "triangle_multiplication", "1x256x256x128_outgoing"),
+    ("triangle multiplication, outgoing, 256², c 128", "triangle_multiplication", "1x256x256x128_outgoing"),
+    ("triangle multiplication, incoming", "triangle_multiplication", "1x256x256x128_incoming"),
     ("transition, 256², c 128", "transition", "1x256x256x128by4"),
     ("transition of the MSA, c 256", "transition", "1x128x256x256by4"),
     ("projections, pair", "layer_norm_linear", "1x256x256x128to128+128+128+128+4"),
     ("projections, MSA", "layer_norm_linear", "1x128x256x256to256+256+256+256"),
     ("gated output, pair", "gated_output", "1x256x256x128from128"),
     ("gated output, MSA column", "gated_output", "1x256x128tx256from256"),
+    ("outer product's operands, 128 rows", "outer_product_project", "1x128x256x256"),
     ("outer product update, 128 rows", "outer_product_update", "128x256x256"),
     ("global column attention, 1024 × 256 × 64", "global_attention", "1x1024x256x64"),
     ("invariant point attention, 256 × 12 heads", "invariant_point_attention", "256x12"),
+    ("structure module, its iterations", "structure_iterations", "256x384"),
+    ("point errors of 8 × 256 frames, 256 points", "point_errors", "8x256x256"),
+    ("layer norm, pair", "layer_norm", "1x256x256x128"),
 )
+CURVES = {  # of training_curve.csv
+    "ours": "ours",
+    "rounded": "plain, weights rounded otherwise",
+    "ours_rounded": "ours, so rounded",
+}
+TERMS = {
+    "loss": "loss",
+    "fape": "FAPE",
+    "supervised_chi": "torsion angles",
+    "distogram": "distogram",
+    "masked_msa": "masked MSA",
+    "plddt_loss": "pLDDT",
+}
+RIVALS = {"compiled": "compiled", "cuequivariance": "cuEquivariance", "fast_trimul": "fast-trimul", "plain": "plain"}
 LAYOUTS = {
     "one_gpu": "one GPU",
     "dap2": "DAP 2",
@@ -189,21 +208,59 @@ def goal_table() -> str:
 
 
 def operation_table() -> str:
-    """Operations on the card that was measured last; figures of an older commit than ours' in italics."""
+    """Operations on the card that was measured last; figures of an older commit than ours' in italics.
+
+    The last but one column is the time of both directions of the fastest other over ours.
+    """
     device = devices("kernels")[0]
     own = newest([row for row in read("kernels") if row["device"] == device], "operation", "shape", "variant")
     rows = []
     for name, operation, shape in OPERATIONS:
-        ours = own[operation, shape, "ours"]
-        cells = []
-        for variant in ("ours", "compiled", "cuequivariance", "plain"):
-            row = own.get((operation, shape, variant))
-            text = "" if row is None else f"{float(row['forward_us']):.0f} / {float(row['backward_us']):.0f}"
-            cells.append(f"*{text}*" if row is not None and row["commit"] != ours["commit"] else text)
-        rows.append([name, *cells, ours["commit"]])
+        if (ours := own.get((operation, shape, "ours"))) is None:
+            continue
+        others = [own.get((operation, shape, variant)) for variant in RIVALS]
+        cells = [microseconds(row, ours["commit"]) for row in (ours, *others)]
+        fastest = min((both_us(row) for row in others if row is not None), default=None)
+        gain = NONE if fastest is None else f"{fastest / both_us(ours):.2f}"
+        rows.append([name, *cells, gain, ours["commit"]])
     return markdown(
-        [f"µs on {card({'device': device})}", "ours", "compiled", "cuEquivariance", "plain", "commit"], rows
+        [f"µs on {card({'device': device})}", "ours", *RIVALS.values(), "fastest other / ours", "commit"], rows
     )
+
+
+def both_us(row: Row) -> float:
+    """Time of forward and backward."""
+    return float(row["forward_us"]) + float(row["backward_us"])
+
+
+def microseconds(row: Row | None, commit: str) -> str:
+    """``66 / 228``, in italics where it was not measured at ``commit``; nothing where it was not measured."""
+    if row is None:
+        return ""
+    text = f"{float(row['forward_us']):.0f} / {float(row['backward_us']):.0f}"
+    return text if row["commit"] == commit else f"*{text}*"
+
+
+def curve_table() -> str:
+    """Every term of the newest curves beside the plain path's; nothing where none was measured."""
+    if not (RESULTS / "training_curve.csv").exists():
+        return ""
+    found = newest(read("training_curve"), "variant", "term")
+    variants = [name for name in CURVES if any(variant == name for variant, _ in found)]
+    cells = [
+        [name, *(cell for variant in variants for cell in curve_cells(found[variant, term]))]
+        for term, name in TERMS.items()
+    ]
+    columns = ("largest difference of its band", "at step", "mean difference ± its error")
+    head = [f"{CURVES[variant]}: {column}" for variant in variants for column in columns]
+    return markdown(["20 steps' mean of", *head], cells)
+
+
+def curve_cells(row: Row) -> list[str]:
+    """``0.280 of 0.241``, in bold where it leaves the band, where, and ``+0.4 ± 1.0 %``."""
+    share = f"{float(row['difference']):.3f} of {float(row['band']):.3f}"
+    percent = f"{100 * float(row['mean_difference']):+.1f} ± {100 * float(row['standard_error']):.1f} %"
+    return [share if row["same"] == "yes" else f"**{share}**", row["at_step"], percent]
 
 
 def kernel_table(largest: int = 12) -> str:
@@ -325,6 +382,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": step_table,
     "history": history_table,
     "goals": goal_table,
+    "curve": curve_table,
     "operations": operation_table,
     "kernels": kernel_table,
     "sub_layers": sub_layer_table,

@@ -72,6 +72,12 @@ def facts() -> dict[str, str]:
     }
 
 
+def device_name(gpu: int) -> str:
+    """What CUDA calls the GPU of this number among those that this script may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[gpu] if visible else str(gpu)
+
+
 def device_events(call: Callable[[], object], trace: Path | None = None) -> list[Any]:
     """What one call does on the device, as the profiler's events; ``trace``: also keep the timeline there."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import scalefold
+from common import device_name
 from gpu_layouts import Plan, Start, command, places, run_dir
 from scalefold.report.record import METRICS_FILE
 from watched import Watched
@@ -146,12 +147,6 @@ def begin(plan: Plan, start: Start, gpus: list[int], left_s: float) -> Running:
     watched = Watched(command(plan, start), places(plan, start), environment, limit_s, start.ranks)
     watched.start()
     return Running(start, watched, gpus, run_dir(plan, start), before)
-
-
-def device_name(gpu: int) -> str:
-    """What CUDA calls the GPU of this number among those that this script may use."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",")[gpu] if visible else str(gpu)
 
 
 def num_steps(metrics: Path) -> int:

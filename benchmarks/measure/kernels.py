@@ -4,18 +4,18 @@
     python benchmarks/measure/kernels.py --dap 1 2 4 8 --only attention triangle --minutes 8
 
 Variants: ``ours`` (the Triton table), ``plain`` (the definition in PyTorch, bf16), ``compiled`` (torch.compile of the
-definition), ``cuequivariance`` where it can be imported and has the operation. backward_us is forward and backward
-minus forward. max_rel_error is the largest relative error of an output or gradient against the definition in fp32.
-All variants but the compiled ones come first; those are compiled most expensive first until the time is used up. Rows
-are written as they are known.
+definition), ``cuequivariance`` and ``fast_trimul`` where they can be imported and have the operation (``rivals.py``).
+backward_us is forward and backward minus forward. max_rel_error is the largest relative error of an output or gradient
+against the definition in fp32; a variant with one above LARGEST_ERROR is not timed. All variants but the compiled ones
+come first; those are compiled most expensive first until the time is used up. Rows are written as they are known.
 """
 
 import argparse
-import importlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from common import FOLDER, append_rows, facts, graph_microseconds, print_table
+from rivals import Call, Rival, libraries, rival
 from scalefold.kernels.table import REFERENCE
 from scalefold.kernels.triton_ops import TRITON
-from scalefold.tune.operation_cases import Case, Inputs, training_cases, triangle_multiplication
+from scalefold.tune.operation_cases import Case, training_cases, triangle_multiplication
 
 REPLAYS = 20
-Call = Callable[[], Tensor | Sequence[Tensor]]
+LARGEST_ERROR = 0.1  # rounding stays below it; a wrong operand, weight or direction gives about 1
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,14 @@ class Measured:
     forward_us: float
     backward_us: float
     max_rel_error: float
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The definition in fp32: outputs, and gradients in the order of the case's leaves."""
+
+    outputs: list[Tensor | None]
+    gradients: list[Tensor | None]
 
 
 def outputs_of(call: Call) -> list[Tensor]:
@@ -70,9 +79,12 @@ def error(found: list[Tensor | None], exact: list[Tensor | None]) -> float:
     return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
 
 
-def measure(call: Call, leaves: list[Tensor], exact: list[Tensor | None]) -> Measured:
-    """Time one variant, forward alone and with backward, and compare it with fp32."""
-    difference = error(results(call, leaves), exact)
+def measure(own: Rival, exact: Exact) -> Measured:
+    """Compare one variant with fp32 and time it, forward alone and with backward; ValueError if it is not the same."""
+    call, leaves = own.call, own.leaves
+    difference = error(results(call, leaves), exact.outputs + own.arrange(exact.gradients))
+    if not difference <= LARGEST_ERROR:
+        raise ValueError(f"not the operation: an output or gradient is {difference:.2g} of its size away from fp32")
     seeds = seeds_of(outputs_of(call))
     with torch.no_grad():
         forward = graph_microseconds(lambda: outputs_of(call), REPLAYS, 2)
@@ -80,56 +92,20 @@ def measure(call: Call, leaves: list[Tensor], exact: list[Tensor | None]) -> Mea
     return Measured(forward, both - forward, difference)
 
 
-def exact_results(case: Case) -> list[Tensor | None]:
+def exact_results(case: Case) -> Exact:
     """The definition in fp32 on the same values."""
     inputs = case.build(torch.float32)
-    return results(lambda: inputs.call(REFERENCE), inputs.leaves)
+    found = results(lambda: inputs.call(REFERENCE), inputs.leaves)
+    count = len(found) - len(inputs.leaves)
+    return Exact(found[:count], found[count:])
 
 
-def cuequivariance_call(case: Case, inputs: Inputs, cueq: Any) -> Call | None:
-    """The library's own form of a case, or None where it has none."""
-    leaves = inputs.leaves
-    if case.operation == "attention" and case.shape.endswith("_bias"):
-        *projected, bias = leaves
-        heads = bias.shape[1]
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(2, 3) for t in projected)
-        mask = torch.ones(q.shape[0], q.shape[1], 1, 1, q.shape[3], dtype=torch.bool, device=q.device)
-        scale = q.shape[-1] ** -0.5
-        return lambda: cueq.triangle_attention(q, k, v, bias[:, None], mask, scale).transpose(2, 3)
-    if case.operation != "triangle_multiplication":
-        return None
-    z, norm_in_weight, norm_in_bias, norm_out_weight, norm_out_bias, *linears = leaves
-    weights, biases = linears[0::2], linears[1::2]  # a, a gate, b, b gate, out, out gate
-    direction = case.shape.rsplit("_", 1)[1]
-    mask = torch.ones(z.shape[:-1], dtype=z.dtype, device=z.device)
-
-    def call() -> Tensor:
-        update = cueq.triangle_multiplicative_update(
-            z,
-            direction=direction,
-            mask=mask,
-            norm_in_weight=norm_in_weight,
-            norm_in_bias=norm_in_bias,
-            norm_out_weight=norm_out_weight,
-            norm_out_bias=norm_out_bias,
-            p_in_weight=torch.cat([weights[0], weights[2]]),
-            p_in_bias=torch.cat([biases[0], biases[2]]),
-            g_in_weight=torch.cat([weights[1], weights[3]]),
-            g_in_bias=torch.cat([biases[1], biases[3]]),
-            p_out_weight=weights[4],
-            p_out_bias=biases[4],
-            g_out_weight=weights[5],
-            g_out_bias=biases[5],
-        )
-        return z + update
-
-    return call
-
-
-def attempt(case: Case, variant: str, call: Call, leaves: list[Tensor], exact: list[Tensor | None]) -> dict | None:
-    """One row, or None with the reason printed: another implementation may not take a shape or a capture."""
+def attempt(case: Case, variant: str, build: Callable[[], Rival | None], exact: Exact) -> dict | None:
+    """One row, None if the variant has no form of the case, or with the reason printed: it may not take a shape."""
     try:
-        found = measure(call, leaves, exact)
+        if (own := build()) is None:
+            return None
+        found = measure(own, exact)
     except Exception as problem:
         print(
             f"  {case.name}: {variant} cannot be measured: {type(problem).__name__}: {str(problem)[:160]}", flush=True
@@ -145,15 +121,15 @@ def attempt(case: Case, variant: str, call: Call, leaves: list[Tensor], exact: l
     }
 
 
-def quick_variants(case: Case, cueq: Any) -> list[dict]:
-    """Rows of everything that needs no long compilation."""
+def quick_variants(case: Case, libraries: Mapping[str, Any]) -> list[dict]:
+    """Rows of everything that needs no long compilation; ``libraries``: of the rivals, by variant."""
     inputs, exact = case.build(), exact_results(case)
-    calls: dict[str, Call | None] = {
-        "ours": lambda: inputs.call(TRITON),
-        "plain": lambda: inputs.call(REFERENCE),
-        "cuequivariance": cuequivariance_call(case, inputs, cueq) if cueq is not None else None,
+    builds: dict[str, Callable[[], Rival | None]] = {
+        "ours": lambda: Rival(lambda: inputs.call(TRITON), inputs.leaves),
+        "plain": lambda: Rival(lambda: inputs.call(REFERENCE), inputs.leaves),
     }
-    rows = [attempt(case, name, call, inputs.leaves, exact) for name, call in calls.items() if call is not None]
+    builds |= {name: partial(rival, case, inputs, name, library) for name, library in libraries.items()}
+    rows = [attempt(case, name, build, exact) for name, build in builds.items()]
     return [row for row in rows if row is not None]
 
 
@@ -162,7 +138,7 @@ def compiled_variant(case: Case) -> list[dict]:
     torch._dynamo.reset()
     inputs, exact = case.build(), exact_results(case)
     compiled = torch.compile(lambda: inputs.call(REFERENCE), dynamic=False)
-    row = attempt(case, "compiled", compiled, inputs.leaves, exact)
+    row = attempt(case, "compiled", lambda: Rival(compiled, inputs.leaves), exact)
     return [] if row is None else [row]
 
 
@@ -186,15 +162,6 @@ def chosen_cases(daps: list[int], only: list[str]) -> list[Case]:
     return [case for case in cases if not only or any(part in case.name for part in only)]
 
 
-def library() -> Any:
-    """cuequivariance_torch, or None with the reason printed."""
-    try:
-        return importlib.import_module("cuequivariance_torch")
-    except ImportError as problem:
-        print(f"without cuEquivariance: {problem}")
-        return None
-
-
 def main() -> int:
     """Measure, print and append; exit status 1 if there was nothing to measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,10 +171,10 @@ def main() -> int:
     parser.add_argument("--csv", type=Path, default=FOLDER / "kernels.csv")
     arguments = parser.parse_args()
     deadline = time.monotonic() + 60 * arguments.minutes - 15
-    cases, cueq, known, rows = chosen_cases(arguments.dap, arguments.only), library(), facts(), []
+    cases, others, known, rows = chosen_cases(arguments.dap, arguments.only), libraries(), facts(), []
     with torch.cuda.stream(torch.cuda.Stream()):  # one for everything, captures included
         for case in cases:
-            found = quick_variants(case, cueq)
+            found = quick_variants(case, others)
             append_rows(arguments.csv, [{**known, **row} for row in found])
             rows += found
             torch.cuda.empty_cache()

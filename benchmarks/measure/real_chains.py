@@ -10,6 +10,7 @@ queue, are left out. ``wait_percent`` is the time the trainer waited for batches
 """
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,22 +18,25 @@ from pathlib import Path
 
 import numpy as np
 
-from common import FOLDER, ROOT, Timing, append_rows, facts, print_table
+from common import FOLDER, ROOT, Timing, append_rows, device_name, facts, print_table
 from scalefold.processors import processors
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 
 BASE = ROOT / "configs" / "base.yaml"
 FILLING = 4  # steps left out
 NO_EVALUATION = 1_000_000
+SEED = 5
 STEPS_DONE = 4  # exit status of ``scalefold train`` at the end of the step budget
 
 
-def train(config: Path, store: Path, steps: int, workers: int, extra: list[str], run_dir: Path) -> Metrics:
-    """Train ``steps`` steps in a process of its own; exits with its status if that fails."""
+def train(
+    config: Path, store: Path, steps: int, workers: int, extra: list[str], run_dir: Path, gpu: int | None = None
+) -> Metrics:
+    """Train ``steps`` steps in a process of its own, on ``gpu`` or the first one; exits with its status if it fails."""
     settings = [
         f"data.store_dir={store}",
         f"data.num_workers={workers}",
-        "training.seed=5",
+        f"training.seed={SEED}",
         f"training.num_train_iters={steps}",
         f"training.val_every_iters={NO_EVALUATION}",
         f"run.run_dir={run_dir}",
@@ -40,7 +44,8 @@ def train(config: Path, store: Path, steps: int, workers: int, extra: list[str],
         "run.log_every_iters=1",
     ]
     command = [sys.executable, "-m", "scalefold", "train", str(config), *settings, *extra]
-    status = subprocess.run(command).returncode
+    chosen = os.environ if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": device_name(gpu)}
+    status = subprocess.run(command, env=chosen).returncode
     if status not in (0, STEPS_DONE):
         sys.exit(status)
     return read_metrics(run_dir / METRICS_FILE)

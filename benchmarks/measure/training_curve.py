@@ -1,25 +1,45 @@
 """Training curves of the full model on real chains: the kernels against the plain definitions, same seed and batches.
 
-    # 200 steps, slow
-    python benchmarks/measure/training_curve.py STORE --out benchmarks/results/curve_plain.jsonl --variant plain
-    python benchmarks/measure/training_curve.py STORE --baseline benchmarks/results/curve_plain.jsonl   # ours, compared
+    python benchmarks/measure/training_curve.py STORE                        # ours, against the plain curve in --folder
+    python benchmarks/measure/training_curve.py STORE --variants plain ours  # both anew, at once on two GPUs
+    python benchmarks/measure/training_curve.py --variants ours --kept       # nothing anew: the curves in --folder
 
+``rounded`` is the plain path once more, from another rounding of the weights to bf16, ``ours_rounded`` the kernels from
+there: what the former differs by is no fault of theirs.
 STORE needs evaluation chains (``scalefold prepare --evaluation-list``), though none is evaluated. One pass per step.
-Crops are shorter than the benchmark's, so that the plain path takes less long; nothing else differs. Exit status 1 if
-the curves leave the band of ``scalefold compare-runs``.
+Crops are shorter than the benchmark's, so that the plain path takes less long; nothing else differs. Metrics are kept
+as ``curve_VARIANT.jsonl`` in --folder, each comparison with plain as rows of ``training_curve.csv`` there, one for the
+loss and each term: ``mean_difference`` is that of means of WINDOW steps one after the other, with the standard error
+that they would have if they were independent. Exit status 1 if a curve leaves the band of ``scalefold compare-runs``.
 """
 
 import argparse
 import shutil
-import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-from real_chains import BASE, train
-from scalefold.report.record import METRICS_FILE
+import numpy as np
+import torch
 
-VARIANTS = {"ours": [], "plain": ["execution.kernels=reference", "execution.activation_checkpointing=true"]}
+from common import FOLDER, append_rows, facts
+from real_chains import BASE, SEED, train
+from scalefold.config import load_config
+from scalefold.data.loading.sampler import initialisation_seed
+from scalefold.model.alphafold import AlphaFold
+from scalefold.report.compare import Comparison, compare_runs
+from scalefold.report.compare import Row as Compared
+from scalefold.report.record import METRICS_FILE, Metrics
+from scalefold.step.build import compute_dtype
+
+PLAIN = ["execution.kernels=reference"]
+VARIANTS = {"ours": [], "plain": PLAIN, "rounded": PLAIN, "ours_rounded": []}
+ROUNDED = ("rounded", "ours_rounded")
+RECOMPUTED = "execution.activation_checkpointing=true"
+WINDOW = 20  # steps
+HALF_A_PLACE = torch.finfo(torch.bfloat16).eps / 4  # of a number just below a power of two
 
 
 def settings(variant: str, crop: int) -> list[str]:
@@ -33,28 +53,123 @@ def settings(variant: str, crop: int) -> list[str]:
     ]
 
 
-def main() -> int:
-    """Train, keep, compare; return the comparison's exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="prepared data set")
-    parser.add_argument("--variant", choices=sorted(VARIANTS), default="ours")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--crop", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=12, help="loader processes")
-    parser.add_argument("--out", type=Path, help="keep the metrics here")
-    parser.add_argument("--baseline", type=Path, help="metrics of an earlier run to compare with")
-    arguments = parser.parse_args()
+def curve(folder: Path, variant: str) -> Path:
+    """Where the metrics of a variant are kept."""
+    return folder / f"curve_{variant}.jsonl"
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train_variant(arguments: argparse.Namespace, variant: str, gpu: int | None) -> None:
+    """Train one variant on a GPU (None: whatever is there) and keep its metrics."""
+    own = [*settings(variant, arguments.crop), *arguments.set]
+    if VARIANTS[variant] == PLAIN and arguments.recompute:
+        own.append(RECOMPUTED)
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = Path(folder) / "run"
-        own = settings(arguments.variant, arguments.crop)
-        train(BASE, arguments.store, arguments.steps, arguments.workers, own, run_dir)
-        metrics = run_dir / METRICS_FILE
-        if arguments.out is not None:
-            shutil.copy(metrics, arguments.out)
-        if arguments.baseline is None:
-            return 0
-        command = [sys.executable, "-m", "scalefold", "compare-runs", str(arguments.baseline), str(metrics)]
-        return subprocess.run(command).returncode
+        run_dir, weights = Path(folder) / "run", Path(folder) / "weights.pt"
+        if variant in ROUNDED:
+            torch.save(rounded_weights(arguments.config, own), weights)
+            own.append(f"training.init_checkpoint={weights}")
+        train(arguments.config, arguments.store, arguments.steps, arguments.workers, own, run_dir, gpu)
+        shutil.copy(run_dir / METRICS_FILE, curve(arguments.folder, variant))
+
+
+def train_all(arguments: argparse.Namespace) -> None:
+    """Every variant: each on a GPU of its own if there are enough, else one after the other."""
+    variants = arguments.variants
+    gpus: list[int | None] = list(range(torch.cuda.device_count()))
+    if len(gpus) < len(variants):
+        for variant in variants:
+            train_variant(arguments, variant, None)
+        return
+    with ThreadPoolExecutor(len(variants)) as pool:
+        list(pool.map(partial(train_variant, arguments), variants, gpus[: len(variants)]))
+
+
+def rounded_weights(file: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
+    """The weights that a run begins with, those that compute in bf16 moved by up to half of their last place."""
+    config = load_config(file, overrides).config
+    weights = AlphaFold(config.model, seed=initialisation_seed(SEED) % 2**63).state_dict()
+    random = torch.Generator().manual_seed(SEED)
+    for name, weight in weights.items():
+        if compute_dtype(config, name) is torch.bfloat16:
+            parts = torch.rand(weight.shape, generator=random).mul_(2).sub_(1)
+            weight.mul_(1 + HALF_A_PLACE * parts)
+    return weights
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def compare(arguments: argparse.Namespace, variant: str) -> bool:
+    """Print, note and return whether a kept curve lies in the band of the plain one."""
+    found = compare_runs(curve(arguments.folder, "plain"), curve(arguments.folder, variant), window=WINDOW)
+    print(f"{variant}\n{found.text()}")
+    append_rows(arguments.folder / "training_curve.csv", rows_of(variant, found, arguments.crop))
+    return found.ok
+
+
+def rows_of(variant: str, found: Comparison, crop: int) -> list[dict[str, object]]:
+    """A row for the loss and one for each term."""
+    run = found.metrics[1].run
+    known = {**facts(), "device": run.get("device", ""), "torch": run.get("torch", ""), "variant": variant}
+    return [{**known, "crop": crop, **term_row(one, found)} for one in found.rows if one.num_steps >= WINDOW]
+
+
+def term_row(one: Compared, found: Comparison) -> dict[str, object]:
+    """Means at the end, the window that comes nearest to (or farthest over) its band, and the mean difference."""
+    plain, own = (means(values(metrics, one.quantity)[: one.num_steps]) for metrics in found.metrics)
+    relative = (own - plain) / np.maximum(np.abs(plain), 1e-12)
+    error = relative.std(ddof=1) / len(relative) ** 0.5 if len(relative) > 1 else 0.0
+    return {
+        "term": one.quantity,
+        "steps": one.num_steps,
+        "first": f"{own[0]:.4g}",
+        "last": f"{own[-1]:.4g}",
+        "plain_last": f"{plain[-1]:.4g}",
+        "difference": f"{one.max_window:.2e}",
+        "band": f"{one.band:.2e}",
+        "at_step": one.worst_step,
+        "mean_difference": f"{relative.mean():+.2e}",
+        "standard_error": f"{error:.1e}",
+        "same": "yes" if one.ok else "no",
+    }
+
+
+def values(metrics: Metrics, quantity: str) -> np.ndarray:
+    """Of every step [N]."""
+    return metrics.loss if quantity == "loss" else metrics.terms[quantity]
+
+
+def means(own: np.ndarray) -> np.ndarray:
+    """Of WINDOW steps each, one after the other."""
+    count = len(own) // WINDOW
+    return own[: count * WINDOW].reshape(count, WINDOW).mean(1)
+
+
+def main() -> int:
+    """Train, keep, compare; return 1 if a curve differs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("store", type=Path, nargs="?", help="prepared data set")
+    parser.add_argument("--config", type=Path, default=BASE)
+    parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), default=["ours"])
+    parser.add_argument("--kept", action="store_true", help="train nothing")
+    parser.add_argument(
+        "--recompute", action="store_true", help="plain: activation checkpointing, for cards below 64 GiB"
+    )
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--crop", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=12, help="loader processes of each run")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further configuration")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="curves and table")
+    arguments = parser.parse_args()
+    if not arguments.kept:
+        if arguments.store is None:
+            parser.error("training needs a STORE")
+        train_all(arguments)
+    same = [compare(arguments, variant) for variant in arguments.variants if variant != "plain"]
+    return int(not all(same))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""The comparison of operations with other libraries: their parameters' order and layout, what is refused or absent.
+
+The libraries are stood in for by small modules with their signatures.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton")
+torch = pytest.importorskip("torch")
+
+from scalefold.tune.operation_cases import attention, on_device, transition, triangle_multiplication  # noqa: E402
+
+CASES = [triangle_multiplication((1, 6, 6), 8, outgoing, 1) for outgoing in (True, False)]
+
+
+def update(z, direction, norm_in, norm_out, a, a_gate, b, b_gate, out, out_gate, mask):
+    """Triangle multiplication without its residual, as both libraries define it; every argument is (weight, bias)."""
+    functional = torch.nn.functional
+    x = functional.layer_norm(z, z.shape[-1:], *norm_in)
+    left = functional.linear(x, *a) * functional.linear(x, *a_gate).sigmoid() * mask[..., None]
+    right = functional.linear(x, *b) * functional.linear(x, *b_gate).sigmoid() * mask[..., None]
+    product = "bikc,bjkc->bijc" if direction == "outgoing" else "bkic,bkjc->bijc"
+    y = functional.layer_norm(torch.einsum(product, left, right), left.shape[-1:], *norm_out)
+    return functional.linear(y, *out) * functional.linear(x, *out_gate).sigmoid()
+
+
+class Packed:
+    """cuEquivariance's signature: operands of both sides in one weight, gates of both in another."""
+
+    @staticmethod
+    def triangle_multiplicative_update(z, direction, mask, **own):
+        norm_in, norm_out, p_in, g_in, out, out_gate = (
+            (own[f"{name}_weight"], own[f"{name}_bias"])
+            for name in ("norm_in", "norm_out", "p_in", "g_in", "p_out", "g_out")
+        )
+        a, b = zip(*(part.chunk(2) for part in p_in), strict=True)
+        a_gate, b_gate = zip(*(part.chunk(2) for part in g_in), strict=True)
+        return update(z, direction, norm_in, norm_out, a, a_gate, b, b_gate, out, out_gate, mask)
+
+    @staticmethod
+    def triangle_attention(q, k, v, bias, mask, scale):
+        scores = torch.einsum("brhqd,brhkd->brhqk", q, k).float() * scale + bias
+        return torch.einsum("brhqk,brhkd->brhqd", scores.masked_fill(~mask, -1e9).softmax(-1).to(v.dtype), v)
+
+
+class Halves(torch.nn.Module):
+    """fast-trimul's module: parameters in fp16, the output's gate before the output."""
+
+    def __init__(self, width: int, mode: str) -> None:
+        super().__init__()
+        self.mode = mode
+        shapes = [(width,), (width,)] * 2 + [(width, width), (width,)] * 6
+        self.own = torch.nn.ParameterList(torch.zeros(shape, dtype=torch.float16) for shape in shapes)
+
+    @property
+    def _impl(self):
+        return self
+
+    def _params(self):
+        return list(self.own)
+
+
+def in_half(z, module):
+    norm_in, norm_out, a, a_gate, b, b_gate, gate, out = zip(*[iter(module._params())] * 2, strict=True)
+    half = z.half()
+    mask = torch.ones_like(half[..., 0])
+    return (half + update(half, module.mode, norm_in, norm_out, a, a_gate, b, b_gate, out, gate, mask)).to(z.dtype)
+
+
+LIBRARIES = {
+    "cuequivariance": Packed,
+    "fast_trimul": SimpleNamespace(
+        FastTriangleMultiplication=Halves, functional=SimpleNamespace(triangle_multiplication=in_half)
+    ),
+}
+
+
+@pytest.fixture
+def script(repository: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    found = __import__("kernels")
+    monkeypatch.setattr(found, "graph_microseconds", lambda call, replays, warm_up: 1.0 if call() else 0.0)
+    monkeypatch.setattr(found, "TRITON", found.REFERENCE)
+    with on_device("cpu"):
+        yield found
+
+
+def rows_of(script, case, libraries) -> dict[str, float]:
+    return {row["variant"]: float(row["max_rel_error"]) for row in script.quick_variants(case, libraries)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.shape)
+def test_every_library_gets_its_own_layout_and_is_compared_with_fp32_in_it(script, case) -> None:
+    found = rows_of(script, case, LIBRARIES)
+    assert list(found) == ["ours", "plain", *LIBRARIES]
+    assert all(0 < error < 0.03 for error in found.values()), found
+
+
+def test_only_operations_that_a_library_has_are_asked_of_it(script) -> None:
+    assert list(rows_of(script, attention((1, 4, 6), 2, 4, True, 1), LIBRARIES)) == ["ours", "plain", "cuequivariance"]
+    assert list(rows_of(script, attention((1, 4, 6), 2, 4, False, 1), LIBRARIES)) == ["ours", "plain"]
+    assert list(rows_of(script, transition((1, 4, 6), 8, 2, 1), LIBRARIES)) == ["ours", "plain"]
+
+
+def test_a_library_that_computes_something_else_is_named_and_not_timed(script, capsys) -> None:
+    class Other(Packed):
+        @staticmethod
+        def triangle_multiplicative_update(z, direction, mask, **own):
+            return Packed.triangle_multiplicative_update(z, "incoming", mask, **own)
+
+    assert list(rows_of(script, CASES[0], {"cuequivariance": Other})) == ["ours", "plain"]
+    said = capsys.readouterr().out
+    assert "cuequivariance cannot be measured" in said
+    assert "not the operation" in said
+
+
+def test_a_library_that_cannot_be_set_up_costs_no_other_row(script, capsys) -> None:
+    def without_compiler(width, mode):
+        raise ModuleNotFoundError("No module named 'cutlass'")
+
+    broken = SimpleNamespace(FastTriangleMultiplication=without_compiler)
+    assert list(rows_of(script, CASES[1], {"fast_trimul": broken})) == ["ours", "plain"]
+    assert "fast_trimul cannot be measured: ModuleNotFoundError: No module named 'cutlass'" in capsys.readouterr().out
+
+
+def test_libraries_that_are_not_there_are_named(script, monkeypatch, capsys) -> None:
+    import rivals
+
+    monkeypatch.setattr(rivals, "MODULES", {"cuequivariance": "json", "fast_trimul": "not_there_at_all"})
+    assert list(rivals.libraries()) == ["cuequivariance"]
+    assert "without fast_trimul: No module named 'not_there_at_all'" in capsys.readouterr().out
