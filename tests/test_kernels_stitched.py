@@ -12,7 +12,7 @@ from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.kernels.triton_ops import TRITON
 from scalefold.model import loss, select_slice
 
-PARTS = ("offset_features", "distance_features", "extra_features", "template_features", "place_residues", "side_losses")
+PARTS = ("embed_pairs", "embed_letters", "embed_extra", "embed_template_pairs", "place_residues", "side_losses")
 
 
 def step(ops: Operations) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.around import features, losses, naming, templates
+from scalefold.kernels.around import embedding, heads, losses, naming, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -43,7 +43,7 @@ def device_obstacle(device: torch.device) -> str | None:
     return f"tensors are on {device.type}, not on a CUDA device"
 
 
-def buffer_obstacle(x: Tensor, *_: object) -> str | None:
+def buffer_obstacle(x: Tensor, *_: object, **__: object) -> str | None:
     """Why a kernel without matrix products cannot take ``x``, or None."""
     return device_obstacle(x.device)
 
@@ -116,14 +116,15 @@ TRITON = Operations(
     structure_iterations=guarded(
         iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
     ),
-    offset_features=guarded(features.offset_features, reference.elsewhere, buffer_obstacle, features.obstacle),
-    distance_features=guarded(features.distance_features, reference.elsewhere, buffer_obstacle, features.obstacle),
-    extra_features=guarded(features.extra_features, reference.elsewhere, buffer_obstacle, features.obstacle),
-    template_features=guarded(features.template_features, reference.elsewhere, buffer_obstacle, features.obstacle),
-    place_residues=guarded(placement.place_residues, reference.elsewhere, buffer_obstacle, placement.obstacle),
-    template_attention=guarded(
-        templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
+    embed_pairs=guarded(embedding.embed_pairs, reference.elsewhere, buffer_obstacle, embedding.obstacle),
+    embed_letters=guarded(embedding.embed_letters, reference.elsewhere, buffer_obstacle, embedding.obstacle),
+    embed_extra=guarded(embedding.embed_extra, reference.elsewhere, buffer_obstacle, embedding.obstacle),
+    embed_template_pairs=guarded(
+        embedding.embed_template_pairs, reference.elsewhere, buffer_obstacle, embedding.obstacle
     ),
+    place_residues=guarded(placement.place_residues, reference.elsewhere, buffer_obstacle, placement.obstacle),
+    add_templates=guarded(templates.add_templates, reference.elsewhere, buffer_obstacle, templates.obstacle),
+    linear_head=guarded(heads.linear_head, reference.linear_head, matrix_obstacle, heads.obstacle),
     better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
     side_losses=guarded(losses.side_losses, reference.elsewhere, groups_obstacle, losses.obstacle),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),

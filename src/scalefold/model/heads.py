@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefold.config import ModelConfig
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.model.layers import LayerNorm, Linear, relu_linear
 
 
@@ -25,18 +26,21 @@ class PerResidueLDDTHead(nn.Module):
 class DistogramHead(nn.Module):
     """Symmetric distance bins (Supplement 1.9.8). z: [B, N, N, c_z] -> [B, N, N, bins]."""
 
+    ops: Operations = REFERENCE
+
     def __init__(self, c_z: int, num_bins: int) -> None:
         super().__init__()
         self.linear = Linear(c_z, num_bins, init="final")
 
     def forward(self, z: Tensor) -> Tensor:
         """Logits."""
-        logits = self.linear(z)
-        return logits + logits.transpose(1, 2)
+        return self.ops.linear_head(z, self.linear.weight, self.linear.bias, True)
 
 
 class LinearHead(nn.Module):
     """One projection: masked MSA (Supplement 1.9.9) and experimentally resolved atoms (1.9.10)."""
+
+    ops: Operations = REFERENCE
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -44,11 +48,11 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return self.linear(x)
+        return self.ops.linear_head(x, self.linear.weight, self.linear.bias, False)
 
 
 class AuxiliaryHeads(nn.Module):
-    """All heads; inputs are taken to fp32 first."""
+    """All heads; inputs are taken to fp32 first, by the operation where a head is one layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,9 +68,9 @@ class AuxiliaryHeads(nn.Module):
         return {
             "lddt_logits": lddt_logits,
             "plddt": plddt_from_logits(lddt_logits.detach()),
-            "distogram_logits": self.distogram(outputs["pair"].float()),
-            "masked_msa_logits": self.masked_msa(outputs["msa"].float()),
-            "experimentally_resolved_logits": self.experimentally_resolved(outputs["single"].float()),
+            "distogram_logits": self.distogram(outputs["pair"]),
+            "masked_msa_logits": self.masked_msa(outputs["msa"]),
+            "experimentally_resolved_logits": self.experimentally_resolved(outputs["single"]),
         }
 
 

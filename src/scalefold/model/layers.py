@@ -47,6 +47,11 @@ class Linear(nn.Linear):
             self.bias.fill_(1.0 if self.init == "gating" else 0.0)
 
 
+def affine(*layers: "Linear | LayerNorm") -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of each layer, as operations take them."""
+    return [(layer.weight, layer.bias) for layer in layers]
+
+
 class LayerNorm(nn.Module):
     """Normalisation of the last dimension with weight and bias; statistics in fp32."""
 
