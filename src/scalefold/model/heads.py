@@ -1,5 +1,7 @@
 """Auxiliary heads (Supplement 1.9.6 to 1.9.10, Algorithm 29); always fp32."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -76,6 +78,10 @@ class AuxiliaryHeads(nn.Module):
 
 def plddt_from_logits(logits: Tensor) -> Tensor:
     """Expected lDDT-Cα, 0..100. logits: [*, bins] -> [*]."""
-    num_bins = logits.shape[-1]
-    centres = (torch.arange(num_bins, device=logits.device) + 0.5) / num_bins
-    return 100.0 * (torch.softmax(logits, dim=-1) * centres).sum(-1)
+    return (torch.softmax(logits, dim=-1) * _centres(logits.shape[-1], logits.device)).sum(-1)
+
+
+@cache
+def _centres(num_bins: int, device: torch.device) -> Tensor:
+    """Of equal bins from 0 to 100."""
+    return 100.0 * (torch.arange(num_bins, device=device) + 0.5) / num_bins

@@ -111,10 +111,10 @@ def _backward_kernel(
     tl.store(partials + N * C + k, d_bias, mask=k < N)
 
 
-def _sizes(weight: Tensor, symmetric: bool) -> dict[str, Any]:
+def _sizes(weight: Tensor, symmetric: bool, rows: int = 64) -> dict[str, Any]:
     n, c = weight.shape
     block, warps = max(16, tuning.power_of_two(n)), 4 if c <= 128 else 8
-    return {"SYMMETRIC": symmetric, "N": n, "C": c, "BLOCK_M": 64, "BLOCK_N": block, "num_warps": warps}
+    return {"SYMMETRIC": symmetric, "N": n, "C": c, "BLOCK_M": rows, "BLOCK_N": block, "num_warps": warps}
 
 
 class _LinearHead(torch.autograd.Function):
@@ -132,8 +132,8 @@ class _LinearHead(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
-        sizes, num_rows, dx = _sizes(weight, ctx.symmetric), x.shape[:-1].numel(), torch.empty_like(x)
-        tile = sizes["BLOCK_M"]
+        tile = 64 if tuning.capability() < 100 else 32  # products of 10.0 would overflow its tensor memory
+        sizes, num_rows, dx = _sizes(weight, ctx.symmetric, tile), x.shape[:-1].numel(), torch.empty_like(x)
         per_program = tuning.ceil_div(tuning.ceil_div(num_rows, tile), NUM_PROGRAMS) * tile
         programs, length = tuning.ceil_div(num_rows, per_program), weight.numel() + len(weight)
         partials = torch.empty(programs, length, dtype=torch.float32, device=x.device)
