@@ -227,7 +227,8 @@ class _Embedding(torch.autograd.Function):
             found = _run_backward(ctx.task, previous, parameters[:-2] if previous else parameters, d)
             return [gradient.view_as(parameter) for gradient, parameter in zip(found, parameters, strict=True)]
 
-        return None, None, *aside.gradients(parameters, [d], gradients)
+        read = [x for x in (*ctx.task.given, *(previous or ())) if isinstance(x, Tensor)]
+        return None, None, *aside.gradients(parameters, [d, *read], gradients)
 
 
 def _embed(task: Task, linears: Linears, previous: Previous | None = None) -> Tensor:
