@@ -260,11 +260,11 @@ def elsewhere(*arguments: Any, **named: Any) -> None:
 
 
 def linear_head(x: Tensor, weight: Tensor, bias: Tensor, symmetric: bool) -> Tensor:
-    """Logits of a linear layer in fp32; ``symmetric``: of residue pairs, those of (i, j) and (j, i) added.
+    """Logits of a linear layer in the type of its weights; ``symmetric``: those of (i, j) and (j, i) added.
 
-    x: [*, c], or [B, N, N, c]; weight: [classes, c], bias: [classes], fp32 -> fp32 [*, classes].
+    x: [*, c], or [B, N, N, c] if symmetric; weight: [classes, c]; bias: [classes] -> [*, classes].
     """
-    logits = F.linear(x.float(), weight, bias)
+    logits = F.linear(x.to(weight.dtype), weight, bias)
     return logits + logits.transpose(1, 2) if symmetric else logits
 
 
