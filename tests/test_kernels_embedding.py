@@ -1,5 +1,6 @@
 """The embedders, features included, in one product each way, against their plain definitions."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from scalefold.model.embedders import RECYCLING_EDGES, ExtraMSAEmbedder, InputEm
 from scalefold.model.templates import DISTOGRAM_EDGES, TemplatePairEmbedder
 
 C = 32
+NAMES = ("embed_pairs", "embed_letters", "embed_extra", "embed_template_pairs")
+KERNELS = dataclasses.replace(REFERENCE, **{name: getattr(embedding, name) for name in NAMES})  # for fp32 too
 
 
 def whole(low: int, high: int, *shape: int) -> Tensor:
@@ -88,7 +91,7 @@ def test_representations_and_gradients_are_as_accurate_as_the_definition(build, 
     leaves = [draw(*parameter.shape) for parameter in module.parameters()]
 
     def ours(*parameters: Tensor) -> Any:
-        return call(TRITON, *parameters)
+        return call(KERNELS, *parameters)
 
     def plain(*parameters: Tensor) -> Any:
         return call(REFERENCE, *parameters)
@@ -109,7 +112,7 @@ def test_features_fall_into_the_bins_and_columns_of_the_definition() -> None:
         from_distance.weight[65:80] = torch.eye(15, device=DEVICE)
     before = Recycled(torch.zeros(1, n, C, device=DEVICE), torch.zeros(1, n, n, 128, device=DEVICE), x)
     found = []
-    for ops in (REFERENCE, TRITON):
+    for ops in (REFERENCE, KERNELS):
         use_operations(module, ops)
         found.append(module(given, before)[1])
     assert torch.equal(*found)
@@ -150,6 +153,13 @@ def linears(c: int, width: int) -> list[tuple[Tensor, Tensor]]:
 )
 def test_what_the_kernels_do_not_take_is_named(inputs, own, reason) -> None:
     assert embedding.obstacle(*inputs, linears=own) == reason
+
+
+def test_fp32_is_left_to_the_library_and_16_bits_are_taken() -> None:
+    rows = (torch.ones(1, 1, 3, dtype=torch.int64, device=DEVICE), *torch.ones(2, 1, 1, 3, device=DEVICE))
+    for dtype, taken in ((torch.float32, False), (torch.bfloat16, True)):
+        own = [(weight.to(DEVICE, dtype), bias.to(DEVICE, dtype)) for weight, bias in linears(16, 25)]
+        assert (TRITON.embed_extra(*rows, linears=own) is not None) is taken
 
 
 def test_edges_are_squared_and_end_with_the_open_one() -> None:

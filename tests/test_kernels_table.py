@@ -26,7 +26,10 @@ def test_what_the_model_defines_sends_the_caller_there_and_one_line_says_why(cap
     choice._explained.clear()
     with caplog.at_level(logging.INFO):
         empty = torch.ones(1, 0)
-        assert triton_ops.TRITON.embed_extra(empty, empty, empty, linears=[(torch.ones(4, 25), torch.ones(4))]) is None
+        assert (
+            triton_ops.TRITON.embed_extra(empty, empty, empty, linears=[(torch.ones(4, 25).bfloat16(), torch.ones(4))])
+            is None
+        )
     assert [record.message for record in caplog.records] == ["kernels: plain PyTorch embed_extra: an argument is empty"]
 
 

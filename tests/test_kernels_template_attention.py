@@ -1,5 +1,7 @@
 """What attention over templates adds, in one launch each way, against its plain definition."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,10 +10,10 @@ from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.config import TemplateConfig
 from scalefold.kernels.around import templates
 from scalefold.kernels.table import REFERENCE, use_operations
-from scalefold.kernels.triton_ops import TRITON
 from scalefold.model.templates import TemplatePointwiseAttention
 
 C_Z, C_T = 32, 16
+KERNELS = dataclasses.replace(REFERENCE, add_templates=templates.add_templates)  # for fp32 too
 
 
 def module(heads: int, width: int) -> TemplatePointwiseAttention:
@@ -53,7 +55,7 @@ def added(own: TemplatePointwiseAttention, ops, mask: Tensor):
 def test_outputs_and_gradients_are_as_accurate_as_the_definition(shape, heads, width, dtype):
     own, mask = module(heads, width), torch.ones(shape[:2], device=DEVICE)
     mask[0, 0] = 0.0
-    ours, plain = added(own, TRITON, mask), added(own, REFERENCE, mask)
+    ours, plain = added(own, KERNELS, mask), added(own, REFERENCE, mask)
     assert_as_accurate_as_pytorch(ours, plain, leaves(own, *shape), dtype)
 
 
@@ -61,7 +63,7 @@ def test_an_absent_template_gets_no_gradient_and_samples_without_any_stay_as_the
     own = module(2, 8)
     z, t, *parameters = (x.requires_grad_() for x in leaves(own, 2, 3, 4, 4))
     mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]], device=DEVICE)
-    out = added(own, TRITON, mask)(z, t, *parameters)
+    out = added(own, KERNELS, mask)(z, t, *parameters)
     out.sum().backward()
     assert not t.grad[0, 1].any()
     assert t.grad[0, 0].any()
@@ -74,7 +76,7 @@ def test_an_absent_template_gets_no_gradient_and_samples_without_any_stay_as_the
 def test_gradients_repeat_their_bits():
     own, mask = module(4, 16), torch.ones(1, 4, device=DEVICE)
     given = [x.bfloat16().requires_grad_() for x in leaves(own, 1, 4, 90, 90)]
-    function = added(own, TRITON, mask)
+    function = added(own, KERNELS, mask)
 
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(function(*given).float().sin().sum(), given)

@@ -43,7 +43,7 @@ def device_obstacle(device: torch.device) -> str | None:
     return f"tensors are on {device.type}, not on a CUDA device"
 
 
-def buffer_obstacle(x: Tensor, *_: object, **__: object) -> str | None:
+def buffer_obstacle(x: Tensor, *_: object) -> str | None:
     """Why a kernel without matrix products cannot take ``x``, or None."""
     return device_obstacle(x.device)
 
@@ -52,6 +52,11 @@ def matrix_obstacle(x: Tensor, *_: object) -> str | None:
     """Why a kernel with matrix products cannot take ``x``, or None."""
     dtype = str(x.dtype).removeprefix("torch.")
     return device_obstacle(x.device) or (None if x.dtype in MATRIX_DTYPES else f"{dtype} products go to the library")
+
+
+def linears_obstacle(*_: object, linears: Sequence[Sequence[Tensor]], **__: object) -> str | None:
+    """Why a kernel with products of these layers' weights cannot take them, or None."""
+    return matrix_obstacle(linears[0][0])
 
 
 def draw_obstacle(shape: object, rate: float, device: torch.device) -> str | None:
@@ -116,14 +121,14 @@ TRITON = Operations(
     structure_iterations=guarded(
         iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
     ),
-    embed_pairs=guarded(embedding.embed_pairs, reference.elsewhere, buffer_obstacle, embedding.obstacle),
-    embed_letters=guarded(embedding.embed_letters, reference.elsewhere, buffer_obstacle, embedding.obstacle),
-    embed_extra=guarded(embedding.embed_extra, reference.elsewhere, buffer_obstacle, embedding.obstacle),
+    embed_pairs=guarded(embedding.embed_pairs, reference.elsewhere, linears_obstacle, embedding.obstacle),
+    embed_letters=guarded(embedding.embed_letters, reference.elsewhere, linears_obstacle, embedding.obstacle),
+    embed_extra=guarded(embedding.embed_extra, reference.elsewhere, linears_obstacle, embedding.obstacle),
     embed_template_pairs=guarded(
-        embedding.embed_template_pairs, reference.elsewhere, buffer_obstacle, embedding.obstacle
+        embedding.embed_template_pairs, reference.elsewhere, linears_obstacle, embedding.obstacle
     ),
     place_residues=guarded(placement.place_residues, reference.elsewhere, buffer_obstacle, placement.obstacle),
-    add_templates=guarded(templates.add_templates, reference.elsewhere, buffer_obstacle, templates.obstacle),
+    add_templates=guarded(templates.add_templates, reference.elsewhere, matrix_obstacle, templates.obstacle),
     linear_head=guarded(heads.linear_head, reference.linear_head, matrix_obstacle, heads.obstacle),
     better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
     side_losses=guarded(losses.side_losses, reference.elsewhere, groups_obstacle, losses.obstacle),
