@@ -269,7 +269,7 @@ def measure(part: Part, exact: Sequence[Tensor], repeats: int, listed: bool) -> 
     times = kernel_times(graph.replay, None)
     del graph
     for kernel, own in sorted(times.items(), key=lambda item: -sum(item[1])) if listed else ():
-        print(f"    {len(own):5d} x {sum(own) / len(own):7.1f} us  {kernel[:110]}", flush=True)
+        print(f"    {kernel[:110]}: {len(own)} x {', '.join(f'{t:.1f}' for t in own[:8])} us", flush=True)
     return row_of(graph_microseconds(lambda: forward_backward(part, seeds), REPLAYS, 1), times) | judged
 
 
