@@ -80,9 +80,6 @@ def variants(small: bool) -> dict[str, Variant]:
     return found | {"autotuned": Variant(REFERENCE, True, tuned)}
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
-
-
 class Parts:
     """The model's parts around the trunk on a batch of the benchmark's sizes, with inputs as the trunk hands them."""
 
@@ -206,9 +203,6 @@ class Parts:
 
 
 PARTS = ("iterations", "read_out", "heads", "losses", "embedders", "templates")
-
-
-# --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def seeds_of(part: Part) -> list[Tensor]:
@@ -376,7 +370,7 @@ def main() -> int:
     parser.add_argument("--passes", type=int, nargs="*", default=[1], help="of whole steps; none: no step")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--minutes", type=float, default=6.0, help="no variant begins later than this")
-    parser.add_argument("--list", action="store_true", help="print the kernels of each part and the small ones of each step")
+    parser.add_argument("--list", action="store_true", help="print kernels of parts, and small ones of steps")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU; no CSV rows")
     parser.add_argument("--csv", type=Path, default=FOLDER / "small_kernels.csv")
     arguments = parser.parse_args()

@@ -3,7 +3,8 @@
 All layers that add to a representation are one product of their features side by side with their weights side by side,
 biases being weights of ones: features exist in registers only, and the representation is written once. So are all
 gradients of these weights one product; that of its features is taken in ranges of rows, which are added up in fixed
-order. Nothing but parameters has a gradient.
+order. A layer norm of the previous pass is added where its rows are, and has a launch of its own for its gradients.
+Nothing but parameters has a gradient.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -37,8 +38,8 @@ from scalefold.kernels.instructions import to_fp32
 from scalefold.kernels.rows import dot, normalise, sum_all
 
 WIDEST, WIDEST_FEATURES = 256, 255  # channels; features with biases, whose places are noted in 8 bits
-WIDEST_BLOCK = 128  # of channels in a backward
-NUM_PROGRAMS = 264  # of a backward, two per multiprocessor of an H200
+WIDEST_BLOCK = 64  # of channels in a backward: of wider ones a multiprocessor's registers hold one program
+NUM_PROGRAMS, NUM_NARROW = 264, 528  # of a backward: two per multiprocessor of an H200, or four where little is held
 
 Linears = Sequence[tuple[Tensor, Tensor]]  # weight [C, width] and bias [C] each
 
@@ -61,12 +62,10 @@ class Task(NamedTuple):
 
 
 @triton.jit
-def _normed(previous, outer, inner, width, exists, c, C: tl.constexpr):
-    """Normalised rows of the previous pass: [rows, *] fp32."""
-    rows = (outer // previous.period).to(tl.int64) * width + inner
+def _normed(x, outer, inner, width, exists, c, C: tl.constexpr):
+    """Normalised rows of what the previous pass found, those of its outer number: [rows, *] fp32."""
     keep = exists[:, None] & (c < C)[None, :]
-    x = tl.load(previous.x + rows[:, None] * C + c[None, :], mask=keep, other=0.0)
-    hat, _ = normalise(to_fp32(x), C, keep)
+    hat, _ = normalise(to_fp32(tl.load(x + _places(outer, inner, width, c, C), mask=keep, other=0.0)), C, keep)
     return hat
 
 
@@ -98,48 +97,48 @@ def _forward_kernel(
         if outer % previous.period == 0:
             scale = tl.load(previous.weight + c, mask=c < C, other=0.0).to(tl.float32)
             shift = tl.load(previous.bias + c, mask=c < C, other=0.0).to(tl.float32)
-            acc += _normed(previous, outer, inner, width, exists, c, C) * scale[None, :] + shift[None, :]
+            hat = _normed(previous.x, outer // previous.period, inner, width, exists, c, C)
+            acc += hat * scale[None, :] + shift[None, :]
     keep = exists[:, None] & (c < C)[None, :]
     tl.store(out + _places(outer, inner, width, c, C), acc.to(out.dtype.element_ty), mask=keep)
 
 
 @triton.jit
-def _norm_sums(
-    previous, d, first, end, tiles, width, out, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """Gradients of the norm's weight and bias from tiles first..end: out [2 C]."""
+def _norm_kernel(
+    previous, d, partials, num_tiles, per_program, tiles, width,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Range of tiles of rows with a norm -> partials[range, 2 C]: gradients of its weight and bias."""
+    first = tl.program_id(0) * per_program
     c = tl.arange(0, BLOCK_C)
     scale = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     shift = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    for number in range(first, end):
+    for number in range(first, tl.minimum(first + per_program, num_tiles)):
         outer, inner, exists = _tile(number, tiles, width, BLOCK_M)
-        if outer % previous.period == 0:
-            keep = exists[:, None] & (c < C)[None, :]
-            tile = to_fp32(tl.load(d + _places(outer, inner, width, c, C), mask=keep, other=0.0))
-            scale += tile * _normed(previous, outer, inner, width, exists, c, C)
-            shift += tile
-    tl.store(out + c, tl.sum(scale, 0), mask=c < C)
-    tl.store(out + C + c, tl.sum(shift, 0), mask=c < C)
+        keep = exists[:, None] & (c < C)[None, :]
+        places = _places(outer * previous.period, inner, width, c, C)
+        tile = to_fp32(tl.load(d + places, mask=keep, other=0.0))
+        scale += tile * _normed(previous.x, outer, inner, width, exists, c, C)
+        shift += tile
+    partials += tl.program_id(0).to(tl.int64) * (2 * C) + c
+    tl.store(partials, tl.sum(scale, 0), mask=c < C)
+    tl.store(partials + C, tl.sum(shift, 0), mask=c < C)
 
 
 @triton.jit
 def _backward_kernel(
-    given, previous, d, partials, num_tiles, per_program, tiles, width, TOTAL: tl.constexpr,
-    FEATURES: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    given, d, partials, num_tiles, per_program, tiles, width, TOTAL: tl.constexpr,
+    FEATURES: tl.constexpr, FIRST: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Program (range of tiles, block of channels) -> partials[range, TOTAL]: gradients of the weights, each dense, then
-    of the norm's weight and bias.
+    """Program (range of tiles, block of channels) -> partials[range, TOTAL]: gradients of the weights, each dense.
 
     FIRST: columns at which weights begin, and where the last one ends.
     """
     first = tl.program_id(0) * per_program
-    end = tl.minimum(first + per_program, num_tiles)
-    partials += tl.program_id(0).to(tl.int64) * TOTAL
-    last: tl.constexpr = FIRST[len(FIRST) - 1]
     n, k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, K)
     acc = tl.zeros([BLOCK_N, K], tl.float32)
-    for number in range(first, end):
+    for number in range(first, tl.minimum(first + per_program, num_tiles)):
         outer, inner, exists = _tile(number, tiles, width, BLOCK_M)
         keep = exists[:, None] & (n < C)[None, :]
         tile = tl.load(d + _places(outer, inner, width, n, C), mask=keep, other=0.0)
@@ -151,10 +150,8 @@ def _backward_kernel(
         place = tl.where(own, C * FIRST[i] + k - FIRST[i], place)
         length = tl.where(own, FIRST[i + 1] - FIRST[i], length)
     places = place[None, :] + n[:, None] * length[None, :]
-    tl.store(partials + places, acc, mask=(n < C)[:, None] & (k < last)[None, :])
-    if previous is not None:  # noqa: SIM102
-        if tl.program_id(1) == 0:  # the rows are in the cache by now
-            _norm_sums(previous, d, first, end, tiles, width, partials + C * last, C, BLOCK_C, BLOCK_M)
+    partials += tl.program_id(0).to(tl.int64) * TOTAL
+    tl.store(partials + places, acc, mask=(n < C)[:, None] & (k < FIRST[len(FIRST) - 1])[None, :])
 
 
 @functools.cache
@@ -186,26 +183,56 @@ def _run_forward(task: Task, previous: Previous | None, parameters: Sequence[Ten
     out, rows = first.new_empty(*task.shape, sizes["C"]), _rows_of_tile(first, sizes)
     tiles = tuning.ceil_div(width, rows)
     _forward_kernel[(out.shape[:-2].numel() * tiles,)](
-        task.given, weights, previous, out, tiles, width, FEATURES=task.features, BLOCK_M=rows, num_warps=8, **sizes
-    )
+        task.given, weights, previous, out, tiles, width, FEATURES=task.features, BLOCK_M=rows,
+        num_warps=max(8, sizes["BLOCK_C"] // 16), **sizes,
+    )  # fmt: skip
     return out
+
+
+def _ranges(num_tiles: int, num_programs: int) -> tuple[int, int]:
+    """Tiles per program, and the number of programs."""
+    per_program = tuning.ceil_div(num_tiles, num_programs)
+    return per_program, tuning.ceil_div(num_tiles, per_program)
+
+
+def _weight_partials(task: Task, parameters: Sequence[Tensor], d: Tensor) -> Tensor:
+    """Partial gradients of all parameters side by side: fp32 [programs, total]."""
+    sizes, width = _sizes(parameters), task.shape[-1]
+    rows, c, block = _rows_of_tile(d, sizes), sizes["C"], min(sizes.pop("BLOCK_C"), WIDEST_BLOCK)
+    tiles, blocks = tuning.ceil_div(width, rows), tuning.ceil_div(c, block)
+    num_tiles = d.shape[:-2].numel() * tiles
+    per_program, ranges = _ranges(num_tiles, (NUM_NARROW if sizes["K"] <= 32 else NUM_PROGRAMS) // blocks)
+    total = sum(parameter.numel() for parameter in parameters)
+    partials = torch.empty(ranges, total, dtype=torch.float32, device=d.device)
+    _backward_kernel[(ranges, blocks)](
+        task.given, d, partials, num_tiles, per_program, tiles, width, TOTAL=total, FEATURES=task.features,
+        BLOCK_M=rows, BLOCK_N=block, num_warps=8, num_stages=2, **sizes,
+    )  # fmt: skip
+    return partials
+
+
+def _norm_partials(previous: Previous, d: Tensor) -> Tensor:
+    """Partial gradients of the norm's weight and bias: fp32 [programs, 2 C]."""
+    width, c = d.shape[-2:]
+    block = max(16, tuning.power_of_two(c))
+    rows = max(1, 4096 // block)
+    tiles = tuning.ceil_div(width, rows)
+    num_tiles = d.shape[:-2].numel() // previous.period * tiles
+    per_program, ranges = _ranges(num_tiles, NUM_NARROW)
+    partials = torch.empty(ranges, 2 * c, dtype=torch.float32, device=d.device)
+    _norm_kernel[(ranges,)](
+        previous, d, partials, num_tiles, per_program, tiles, width, C=c, BLOCK_C=block, BLOCK_M=rows, num_warps=8
+    )
+    return partials
 
 
 def _run_backward(task: Task, previous: Previous | None, parameters: Sequence[Tensor], d: Tensor) -> list[Tensor]:
     """Gradients of the parameters, then of the norm's."""
-    sizes, width = _sizes(parameters), task.shape[-1]
-    rows, c, block = _rows_of_tile(d, sizes), sizes["C"], min(sizes["BLOCK_C"], WIDEST_BLOCK)
-    tiles, blocks = tuning.ceil_div(width, rows), tuning.ceil_div(c, block)
-    num_tiles = d.shape[:-2].numel() * tiles
-    per_program = tuning.ceil_div(num_tiles, NUM_PROGRAMS // blocks)
-    ranges = tuning.ceil_div(num_tiles, per_program)
-    lengths = [*(parameter.numel() for parameter in parameters), *([c, c] if previous else [])]
-    partials = torch.empty(ranges, sum(lengths), dtype=torch.float32, device=d.device)
-    _backward_kernel[(ranges, blocks)](
-        task.given, previous, d, partials, num_tiles, per_program, tiles, width, TOTAL=sum(lengths),
-        FEATURES=task.features, BLOCK_M=rows, BLOCK_N=block, num_warps=8, num_stages=2, **sizes,
-    )  # fmt: skip
-    return list(sum_all([partials], d.dtype)[0].split(lengths))
+    partials, lengths = [_weight_partials(task, parameters, d)], [parameter.numel() for parameter in parameters]
+    if previous is not None:
+        partials.append(_norm_partials(previous, d))
+    found = sum_all(partials, d.dtype)
+    return [*found[0].split(lengths), *(gradient for sums in found[1:] for gradient in sums.chunk(2))]
 
 
 class _Embedding(torch.autograd.Function):
