@@ -25,10 +25,12 @@ def test_every_operation_keeps_the_signature_of_its_definition():
 def test_what_the_model_defines_sends_the_caller_there_and_one_line_says_why(caplog):
     choice._explained.clear()
     with caplog.at_level(logging.INFO):
-        assert triton_ops.TRITON.offset_features(torch.ones(1, 0), 32, torch.float32) is None
-    assert [record.message for record in caplog.records] == [
-        "kernels: plain PyTorch offset_features: an argument is empty"
-    ]
+        empty = torch.ones(1, 0)
+        assert (
+            triton_ops.TRITON.embed_extra(empty, empty, empty, linears=[(torch.ones(4, 25).bfloat16(), torch.ones(4))])
+            is None
+        )
+    assert [record.message for record in caplog.records] == ["kernels: plain PyTorch embed_extra: an argument is empty"]
 
 
 def test_the_table_is_found_by_name():

@@ -1,51 +1,103 @@
-"""Attention over templates in one launch, against its plain definition."""
+"""What attention over templates adds, in one launch each way, against its plain definition."""
+
+import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 
 from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
-from scalefold.kernels import reference
+from scalefold.config import TemplateConfig
 from scalefold.kernels.around import templates
-from scalefold.model.templates import POINTWISE_INF
+from scalefold.kernels.table import REFERENCE, use_operations
+from scalefold.model.templates import TemplatePointwiseAttention
+
+C_Z, C_T = 32, 16
+KERNELS = dataclasses.replace(REFERENCE, add_templates=templates.add_templates)  # for fp32 too
 
 
-def leaves(batch: int, count: int, rows: int, columns: int, heads: int, width: int) -> list[torch.Tensor]:
-    draw, pair = Draw(batch + count), (rows, columns, heads, width)
-    return [draw(batch, *pair), draw(batch, count, *pair), draw(batch, count, *pair)]
+def module(heads: int, width: int) -> TemplatePointwiseAttention:
+    config = TemplateConfig(num_heads_pointwise=heads, c_hidden_pointwise=width)
+    return TemplatePointwiseAttention(C_Z, C_T, config).to(DEVICE)
+
+
+def leaves(own: TemplatePointwiseAttention, batch: int, count: int, rows: int, columns: int) -> list[Tensor]:
+    """z, t and parameters."""
+    draw = Draw(batch + count)
+    inputs = [draw(batch, rows, columns, C_Z), draw(batch, count, rows, columns, C_T)]
+    return [*inputs, *(draw(*parameter.shape) * 0.3 for parameter in own.parameters())]
+
+
+def added(own: TemplatePointwiseAttention, ops, mask: Tensor):
+    """``added`` as a function of the leaves."""
+
+    class Call(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = own
+
+        def forward(self, z: Tensor, t: Tensor) -> Tensor:
+            return self.own.added(t, z, mask)
+
+    call, names = Call(), [f"own.{name}" for name, _ in own.named_parameters()]
+
+    def function(z: Tensor, t: Tensor, *parameters: Tensor) -> Tensor:
+        use_operations(own, ops)
+        return torch.func.functional_call(call, dict(zip(names, parameters, strict=True)), (z, t))
+
+    return function
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 4, 7, 9, 4, 16), (2, 3, 5, 5, 2, 8), (1, 5, 3, 3, 1, 16)])
-def test_outputs_and_gradients_are_as_accurate_as_the_definition(shape, dtype):
-    mask = torch.ones(shape[:2], device=DEVICE)
+@pytest.mark.parametrize(
+    ("shape", "heads", "width"), [((1, 4, 7, 11), 4, 16), ((2, 3, 5, 5), 2, 8), ((1, 5, 3, 3), 1, 16)]
+)
+def test_outputs_and_gradients_are_as_accurate_as_the_definition(shape, heads, width, dtype):
+    own, mask = module(heads, width), torch.ones(shape[:2], device=DEVICE)
     mask[0, 0] = 0.0
-    ours, plain = (
-        lambda *inputs, function=function: function(*inputs, mask, POINTWISE_INF)
-        for function in (templates.template_attention, reference.template_attention)
-    )
-    assert_as_accurate_as_pytorch(ours, plain, leaves(*shape), dtype)
+    ours, plain = added(own, KERNELS, mask), added(own, REFERENCE, mask)
+    assert_as_accurate_as_pytorch(ours, plain, leaves(own, *shape), dtype)
 
 
-def test_an_absent_template_gets_no_gradient_and_all_absent_ones_weigh_alike():
-    q, k, v = (x.requires_grad_() for x in leaves(1, 3, 4, 4, 2, 8))
-    mask = torch.tensor([[1.0, 0.0, 1.0]], device=DEVICE)
-    templates.template_attention(q, k, v, mask, POINTWISE_INF).sum().backward()
-    assert not k.grad[:, 1].any()
-    assert not v.grad[:, 1].any()
-    none = templates.template_attention(torch.zeros_like(q), k, v, torch.zeros_like(mask), POINTWISE_INF)
-    torch.testing.assert_close(none, v.mean(1))
+def test_an_absent_template_gets_no_gradient_and_samples_without_any_stay_as_they_are():
+    own = module(2, 8)
+    z, t, *parameters = (x.requires_grad_() for x in leaves(own, 2, 3, 4, 4))
+    mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]], device=DEVICE)
+    out = added(own, KERNELS, mask)(z, t, *parameters)
+    out.sum().backward()
+    assert not t.grad[0, 1].any()
+    assert t.grad[0, 0].any()
+    assert torch.equal(out[1], z[1])
+    assert not t.grad[1].any()
+    assert (z.grad[1] == 1.0).all()
+
+
+@pytest.mark.gpu
+def test_gradients_repeat_their_bits():
+    own, mask = module(4, 16), torch.ones(1, 4, device=DEVICE)
+    given = [x.bfloat16().requires_grad_() for x in leaves(own, 1, 4, 90, 90)]
+    function = added(own, KERNELS, mask)
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(function(*given).float().sin().sum(), given)
+
+    first = gradients()
+    assert all(gradient.isfinite().all() for gradient in first)
+    for _ in range(10):
+        assert all(map(torch.equal, first, gradients()))
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda q, k, v: (q.transpose(1, 2), k, v), "not everything is contiguous"),
-        (lambda q, k, v: (q, k[:, :0], v[:, :0]), "an argument is empty"),
-        (lambda q, k, v: (q[..., :3].contiguous(), k, v), "width 6 is no power of two"),
-        (lambda q, k, v: (q, k, v), None),
+        (lambda z, t: (z.transpose(1, 2), t), "not everything is contiguous"),
+        (lambda z, t: (z, t[:, :0]), "an argument is empty"),
+        (lambda z, t: (z[..., :3].contiguous(), t), "width 3 is no power of two"),
+        (lambda z, t: (z, t), None),
     ],
 )
 def test_what_the_kernels_do_not_take_is_named(change, reason):
-    q, k, v = change(*leaves(1, 2, 3, 5, 2, 8))
-    found = templates.obstacle(q, k, v, torch.ones(1, 2), POINTWISE_INF)
+    own = module(2, 8)
+    z, t, q, k, v, o, bias = leaves(own, 1, 2, 3, 5)
+    found = templates.obstacle(*change(z, t), torch.ones(1, 2), (q, k, v, o), bias, 2, 1e5)
     assert found == reason or (found is not None and reason is not None and found.startswith(reason))

@@ -336,17 +336,17 @@ def sub_layer_table() -> str:
 
 
 def part_table() -> str:
-    """Parts around the trunk: microseconds and, in brackets, kernels of each variant that was measured, on one card."""
-    rows = [row for row in read("small_kernels") if row["device"] == devices("small_kernels")[0]]
-    found = newest(rows, "part", "variant")
-    names = [variant for variant in PARTS if any(v == variant for _, v in found)]
+    """Parts around the trunk: microseconds and, in brackets, kernels of each variant that was measured, by card."""
+    found = newest(read("small_kernels"), "device", "part", "variant")
+    names = [variant for variant in PARTS if any(v == variant for *_, v in found)]
     cells = []
-    for part in dict.fromkeys(part for part, _ in found):
-        own = [found.get((part, variant)) for variant in names]
-        figures = [f"{float(row['us']):.0f} ({row['kernels']})" if row else NONE for row in own]
-        commits = dict.fromkeys(row["commit"] for row in own if row)
-        cells.append([part.replace("_", "-"), *figures, ", ".join(commits)])
-    return markdown([f"µs (kernels) on {card(rows[0])}", *(PARTS[name] for name in names), "commit"], cells)
+    for device in devices("small_kernels"):
+        for part in dict.fromkeys(part for own_device, part, _ in found if own_device == device):
+            own = [found.get((device, part, variant)) for variant in names]
+            figures = [f"{float(row['us']):.0f} ({row['kernels']})" if row else NONE for row in own]
+            commits = dict.fromkeys(row["commit"] for row in own if row)
+            cells.append([card({"device": device}), part.replace("_", "-"), *figures, ", ".join(commits)])
+    return markdown(["card", "µs (kernels)", *(PARTS[name] for name in names), "commit"], cells)
 
 
 def evaluation_table() -> str:

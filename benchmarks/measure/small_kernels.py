@@ -10,7 +10,7 @@ operations, as ``execution.compile`` runs them), ``autotuned`` (``compiled`` wit
 runs forward and backward, dropout on. Before it is timed, its results are compared with the plain ones in fp32, and the
 bits of REPEATS calls with each other, memory poisoned in between (``bits.py``). Time and kernels are those of a
 replayed CUDA graph; ``small`` counts PyTorch's and Inductor's, without the library's products. A step's error is
-that of its gradients against the first variant's; its bits are those of two replays. ``--list``: its small ones.
+that of its gradients against the first variant's; its bits are those of two replays. ``--list``: kernels by name.
 """
 
 import argparse
@@ -78,9 +78,6 @@ def variants(small: bool) -> dict[str, Variant]:
     found |= {"fused": Variant(ours, True), "compiled": Variant(REFERENCE, True)}
     tuned: dict[str, object] = {"max_autotune": True, "deterministic": False}
     return found | {"autotuned": Variant(REFERENCE, True, tuned)}
-
-
-# --- parts ------------------------------------------------------------------------------------------------------------
 
 
 class Parts:
@@ -208,9 +205,6 @@ class Parts:
 PARTS = ("iterations", "read_out", "heads", "losses", "embedders", "templates")
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
 def seeds_of(part: Part) -> list[Tensor]:
     """Gradients of a part's outputs, the same for all variants."""
     outputs = [output for output in part.call() if output.requires_grad]
@@ -257,7 +251,7 @@ def largest_error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     )
 
 
-def measure(part: Part, exact: Sequence[Tensor], repeats: int) -> dict[str, object]:
+def measure(part: Part, exact: Sequence[Tensor], repeats: int, listed: bool) -> dict[str, object]:
     """Error, bits, then time and kernels of a replayed graph; on a CPU errors and bits alone."""
     seeds = seeds_of(part)
     error = largest_error(results(part, seeds), exact)
@@ -268,6 +262,8 @@ def measure(part: Part, exact: Sequence[Tensor], repeats: int) -> dict[str, obje
     graph = capture(lambda: forward_backward(part, seeds), 2)
     times = kernel_times(graph.replay, None)
     del graph
+    for kernel, own in sorted(times.items(), key=lambda item: -sum(item[1])) if listed else ():
+        print(f"    {kernel[:110]}: {len(own)} x {', '.join(f'{t:.1f}' for t in own[:8])} us", flush=True)
     return row_of(graph_microseconds(lambda: forward_backward(part, seeds), REPLAYS, 1), times) | judged
 
 
@@ -298,7 +294,7 @@ def measure_parts(
             start = time.monotonic()
             try:
                 with inductor_config.patch(variant.inductor):
-                    found = measure(fresh(parts, name), exact[name], arguments.repeats)
+                    found = measure(fresh(parts, name), exact[name], arguments.repeats, arguments.list)
             except Exception as problem:
                 print(f"  {name}: {variant_name}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
                 continue
@@ -374,7 +370,7 @@ def main() -> int:
     parser.add_argument("--passes", type=int, nargs="*", default=[1], help="of whole steps; none: no step")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--minutes", type=float, default=6.0, help="no variant begins later than this")
-    parser.add_argument("--list", action="store_true", help="print the small kernels of each step")
+    parser.add_argument("--list", action="store_true", help="print kernels of parts, and small ones of steps")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU; no CSV rows")
     parser.add_argument("--csv", type=Path, default=FOLDER / "small_kernels.csv")
     arguments = parser.parse_args()

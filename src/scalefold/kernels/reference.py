@@ -255,19 +255,17 @@ def structure_iterations(
     return None
 
 
-def elsewhere(*arguments: Any) -> None:
+def elsewhere(*arguments: Any, **named: Any) -> None:
     """An operation that the model defines by others: None sends the caller to that definition."""
 
 
-def template_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, inf: float) -> Tensor:
-    """Attention of every residue pair over its templates (Supplement Algorithm 17); logits and softmax in fp32.
+def linear_head(x: Tensor, weight: Tensor, bias: Tensor, symmetric: bool) -> Tensor:
+    """Logits of a linear layer in the type of its weights; ``symmetric``: those of (i, j) and (j, i) added.
 
-    q: [B, I, J, H, D]; k, v: [B, T, I, J, H, D]; mask: [B, T], fp32 -> [B, I, J, H, D].
+    x: [*, c], or [B, N, N, c] if symmetric; weight: [classes, c]; bias: [classes] -> [*, classes].
     """
-    logits = (q[:, None].float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
-    logits = logits + ((mask - 1.0) * inf)[:, :, None, None, None]
-    weights = torch.softmax(logits, dim=1).to(v.dtype)
-    return (weights[..., None] * v).sum(1)
+    logits = F.linear(x.to(weight.dtype), weight, bias)
+    return logits + logits.transpose(1, 2) if symmetric else logits
 
 
 def better_naming(predicted: Tensor, truth: Tensor, alternative: Tensor, exists: Tensor, ambiguous: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.around import features, losses, naming, templates
+from scalefold.kernels.around import embedding, heads, losses, naming, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -52,6 +52,11 @@ def matrix_obstacle(x: Tensor, *_: object) -> str | None:
     """Why a kernel with matrix products cannot take ``x``, or None."""
     dtype = str(x.dtype).removeprefix("torch.")
     return device_obstacle(x.device) or (None if x.dtype in MATRIX_DTYPES else f"{dtype} products go to the library")
+
+
+def linears_obstacle(*_: object, linears: Sequence[Sequence[Tensor]], **__: object) -> str | None:
+    """Why a kernel with products of these layers' weights cannot take them, or None."""
+    return matrix_obstacle(linears[0][0])
 
 
 def draw_obstacle(shape: object, rate: float, device: torch.device) -> str | None:
@@ -116,14 +121,15 @@ TRITON = Operations(
     structure_iterations=guarded(
         iterations.structure_iterations, reference.structure_iterations, buffer_obstacle, iterations.obstacle
     ),
-    offset_features=guarded(features.offset_features, reference.elsewhere, buffer_obstacle, features.obstacle),
-    distance_features=guarded(features.distance_features, reference.elsewhere, buffer_obstacle, features.obstacle),
-    extra_features=guarded(features.extra_features, reference.elsewhere, buffer_obstacle, features.obstacle),
-    template_features=guarded(features.template_features, reference.elsewhere, buffer_obstacle, features.obstacle),
-    place_residues=guarded(placement.place_residues, reference.elsewhere, buffer_obstacle, placement.obstacle),
-    template_attention=guarded(
-        templates.template_attention, reference.template_attention, buffer_obstacle, templates.obstacle
+    embed_pairs=guarded(embedding.embed_pairs, reference.elsewhere, linears_obstacle, embedding.obstacle),
+    embed_letters=guarded(embedding.embed_letters, reference.elsewhere, linears_obstacle, embedding.obstacle),
+    embed_extra=guarded(embedding.embed_extra, reference.elsewhere, linears_obstacle, embedding.obstacle),
+    embed_template_pairs=guarded(
+        embedding.embed_template_pairs, reference.elsewhere, linears_obstacle, embedding.obstacle
     ),
+    place_residues=guarded(placement.place_residues, reference.elsewhere, buffer_obstacle, placement.obstacle),
+    add_templates=guarded(templates.add_templates, reference.elsewhere, matrix_obstacle, templates.obstacle),
+    linear_head=guarded(heads.linear_head, reference.linear_head, matrix_obstacle, heads.obstacle),
     better_naming=guarded(naming.better_naming, reference.better_naming, buffer_obstacle, naming.obstacle),
     side_losses=guarded(losses.side_losses, reference.elsewhere, groups_obstacle, losses.obstacle),
     point_errors=guarded(point_errors.point_errors, reference.point_errors, buffer_obstacle, point_errors.obstacle),

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from scalefold.config import ModelConfig
 from scalefold.data.batch_keys import PER_SLICE_KEYS
-from scalefold.model.embedders import ExtraMSAEmbedder, InputEmbedder, RecyclingEmbedder, extra_msa_features
+from scalefold.model.embedders import RECYCLING_EDGES, ExtraMSAEmbedder, InputEmbedder, RecyclingEmbedder
 from scalefold.model.evoformer import EvoformerStack, ExtraMSAStack
 from scalefold.model.heads import AuxiliaryHeads
-from scalefold.model.layers import initialise
+from scalefold.model.layers import affine, initialise
 from scalefold.model.rigid import pseudo_beta
 from scalefold.model.structure import StructureModule
 from scalefold.model.templates import (
@@ -21,7 +21,6 @@ from scalefold.model.templates import (
     TemplatePairStack,
     TemplatePointwiseAttention,
     template_angle_features,
-    template_pair_features,
 )
 
 FP32_PREFIXES = ("structure_module.", "auxiliary_heads.")
@@ -166,10 +165,28 @@ class AlphaFold(nn.Module):
 
     def embed_sample(self, features: Features, recycled: Recycled) -> tuple[Tensor, Tensor]:
         """m [B, S, N, c_m] and z [B, N, N, c_z] from target, clustered MSA and the previous pass."""
+        m, z = self._letters_at_once(features, recycled), self._pairs_at_once(features, recycled)
+        if m is not None and z is not None:
+            return m, z
         m, z = self.input_embedder(features["target_feat"], features["residue_index"], features["msa_feat"])
         x_prev = pseudo_beta(features["aatype"], recycled.x)
         m0_update, z_update = self.recycling_embedder(recycled.m0, recycled.z, x_prev)
         return torch.cat((m[:, :1] + m0_update[:, None], m[:, 1:]), dim=1), z + z_update
+
+    def _letters_at_once(self, features: Features, recycled: Recycled) -> Tensor | None:
+        """The m of ``embed_sample`` in one operation, where there is one."""
+        inputs, (norm,) = self.input_embedder, affine(self.recycling_embedder.layer_norm_m)
+        linears = affine(inputs.linear_msa_m, inputs.linear_tf_m)
+        given = (features["msa_feat"], features["target_feat"], recycled.m0)
+        return inputs.ops.embed_letters(*given, norm=norm, linears=linears)
+
+    def _pairs_at_once(self, features: Features, recycled: Recycled) -> Tensor | None:
+        """The z of ``embed_sample`` in one operation, where there is one."""
+        inputs, recycling = self.input_embedder, self.recycling_embedder
+        linears = affine(inputs.linear_tf_z_i, inputs.linear_tf_z_j, inputs.linear_relpos, recycling.linear)
+        given = (features["target_feat"], features["residue_index"], features["aatype"], (recycled.z, recycled.x))
+        (norm,) = affine(recycling.layer_norm_z)
+        return inputs.ops.embed_pairs(*given, inputs.relpos_k, RECYCLING_EDGES, norm=norm, linears=linears)
 
     def read_templates(self, features: Mapping[str, Tensor], pair_mask: Tensor) -> Templates | None:
         """The templates through their pair stack; None for a model or a sample without any."""
@@ -180,20 +197,16 @@ class AlphaFold(nn.Module):
 
     def embed_templates(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Pair representation [B, T, N, N, c_t] and rows of the MSA representation [B, T, N, c_m] of all templates."""
-        embedder = self.template_pair_embedder
-        t = embedder(template_pair_features(features, embedder.linear.weight.dtype, embedder.ops))
+        t = self.template_pair_embedder(features)
         return t, self.template_angle_embedder(template_angle_features(features))
 
     def add_templates(self, z: Tensor, t: Tensor, template_mask: Tensor) -> Tensor:
         """z plus what it attends to in t, [B, N, N, c_z]; z itself for samples without any template."""
-        update = self.template_pointwise_attention(t, z, template_mask)
-        any_template = (template_mask.sum(1) > 0).to(update.dtype)
-        return z + update * any_template[:, None, None, None]
+        return self.template_pointwise_attention.added(t, z, template_mask)
 
     def embed_extra_msa(self, features: Features) -> Tensor:
         """Representation of the extra sequences, [B, S_extra, N, c_e]."""
-        embedder = self.extra_msa_embedder
-        return embedder(extra_msa_features(features, embedder.linear.weight.dtype, embedder.ops))
+        return self.extra_msa_embedder(features)
 
 
 def pair_mask_of(features: Mapping[str, Tensor]) -> Tensor:

@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from scalefold.kernels.table import REFERENCE, Operations
-from scalefold.model.layers import LayerNorm, Linear, one_hot
+from scalefold.model.layers import LayerNorm, Linear, affine, one_hot
 from scalefold.model.rigid import squared_distances
 
 TARGET_FEATURES = 22
 MSA_FEATURES = 49
 EXTRA_MSA_CLASSES = 23
+EXTRA_MSA_KEYS = ("extra_msa", "extra_has_deletion", "extra_deletion_value")
 RECYCLING_BINS = 15
 RECYCLING_FIRST_EDGE_ANGSTROM, RECYCLING_LAST_EDGE_ANGSTROM = 3.25, 20.75
 RECYCLING_OPEN_EDGE_SQ = 1e8
@@ -46,17 +47,12 @@ class InputEmbedder(nn.Module):
 
     def relative_positions(self, residue_index: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Clipped offset i - j as one-hot, in integers: bf16 cannot count beyond 256. [B, N] -> [B, N, N, 2k + 1]."""
-        found = self.ops.offset_features(residue_index, self.relpos_k, dtype)
-        if found is not None:
-            return found
         offset = residue_index[:, :, None] - residue_index[:, None, :]
         return one_hot(offset.clamp(-self.relpos_k, self.relpos_k) + self.relpos_k, 2 * self.relpos_k + 1, dtype)
 
 
 class RecyclingEmbedder(nn.Module):
     """What the previous pass found (Supplement Algorithm 32); on the first pass its inputs are zeros, not absent."""
-
-    ops: Operations = REFERENCE
 
     def __init__(self, c_m: int, c_z: int) -> None:
         super().__init__()
@@ -70,10 +66,7 @@ class RecyclingEmbedder(nn.Module):
         m0_prev: [B, N, c_m]; z_prev: [B, N, N, c_z]; x_prev: pseudo-beta positions [B, N, 3], angstrom, fp32.
         """
         dtype = self.linear.weight.dtype
-        distances = self.ops.distance_features(x_prev, RECYCLING_EDGES, dtype)
-        if distances is None:
-            distances = self.distogram(x_prev, dtype)
-        return self.layer_norm_m(m0_prev), self.linear(distances) + self.layer_norm_z(z_prev)
+        return self.layer_norm_m(m0_prev), self.linear(self.distogram(x_prev, dtype)) + self.layer_norm_z(z_prev)
 
     @staticmethod
     def distogram(x_prev: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,14 +79,9 @@ class RecyclingEmbedder(nn.Module):
         return ((distance_sq > edges) & (distance_sq < upper)).to(dtype)
 
 
-def extra_msa_features(
-    features: dict[str, Tensor], dtype: torch.dtype = torch.float32, ops: Operations = REFERENCE
-) -> Tensor:
+def extra_msa_features(features: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """Residue class, has-deletion, deletion value of the extra sequences, [B, S_extra, N, 25] in ``dtype``."""
-    classes, has, value = (features[f"extra_{key}"] for key in ("msa", "has_deletion", "deletion_value"))
-    found = ops.extra_features(classes, has, value, dtype)
-    if found is not None:
-        return found
+    classes, has, value = (features[key] for key in EXTRA_MSA_KEYS)
     parts = (one_hot(classes, EXTRA_MSA_CLASSES, dtype), has[..., None].to(dtype), value[..., None].to(dtype))
     return torch.cat(parts, dim=-1)
 
@@ -107,6 +95,7 @@ class ExtraMSAEmbedder(nn.Module):
         super().__init__()
         self.linear = Linear(EXTRA_MSA_CLASSES + 2, c_e)
 
-    def forward(self, extra_features: Tensor) -> Tensor:
-        """[B, S_extra, N, 25], in the type of the weights -> [B, S_extra, N, c_e]."""
-        return self.linear(extra_features)
+    def forward(self, features: dict[str, Tensor]) -> Tensor:
+        """Extra sequences among ``features`` -> [B, S_extra, N, c_e], in the type of the weights."""
+        found = self.ops.embed_extra(*(features[key] for key in EXTRA_MSA_KEYS), linears=affine(self.linear))
+        return self.linear(extra_msa_features(features, self.linear.weight.dtype)) if found is None else found

@@ -1,9 +1,12 @@
 """Auxiliary heads (Supplement 1.9.6 to 1.9.10, Algorithm 29); always fp32."""
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
 from scalefold.config import ModelConfig
+from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.model.layers import LayerNorm, Linear, relu_linear
 
 
@@ -25,18 +28,21 @@ class PerResidueLDDTHead(nn.Module):
 class DistogramHead(nn.Module):
     """Symmetric distance bins (Supplement 1.9.8). z: [B, N, N, c_z] -> [B, N, N, bins]."""
 
+    ops: Operations = REFERENCE
+
     def __init__(self, c_z: int, num_bins: int) -> None:
         super().__init__()
         self.linear = Linear(c_z, num_bins, init="final")
 
     def forward(self, z: Tensor) -> Tensor:
         """Logits."""
-        logits = self.linear(z)
-        return logits + logits.transpose(1, 2)
+        return self.ops.linear_head(z, self.linear.weight, self.linear.bias, True)
 
 
 class LinearHead(nn.Module):
     """One projection: masked MSA (Supplement 1.9.9) and experimentally resolved atoms (1.9.10)."""
+
+    ops: Operations = REFERENCE
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -44,11 +50,11 @@ class LinearHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return self.linear(x)
+        return self.ops.linear_head(x, self.linear.weight, self.linear.bias, False)
 
 
 class AuxiliaryHeads(nn.Module):
-    """All heads; inputs are taken to fp32 first."""
+    """All heads; inputs are taken to fp32 first, by the operation where a head is one layer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,14 +70,18 @@ class AuxiliaryHeads(nn.Module):
         return {
             "lddt_logits": lddt_logits,
             "plddt": plddt_from_logits(lddt_logits.detach()),
-            "distogram_logits": self.distogram(outputs["pair"].float()),
-            "masked_msa_logits": self.masked_msa(outputs["msa"].float()),
-            "experimentally_resolved_logits": self.experimentally_resolved(outputs["single"].float()),
+            "distogram_logits": self.distogram(outputs["pair"]),
+            "masked_msa_logits": self.masked_msa(outputs["msa"]),
+            "experimentally_resolved_logits": self.experimentally_resolved(outputs["single"]),
         }
 
 
 def plddt_from_logits(logits: Tensor) -> Tensor:
     """Expected lDDT-Cα, 0..100. logits: [*, bins] -> [*]."""
-    num_bins = logits.shape[-1]
-    centres = (torch.arange(num_bins, device=logits.device) + 0.5) / num_bins
-    return 100.0 * (torch.softmax(logits, dim=-1) * centres).sum(-1)
+    return (torch.softmax(logits, dim=-1) * _centres(logits.shape[-1], logits.device)).sum(-1)
+
+
+@cache
+def _centres(num_bins: int, device: torch.device) -> Tensor:
+    """Of equal bins from 0 to 100."""
+    return 100.0 * (torch.arange(num_bins, device=device) + 0.5) / num_bins

@@ -1,6 +1,7 @@
 """Layers that every part of the model is built from."""
 
 import math
+from functools import cache
 from typing import Literal
 
 import torch
@@ -45,6 +46,11 @@ class Linear(nn.Linear):
             self.weight.zero_()
         if self.bias is not None:
             self.bias.fill_(1.0 if self.init == "gating" else 0.0)
+
+
+def affine(*layers: "Linear | LayerNorm") -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of each layer, as operations take them."""
+    return [(layer.weight, layer.bias) for layer in layers]
 
 
 class LayerNorm(nn.Module):
@@ -127,7 +133,12 @@ def dropped(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def one_hot(index: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """[*] integers -> [*, num_classes]; indices outside the range give zeros. Never synchronises with the host."""
-    return (index[..., None] == torch.arange(num_classes, device=index.device)).to(dtype)
+    return (index[..., None] == _classes(num_classes, index.device)).to(dtype)
+
+
+@cache
+def _classes(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, device=device)
 
 
 def run_block(block: nn.Module, recompute: bool, *args):

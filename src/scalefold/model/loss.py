@@ -81,7 +81,7 @@ def backbone_fape(outputs: Tensors, batch: Tensors, ops: Operations = REFERENCE)
 class RenamedTruth(NamedTuple):
     """Ground truth under the naming of ambiguous atoms that fits the prediction better."""
 
-    use_alternative: Tensor  # [B, N], 0 or 1
+    use_alternative: Tensor  # bool [B, N]
     positions: Tensor  # [B, N, 14, 3]
     exists: Tensor  # [B, N, 14]
 
@@ -93,9 +93,9 @@ def rename_symmetric_atoms(positions: Tensor, batch: Tensors, ops: Operations = 
     positions: predicted [B, N, 14, 3]. The choice is a comparison, so it carries no gradient.
     """
     truth, alternative, exists = (batch[f"atom14_{key}"] for key in ("gt_positions", "alt_gt_positions", "gt_exists"))
-    use = ops.better_naming(positions, truth, alternative, exists, batch["atom14_atom_is_ambiguous"])
-    positions_ = torch.where(use[..., None, None] > 0, alternative, truth)
-    exists_ = torch.where(use[..., None] > 0, batch["atom14_alt_gt_exists"], exists)
+    use = ops.better_naming(positions, truth, alternative, exists, batch["atom14_atom_is_ambiguous"]) > 0
+    positions_ = torch.where(use[..., None, None], alternative, truth)
+    exists_ = torch.where(use[..., None], batch["atom14_alt_gt_exists"], exists)
     return RenamedTruth(use, positions_, exists_)
 
 
@@ -103,7 +103,7 @@ def sidechain_fape(outputs: Tensors, batch: Tensors, ops: Operations = REFERENCE
     """FAPE of all rigid groups and atoms of the last iteration, clamped (Supplement 1.9.3). -> [B]."""
     positions = outputs["sm_positions"][:, -1]
     renamed = rename_symmetric_atoms(positions, batch, ops)
-    use = renamed.use_alternative[..., None, None, None] > 0
+    use = renamed.use_alternative[..., None, None, None]
     target = torch.where(use, batch["rigidgroups_alt_gt_frames"], batch["rigidgroups_gt_frames"])
     return frame_aligned_point_error(
         Rigid.from_matrix(outputs["sm_sidechain_frames"][:, -1].flatten(1, 2)),

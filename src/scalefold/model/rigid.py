@@ -45,12 +45,14 @@ class Rigid(NamedTuple):
     @staticmethod
     def from_matrix(matrix: Tensor) -> "Rigid":
         """From homogeneous matrices [*, 4, 4]."""
-        return Rigid(matrix[..., :3, :3], matrix[..., :3, 3])
+        rotation, translation = matrix[..., :3, :].split((3, 1), dim=-1)  # gradients of a split meet in one operation
+        return Rigid(rotation, translation.squeeze(-1))
 
     @staticmethod
     def from_quaternion_and_translation(values: Tensor) -> "Rigid":
         """From [*, 7], quaternion then translation; the quaternion is not normalised."""
-        return Rigid(quaternion_to_rotation(values[..., :4]), values[..., 4:])
+        quaternion, translation = values.split((4, 3), dim=-1)
+        return Rigid(quaternion_to_rotation(quaternion), translation)
 
 
 def rotate(rotation: Tensor, points: Tensor) -> Tensor:

@@ -7,12 +7,22 @@ from torch import Tensor, nn
 
 from scalefold.config import TemplateConfig
 from scalefold.kernels.table import REFERENCE, Operations
-from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, Transition, one_hot, relu_linear, run_block
+from scalefold.model.layers import (
+    AttentionProjections,
+    LayerNorm,
+    Linear,
+    Transition,
+    affine,
+    one_hot,
+    relu_linear,
+    run_block,
+)
 from scalefold.model.rigid import squared_distances
 from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node
 
 POINTWISE_INF = 1e5
 PAIR_FEATURES = 88
+PAIR_KEYS = ("aatype", "pseudo_beta", "pseudo_beta_mask", "all_atom_mask")
 ANGLE_FEATURES = 57
 DISTOGRAM_BINS = 39
 DISTOGRAM_FIRST_EDGE_ANGSTROM, DISTOGRAM_LAST_EDGE_ANGSTROM = 3.25, 50.75
@@ -26,19 +36,13 @@ BACKBONE_SLOTS = slice(0, 3)  # N, CA, C in atom37 order
 PSI = 2
 
 
-def template_pair_features(
-    features: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, ops: Operations = REFERENCE
-) -> Tensor:
+def template_pair_features(features: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
     """Pair features of all templates, [B, T, N, N, 88] of zeros and ones in ``dtype``.
 
     39 distogram bins of pseudo-beta distances, pseudo-beta pair mask, residue type of j, of i, three channels for
     unit vectors (always zero: the benchmark leaves them out), backbone pair mask; all times the backbone pair mask.
     """
-    aatype, beta_mask = features["template_aatype"], features["template_pseudo_beta_mask"]
-    atoms, points = features["template_all_atom_mask"], features["template_pseudo_beta"]
-    found = ops.template_features(aatype, points, beta_mask, atoms, DISTOGRAM_EDGES, dtype)
-    if found is not None:
-        return found
+    aatype, points, beta_mask, atoms = (features[f"template_{key}"] for key in PAIR_KEYS)
     backbone = atoms[..., BACKBONE_SLOTS].prod(-1)
     backbone, beta_mask = backbone.to(dtype), beta_mask.to(dtype)
     pair_mask = (backbone[..., :, None] * backbone[..., None, :])[..., None]
@@ -99,9 +103,11 @@ class TemplatePairEmbedder(nn.Module):
         super().__init__()
         self.linear = Linear(PAIR_FEATURES, c_t, init="relu")
 
-    def forward(self, pair_features: Tensor) -> Tensor:
-        """[B, T, N, N, 88], in the type of the weights -> [B, T, N, N, c_t]."""
-        return self.linear(pair_features)
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Templates among ``features`` -> [B, T, N, N, c_t], in the type of the weights."""
+        given = [features[f"template_{key}"] for key in PAIR_KEYS]
+        found = self.ops.embed_template_pairs(*given, DISTOGRAM_EDGES, linears=affine(self.linear))
+        return self.linear(template_pair_features(features, self.linear.weight.dtype)) if found is None else found
 
 
 class TemplatePairBlock(nn.Module):
@@ -168,4 +174,26 @@ class TemplatePointwiseAttention(nn.Module):
         """
         mha = self.mha
         q, k, v = (mha.split_heads(x) for x in (mha.linear_q(z), mha.linear_k(t), mha.linear_v(t)))
-        return mha.linear_o(self.ops.template_attention(q, k, v, template_mask, POINTWISE_INF).flatten(-2))
+        return mha.linear_o(template_attention(q, k, v, template_mask, POINTWISE_INF).flatten(-2))
+
+    def added(self, t: Tensor, z: Tensor, template_mask: Tensor) -> Tensor:
+        """z plus its update; z itself for samples without any template."""
+        mha = self.mha
+        weights = [linear.weight for linear in (mha.linear_q, mha.linear_k, mha.linear_v, mha.linear_o)]
+        found = self.ops.add_templates(z, t, template_mask, weights, mha.linear_o.bias, mha.num_heads, POINTWISE_INF)
+        if found is not None:
+            return found
+        update = self(t, z, template_mask)
+        any_template = (template_mask.sum(1) > 0).to(update.dtype)
+        return z + update * any_template[:, None, None, None]
+
+
+def template_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, inf: float) -> Tensor:
+    """Attention of every residue pair over its templates; logits and softmax in fp32.
+
+    q: [B, I, J, H, D]; k, v: [B, T, I, J, H, D]; mask: [B, T], fp32 -> [B, I, J, H, D].
+    """
+    logits = (q[:, None].float() * q.shape[-1] ** -0.5 * k.float()).sum(-1)
+    logits = logits + ((mask - 1.0) * inf)[:, :, None, None, None]
+    weights = torch.softmax(logits, dim=1).to(v.dtype)
+    return (weights[..., None] * v).sum(1)

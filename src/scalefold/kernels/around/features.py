@@ -1,14 +1,15 @@
-"""Inputs of the embedders, made where they are stored: one launch each, forward only (nothing here has a gradient).
+"""Inputs of the embedders as tiles in registers: what a linear layer reads of them is never stored.
 
-What belongs to a row (distance, mask, classes) is found once, compared with its columns in registers, and only the
-features themselves are written, in the type of the weights that read them.
+Features of rows, fp32 [rows, K], are those of the definition, a one for every bias of the layers that read them, zeros
+up to K. Rows come as one ``outer`` number and many ``inner`` ones (i and j of residue pairs; sequence and residue of an
+alignment). Of residue pairs a launch before notes in 32 bits where their ones are: the compiler would have every thread
+that holds a part of a row find them again.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,125 +18,189 @@ from torch import Tensor
 
 from scalefold.kernels import tuning
 
-ELEMENTS = 2048  # per program: a tile of rows, each as wide as the next power of two
+TARGETS, LETTERS = tl.constexpr(22), tl.constexpr(49)  # features of a residue, and of a letter of the alignment
+GLYCINE, CA, CB = tl.constexpr(7), tl.constexpr(1), tl.constexpr(3)
+DISTANCE_BINS = tl.constexpr(15)
 EXTRA_CLASSES = tl.constexpr(23)
-TEMPLATE_CLASSES, TEMPLATE_BINS = tl.constexpr(22), tl.constexpr(39)
+TEMPLATE_CLASSES, TEMPLATE_BINS, TEMPLATE_WIDTH = tl.constexpr(22), tl.constexpr(39), tl.constexpr(88)
+NOWHERE = tl.constexpr(255)  # the place, in 8 bits, of a one that there is not
+NOTED = tl.constexpr(256)  # residue pairs of a program that notes them
+
+Edges = tuple[float, float, int, float]  # first, last in angstrom, and their number; the open one, angstrom squared
 
 
-@triton.jit
-def _pairs(num_pairs, n, ROWS: tl.constexpr):
-    """Pairs of a program, the places of i and j among the residues of all samples, and which exist."""
-    pair = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    i = pair // n
-    return pair, i, i // n * n + pair % n, pair < num_pairs
+class Pairs(NamedTuple):
+    """What the features of residue pairs are made of."""
+
+    target: Tensor  # fp32 [B, N, 22]
+    ones: Tensor  # int32 [B, N, N]
+    n: int
+    first_bias: int  # column
 
 
-@triton.jit
-def _store(out, value, rows, exists, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of rows [rows, BLOCK] of which WIDTH columns exist."""
-    c = tl.arange(0, BLOCK)[None, :]
-    place = out + rows.to(tl.int64)[:, None] * WIDTH + c
-    tl.store(place, value.to(out.dtype.element_ty), mask=exists[:, None] & (c < WIDTH))
+class Letters(NamedTuple):
+    """Those of the clustered alignment."""
+
+    letters: Tensor  # fp32 [B, S, N, 49]
+    target: Tensor  # fp32 [B, N, 22]
+    n: int
+    sequences: int
+
+
+class Extra(NamedTuple):
+    """Those of the extra sequences: [B, S, N]."""
+
+    classes: Tensor  # int64
+    has_deletion: Tensor
+    deletion_value: Tensor
+    n: int
+
+
+class TemplatePairs(NamedTuple):
+    """Those of residue pairs in templates."""
+
+    ones: Tensor  # int32 [B, T, N, N]
+    n: int
 
 
 @triton.jit
 def _squared_distance(points, a, b, exists):
-    """Between points a and b, from differences."""
+    """Between the points that begin at elements a and b, from differences."""
     total = tl.zeros(a.shape, tl.float32)
     for k in tl.static_range(3):
-        difference = tl.load(points + 3 * a + k, mask=exists, other=0.0)
-        difference -= tl.load(points + 3 * b + k, mask=exists, other=0.0)
+        difference = tl.load(points + a + k, mask=exists, other=0.0)
+        difference -= tl.load(points + b + k, mask=exists, other=0.0)
         total += difference * difference
     return total
 
 
 @triton.jit
-def _bin(distance, edges, BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """Number of the bin, between strict edges, of squared distances [rows]; -1 for none. edges: [BINS + 1] of BLOCK."""
-    k = tl.arange(0, BLOCK)
-    bounds = tl.load(edges + k, mask=k <= BINS, other=float("inf"))[None, :]
-    above = tl.sum((distance[:, None] > bounds).to(tl.int32), 1)
-    reached = tl.sum((distance[:, None] >= bounds).to(tl.int32), 1)
-    return tl.where((above == reached) & (above <= BINS), above - 1, -1)
+def _bin(distance, edges, BINS: tl.constexpr, STEPS: tl.constexpr):
+    """Number of the bin, between strict edges, of squared distances [rows]; -1 for none.
+
+    edges: [BINS + 1], ascending, fewer than 2 ** STEPS.
+    """
+    below = tl.zeros(distance.shape, tl.int32)  # edges below the distance
+    for step in tl.static_range(STEPS):
+        more = below + (1 << (STEPS - 1 - step))
+        edge = tl.load(edges + more - 1, mask=more <= BINS + 1, other=float("inf"))
+        below = tl.where(distance > edge, more, below)
+    edge = tl.load(edges + below, mask=below <= BINS, other=0.0)
+    return tl.where((below <= BINS) & (distance != edge), below - 1, -1)
 
 
 @triton.jit
-def _offset_kernel(
-    residue_index, out, num_pairs, n, largest, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """out [B, N, N, 2 largest + 1]: clipped offsets of residue numbers, one-hot."""
-    pair, i, j, exists = _pairs(num_pairs, n, ROWS)
+def _noted(number, FIRST, BITS: tl.constexpr):
+    """Places of numbers [rows], whose one-hot begins at FIRST, from BITS on; -1 for none."""
+    return tl.where(number >= 0, number + FIRST, NOWHERE) << BITS
+
+
+@triton.jit
+def _pair(num_pairs, n):
+    """Pairs of a program, the places of i and j among the residues of all samples, and which exist."""
+    pair = tl.program_id(0) * NOTED + tl.arange(0, NOTED)
+    i = pair // n
+    return pair, i, i // n * n + pair % n, pair < num_pairs
+
+
+@triton.jit
+def _beta(aatype, i, atoms, exists):
+    """Element at which the position begins that stands for residue i."""
+    is_glycine = tl.load(aatype + i, mask=exists, other=0) == GLYCINE
+    return (i * atoms + tl.where(is_glycine, CA, CB)) * 3
+
+
+@triton.jit
+def _pairs_kernel(residue_index, aatype, positions, edges, ones, num_pairs, n, atoms, largest):
+    """ones [B, N, N]: of clipped offsets of residue numbers, and of binned distances of the previous pass."""
+    pair, i, j, exists = _pair(num_pairs, n)
     offset = tl.load(residue_index + i, mask=exists, other=0) - tl.load(residue_index + j, mask=exists, other=0)
-    offset = tl.minimum(tl.maximum(offset, -largest), largest) + largest
-    value = tl.where(offset.to(tl.int32)[:, None] == tl.arange(0, BLOCK)[None, :], 1.0, 0.0)
-    _store(out, value, pair, exists, WIDTH, BLOCK)
+    offset = tl.minimum(tl.maximum(offset, -largest), largest).to(tl.int32) + largest
+    here, there = _beta(aatype, i, atoms, exists), _beta(aatype, j, atoms, exists)
+    own = _bin(_squared_distance(positions, here, there, exists), edges, DISTANCE_BINS, 5)
+    own = _noted(own, 2 * TARGETS + 2 * largest + 1, 8)
+    tl.store(ones + pair, _noted(offset, 2 * TARGETS, 0) | own, mask=exists)
 
 
 @triton.jit
-def _distance_kernel(points, edges, out, num_pairs, n, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """out [B, N, N, WIDTH]: squared distances between strict edges, one-hot."""
-    pair, i, j, exists = _pairs(num_pairs, n, ROWS)
-    own = _bin(_squared_distance(points, i, j, exists), edges, WIDTH, 2 * BLOCK)
-    value = tl.where(own[:, None] == tl.arange(0, BLOCK)[None, :], 1.0, 0.0)
-    _store(out, value, pair, exists, WIDTH, BLOCK)
-
-
-@triton.jit
-def _extra_kernel(
-    classes, has_deletion, deletion_value, out, num_rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
-):
-    """out [rows, 25]: class, one-hot, and both numbers of deletions."""
-    rows, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)[None, :]
-    exists = rows < num_rows
-    kind = tl.load(classes + rows, mask=exists, other=-1).to(tl.int32)[:, None]
-    value = tl.where((kind == c) & (c < EXTRA_CLASSES), 1.0, 0.0)
-    value = tl.where(c == EXTRA_CLASSES, tl.load(has_deletion + rows, mask=exists, other=0.0)[:, None], value)
-    value = tl.where(c > EXTRA_CLASSES, tl.load(deletion_value + rows, mask=exists, other=0.0)[:, None], value)
-    _store(out, value, rows, exists, WIDTH, BLOCK)
-
-
-@triton.jit
-def _column(aatype, residue, exists, FIRST: tl.constexpr):
-    """Columns of residue types that begin at FIRST; -1 for none."""
+def _class(aatype, residue, exists):
+    """Residue types; -1 for none."""
     kind = tl.load(aatype + residue, mask=exists, other=-1).to(tl.int32)
-    return tl.where((kind >= 0) & (kind < TEMPLATE_CLASSES), kind + FIRST, -1)
+    return tl.where(kind < TEMPLATE_CLASSES, kind, -1)
 
 
 @triton.jit
-def _template_kernel(
-    aatype, pseudo_beta, beta_mask, atom_mask, edges, out, num_pairs, n, ATOMS: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """out [B T, N, N, 88]: see ``model.templates.template_pair_features``."""
-    pair, i, j, exists = _pairs(num_pairs, n, ROWS)
-    mask = tl.where(exists, 1.0, 0.0)
-    for k in tl.static_range(3):
-        mask *= tl.load(atom_mask + i * ATOMS + k, mask=exists, other=0.0)
-        mask *= tl.load(atom_mask + j * ATOMS + k, mask=exists, other=0.0)
+def _templates_kernel(aatype, pseudo_beta, beta_mask, atom_mask, edges, ones, num_pairs, n, atoms):
+    """ones [B, T, N, N]: those of ``model.templates.template_pair_features``; masks are zeros and ones."""
+    pair, i, j, exists = _pair(num_pairs, n)
+    mask = exists
+    for atom in tl.static_range(3):
+        mask = mask & (tl.load(atom_mask + i * atoms + atom, mask=exists, other=0.0) != 0.0)
+        mask = mask & (tl.load(atom_mask + j * atoms + atom, mask=exists, other=0.0) != 0.0)
     both = tl.load(beta_mask + i, mask=exists, other=0.0) * tl.load(beta_mask + j, mask=exists, other=0.0)
-    own = _bin(_squared_distance(pseudo_beta, i, j, exists), edges, TEMPLATE_BINS, BLOCK // 2)
-    of_j = _column(aatype, j, exists, TEMPLATE_BINS + 1)
-    of_i = _column(aatype, i, exists, TEMPLATE_BINS + 1 + TEMPLATE_CLASSES)
-    c = tl.arange(0, BLOCK)[None, :]
-    is_one = (c == own[:, None]) | (c == of_j[:, None]) | (c == of_i[:, None]) | (c == WIDTH - 1)
-    value = tl.where(is_one, 1.0, tl.where(c == TEMPLATE_BINS, both[:, None], 0.0))
-    _store(out, value * mask[:, None], pair, exists, WIDTH, BLOCK)
+    own = _bin(_squared_distance(pseudo_beta, 3 * i, 3 * j, exists), edges, TEMPLATE_BINS, 6)
+    codes = _noted(tl.where(mask, own, -1), 0, 0)
+    codes = codes | _noted(tl.where(mask, _class(aatype, j, exists), -1), TEMPLATE_BINS + 1, 8)
+    codes = codes | _noted(tl.where(mask, _class(aatype, i, exists), -1), TEMPLATE_BINS + 1 + TEMPLATE_CLASSES, 16)
+    codes = codes | (mask & (both != 0.0)).to(tl.int32) << 24 | mask.to(tl.int32) << 25
+    tl.store(ones + pair, codes, mask=exists)
 
 
-def _tiling(out: Tensor) -> tuple[int, tuple[int], dict[str, int]]:
-    """Rows of ``out``, the grid over them, and a launch's constants."""
-    width, num_rows = out.shape[-1], out.numel() // out.shape[-1]
-    block = tuning.power_of_two(width)
-    rows = ELEMENTS // block
-    return num_rows, (tuning.ceil_div(num_rows, rows),), {"WIDTH": width, "BLOCK": block, "ROWS": rows, "num_warps": 4}
+@triton.jit
+def _is_one(codes, shift, bits, wanted):
+    """Where the ones of codes [rows] are: each column [K] compares some bits of them with a number of its own."""
+    return ((codes[:, None] >> shift[None, :]) & bits[None, :]) == wanted[None, :]
 
 
-def obstacle(x: Tensor, *_: Any) -> str | None:
-    """Why the operations of this file do not take these arguments, or None."""
-    return None if x.numel() else "an argument is empty"
+@triton.jit
+def pair_features(given, outer, inner, exists, k):
+    """Targets of i, of j, clipped offset of residue numbers, binned distance of the previous pass, four ones."""
+    of_i = tl.load(given.target + outer * TARGETS + k, mask=k < TARGETS, other=0.0)
+    residue = (outer // given.n * given.n + inner)[:, None]
+    is_target = exists[:, None] & ((k >= TARGETS) & (k < 2 * TARGETS))[None, :]
+    of_j = tl.load(given.target + (residue - 1) * TARGETS + k[None, :], mask=is_target, other=0.0)
+    codes = tl.load(given.ones + outer * given.n + inner, mask=exists, other=0)
+    is_bias = (k >= given.first_bias) & (k < given.first_bias + 4)
+    is_offset, noted = k < given.first_bias - DISTANCE_BINS, (k >= 2 * TARGETS) & (k < given.first_bias)
+    bits, wanted = tl.where(noted, 255, 0), tl.where(noted, k, tl.where(is_bias, 0, -1))
+    is_one = _is_one(codes, tl.where(is_offset, 0, 8), bits, wanted)
+    return tl.where(is_one, 1.0, of_i[None, :] + of_j)
 
 
-Edges = tuple[float, float, int, float]  # first, last in angstrom, and their number; the open one, angstrom squared
+@triton.jit
+def letter_features(given, outer, inner, exists, k):
+    """Features of the letter, of its residue, two ones."""
+    here, c = exists[:, None], k[None, :]
+    letter = given.letters + outer.to(tl.int64) * given.n * LETTERS
+    value = tl.load(letter + inner[:, None] * LETTERS + c, mask=here & (c < LETTERS), other=0.0)
+    target = given.target + outer // given.sequences * given.n * TARGETS - LETTERS
+    is_target = (c >= LETTERS) & (c < LETTERS + TARGETS)
+    value += tl.load(target + inner[:, None] * TARGETS + c, mask=here & is_target, other=0.0)
+    return tl.where((c >= LETTERS + TARGETS) & (c < LETTERS + TARGETS + 2), 1.0, value)
+
+
+@triton.jit
+def extra_features(given, outer, inner, exists, k):
+    """Class, both numbers of deletions, a one."""
+    rows, c = outer * given.n + inner, k[None, :]
+    kind = tl.load(given.classes + rows, mask=exists, other=-1).to(tl.int32)[:, None]
+    has = tl.load(given.has_deletion + rows, mask=exists, other=0.0)[:, None]
+    value = tl.load(given.deletion_value + rows, mask=exists, other=0.0)[:, None]
+    value = tl.where(c == EXTRA_CLASSES, has, tl.where(c == EXTRA_CLASSES + 1, value, 0.0))
+    return tl.where(((c == kind) & (c < EXTRA_CLASSES)) | (c == EXTRA_CLASSES + 2), 1.0, value)
+
+
+@triton.jit
+def template_features(given, outer, inner, exists, k):
+    """Those of ``model.templates.template_pair_features``, a one."""
+    codes = tl.load(given.ones + outer.to(tl.int64) * given.n + inner, mask=exists, other=0)
+    is_both, is_pair, is_bias = k == TEMPLATE_BINS, k == TEMPLATE_WIDTH - 1, k == TEMPLATE_WIDTH
+    noted = k < TEMPLATE_BINS + 1 + 2 * TEMPLATE_CLASSES
+    shift = tl.where(k < TEMPLATE_BINS, 0, tl.where(k < TEMPLATE_BINS + 1 + TEMPLATE_CLASSES, 8, 16))
+    shift = tl.where(is_both, 24, tl.where(is_pair, 25, shift))
+    bits = tl.where(is_both | is_pair, 1, tl.where(noted, 255, 0))
+    wanted = tl.where(is_both | is_pair, 1, tl.where(noted, k, tl.where(is_bias, 0, -1)))
+    return tl.where(_is_one(codes, shift, bits, wanted), 1.0, 0.0)
 
 
 @functools.cache
@@ -146,64 +211,20 @@ def squared_edges(edges: Edges, device: torch.device) -> Tensor:
     return torch.cat((squares, squares.new_full((1,), last_square)))
 
 
-def offset_features(residue_index: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
-    """``model.embedders.InputEmbedder.relative_positions``: int64 [B, N] -> [B, N, N, 2 largest + 1]."""
-    n = residue_index.shape[-1]
-    out = torch.empty(*residue_index.shape, n, 2 * largest + 1, dtype=dtype, device=residue_index.device)
-    num_pairs, grid, tile = _tiling(out)
-    _offset_kernel[grid](residue_index.contiguous(), out, num_pairs, n, largest, **tile)
-    return out
+def _note(program: Any, of: Tensor, edges: Edges, others: tuple[Tensor, ...], atoms: int, *more: int) -> Tensor:
+    """Run a program that notes the ones of all pairs of residues [*, N], the first tensor's: int32 [*, N, N]."""
+    n = of.shape[-1]
+    ones = torch.empty(*of.shape, n, dtype=torch.int32, device=of.device)
+    tensors = (*(x.contiguous() for x in (of, *others)), squared_edges(edges, of.device), ones)
+    program[(tuning.ceil_div(ones.numel(), NOTED.value),)](*tensors, ones.numel(), n, atoms, *more, num_warps=4)
+    return ones
 
 
-def distance_features(points: Tensor, edges: Edges, dtype: torch.dtype) -> Tensor:
-    """``model.embedders.RecyclingEmbedder.distogram``: fp32 [B, N, 3] -> [B, N, N, bins]."""
-    n = points.shape[-2]
-    out = torch.empty(*points.shape[:-1], n, edges[2], dtype=dtype, device=points.device)
-    num_pairs, grid, tile = _tiling(out)
-    _distance_kernel[grid](points.contiguous(), squared_edges(edges, points.device), out, num_pairs, n, **tile)
-    return out
+def note_pairs(residue_index: Tensor, aatype: Tensor, positions: Tensor, edges: Edges, largest: int) -> Tensor:
+    """Ones of ``pair_features``. positions: [B, N, ATOMS, 3] of the previous pass -> int32 [B, N, N]."""
+    return _note(_pairs_kernel, residue_index, edges, (aatype, positions), positions.shape[-2], largest)
 
 
-def extra_features(classes: Tensor, has_deletion: Tensor, deletion_value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``model.embedders.extra_msa_features``: int64 and twice fp32 [B, S, N] -> [B, S, N, 25]."""
-    inputs = (x.contiguous() for x in (classes, has_deletion, deletion_value))
-    out = torch.empty(*classes.shape, EXTRA_CLASSES.value + 2, dtype=dtype, device=classes.device)
-    num_rows, grid, tile = _tiling(out)
-    _extra_kernel[grid](*inputs, out, num_rows, **tile)
-    return out
-
-
-def template_features(
-    aatype: Tensor, pseudo_beta: Tensor, beta_mask: Tensor, atom_mask: Tensor, edges: Edges, dtype: torch.dtype
-) -> Tensor:
-    """``model.templates.template_pair_features``.
-
-    aatype: int64 [B, T, N]; pseudo_beta: [B, T, N, 3]; beta_mask: [B, T, N]; atom_mask: [B, T, N, 37] ->
-    [B, T, N, N, 88].
-    """
-    n, width = aatype.shape[-1], TEMPLATE_BINS.value + 2 * TEMPLATE_CLASSES.value + 5
-    out = torch.empty(*aatype.shape, n, width, dtype=dtype, device=aatype.device)
-    inputs = (x.contiguous() for x in (aatype, pseudo_beta, beta_mask, atom_mask))
-    num_pairs, grid, tile = _tiling(out)
-    bounds = squared_edges(edges, aatype.device)
-    _template_kernel[grid](*inputs, bounds, out, num_pairs, n, ATOMS=atom_mask.shape[-1], **tile)
-    return out
-
-
-def compile_cases() -> list[tuple[str, Callable[[], object]]]:
-    """A benchmark crop; see ``tuning``."""
-
-    def data(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    pair, rows, low, whole = (1, 4, 256), (1, 1024, 256), torch.bfloat16, torch.int64
-    masks = (data(*pair), data(*pair, 37))
-    return [
-        ("offset_features", lambda: offset_features(data(1, 256, dtype=whole), 32, low)),
-        ("distance_features", lambda: distance_features(data(1, 256, 3), (3.25, 20.75, 15, 1e8), low)),
-        ("extra_features", lambda: extra_features(data(*rows, dtype=whole), data(*rows), data(*rows), low)),
-        (
-            "template_features",
-            lambda: template_features(data(*pair, dtype=whole), data(*pair, 3), *masks, (3.25, 50.75, 39, 1e5), low),
-        ),
-    ]
+def note_templates(aatype: Tensor, pseudo_beta: Tensor, beta_mask: Tensor, atom_mask: Tensor, edges: Edges) -> Tensor:
+    """Ones of ``template_features``: int32 [B, T, N, N]."""
+    return _note(_templates_kernel, aatype, edges, (pseudo_beta, beta_mask, atom_mask), atom_mask.shape[-1])

@@ -264,9 +264,11 @@ def point_errors(
     """``reference.point_errors`` in fp32, where targets and masks have the leading dimensions of the prediction, or 1
     in place of the last of them."""
     own, true = (rotation, translation), (target_rotation, target_translation)
-    arguments = (*own, *true, frames_mask, points, target_points, points_mask)
-    weights = clamp_weight.expand(rotation.shape[:-3]).contiguous()
-    return _PointErrors.apply(*(x.contiguous() for x in arguments), weights, clamp)  # type: ignore[return-value]
+    weights = clamp_weight.expand(rotation.shape[:-3])
+    arguments = (*own, *true, frames_mask, points, target_points, points_mask, weights)
+    different = {id(x): x for x in arguments}  # origins of frames may be the points: copied once
+    dense = {key: x.contiguous() for key, x in different.items()}
+    return _PointErrors.apply(*(dense[id(x)] for x in arguments), clamp)  # type: ignore[return-value]
 
 
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
