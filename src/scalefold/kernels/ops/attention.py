@@ -8,11 +8,12 @@ rows of scores on chip and no score is ever written to memory, only, where there
   is faster, a Gluon program of ``kernels.hopper`` takes its place.
 * backward without a bias: a program owns one (row, head) and walks over key tiles; probabilities are recomputed tile by
   tile from saved statistics. Five products per tile, of which two take probabilities or their gradients transposed
-  through shared memory.
+  through shared memory. For up to 128 keys, where it is faster, a Gluon program takes its place.
 * backward with a bias, in two launches. ``backward_keys`` owns one tile of keys of a (row, head) and walks over
   queries: dk, dv, and the gradients of the scores, kept in the type of q; here too Gluon takes its place
-  where it is faster. ``backward_queries`` owns a tile of queries of a head and walks over a group of
-  rows: each tile of these gradients gives dq and is added to the bias gradient, in fp32 registers; the few partial sums
+  where it is faster. ``backward_queries`` owns a tile of queries of a head and walks over a group of rows, from the
+  end, where the keys' programs have just been: each tile of these gradients gives dq and is added to the bias
+  gradient, in fp32 registers; the few partial sums
   (one per group) are added afterwards. No atomics. Computing the scores again for the bias gradient, in a form that
   keeps nothing, is slower.
 
