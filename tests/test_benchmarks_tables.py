@@ -65,6 +65,17 @@ def test_no_mean_mixes_the_passes_of_two_commits(
     assert "| bbb | 50 | – | – | – | **–** |" in tables.step_table()
 
 
+def test_two_gpus_are_set_against_one_of_the_same_commit_and_passes(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [("aaa", 1, 1, 1, 100), ("aaa", 2, 2, 1, 50), ("bbb", 1, 1, 1, 90), ("bbb", 1, 1, 2, 120)]
+    rows += [("bbb", 2, 2, 1, 60), ("bbb", 2, 1, 1, 95), ("ccc", 1, 1, 1, 10)]
+    lines = [f"NVIDIA H200,{commit},{gpus},{dap},{r},{ms}" for commit, gpus, dap, r, ms in rows]
+    (tmp_path / "step_breakdown.csv").write_text("\n".join(["device,commit,gpus,dap,passes,wall_ms", *lines]) + "\n")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.shared_row("NVIDIA H200")[1:] == ["1.50 times as fast as one's", "H200", "bbb"]
+
+
 def test_the_figures_of_others_have_a_source(repository: Path, tables: ModuleType) -> None:
     peers = tables.read("peer_figures")
     assert all(row["source"] and row["card"] and float(row["value"]) > 0 for row in peers)

@@ -134,22 +134,19 @@ def headline_table() -> str:
     """What README and docs say first."""
     rows: list[Sequence[object]] = []
     for device in devices("step_time"):
-        for gpus, dap, what in (
-            ("1", "1", "training step"),
-            ("2", "2", "training step, two GPUs share a sample (DAP 2)"),
-        ):
-            if found := steps(device, gpus=gpus, dap=dap):
-                row = next(iter(found.values()))
-                rows.append([f"{what}, mean over 1 to 4 passes", f"{mean_ms(found)} ms", card(row), row["commit"]])
+        if found := steps(device):
+            row = next(iter(found.values()))
+            rows.append(["training step, mean over 1 to 4 passes", f"{mean_ms(found)} ms", card(row), row["commit"]])
     peer = next(row for row in read("peer_figures") if row["what"] == "training step, mean over R = 1 to 4")
     rows.append(
         ["the same of the published program at its best", f"{peer['value']} ms", card(peer), "`peer_figures.csv`"]
     )
+    rows += [shared_row(device) for device in devices("step_breakdown")]
     runs = list(newest(read("gpu_runs"), "layout").values())
     for column, what, unit in (
         ("start_to_first_step_s", "`run_start` to the end of the first step, at most", ".1f s"),
         ("stop_to_exit_s", "`run_stop` to the end of the last process, at most", ".1f s"),
-        ("checkpoint_stall_ms", "stall of a step at a checkpoint, at most", ".0f ms"),
+        ("checkpoint_stall_ms", "stall of a step at a checkpoint, at most", ".1f ms"),
     ):
         judged = [row for row in runs if row[column] and row["layout"] != "killed"]
         worst = max(judged, key=lambda row: float(row[column]))
@@ -162,6 +159,20 @@ def headline_table() -> str:
     what = f"operations and whole steps whose bits differ in {last['repeats']} repeats"
     rows.append([what, f"{differ} of {len(bits)}", card(last), f"{last['commit']} and before"])
     return markdown(["what", "figure", "card", "commit"], rows)
+
+
+def shared_row(device: str) -> list[object]:
+    """How much sooner two GPUs that share a sample are done than one: newest call in which both were timed."""
+    rows = [row for row in read("step_breakdown") if row["device"] == device]
+    commit = next(row["commit"] for row in reversed(rows) if (row["gpus"], row["dap"]) == ("2", "2"))
+    times: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row["commit"] == commit and (row["gpus"], row["dap"]) in (("1", "1"), ("2", "2")):
+            times.setdefault(row["gpus"], {})[row["passes"]] = float(row["wall_ms"])
+    passes = sorted(times["1"].keys() & times["2"].keys())
+    ratio = sum(times["1"][r] for r in passes) / sum(times["2"][r] for r in passes)
+    what = f"step of two GPUs that share a sample (DAP 2), mean over {' and '.join(passes)} passes"
+    return [what, f"{ratio:.2f} times as fast as one's", card({"device": device}), commit]
 
 
 def step_table() -> str:
