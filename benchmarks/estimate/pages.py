@@ -6,6 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
+def card(row: Mapping[str, str]) -> str:
+    """``H100`` of ``NVIDIA H100 80GB HBM3``."""
+    return row.get("device", row.get("card", "")).removeprefix("NVIDIA ").split(" ")[0]
+
+
 def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]

@@ -33,7 +33,7 @@ from dap_estimate import (
     read,
     shares,
 )
-from pages import fill, markdown, spread
+from pages import card, fill, markdown, spread
 from scalefold.config import load_config
 from scalefold.mlperf.log.published import Published, read_published
 from scalefold.report.plots import PALETTE, Plot, draw, scaling_curve
@@ -240,11 +240,12 @@ def direct_table() -> str:
 
 
 def breakdown_table() -> str:
-    """Measured steps of one and of two GPUs, the newest of every layout and number of passes, ms."""
-    newest = {(r["gpus"], r["dap"], r["passes"]): r for r in read("step_breakdown.csv") if int(r["gpus"]) <= 2}
+    """Measured steps of one and of two GPUs, the newest of every card, layout and number of passes, ms."""
+    known = [r for r in read("step_breakdown.csv") if int(r["gpus"]) <= 2]
+    newest = {(card(r), r["gpus"], r["dap"], r["passes"]): r for r in known}
     names = ("wall_ms", "computing_ms", "exchange_alone_ms", "gaps_ms", "direct_ms", "barrier_ms", "kernels")
     rows = [[*key, *(newest[key][name] for name in names), newest[key]["commit"]] for key in sorted(newest)]
-    head = ["GPUs", "DAP", "R", "step", "computing", "exchanges alone", "gaps", "direct exchanges", "barriers"]
+    head = ["card", "GPUs", "DAP", "R", "step", "computing", "exchanges alone", "gaps", "direct exchanges", "barriers"]
     return markdown([*head, "kernels", "commit"], rows)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "measure"))
 from common import FOLDER, ROOT
 from dap_estimate import HIGH, LOW, SHARES, Scenario, read
-from pages import markdown, spread
+from pages import card, markdown, spread
 from scalefold.scaling.from_config import plan_config
 from scalefold.scaling.plan import Plan
 from spans import against_two_gpus
@@ -16,11 +16,21 @@ NONE = "None measured yet."
 
 
 def share_table() -> str:
-    """Measured shares of one rank alone, the newest of every DAP size and number of passes, ms."""
-    newest = {(r["dap"], r["passes"]): r for r in read(SHARES) if "H100" in r["device"]}
+    """Measured shares of one rank alone, the newest of every card, DAP size and number of passes, ms."""
+    newest = {(card(r), r["dap"], r["passes"]): r for r in read(SHARES)}
     names = ("median_ms", "computing_ms", "repeated_ms", "exchange_alone_ms", "gaps_ms", "kernels", "commit")
     rows = [[*key, *(newest[key][name] for name in names)] for key in sorted(newest)]
-    head = ["DAP", "R", "step without the wire", "computing", "of it repeated", "exchanges inside", "gaps", "kernels"]
+    head = [
+        "card",
+        "DAP",
+        "R",
+        "step without the wire",
+        "computing",
+        "of it repeated",
+        "exchanges inside",
+        "gaps",
+        "kernels",
+    ]
     return markdown([*head, "commit"], rows) if rows else NONE
 
 

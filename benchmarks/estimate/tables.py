@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
 
-from pages import markdown, print_or_write
+from pages import card, markdown, print_or_write
 from sub_layers import OPTIMIZER, SubLayer, Times, sub_layers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,11 +88,6 @@ def read(name: str) -> list[Row]:
     """Rows of a result file, oldest first."""
     with (RESULTS / f"{name}.csv").open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
-
-
-def card(row: Row) -> str:
-    """``H100`` of ``NVIDIA H100 80GB HBM3``."""
-    return row.get("device", row.get("card", "")).removeprefix("NVIDIA ").split(" ")[0]
 
 
 def newest(rows: Iterable[Row], *keys: str) -> dict[tuple[str, ...], Row]:
