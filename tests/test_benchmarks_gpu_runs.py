@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -282,6 +283,24 @@ def test_a_call_that_is_ended_writes_what_it_has(gpu_runs, starts, layouts, monk
         gpu_runs.main()
     assert ended.value.code == 143
     assert written == {first.name: "the call was ended before", second.name: "the call was ended before"}
+
+
+def test_a_call_that_is_killed_has_the_results_of_the_starts_before(starts, layouts, monkeypatch, tmp_path):
+    first, second = layouts.STARTS[:2]
+    watched = SimpleNamespace(poll=lambda: True, began_at=1.0, ended_at=2.0, hung=False, statuses=lambda: [4])
+    acts = {"act": lambda after: None, "watch_the_end": lambda: None, "end": lambda: "how it ended"}
+
+    def begin(plan, start, gpus, left_s):
+        if start is second:
+            raise SystemExit(143)
+        return SimpleNamespace(start=start, watched=watched, gpus=gpus, **acts)
+
+    monkeypatch.setattr(starts, "begin", begin)
+    results, kept = starts.Results(), []
+    plan, keep = layouts.Plan(tmp_path, tmp_path), lambda: kept.append(dict(results.ended))
+    with pytest.raises(SystemExit):
+        starts.run_all(plan, [first, second], 1, 100.0, results, keep)
+    assert kept == [{first.name: "how it ended"}]
 
 
 @pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("", "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b")])

@@ -75,9 +75,14 @@ class Start:
     phase_dap: int = 0  # of its steps, where a phase changes it
 
     @property
+    def is_ruler(self) -> bool:
+        """Whether it times bare steps instead of running the program."""
+        return self.layout.startswith("ruler")
+
+    @property
     def kind(self) -> str:
         """Of starts that take about as long as each other: a ruler, or a run on as many GPUs."""
-        return self.layout if self.layout.startswith("ruler") else f"run on {self.ranks}"
+        return self.layout if self.is_ruler else f"run on {self.ranks}"
 
     @property
     def run_name(self) -> str:
@@ -191,7 +196,7 @@ def places(plan: Plan, start: Start) -> Path:
 
 def command(plan: Plan, start: Start) -> list[str]:
     """The command line of one start."""
-    if start.layout.startswith("ruler"):
+    if start.is_ruler:
         program = [sys.executable, *ruler(plan, start)]
     else:
         config = ROOT / "configs" / ("tiny.yaml" if plan.tiny else "base.yaml")

@@ -40,30 +40,37 @@ from scalefold.data.store.prepare import prepare
 from scalefold.report.record import METRICS_FILE
 
 
-def write_results(plan: Plan, results: Results, out: Path, csv: Path | None) -> bool:
-    """Judge, print the table, write all files; whether everything is met."""
-    runs = {name: one for name, one in results.ended.items() if not one.start.layout.startswith("ruler")}
-    rulers = {name: one for name, one in results.ended.items() if name not in runs}
-    lines = {name: judge(plan, results.ended, name) for name in runs}
-    rows = [csv_row(runs[name].start, own) for name, own in lines.items()]
+def keep_results(plan: Plan, results: Results, out: Path) -> tuple[dict[str, list[Line]], list[dict[str, object]]]:
+    """Judge what has ended so far and write all files of ``out`` anew; lines by start, rows of the table."""
+    lines = {name: judge(plan, results.ended, name) for name, one in results.ended.items() if not one.start.is_ruler}
+    rows = [csv_row(results.ended[name].start, own) for name, own in lines.items()]
     write_log(results, lines, out / "gpu_runs.log")
     details = {
         "facts": facts(),
         "starts": {
-            name: {"lines": [asdict(line) for line in own], "seconds": timeline(runs[name])}
-            | {"start_parts_s": breakdown(runs[name]), "step_ms": step_times(plan, runs[name])}
+            name: {"lines": [asdict(line) for line in own], "seconds": timeline(results.ended[name])}
+            | {"start_parts_s": breakdown(results.ended[name]), "step_ms": step_times(plan, results.ended[name])}
             for name, own in lines.items()
         },
-        "rulers": {name: one.watched.statuses() for name, one in rulers.items()},
+        "rulers": {name: one.watched.statuses() for name, one in results.ended.items() if one.start.is_ruler},
         "not_run": results.not_run,
     }
     (out / "gpu_runs.json").write_text(json.dumps(details, indent=1) + "\n")
+    (out / "gpu_runs.csv").unlink(missing_ok=True)
+    append_rows(out / "gpu_runs.csv", rows)
+    return lines, rows
+
+
+def write_results(plan: Plan, results: Results, out: Path, csv: Path | None) -> bool:
+    """Write all files, and the rows to ``csv`` too; print the table; whether everything is met."""
+    lines, rows = keep_results(plan, results, out)
     if csv is not None:
         append_rows(csv, rows)
     print_table([{key: row[key] for key in ("layout", *COLUMNS)} for row in rows])
     short = [(name, line) for name, own in lines.items() for line in own if line.met is False]
     for name, line in short:
         report(f"SHORT {name}: {line.name} {line.value}: {line.note}")
+    rulers = {name: one for name, one in results.ended.items() if one.start.is_ruler}
     bad_rulers = [name for name, one in rulers.items() if one.watched.statuses() != list(one.start.statuses)]
     for name in bad_rulers:
         report(f"SHORT {name}: statuses {rulers[name].watched.statuses()}")
@@ -131,7 +138,7 @@ def main() -> int:
     began = time.monotonic()
     out = arguments.out or Path(tempfile.mkdtemp(prefix="scalefold-gpu-runs-"))
     out.mkdir(parents=True, exist_ok=True)
-    csv = out / "gpu_runs.csv" if arguments.out else None if arguments.tiny else FOLDER / "gpu_runs.csv"
+    csv = None if arguments.out or arguments.tiny else FOLDER / "gpu_runs.csv"
     work = arguments.work or Path(tempfile.mkdtemp(prefix="scalefold-gpu-runs-work-"))
     try:
         for name in ("runs", "starts"):
@@ -144,7 +151,7 @@ def main() -> int:
         left_s = arguments.budget_s - (time.monotonic() - began)
         results = Results()
         try:
-            run_all(plan, starts, gpus, left_s, results)
+            run_all(plan, starts, gpus, left_s, results, lambda: keep_results(plan, results, out))
         finally:
             good = write_results(plan, results, out, csv)
     finally:

@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,10 +80,13 @@ class Results:
     not_run: dict[str, str] = field(default_factory=dict)
 
 
-def run_all(plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float, results: Results) -> None:
+def run_all(
+    plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float, results: Results, keep: Callable[[], object]
+) -> None:
     """Run the starts in order, as many side by side as there are GPUs; none begins that would not end in time.
 
-    ``results`` are filled as they come, so that a call that is ended early has those of the starts before.
+    ``results`` are filled and ``keep`` is called as they come, so that a call that is killed has those of the starts
+    before.
     """
     waiting, running, last_s = list(starts), [], dict[str, float]()
     free, began = list(range(gpus)), time.monotonic()
@@ -108,6 +111,7 @@ def run_all(plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float, res
                     results.ended[one.start.name] = one.end()
                     hung = ", HUNG and was ended" if one.watched.hung else ""
                     report(f"{one.start.name}: {seconds:.1f} s, statuses {one.watched.statuses()}{hung}")
+                    keep()
             time.sleep(0.03)
     finally:
         for one in running:
