@@ -160,10 +160,8 @@ def shared_row(device: str) -> list[object]:
     """How much sooner two GPUs that share a sample are done than one: newest call in which both were timed."""
     rows = [row for row in read("step_breakdown") if row["device"] == device]
     commit = next(row["commit"] for row in reversed(rows) if (row["gpus"], row["dap"]) == ("2", "2"))
-    times: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row["commit"] == commit and (row["gpus"], row["dap"]) in (("1", "1"), ("2", "2")):
-            times.setdefault(row["gpus"], {})[row["passes"]] = float(row["wall_ms"])
+    of = {n: [r for r in rows if (r["commit"], r["gpus"], r["dap"]) == (commit, n, n)] for n in ("1", "2")}
+    times = {n: {row["passes"]: float(row["wall_ms"]) for row in own} for n, own in of.items()}
     passes = sorted(times["1"].keys() & times["2"].keys())
     ratio = sum(times["1"][r] for r in passes) / sum(times["2"][r] for r in passes)
     what = f"step of two GPUs that share a sample (DAP 2), mean over {' and '.join(passes)} passes"

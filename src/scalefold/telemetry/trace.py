@@ -15,7 +15,8 @@ GROUPS = (
     ("exchange", r"nccl|gloo|c10d|_copy_parts|_sum_parts|multimem"),
     (
         "attention",
-        r"forward_(rows|tiled)|backward_(rows|keys|queries)|hopper_(forward|keys)|rows_backward|attend|gate_|project_columns",
+        r"forward_(rows|tiled)|backward_(rows|keys|queries)|hopper_(forward|keys|rows)|rows_backward"
+        r"|attend|gate_|project_columns",
     ),
     ("optimizer", r"adam|_square_kernel|_total_kernel"),
     ("matrix products", r"gemm|cutlass|xmma|nvjet|cublas|aten::(mm|addmm|bmm|baddbmm)\b"),
