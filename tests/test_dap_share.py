@@ -135,6 +135,7 @@ def test_exchanges_too_large_to_arrive_go_by_stages_alone_as_well(script, monkey
         assert (own._turn - turn) % 2 == stages, "the smaller one arrives, the larger one is staged"
 
 
+@pytest.mark.long
 def test_what_the_benchmarks_model_keeps_for_its_backward_has_room_at_dap_8(script, repository, monkeypatch):
     """Gathered operands are as large at every size, so a share keeps more than an eighth of what one GPU would."""
     kept: dict[int, int] = {}

@@ -37,6 +37,7 @@ def step(fused: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return logged, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.long
 def test_a_fused_step_draws_the_same_dropout_and_gives_the_same_losses_and_gradients() -> None:
     torch._dynamo.utils.counters.clear()
     (plain, plain_gradients), (fused, gradients) = step(False), step(True)
