@@ -136,7 +136,7 @@ def flat_of_a_bf16_and_an_fp32_layer():
 def test_another_rounding_moves_bf16_weights_by_one_place_at_most(script):
     flat = flat_of_a_bf16_and_an_fp32_layer()
     before, (trunk,) = flat.master.clone(), [s for s in flat.segments if s.dtype is torch.bfloat16]
-    script("module_norms").move_within_rounding(flat, 1)
+    script("module_norms").round_otherwise(flat, 1)
     place = slice(trunk.start, trunk.stop)
     was, now = before[place].bfloat16().view(torch.int16), flat.master[place].bfloat16().view(torch.int16)
     assert set((now - was).abs().tolist()) == {0, 1}

@@ -107,7 +107,7 @@ def test_weights_rounded_otherwise_are_those_of_the_run_within_half_a_place(scri
     import torch
 
     moved = script.rounded_weights(TINY, [*SMALLEST, "execution.precision=bf16"])
-    monkeypatch.setattr(script, "HALF_A_PLACE", 0.0)
+    monkeypatch.setattr(script, "move_within_rounding", lambda weights, random: None)
     exact = script.rounded_weights(TINY, [*SMALLEST, "execution.precision=bf16"])
     assert all(torch.allclose(moved[name], weight, rtol=2**-9, atol=0) for name, weight in exact.items())
     changed = {name for name, weight in exact.items() if not torch.equal(weight, moved[name])}
@@ -118,7 +118,9 @@ def test_weights_rounded_otherwise_are_those_of_the_run_within_half_a_place(scri
 @pytest.mark.long
 def test_real_runs_of_the_tiny_model_are_trained_and_compared(script, tiny_store, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(script, "HALF_A_PLACE", 0.0)  # then a start from the weights' file is the start from the seed
+    monkeypatch.setattr(
+        script, "move_within_rounding", lambda weights, random: None
+    )  # then a start from the weights' file is the start from the seed
     monkeypatch.setattr(sys, "argv", ["training_curve.py", str(tiny_store), "--config", str(TINY)])
     sys.argv += ["--variants", "plain", "rounded", "--steps", "20", "--crop", "16", "--workers", "0"]
     sys.argv += ["--folder", str(tmp_path), "--set", *SMALLEST, "training.num_train_iters=20"]

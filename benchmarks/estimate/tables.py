@@ -108,9 +108,9 @@ def newest_commit(rows: Sequence[Row], parts: str) -> list[Row]:
     return [] if best is None else list(by_commit[best].values())
 
 
-def steps(device: str, variant: str = "ours", gpus: str = "1", dap: str = "1") -> dict[str, Row]:
-    """Passes -> row of the newest step of one card that was measured for most numbers of passes."""
-    wanted = {"device": device, "variant": variant, "gpus": gpus, "dap": dap}
+def steps(device: str, variant: str = "ours") -> dict[str, Row]:
+    """Passes -> row of the newest step on one GPU of a card that was measured for most numbers of passes."""
+    wanted = {"device": device, "variant": variant, "gpus": "1", "dap": "1"}
     rows = [row for row in read("step_time") if all(row[key] == value for key, value in wanted.items())]
     return {row["passes"]: row for row in newest_commit(rows, "passes")}
 

@@ -89,6 +89,15 @@ def device_events(call: Callable[[], object], trace: Path | None = None) -> list
     return [event for event in traced.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
+def move_within_rounding(weights: torch.Tensor, random: torch.Generator) -> None:
+    """Another rounding of weights that compute in bf16: each moves by a random part of half of its last place.
+
+    Half a place is that of a number just below a power of two; of any other it is up to twice as much.
+    """
+    parts = torch.rand(weights.shape, generator=random, device=weights.device).mul_(2).sub_(1)
+    weights.mul_(1 + torch.finfo(torch.bfloat16).eps / 4 * parts)
+
+
 def append_rows(file: Path, rows: list[dict[str, object]]) -> None:
     """Append rows to a CSV file; the header is written if the file is new."""
     if not rows:

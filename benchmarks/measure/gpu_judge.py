@@ -71,7 +71,7 @@ def judge_end(ended: Ended, times: Mapping[str, float]) -> Line:
 def judge_ruler(start: Start, steps: list[Row], plan: Plan, ended: Mapping[str, Ended]) -> Line:
     """Step time over that of the ruler of the same layout, if it ran in this call."""
     name, shape = "step_over_ruler_percent", (start.ranks - start.eval_ranks, start.phase_dap or start.dap)
-    tables = [ended[ruler].folder for ruler in ("ruler_one", "ruler_two", "ruler_four") if ruler in ended]
+    tables = [one.folder for one in sorted(ended.values(), key=lambda one: one.start.ranks) if one.start.is_ruler]
     known = next((found for found in (ruler_ms(folder, *shape) for folder in tables) if found), {})
     if start.act == "kill" or not known:
         reason = "ended too early" if start.act == "kill" else "no ruler of this layout ran in this call"

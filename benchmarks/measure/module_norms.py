@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from common import move_within_rounding
 from scalefold.step.parameters import FlatParameters
 from step_time import module_of
 
 SEEDS = range(1, 7)
 MARGIN = 2.0
-HALF_A_PLACE = 2.0**-9  # of a number just below a power of two; up to twice as much of any other
 Norms = Mapping[str, float]
 
 
@@ -33,14 +33,12 @@ def module_norms(flat: FlatParameters) -> dict[str, float]:
 
 
 @torch.no_grad()
-def move_within_rounding(flat: FlatParameters, seed: int) -> None:
-    """Another rounding of the weights that compute in bf16: each moves by up to half of its last place."""
+def round_otherwise(flat: FlatParameters, seed: int) -> None:
+    """Another rounding of the weights that compute in bf16; those that compute in fp32 stay."""
     random = torch.Generator(flat.master.device).manual_seed(seed)
     for segment in flat.segments:
         if segment.dtype is torch.bfloat16:
-            weights = flat.master[segment.start : segment.stop]
-            parts = torch.rand(weights.shape, generator=random, device=weights.device).mul_(2).sub_(1)
-            weights.mul_(1 + HALF_A_PLACE * parts)
+            move_within_rounding(flat.master[segment.start : segment.stop], random)
     flat.refresh()
 
 

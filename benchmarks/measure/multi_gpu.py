@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from common import FOLDER, ROOT, Timing, append_rows, capture, device_events, facts, print_table, time_calls
-from module_norms import MARGIN, Norms, beyond, module_norms, move_within_rounding, norm_rows, rounding_noise
+from module_norms import MARGIN, Norms, beyond, module_norms, norm_rows, round_otherwise, rounding_noise
 from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
@@ -312,7 +312,7 @@ def first_values(step: TrainStep, batch: Batch, rounding: int | None = None) -> 
     """
     with preserved(step.optimizer):
         if rounding is not None:
-            move_within_rounding(step.optimizer.flat, rounding)
+            round_otherwise(step.optimizer.flat, rounding)
         values = TrainStep.__call__(_Eager(step), batch, 1, 1)  # type: ignore[arg-type]
         norms = module_norms(step.optimizer.flat)
     return dict(zip(step.names, values.tolist(), strict=True)), norms

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import FOLDER, append_rows, facts
+from common import FOLDER, append_rows, facts, move_within_rounding
 from real_chains import BASE, SEED, train
 from scalefold.config import load_config
 from scalefold.data.loading.sampler import initialisation_seed
@@ -39,7 +39,6 @@ VARIANTS = {"ours": [], "plain": PLAIN, "rounded": PLAIN, "ours_rounded": []}
 ROUNDED = ("rounded", "ours_rounded")
 RECOMPUTED = "execution.activation_checkpointing=true"
 WINDOW = 20  # steps
-HALF_A_PLACE = torch.finfo(torch.bfloat16).eps / 4  # of a number just below a power of two
 
 
 def settings(variant: str, crop: int) -> list[str]:
@@ -94,8 +93,7 @@ def rounded_weights(file: Path, overrides: list[str]) -> dict[str, torch.Tensor]
     random = torch.Generator().manual_seed(SEED)
     for name, weight in weights.items():
         if compute_dtype(config, name) is torch.bfloat16:
-            parts = torch.rand(weight.shape, generator=random).mul_(2).sub_(1)
-            weight.mul_(1 + HALF_A_PLACE * parts)
+            move_within_rounding(weight, random)
     return weights
 
 
