@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import sigmoid, to_fp32
+from scalefold.kernels.instructions import complete, sigmoid, to_fp32
 from scalefold.kernels.rows import (
     Affine,
     Extent,
@@ -306,7 +306,8 @@ def _add_projected(
     """Rows start..end of output channels from ``first`` on of one operand: gradients of both weights [2 WIDTH, C] to
     ``partials``; returns those of both biases [BLOCK_N].
 
-    Value and gate come as [BLOCK_N, rows], the left operands of the products.
+    Value and gate come as [BLOCK_N, rows], the left operands of the products. None of these is unfinished when the next
+    rows begin: the assembler else lets every product of the loop wait for the one before (its warning C7515).
     """
     n, c = first + tl.arange(0, BLOCK_N), tl.arange(0, C)
     offsets = n[:, None] * C + c[None, :]
@@ -327,6 +328,7 @@ def _add_projected(
         sum_gate += tl.sum(to_fp32(d_gate), 1)
         acc_value = dot(d_value, x, acc_value)
         acc_gate = dot(d_gate, x, acc_gate)
+        acc_value, acc_gate = complete(acc_value), complete(acc_gate)
     tl.store(partials + offsets, acc_value)
     tl.store(partials + WIDTH * C + offsets, acc_gate)
     return sum_value, sum_gate
