@@ -19,7 +19,7 @@ from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
-from scalefold.kernels.instructions import sigmoid
+from scalefold.kernels.instructions import complete, sigmoid
 from scalefold.kernels.ops.linear import input_gradient
 from scalefold.kernels.rows import (
     Affine,
@@ -107,7 +107,7 @@ def _project_backward_kernel(
                 store_tile(projected, d_value, rows, 2 * side * WIDTH + n, extent)
                 store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, extent)
             acc = dot(d_value, value_block, acc)
-            acc = dot(d_logits, gate_block, acc)
+            acc = complete(dot(d_logits, gate_block, acc))
     gradient = norm_input_gradient(acc, z, norm, None, normed_out, own, rows, extent, C)
     if through is not None:
         gradient += load_tile(through, rows, c, extent).to(tl.float32)
