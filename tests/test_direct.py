@@ -81,6 +81,16 @@ def test_gathers_and_their_backward_sums(dtype, shape, dim):
         torch.testing.assert_close(out, expected.chunk(4, dim)[rank], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize(("order", "kept"), [((0, 2, 3, 1), True), ((3, 1, 2, 0), True), ((0, 3, 2, 1), False)])
+def test_sums_stay_in_the_memory_order_of_what_is_summed(order, kept):
+    """First [B, I, J, c] in the memory of [B, c, I, J], as an attention's bias has its gradient; last runs of one."""
+    xs = [x.permute(order) for x in tensors(2, (1, 4, 8, 16), torch.float32)]
+    expected = torch.stack(xs).sum(0)
+    for rank, out in enumerate(OneProcess(2).run("reduce_scatter", xs, 1)):
+        torch.testing.assert_close(out, expected.chunk(2, 1)[rank], rtol=1e-6, atol=1e-6)
+        assert out.is_contiguous() != kept
+
+
 def test_eight_ranks_exchange_more_than_a_program_moves():
     xs, group = tensors(8, (1, 8, 16, 40), torch.bfloat16), OneProcess(8)
     for rank, (out,) in enumerate(group.run("all_to_all", [[x] for x in xs], 2, 1, Lasts.LONG)):

@@ -12,7 +12,7 @@ from scalefold.textfile import is_finite_number, parse_json
 
 #: Group and what the names of its kernels (on a CPU: operators) have in common; the first that fits counts.
 GROUPS = (
-    ("exchange", r"nccl|gloo|c10d|_copy_parts|_sum_parts|multimem"),
+    ("exchange", r"nccl|gloo|c10d|_send_parts|_copy_parts|_sum_parts|multimem"),
     (
         "attention",
         r"forward_(rows|tiled)|backward_(rows|keys|queries)|hopper_(forward|keys|rows)|rows_backward"

@@ -171,12 +171,18 @@ class DirectExchanges:
         return out
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
-        """This rank's slice along ``dim`` of the sum over ranks, dense; summed in fp32 and in rank order."""
-        shape = list(x.shape)
-        shape[dim] //= self.size
+        """This rank's slice along ``dim`` of the sum over ranks; summed in fp32 and in rank order.
+
+        Dense, in the memory order of x if that is dense and leaves runs long and even enough: no copy brings it into
+        another one.
+        """
+        order = sorted(range(x.dim()), key=lambda n: -x.stride(n))
+        if not x.permute(order).is_contiguous() or math.prod(x.shape[n] for n in order[order.index(dim) + 1 :]) % LANE:
+            order = list(range(x.dim()))
+        shape = [x.shape[n] // (self.size if n == dim else 1) for n in order]
         out = x.new_empty(shape)
-        sum_parts(self._staged([x])[0], out, self.rank, math.prod(shape[dim:]))
-        return out
+        sum_parts(self._staged([x.permute(order)])[0], out, self.rank, math.prod(shape[order.index(dim) :]))
+        return out.permute([order.index(n) for n in range(x.dim())])
 
     def _sent(
         self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts, whole: bool, split_block: int, concat_block: int
