@@ -6,13 +6,15 @@ import os
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import scalefold
 from scalefold.tune.sound.clock import capture, graph_microseconds
 
 __all__ = ["capture", "graph_microseconds"]  # scripts take them from here
@@ -70,6 +72,31 @@ def facts() -> dict[str, str]:
         "torch": torch.__version__,
         "commit": commit(),
     }
+
+
+def package_path() -> str:
+    """PYTHONPATH of processes that shall import the package that this one does."""
+    package = str(Path(scalefold.__file__).resolve().parents[1])
+    return os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+
+def compile_ahead(config: Path, overrides: Sequence[str], cache: Path | None = None) -> None:
+    """``scalefold compile`` for this GPU by all processors, into a Triton cache, by default that of this process.
+
+    A process of its own, because what stands in for the GPU's driver there must not be met by one that uses the GPU. A
+    start compiles what this does not.
+    """
+    import triton.knobs
+
+    from scalefold.kernels import tuning
+    from scalefold.run.compile_ahead import CAPABILITIES
+
+    gpu = next(name for name, capability in CAPABILITIES.items() if capability == tuning.capability())
+    command = [sys.executable, "-m", "scalefold", "compile", "--gpu", gpu, "--config", str(config), *overrides]
+    environment = os.environ | {"PYTHONPATH": package_path()}
+    status = subprocess.run([*command, "--out", str(cache or triton.knobs.cache.dir)], env=environment).returncode
+    if status:
+        print(f"scalefold compile: exit status {status}", flush=True)
 
 
 def device_name(gpu: int) -> str:

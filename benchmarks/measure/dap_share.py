@@ -39,6 +39,7 @@ from common import (
     ROOT,
     Timing,
     append_rows,
+    compile_ahead,
     device_events,
     facts,
     graph_microseconds,
@@ -58,13 +59,13 @@ from scalefold.parallel.dap.direct import DirectExchanges
 from scalefold.parallel.dap.peer_memory import LANE
 from scalefold.parallel.dap.points import apply_dap
 from scalefold.parallel.ranks import Ranks, prepare_process
-from scalefold.processors import processors
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
 from scalefold.step.graphs import TrainStep, preserved
 from spans import Span, against_two_gpus, breakdown, summed_ms
 from step_time import enliven
 
 SEED = 11
+ONE_LENGTH = "data.val_max_sequence_length=64"  # nothing is evaluated, and little compiled for it
 LONGEST = 40  # kernels that are printed
 SHOWN = ("total_ms", "calls", "mean_us", "parts", "kernel")
 OF_BREAKDOWN = ("computing_ms", "exchange_alone_ms", "gaps_ms", "kernels", "exchanges", "direct_ms", "barrier_ms")
@@ -98,9 +99,14 @@ class Share:
 
 def configuration(size: int, small: bool, overrides: list[str]) -> Config:
     """One replica of ``size`` ranks with a batch of one sample."""
+    file = ROOT / "configs" / ("tiny.yaml" if small else "base.yaml")
+    return load_config(file, [*layout(size, small), *overrides]).config
+
+
+def layout(size: int, small: bool) -> list[str]:
+    """Overrides of the system file."""
     ranks = f"parallel.{'ranks' if small else 'gpus'}_per_node={size}"
-    settings = [ranks, f"parallel.dap_size={size}", "training.global_batch_size=1"]
-    return load_config(ROOT / "configs" / ("tiny.yaml" if small else "base.yaml"), [*settings, *overrides]).config
+    return [ranks, f"parallel.dap_size={size}", "training.global_batch_size=1"]
 
 
 @contextmanager
@@ -136,8 +142,9 @@ def run(arguments: argparse.Namespace) -> int:
     csv = arguments.csv or (None if small else FOLDER / "dap_share.csv")
     prepare_process(configuration(1, small, arguments.set))
     if not small:
-        compile_beforehand(arguments.dap_share)
-        print(f"operations have compiled after {time.monotonic() - started:.0f} s", flush=True)
+        for size in arguments.dap_share:
+            compile_ahead(ROOT / "configs" / "base.yaml", [*layout(size, small), ONE_LENGTH, *arguments.set])
+        print(f"shares have compiled after {time.monotonic() - started:.0f} s", flush=True)
     rows, good, longest_s = [], True, 0.0
     for size in arguments.dap_share:
         begin = time.monotonic()
@@ -153,13 +160,6 @@ def run(arguments: argparse.Namespace) -> int:
     if csv is not None and (breakdowns := csv.with_name("step_breakdown.csv")).exists():
         print_table(against_two_gpus(rows, read_rows(breakdowns)))
     return int(not good)
-
-
-def compile_beforehand(sizes: list[int]) -> None:
-    """The operations at the shapes of these shares, by all cores."""
-    from reproducibility import compile_beforehand  # with all that tuning needs, which a CPU may lack
-
-    compile_beforehand(sizes, max(1, processors() - 2))
 
 
 def let_go(small: bool) -> None:

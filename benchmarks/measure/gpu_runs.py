@@ -34,7 +34,7 @@ from common import FOLDER, append_rows, facts, print_table
 from gpu_judge import COLUMNS, Line, breakdown, csv_row, judge, timeline
 from gpu_layouts import LAYOUTS, STARTS, Plan, Start
 from gpu_readings import medians, of_this_start, read_record, steady_steps, steps_of
-from gpu_starts import Ended, Results, report, run_all
+from gpu_starts import Ended, Results, compile_shares, report, run_all
 from scalefold.data.made.demo import generate
 from scalefold.data.store.prepare import prepare
 from scalefold.report.record import METRICS_FILE
@@ -147,6 +147,7 @@ def main() -> int:
         a = arguments
         plan = Plan(store, work, a.steps, a.passes, a.tiny, a.workers, a.limit_s, tuple(a.set))
         starts = chosen(arguments.only, arguments.tiny)
+        compile_shares(plan, starts)
         gpus = arguments.gpus or count_gpus(starts, arguments.tiny)
         left_s = arguments.budget_s - (time.monotonic() - began)
         results = Results()

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import scalefold
-from common import device_name
-from gpu_layouts import Plan, Start, command, places, run_dir
+from common import ROOT, compile_ahead, device_name, package_path
+from gpu_layouts import Plan, Start, command, places, run_dir, settings
 from scalefold.report.record import METRICS_FILE
 from watched import Watched
 
@@ -120,6 +119,20 @@ def run_all(
             results.not_run[start.name] = "the call was ended before"
 
 
+def triton_cache(plan: Plan) -> Path:
+    """What all starts of the call share."""
+    return plan.work / "triton"
+
+
+def compile_shares(plan: Plan, starts: Sequence[Start]) -> None:
+    """Compile what starts on a new cache would, each within its limit: the kernels of every share among them."""
+    shares = {dap for start in starts for dap in (start.dap, start.phase_dap) if dap}
+    for dap in () if plan.tiny else sorted(shares):
+        began = time.monotonic()
+        compile_ahead(ROOT / "configs" / "base.yaml", settings(plan, Start("", "", dap, dap)), triton_cache(plan))
+        report(f"kernels of DAP {dap}: {time.monotonic() - began:.1f} s")
+
+
 def cannot_run(start: Start, results: Results, gpus: int, left_s: float, last_s: Mapping[str, float]) -> str:
     """Why a start never will begin; empty if it may."""
     if start.ranks > gpus:
@@ -139,10 +152,9 @@ def may_begin(start: Start, running: list[Running], free: list[int]) -> bool:
 
 def begin(plan: Plan, start: Start, gpus: list[int], left_s: float) -> Running:
     """Start it on these GPUs."""
-    package = str(Path(scalefold.__file__).resolve().parents[1])
     environment = {
-        "PYTHONPATH": os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-        "TRITON_CACHE_DIR": str(plan.work / "triton"),
+        "PYTHONPATH": package_path(),
+        "TRITON_CACHE_DIR": str(triton_cache(plan)),
         "TORCHINDUCTOR_CACHE_DIR": str(plan.work / "inductor"),
     }
     environment |= {"OMP_NUM_THREADS": "1"} if plan.tiny else {"CUDA_VISIBLE_DEVICES": ",".join(map(device_name, gpus))}

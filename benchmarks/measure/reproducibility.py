@@ -38,7 +38,7 @@ from scalefold.processors import processors
 from scalefold.step.graphs import TrainStep
 from scalefold.step.optimizer import Optimizer
 from scalefold.tune import operation_cases
-from scalefold.tune.programs import compile_case, run_once, start_worker
+from scalefold.tune.programs import compile_all_cases, run_once, start_worker
 from scalefold.tune.sound.bits import differences, repeat
 from step_time import module_of
 
@@ -56,12 +56,11 @@ def result_row(what: str, dap: int, passes: int | str, repeats: int, differing: 
 
 
 def compile_beforehand(daps: Sequence[int], workers: int) -> None:
-    """Compile every case in a pool of processes, whose kernels this one then finds in Triton's cache."""
-    count = sum(len(operation_cases.training_cases(dap)) for dap in daps)
+    """Compile every case in processes without a GPU, whose kernels this one then finds in Triton's cache."""
     context = multiprocessing.get_context("spawn")
     state = (list(daps), [], tuning.capability(), tuning.device_kind())
-    with ProcessPoolExecutor(workers, context, start_worker, state) as pool:
-        list(pool.map(compile_case, range(count)))
+    with ProcessPoolExecutor(1, context, start_worker, state) as pool:
+        pool.submit(compile_all_cases, workers).result()
 
 
 def operation_rows(daps: Sequence[int], only: Sequence[str], repeats: int) -> list[dict[str, object]]:

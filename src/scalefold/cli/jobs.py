@@ -17,6 +17,7 @@ def compile_ahead(
     config: Annotated[Path, typer.Option(help="system file")],
     out: Annotated[Path, typer.Option(help="Triton cache to fill; launch.compiled_dir hands it to a job's nodes")],
     gpu: Annotated[str | None, typer.Option(help="A100, H100, H200, ...; default: parallel.gpu")] = None,
+    workers: Annotated[int, typer.Option(help="processes that compile; 0: as many as processors", min=0)] = 0,
     overrides: Annotated[list[str] | None, typer.Argument(help="key.sub=value, after the file")] = None,
 ) -> None:
     """Compile the kernels of a configuration without a GPU, so that no node does it at its start (minutes).
@@ -24,10 +25,11 @@ def compile_ahead(
     Example: scalefold compile --gpu H100 --out compiled --config configs/eos_h100_64x8_dap2.yaml
     """
     from scalefold.config import load_config
+    from scalefold.processors import processors
     from scalefold.run.compile_ahead import compile_kernels
 
-    settings = load_config(config, overrides or []).config
-    done = compile_kernels(settings, gpu or settings.parallel.gpu, out, note=lambda text: print(text, flush=True))
+    settings, note = load_config(config, overrides or []).config, lambda text: print(text, flush=True)
+    done = compile_kernels(settings, gpu or settings.parallel.gpu, out, note, workers or processors())
     print(f"{out}: {done.text()}")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime import jit
 
 from scalefold.kernels import reference, tuning
 from scalefold.kernels.around import embedding, heads, losses, naming, templates
@@ -34,6 +35,27 @@ from scalefold.kernels.table import Operations
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)  # fp32 products belong to the library, which offers tf32
 Obstacle = Callable[..., str | None]  # of an operation's arguments: why its kernels cannot take them, or None
+
+
+def hash_callees_first() -> None:
+    """Make a kernel's key in Triton's cache one and the same, whatever else this process has asked for before it.
+
+    Triton up to 3.7 takes constants of the functions that a program calls into its key only if another program that
+    calls them was looked up earlier (triton-lang/triton#10494): a rank that only evaluates would find little of what a
+    training step compiled, and processes that compile by turns nothing that a run looks up.
+    """
+    finder = jit.DependenciesFinder
+    original = getattr(finder, "_update_hash", None)
+
+    def update(self: jit.DependenciesFinder, function: Any) -> None:
+        function.cache_key  # noqa: B018  (it is computed once, and its constants are known from then on)
+        original(self, function)  # type: ignore[misc]
+
+    if original is not None:
+        finder._update_hash = update  # type: ignore[method-assign]
+
+
+hash_callees_first()
 
 
 def device_obstacle(device: torch.device) -> str | None:

@@ -47,8 +47,12 @@ def capability_of(gpu: str) -> int:
     return CAPABILITIES[name]
 
 
-def compile_kernels(config: Config, gpu: str, out: Path, note: Callable[[str], None] = print) -> Compiled:
+def compile_kernels(
+    config: Config, gpu: str, out: Path, note: Callable[[str], None] = print, workers: int = 1
+) -> Compiled:
     """Fill the Triton cache ``out`` for a configuration on ``gpu``. A second call finds everything there.
+
+    What a step and evaluations ask for is listed first; then ``workers`` processes compile it, 1: this one.
 
     Raises:
         ConfigError: no such GPU, plain kernels only, no Triton, or its interpreter is on in this process.
@@ -61,13 +65,16 @@ def compile_kernels(config: Config, gpu: str, out: Path, note: Callable[[str], N
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(out.resolve())
     try:
-        from scalefold.kernels.ahead import compiling_for
+        from scalefold.kernels.ahead import compile_wanted, compiling_for, only_recorded
     except ImportError as error:
         raise ConfigError(f"Triton cannot be imported: {error}") from None
     start = time.monotonic()
-    with compiling_for(capability) as count:
-        run_training_step(config, note)
-        run_evaluations(config, note)
+    with compiling_for(capability):
+        with only_recorded() as wanted:
+            run_training_step(config, note)
+            run_evaluations(config, note)
+        note(f"{len(wanted)} kernels are needed, after {time.monotonic() - start:.0f} s")
+        count = compile_wanted(wanted.values(), workers, note)
     write_manifest(out, f"{config.system} sm_{capability}", count.folders)
     return Compiled(count.hits, count.misses, time.monotonic() - start)
 

@@ -26,7 +26,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import triton_ops, tuning
-from scalefold.kernels.ahead import compiling_for
+from scalefold.kernels.ahead import compile_wanted, compiling_for, only_recorded
 from scalefold.kernels.table import REFERENCE
 from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, on_device, outputs_of, training_cases
 from scalefold.tune.sound.rings import ring_faults, unguarded_refills
@@ -173,14 +173,23 @@ def compile_task(problem: Problem, config: tuning.Config) -> Program:
         return compile_candidate(problem, config, _worker_cases[problem.case])
 
 
-def compile_case(n: int) -> None:
-    """Fill Triton's cache with the kernels of case n as they are chosen at present (in a worker); failures are said."""
-    case = _worker_cases[n]
+def compile_all_cases(workers: int) -> None:
+    """Fill Triton's cache with the kernels of all cases as they are chosen at present (in a worker, which forks more).
+
+    A kernel that does not compile is named, and the others are left to whoever asks for them.
+    """
+    say = functools.partial(print, flush=True)
+    with on_device("meta"), only_recorded() as wanted:
+        for case in _worker_cases:
+            try:
+                run_once(case.build(), case.calls > 0)
+            except Exception as error:
+                say(f"{case.name} does not run on tensors without data: {type(error).__name__}: {str(error)[:200]}")
     try:
-        with on_device("meta"):
-            run_once(case.build(), case.calls > 0)
+        compile_wanted(wanted.values(), workers, say)
     except Exception as error:
-        print(f"{case.name} does not compile: {type(error).__name__}: {str(error)[:200]}", flush=True)
+        notes = "; ".join(getattr(error, "__notes__", []))
+        say(f"a kernel does not compile: {type(error).__name__}: {str(error)[:200]} ({notes})")
 
 
 def compile_candidate(problem: Problem, config: tuning.Config, case: Case) -> Program:
