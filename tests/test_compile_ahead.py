@@ -71,13 +71,92 @@ ATTENTION = """
 """
 
 
+# Recorded first, then compiled by two processes, of which those that are forked may meet a fault.
+BY_TWO = """
+import os, signal, sys, triton.knobs
+from pathlib import Path
+import torch
+from scalefold.kernels import ahead
+from scalefold.kernels.choice import operations
+ops, device = operations("triton"), torch.device("meta")
+parent, compile_it = os.getpid(), ahead.Wanted.compile
+def compile_or_die(self):
+    if os.getpid() != parent and self.name.endswith("DEADLY"):
+        folder = Path(triton.knobs.cache.dir) / "A" / f"tmp.pid_{os.getpid()}_1"
+        folder.mkdir(parents=True)
+        (folder / "half.cubin").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    compile_it(self)
+ahead.Wanted.compile = compile_or_die
+with ahead.compiling_for(90):
+    with ahead.only_recorded() as wanted:
+        CALL
+    count = ahead.compile_wanted(wanted.values(), 2, lambda text: print(text, file=sys.stderr))
+print(count.hits, count.misses, *sorted(count.folders))
+"""
+BROKEN = """
+import triton
+import triton.language as tl
+@triton.jit
+def never_compiles(x):
+    tl.static_assert(False)
+"""
+KEYS = """
+import gc, random
+from triton.runtime.jit import JITFunction
+from scalefold.kernels import triton_ops
+programs = [one for one in gc.get_objects() if isinstance(one, JITFunction) and "scalefold" in one.fn.__module__]
+programs.sort(key=lambda one: (one.fn.__module__, one.fn.__name__), reverse=BACKWARD)
+print(*sorted(one.cache_key for one in programs))
+"""
+
+
 def run_python(text: str, cache: Path) -> list[str]:
     """Run a program in a process of its own, without the interpreter that other tests use; what it prints, as words."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
+    done = started(text, cache)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
+
+
+def started(text: str, cache: Path) -> "subprocess.CompletedProcess[str]":
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    return subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
+
+
+def files_of(cache: Path) -> set[str]:
+    return {path.relative_to(cache).as_posix() for path in cache.rglob("*") if path.is_file()}
+
+
+def test_a_kernel_has_one_key_whatever_was_asked_for_before_it(tmp_path: Path) -> None:
+    forward, backward = (run_python(KEYS.replace("BACKWARD", word), tmp_path) for word in ("False", "True"))
+    assert len(forward) > 100
+    assert forward == backward
+
+
+@pytest.mark.parametrize("deadly", ["no kernel", "_backward_kernel"])
+def test_two_processes_compile_what_one_does_also_if_one_of_them_is_killed(deadly: str, tmp_path: Path) -> None:
+    by_one = run_python(COMPILE.replace("    CALL", LAYER_NORM.strip("\n")), tmp_path / "one")
+    call = LAYER_NORM.replace("\n    ", "\n        ").strip("\n")
+    done = started(BY_TWO.replace("        CALL", call).replace("DEADLY", deadly), tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == by_one
+    assert files_of(tmp_path / "two") == files_of(tmp_path / "one"), "nothing half-written is left"
+    assert f"{len(by_one) - 2} of {len(by_one) - 2} kernels" in done.stderr
+    died = "the process that compiled scalefold.kernels.ops.layer_norm._backward_kernel ended: status -9"
+    assert (died in done.stderr) == (deadly != "no kernel")
+
+
+def test_a_kernel_that_does_not_compile_is_named_by_one_error(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    call = LAYER_NORM.replace("\n    ", "\n        ").strip("\n")
+    call = f"        sys.path.append({str(tmp_path)!r}); import broken\n{call}"
+    call += "\n        broken.never_compiles[(1,)](x)"
+    done = started(BY_TWO.replace("        CALL", call), tmp_path / "cache")
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.rstrip().endswith("this was the kernel broken.never_compiles")
+    assert not [name for name in files_of(tmp_path / "cache") if "tmp.pid" in name]
 
 
 @pytest.mark.long
@@ -151,7 +230,7 @@ def hand_to_node(compiled: Path, node: Path) -> Path:
 @pytest.mark.long
 def test_a_whole_configuration_is_compiled_with_its_share_of_a_dap_group(tmp_path: Path) -> None:
     out, shape = tmp_path / "compiled", ["parallel.ranks_per_node=2", "parallel.dap_size=2"]
-    command = [sys.executable, "-m", "scalefold", "compile", "--gpu", "H100", "--out", str(out)]
+    command = [sys.executable, "-m", "scalefold", "compile", "--gpu", "H100", "--workers", "2", "--out", str(out)]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [*command, "--config", str(CONFIGS / "tiny.yaml"), *FEW, *shape],
