@@ -19,7 +19,9 @@ __all__ = ["capture", "graph_microseconds"]  # scripts take them from here
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parents[1]
-FOLDER = SCRIPTS.parent / "results"
+RESULTS_VARIABLE = "SCALEFOLD_RESULTS"  # another folder for the tables that scripts append to
+KEPT = SCRIPTS.parent / "results"
+FOLDER = Path(os.environ.get(RESULTS_VARIABLE) or KEPT)
 
 
 @dataclass(frozen=True)
