@@ -86,7 +86,8 @@ def test_every_command_of_the_list_exists(host, repository, tmp_path):
     """Scripts are there and several ranks are launched."""
     for one in host.JOBS:
         words = one.words(tmp_path)
-        assert ("torch.distributed.run" in words) == (one.gpus > 1 and "pytest" not in words)
+        assert ("torch.distributed.run" in words) == (one.ranks > 1)
+        assert one.ranks in (1, one.gpus)
         assert all(word != "STORE" for word in words)
         scripts = [word for word in words if word.endswith(".py")]
         assert all((repository / "benchmarks" / "measure" / script.rpartition("/")[2]).is_file() for script in scripts)

@@ -4,7 +4,8 @@
     python benchmarks/measure/gates.py STORE          # also real chains, and 500 steps against the plain path's curve
     python benchmarks/measure/gates.py --judge        # measure nothing: judge the rows of this commit and device
 
-Measurements are those of ``host.py``, on as many GPUs as there are. Exit status 1 if a line is not met or was not measured.
+Measurements are those of ``host.py``, on as many GPUs as there are. Exit status 1 if a line is not met or was not
+measured.
 """
 
 import argparse

@@ -2,12 +2,11 @@
 
     python benchmarks/measure/host.py --list                                # names, GPUs, seconds
     python benchmarks/measure/host.py --minutes 9 --out FOLDER              # as many as end in time, first ones first
-    python benchmarks/measure/host.py STORE --only step curve --gpus 2      # STORE: prepared chains, for those that need it
+    python benchmarks/measure/host.py STORE --only step curve --gpus 2      # STORE: prepared chains, where needed
 
-The step's kernels are compiled first, by all processors. A measurement begins when as many GPUs are free as it needs and
-it would end in time; what it prints is kept as NAME/output.txt in FOLDER, its rows go to the tables there (without
---out: to benchmarks/results). One that takes more than LENIENCE times its seconds hangs and is ended. Exit status 1 if
-one fails or does not run.
+A measurement begins when as many GPUs are free as it needs and it would end in time; what it prints is kept as
+NAME/output.txt in FOLDER, its rows go to the tables there (without --out: to benchmarks/results). One that takes more
+than LENIENCE times its seconds hangs and is ended. Exit status 1 if one fails or does not run.
 """
 
 import argparse
@@ -33,14 +32,19 @@ HUNG = 124  # as a shell tells it
 
 @dataclass(frozen=True)
 class Job:
-    """A measurement. seconds: what it takes on an H100 whose kernels are compiled; a word of the command that is STORE
-    is the prepared data set.
+    """A measurement.
+
+    Attributes:
+        seconds: what it takes on an H100 whose kernels are compiled.
+        command: a word that is STORE is the prepared data set.
+        ranks: processes of a script that torchrun starts.
     """
 
     name: str
     seconds: float
     command: tuple[str, ...]
     gpus: int = 1
+    ranks: int = 1
 
     @property
     def needs(self) -> str:
@@ -49,9 +53,9 @@ class Job:
 
     def words(self, store: Path | None) -> list[str]:
         """Its command line."""
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.gpus)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.ranks)]
         command = [str(store) if word == STORE else word for word in self.command]
-        return [sys.executable, *(launcher if self.gpus > 1 and command[0] != "-m" else []), *command]
+        return [sys.executable, *(launcher if self.ranks > 1 else []), *command]
 
 
 def script(name: str, *options: str) -> tuple[str, ...]:
@@ -62,16 +66,17 @@ def script(name: str, *options: str) -> tuple[str, ...]:
 PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests"), "-m")
 JOBS = (  # the most wanted first
     Job("step", 130, script("step_time.py", "--check", "--profile", "1")),
-    Job("two GPUs", 170, script("multi_gpu.py", "--skip-exchanges", "--dap", "2", "1"), gpus=2),
+    Job("two GPUs", 170, script("multi_gpu.py", "--skip-exchanges", "--dap", "2", "1"), gpus=2, ranks=2),
+    Job("runs", 540, script("gpu_runs.py", "--passes", "2"), gpus=2),
     Job("bits of steps", 110, script("reproducibility.py", "--steps")),
     Job("bits of operations", 110, script("reproducibility.py", "--operations")),
-    Job("bits of two GPUs", 150, script("reproducibility.py", "--steps", "--dap", "2", "1"), gpus=2),
+    Job("bits of two GPUs", 150, script("reproducibility.py", "--steps", "--dap", "2", "1"), gpus=2, ranks=2),
     Job("operations", 240, script("kernels.py", "--minutes", "3.5")),
-    Job("exchanges", 40, script("symmetric_exchange.py"), gpus=2),
+    Job("exchanges", 40, script("symmetric_exchange.py"), gpus=2, ranks=2),
     Job("evaluation", 150, script("evaluation_time.py")),
     Job("parts", 180, script("small_kernels.py", "--passes", "--repeats", "10", "--minutes", "2.5")),
     Job("shares", 300, script("step_time.py", "--dap-share", "1", "2", "4", "8", "--minutes", "4.5")),
-    Job("four GPUs", 200, script("multi_gpu.py", "--skip-exchanges", "--dap", "4"), gpus=4),
+    Job("four GPUs", 200, script("multi_gpu.py", "--skip-exchanges", "--dap", "4"), gpus=4, ranks=4),
     Job("checkpointing", 150, script("step_time.py", "--variant", "ours_ckpt")),
     Job("real chains", 200, script("real_chains.py", STORE)),
     Job("curve", 120, script("training_curve.py", STORE)),
