@@ -27,7 +27,18 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from common import FOLDER, ROOT, Timing, append_rows, capture, device_events, facts, print_table, time_calls, time_queued
+from common import (
+    FOLDER,
+    ROOT,
+    Timing,
+    append_rows,
+    capture,
+    device_events,
+    facts,
+    print_table,
+    time_calls,
+    time_queued,
+)
 from module_norms import MARGIN, Norms, beyond, module_norms, norm_rows, round_otherwise, rounding_noise
 from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings

@@ -3,9 +3,10 @@
     python benchmarks/measure/tuning_live.py --minutes 9 --dap 4 8 --model model.npz --out runs/tune
     python benchmarks/measure/tuning_live.py --shares runs/tune/nvidia_h100_80gb_hbm3.json --minutes 6   # the same GPU
 
-The first searches all kernels at these shares. The second times shares of a step (``dap_share.py``, one pass) in turns
+The first searches all kernels at these shapes. The second times shares of a step (``dap_share.py``, one pass) in turns
 without and with the choices, each in processes of its own, and appends to ``tuning_live.csv``; ``choices`` says which.
-The third turn, without them again, is made if the time allows. The device's table of choices is put aside meanwhile. Rows are written as they come.
+The third turn, without them again, is made if the time allows. The device's table of choices is put aside meanwhile.
+Rows are written as they come.
 """
 
 import argparse
