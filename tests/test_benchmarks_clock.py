@@ -1,6 +1,7 @@
 """Device times of short calls, on a device and a host whose clocks the test turns: the way to the launch is no part."""
 
 import importlib
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,3 +100,17 @@ def test_exchanges_are_timed_behind_one_that_is_not_and_as_often_on_every_rank(
         timing = common.time_queued(machine.replay, repeats=5)
         assert timing.median_ms == pytest.approx(KERNEL_US / 1e3)
         assert machine.calls == 3 + 2 * 5
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_slow_host_is_no_part_of_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, capture = torch.zeros(1 << 20, device="cuda"), clock.capture
+
+    def slow(call, warm_up: int) -> SimpleNamespace:
+        graph = capture(call, warm_up)
+        return SimpleNamespace(replay=lambda: (time.sleep(2e-3), graph.replay()))
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        expected_us = clock.graph_microseconds(lambda: x.add_(1), replays=20, warm_up=3)
+        monkeypatch.setattr(clock, "capture", slow)
+        assert clock.graph_microseconds(lambda: x.add_(1), replays=20, warm_up=3) < 2 * expected_us + 10
