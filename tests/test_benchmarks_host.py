@@ -1,6 +1,7 @@
 """Measurements side by side: GPUs are shared out, time is kept, what hangs or fails is named."""
 
 import csv
+import os
 import sys
 import time
 
@@ -14,7 +15,8 @@ WRITE = "from common import FOLDER, append_rows; append_rows(FOLDER / 'rows.csv'
 def host(repository, monkeypatch):
     """The script; jobs of its tests are small programs."""
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    monkeypatch.setenv("PYTHONPATH", str(repository / "benchmarks" / "measure"))
+    places = [str(repository / "benchmarks" / "measure"), str(repository / "src")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(places))
     import host
 
     monkeypatch.setattr(host, "facts", lambda: {"commit": "abc", "device": "GPU"})
