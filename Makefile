@@ -57,7 +57,7 @@ mutations: setup  ## plant defects in a copy of the source and show that tests c
 bench-data: setup  ## prepare real or generated chains and measure samples per second on one core
 	$(BIN)/python benchmarks/measure/data_pipeline.py
 
-bench-gpu: setup  ## measure a step on this machine's GPU and judge every line (TORCH=torch==2.11.0 STORE=folder)
+bench-gpu: setup  ## measure a step on this machine's GPUs, side by side, and judge every line (TORCH=torch==2.11.0 STORE=folder)
 	$(BIN)/python benchmarks/measure/gates.py $(STORE)
 
 rings: setup  ## the long ring: compiled kernels (races at every share, keys, machine code) and scripts (no GPU, minutes)

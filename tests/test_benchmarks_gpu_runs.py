@@ -5,7 +5,6 @@ import importlib
 import json
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -264,43 +263,6 @@ def test_a_ruler_that_took_long_keeps_no_run_from_its_turn(layouts, starts):
     ruler = next(start for start in layouts.STARTS if start.layout == "ruler_two")
     pair = next(start for start in layouts.STARTS if start.layout == "dap2")
     assert starts.cannot_run(pair, starts.Results(), 2, 60.0, {ruler.kind: 109.0, pair.kind: 55.0}) == ""
-
-
-def test_a_call_that_is_ended_writes_what_it_has(gpu_runs, starts, layouts, monkeypatch, tmp_path):
-    """The start under way and those that wait are named as not run."""
-    first, second = layouts.STARTS[:2]
-    written = {}
-
-    def begin(plan, start, gpus, left_s):
-        raise SystemExit(143)
-
-    monkeypatch.setattr(starts, "begin", begin)
-    monkeypatch.setattr(gpu_runs, "make_store", lambda work, workers: tmp_path)
-    monkeypatch.setattr(gpu_runs, "chosen", lambda only, tiny: [first, second])
-    monkeypatch.setattr(gpu_runs, "write_results", lambda plan, results, out, csv: written.update(results.not_run))
-    monkeypatch.setattr(sys, "argv", ["gpu_runs.py", "--tiny", "--out", str(tmp_path), "--work", str(tmp_path / "w")])
-    with pytest.raises(SystemExit) as ended:
-        gpu_runs.main()
-    assert ended.value.code == 143
-    assert written == {first.name: "the call was ended before", second.name: "the call was ended before"}
-
-
-def test_a_call_that_is_killed_has_the_results_of_the_starts_before(starts, layouts, monkeypatch, tmp_path):
-    first, second = layouts.STARTS[:2]
-    watched = SimpleNamespace(poll=lambda: True, began_at=1.0, ended_at=2.0, hung=False, statuses=lambda: [4])
-    acts = {"act": lambda after: None, "watch_the_end": lambda: None, "end": lambda: "how it ended"}
-
-    def begin(plan, start, gpus, left_s):
-        if start is second:
-            raise SystemExit(143)
-        return SimpleNamespace(start=start, watched=watched, gpus=gpus, **acts)
-
-    monkeypatch.setattr(starts, "begin", begin)
-    results, kept = starts.Results(), []
-    plan, keep = layouts.Plan(tmp_path, tmp_path), lambda: kept.append(dict(results.ended))
-    with pytest.raises(SystemExit):
-        starts.run_all(plan, [first, second], 1, 100.0, results, keep)
-    assert kept == [{first.name: "how it ended"}]
 
 
 @pytest.mark.parametrize(("visible", "name"), [(None, "1"), ("", "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b")])

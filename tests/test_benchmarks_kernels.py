@@ -3,6 +3,8 @@
 The libraries are stood in for by small modules with their signatures.
 """
 
+import contextlib
+import csv
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,13 @@ import pytest
 pytest.importorskip("triton")
 torch = pytest.importorskip("torch")
 
-from scalefold.tune.operation_cases import attention, on_device, transition, triangle_multiplication  # noqa: E402
+from scalefold.tune.operation_cases import (  # noqa: E402
+    attention,
+    on_device,
+    structure_iterations,
+    transition,
+    triangle_multiplication,
+)
 
 CASES = [triangle_multiplication((1, 6, 6), 8, outgoing, 1) for outgoing in (True, False)]
 
@@ -124,6 +132,46 @@ def test_a_library_that_cannot_be_set_up_costs_no_other_row(script, capsys) -> N
     broken = SimpleNamespace(FastTriangleMultiplication=without_compiler)
     assert list(rows_of(script, CASES[1], {"fast_trimul": broken})) == ["ours", "plain"]
     assert "fast_trimul cannot be measured: ModuleNotFoundError: No module named 'cutlass'" in capsys.readouterr().out
+
+
+def test_a_library_that_breaks_the_context_ends_the_script_and_costs_no_row_before(
+    script, monkeypatch, tmp_path, capsys
+) -> None:
+    broken = []
+
+    class Wild(Packed):
+        @staticmethod
+        def triangle_multiplicative_update(z, direction, mask, **own):
+            broken.append(direction)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def synchronize():
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    for name, own in {"is_initialized": lambda: True, "synchronize": synchronize, "empty_cache": lambda: None}.items():
+        monkeypatch.setattr(script.torch.cuda, name, own)
+    monkeypatch.setattr(script.torch.cuda, "Stream", lambda: None)
+    monkeypatch.setattr(script.torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(script, "chosen_cases", lambda daps, only: CASES)
+    monkeypatch.setattr(script, "libraries", lambda: LIBRARIES | {"cuequivariance": Wild})
+    monkeypatch.setattr("sys.argv", ["kernels.py", "--csv", str(tmp_path / "kernels.csv")])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 1
+    assert len(broken) == 1, "nothing is tried after it"
+    assert f"{CASES[0].name}: cuequivariance BROKE the GPU's context" in capsys.readouterr().out
+    with (tmp_path / "kernels.csv").open() as stream:
+        assert [row["variant"] for row in csv.DictReader(stream)] == ["ours", "plain"]
+
+
+def test_no_gradient_of_the_structure_iterations_is_rounding_alone(script) -> None:
+    """Such a one has no direction: another implementation's is as far away from it as it is long."""
+    case = structure_iterations(8, 1)
+    exact = script.exact_results(case)
+    norms = [float(gradient.norm()) for gradient in exact.gradients]
+    assert len(norms) == len(case.build().leaves) > 20
+    assert min(norms) > 1e-6 * max(norms)
 
 
 def test_libraries_that_are_not_there_are_named(script, monkeypatch, capsys) -> None:

@@ -74,9 +74,44 @@ def test_shares_are_timed_without_with_and_without_the_choices_again(script, tmp
         assert [row["choices"] for row in csv.DictReader(stream)] == ["before", "after", "before"]
 
 
-def test_a_turn_without_time_is_left_out_and_said(script, tmp_path, monkeypatch, capsys):
-    ticks = iter(range(0, 10**6, 100))
-    monkeypatch.setattr(script.time, "monotonic", lambda: float(next(ticks)))
-    monkeypatch.setattr(script, "share_rows", lambda *a: [{"dap": "4", "ms": "1.0"}])
+@pytest.fixture
+def takes(script, monkeypatch):
+    """Turns that take some seconds each; the minutes that every one of them was given."""
+    now, given = [0.0], []
+
+    def build(*seconds, rows=lambda turn: [{"dap": "4", "ms": "1.0"}]):
+        def share_rows(daps, minutes, extra):
+            given.append(minutes)
+            now[0] += seconds[len(given) - 1]
+            return rows(len(given) - 1)
+
+        monkeypatch.setattr(script.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(script, "share_rows", share_rows)
+        return given
+
+    return build
+
+
+def test_what_the_first_turn_compiled_is_not_held_against_the_others(script, takes, tmp_path):
+    given = takes(117.0, 40.0, 30.0)
+    assert script.time_shares(arguments(tmp_path, 200.0 / 60))
+    assert given == pytest.approx([100 / 60, 83 / 60, 43 / 60]), "the first leaves half, the third takes what is left"
+
+
+def test_the_third_turn_alone_is_left_out_for_want_of_time_and_said(script, takes, tmp_path, capsys):
+    assert len(takes(117.0, 40.0, 0.0)) == 0
+    assert script.time_shares(arguments(tmp_path, 190.0 / 60))
+    with (tmp_path / "live.csv").open() as stream:
+        assert [row["choices"] for row in csv.DictReader(stream)] == ["before", "after"]
+    assert "shares before the search: LEFT OUT" in capsys.readouterr().out
+
+
+def test_choices_that_no_time_is_left_for_are_a_failure(script, takes, tmp_path, capsys):
+    takes(301.0)
     assert not script.time_shares(arguments(tmp_path, 5.0))
-    assert "LEFT OUT" in capsys.readouterr().out
+    assert "shares after the search: LEFT OUT" in capsys.readouterr().out
+
+
+def test_a_first_turn_that_yields_nothing_is_made_again(script, takes, tmp_path):
+    takes(100.0, 100.0, 0.0, rows=lambda turn: [{"dap": "4", "ms": "1.0"}] if turn else [])
+    assert script.time_shares(arguments(tmp_path, 201.0 / 60))

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 import scalefold
-from scalefold.tune.sound.clock import capture, graph_microseconds
+from scalefold.tune.sound.clock import LONG_WAIT_CYCLES, answers, capture, graph_microseconds, queued_ms
 
-__all__ = ["capture", "graph_microseconds"]  # scripts take them from here
+__all__ = ["answers", "capture", "graph_microseconds"]  # scripts take them from here
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parents[1]
-FOLDER = SCRIPTS.parent / "results"
+RESULTS_VARIABLE = "SCALEFOLD_RESULTS"  # another folder for the tables that scripts append to
+KEPT = SCRIPTS.parent / "results"
+FOLDER = Path(os.environ.get(RESULTS_VARIABLE) or KEPT)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Timing:
 
 
 def time_calls(call: Callable[[], object], repeats: int, warm_up: int = 3) -> Timing:
-    """Device time of single calls, each between two events."""
+    """Device time of single calls, each between two events on an idle device: for long ones, such as steps."""
     for _ in range(warm_up):
         call()
     times = []
@@ -53,6 +55,17 @@ def time_calls(call: Callable[[], object], repeats: int, warm_up: int = 3) -> Ti
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop))
     return Timing.of(times)
+
+
+def time_queued(call: Callable[[], object], repeats: int, warm_up: int = 3) -> Timing:
+    """The same of short calls, each behind a wait of the device and a call that is not timed.
+
+    Neither the host's way to the launch counts nor, where several ranks take part, how much later than the others one
+    of them begins. All ranks make the same number of calls.
+    """
+    for _ in range(warm_up):
+        call()
+    return Timing.of([queued_ms(call, LONG_WAIT_CYCLES, first=call)[0] for _ in range(repeats)])
 
 
 def commit() -> str:

@@ -9,8 +9,8 @@ Chains are synthetic and padded as in a run; every length is warmed up as a run 
 first. Timed is a chain from its features in host memory to its score on the device; printed as well are the seconds of
 the warm-up and the device memory in use after it, graphs included. With ``--together N`` a row is the N-th part of the
 time of N chains of one length, each with weights, graphs and memory of its own; their scores must be the one of a chain
-alone, bit for bit (exit status 1). The last line is the sum for 180 chains, spread evenly over the logarithm of the
-length from 60 to 700 residues (mean 260), interpolated between the measured lengths.
+alone, bit for bit (exit status 1). After each length comes the sum for 180 chains, spread evenly over the logarithm of
+the length from 60 to 700 residues (mean 260), interpolated between the measured lengths; the last one has all of them.
 """
 
 import argparse
@@ -91,7 +91,18 @@ def measure(
         print(f"; warm-up {warm_up_s:.1f} s, then {(total - free) / 2**30:.1f} GiB in use", flush=True)
         append_rows(csv, [row])
         rows.append(row)
+        if len(rows) > 1:
+            print(f"{variant}: {all_chains(config, rows)}", flush=True)
     return rows
+
+
+def all_chains(config: Config, rows: list[dict[str, object]]) -> str:
+    """The sum for 180 chains, by the lengths so far; a chain shorter than all of them counts as the shortest."""
+    lengths, medians = zip(*((int(str(r["length"])), float(str(r["median_ms"]))) for r in rows[::-1]), strict=True)
+    padded = list(map(feature_settings(config).padded_length, CHAINS))
+    total_s = float(np.interp(padded, lengths, medians).sum()) / 1e3
+    chains = f"180 chains of 60 to 700 residues, mean {np.mean(CHAINS):.0f}, padded {np.mean(padded):.0f}"
+    return f"{chains}: {total_s:.1f} GPU-seconds, by lengths from {lengths[0]} on"
 
 
 def at_once(models: list[EvaluationModel], host: dict[str, Tensor]) -> list[Tensor]:
@@ -129,12 +140,6 @@ def main() -> int:
     variant = arguments.variant + (f"_{arguments.together}_at_once" if arguments.together > 1 else "")
     rows = measure(config, variant, arguments.lengths, arguments.csv, build(config, arguments.together))
     print_table(rows)
-    if len(rows) > 1:
-        lengths, medians = zip(*((int(str(r["length"])), float(str(r["median_ms"]))) for r in rows[::-1]), strict=True)
-        padded = list(map(feature_settings(config).padded_length, CHAINS))
-        total_s = float(np.interp(padded, lengths, medians).sum()) / 1e3
-        print(f"{variant}: 180 chains of 60 to 700 residues, mean {np.mean(CHAINS):.0f}, ", end="")
-        print(f"padded {np.mean(padded):.0f}: {total_s:.1f} GPU-seconds")
     return 0
 
 

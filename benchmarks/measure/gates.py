@@ -4,21 +4,24 @@
     python benchmarks/measure/gates.py STORE          # also real chains, and 500 steps against the plain path's curve
     python benchmarks/measure/gates.py --judge        # measure nothing: judge the rows of this commit and device
 
-Exit status 1 if a line is not met or was not measured.
+Measurements are those of ``host.py``, on as many GPUs as there are. Exit status 1 if a line is not met or was not
+measured.
 """
 
 import argparse
-import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import FOLDER, ROOT, SCRIPTS, append_rows, facts, print_table, read_rows
+import torch
+
+import host
+from common import FOLDER, facts, print_table, read_rows
 
 Row = dict[str, str]
-RESULTS = "gates.csv"  # exit status of every measurement, so that --judge finds those without figures
+MEASUREMENTS = ("step", "checkpointing", "operations", "evaluation", "GPU tests", "real chains", "curve")
 PASSES = ("1", "2", "3", "4")
 
 
@@ -29,32 +32,6 @@ class Gate:
     name: str
     limit: float
     read: Callable[[], float | None]
-
-
-def measurements(store: Path | None) -> dict[str, list[str]]:
-    """Command lines by name, in the order in which they run."""
-    python = [sys.executable]
-    chosen = {
-        "step": [*python, str(SCRIPTS / "step_time.py"), "--check", "--profile", "1"]
-        + ["--each", "--variant", "ours", "--variant", "ours_ckpt"],
-        "operations": [*python, str(SCRIPTS / "kernels.py")],
-        "evaluation": [*python, str(SCRIPTS / "evaluation_time.py")],
-        "gpu tests": [*python, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests")],
-    }
-    if store is not None:
-        chosen["real chains"] = [*python, str(SCRIPTS / "real_chains.py"), str(store)]
-        chosen["curve"] = [*python, str(SCRIPTS / "training_curve.py"), str(store)]
-    return chosen
-
-
-def run(commands: dict[str, list[str]]) -> None:
-    """Run one after the other, whatever fails, and note exit status and seconds."""
-    for name, command in commands.items():
-        print(f"\n== {name}: {' '.join(command[1:])}", flush=True)
-        start = time.monotonic()
-        status = subprocess.run(command, cwd=ROOT, check=False).returncode
-        seconds = round(time.monotonic() - start)
-        append_rows(FOLDER / RESULTS, [{**facts(), "measurement": name, "status": status, "seconds": seconds}])
 
 
 def rows_of(file: str, **wanted: str) -> list[Row]:
@@ -108,7 +85,7 @@ def lost_operations() -> float | None:
 
 def status(name: str) -> float | None:
     """Exit status of a measurement."""
-    return newest(RESULTS, "status", measurement=name)
+    return newest(host.STATUS_TABLE, "status", measurement=name)
 
 
 GATES = (
@@ -123,7 +100,7 @@ GATES = (
     Gate("operations slower than another implementation", 0.0, lost_operations),
     Gate("wait for data on real chains, %", 1.0, lambda: newest("real_chains.csv", "wait_percent", passes="all")),
     Gate("500-step curve leaves the band (exit status)", 0.0, lambda: status("curve")),
-    Gate("GPU tests (exit status)", 0.0, lambda: status("gpu tests")),
+    Gate("GPU tests (exit status)", 0.0, lambda: status("GPU tests")),
 )
 
 
@@ -140,14 +117,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("store", nargs="?", type=Path, help="prepared data set")
     parser.add_argument("--judge", action="store_true", help="only judge what this commit has measured on this device")
-    parser.add_argument("--only", nargs="+", default=[], help="only these measurements, by name")
+    parser.add_argument("--only", nargs="+", default=[], help="only these measurements of host.py, by name")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no measurement that would end later")
     arguments = parser.parse_args()
     if not arguments.judge:
-        commands = measurements(arguments.store)
-        unknown = [name for name in arguments.only if name not in commands]
-        if unknown:
-            parser.error(f"no measurement {', '.join(unknown)}; there are: {', '.join(commands)}")
-        run({name: command for name, command in commands.items() if not arguments.only or name in arguments.only})
+        try:
+            jobs, _ = host.chosen(arguments.only or MEASUREMENTS, arguments.store, torch.cuda.device_count())
+        except ValueError as error:
+            parser.error(str(error))
+        out = Path(tempfile.mkdtemp(prefix="scalefold-gates-"))
+        host.run_jobs(jobs, arguments.store, torch.cuda.device_count(), arguments.minutes, out)
+        print(f"what they printed: {out}")
     table = [verdict(gate) for gate in GATES]
     print_table(table)
     return int(any(line["verdict"] != "met" for line in table))

@@ -4,6 +4,7 @@ import hashlib
 import json
 import statistics
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,15 @@ def bits(row: Row) -> dict[str, Any]:
 
 def weights_digest(run: Path, step: int) -> str:
     """SHA-256 over names and bytes of the averaged weights after ``step``; empty without that checkpoint."""
+    file = run / "checkpoints" / "last" / f"{step:06d}" / "swa_checkpoint.pt"
+    return digest_of(file, file.stat().st_mtime_ns) if file.exists() else ""
+
+
+@cache
+def digest_of(file: Path, written_ns: int) -> str:
+    """The same of a file, read once however often it is compared; ``written_ns``: its time of modification."""
     import torch
 
-    file = run / "checkpoints" / "last" / f"{step:06d}" / "swa_checkpoint.pt"
-    if not file.exists():
-        return ""
     digest = hashlib.sha256()
     for name, tensor in torch.load(file, map_location="cpu", weights_only=True).items():
         digest.update(name.encode())

@@ -14,8 +14,8 @@ Every start is judged: exit status of every rank; seconds from ``run_stop`` (``k
 its last process; from ``run_start`` to the end of the first step; stall at a checkpoint, which is what the steps after
 it took longer than the median of their number of passes; step time over the ruler's; equality of all losses and of the
 averaged weights, bit for bit, with the start of the same seed; the log's verdict; and what it left behind. Rows go to
-``gpu_runs.csv``; FOLDER also gets ``gpu_runs.json`` (every line with its reason) and ``gpu_runs.log`` (what was
-printed, stacks of what hung). Exit status 1 if anything falls short or did not run.
+``gpu_runs.csv``; FOLDER also gets ``gpu_runs.json`` (every line with its reason), ``gpu_runs.log`` (what was
+printed, stacks of what hung) and the rulers' tables. Exit status 1 if anything falls short or did not run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pathlib import Path
 
 from common import FOLDER, append_rows, facts, print_table
 from gpu_judge import COLUMNS, Line, breakdown, csv_row, judge, timeline
-from gpu_layouts import LAYOUTS, STARTS, Plan, Start
+from gpu_layouts import LAYOUTS, STARTS, Plan, Start, places
 from gpu_readings import medians, of_this_start, read_record, steady_steps, steps_of
 from gpu_starts import Ended, Results, compile_shares, report, run_all
 from scalefold.data.made.demo import generate
@@ -58,7 +58,15 @@ def keep_results(plan: Plan, results: Results, out: Path) -> tuple[dict[str, lis
     (out / "gpu_runs.json").write_text(json.dumps(details, indent=1) + "\n")
     (out / "gpu_runs.csv").unlink(missing_ok=True)
     append_rows(out / "gpu_runs.csv", rows)
+    keep_tables(plan, out)
     return lines, rows
+
+
+def keep_tables(plan: Plan, out: Path) -> None:
+    """Copies of what rulers have written so far, ended or not: ``ruler_two_step_time.csv``."""
+    for start in STARTS:
+        for table in sorted(places(plan, start).glob("*.csv")) if start.is_ruler else ():
+            shutil.copyfile(table, out / f"{start.name}_{table.name}")
 
 
 def write_results(plan: Plan, results: Results, out: Path, csv: Path | None) -> bool:
@@ -152,7 +160,7 @@ def main() -> int:
         left_s = arguments.budget_s - (time.monotonic() - began)
         results = Results()
         try:
-            run_all(plan, starts, gpus, left_s, results, lambda: keep_results(plan, results, out))
+            run_all(plan, starts, gpus, left_s, results, lambda known: keep_results(plan, known, out))
         finally:
             good = write_results(plan, results, out, csv)
     finally:

@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,16 +80,44 @@ class Results:
     not_run: dict[str, str] = field(default_factory=dict)
 
 
+class Keeper:
+    """Judges what has ended on a thread of its own, so that starts under way are acted on when that is due."""
+
+    def __init__(self, keep: Callable[[Results], object]) -> None:
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(1)
+        self._under_way: Future[object] | None = None
+        self._newer = False
+
+    def look(self, results: Results, newer: bool) -> None:
+        """Begin with what has ended by now, unless there is nothing newer or the last judgement is still under way."""
+        self._newer |= newer
+        if self._newer and (self._under_way is None or self._under_way.done()):
+            self._finish()
+            known = Results(dict(results.ended), dict(results.not_run))
+            self._newer, self._under_way = False, self._thread.submit(self._keep, known)
+
+    def close(self) -> None:
+        """Wait for the judgement under way."""
+        self._thread.shutdown()
+        self._finish()
+
+    def _finish(self) -> None:
+        problem = self._under_way.exception() if self._under_way is not None else None
+        if problem is not None:
+            report(f"results so far could not be kept: {type(problem).__name__}: {problem}")
+
+
 def run_all(
-    plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float, results: Results, keep: Callable[[], object]
+    plan: Plan, starts: Sequence[Start], gpus: int, budget_s: float, results: Results, keep: Callable[[Results], object]
 ) -> None:
     """Run the starts in order, as many side by side as there are GPUs; none begins that would not end in time.
 
-    ``results`` are filled and ``keep`` is called as they come, so that a call that is killed has those of the starts
-    before.
+    ``results`` are filled as they come, and ``keep`` gets those that there are, so that a call that is killed has the
+    starts before; it may be under way while others end.
     """
     waiting, running, last_s = list(starts), [], dict[str, float]()
-    free, began = list(range(gpus)), time.monotonic()
+    free, began, keeper = list(range(gpus)), time.monotonic(), Keeper(keep)
     try:
         while waiting or running:
             left_s = budget_s - (time.monotonic() - began)
@@ -99,6 +128,7 @@ def run_all(
                 taken = [free.pop(0) for _ in range(waiting[0].ranks)]
                 running.append(begin(plan, waiting[0], taken, left_s))
                 waiting.pop(0)
+            known = len(results.ended)
             for one in list(running):
                 one.act(plan.act_after)
                 one.watch_the_end()
@@ -110,11 +140,12 @@ def run_all(
                     results.ended[one.start.name] = one.end()
                     hung = ", HUNG and was ended" if one.watched.hung else ""
                     report(f"{one.start.name}: {seconds:.1f} s, statuses {one.watched.statuses()}{hung}")
-                    keep()
+            keeper.look(results, newer=len(results.ended) > known)
             time.sleep(0.03)
     finally:
         for one in running:
             one.watched.end()
+        keeper.close()
         for start in (*(one.start for one in running), *waiting):
             results.not_run[start.name] = "the call was ended before"
 

@@ -7,7 +7,9 @@ Variants: ``ours`` (the Triton table), ``plain`` (the definition in PyTorch, bf1
 definition), ``cuequivariance`` and ``fast_trimul`` where they can be imported and have the operation (``rivals.py``).
 backward_us is forward and backward minus forward. max_rel_error is the largest relative error of an output or gradient
 against the definition in fp32; a variant with one above LARGEST_ERROR is not timed. All variants but the compiled ones
-come first; those are compiled most expensive first until the time is used up. Rows are written as they are known.
+come first; those are compiled most expensive first until the time is used up. Rows are written as they are known. A
+variant after which the GPU answers no more, such as by an access to memory that is not there, is named and ends the
+script with status 1.
 """
 
 import argparse
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import FOLDER, append_rows, facts, graph_microseconds, print_table
+from common import FOLDER, answers, append_rows, facts, graph_microseconds, print_table
 from rivals import Call, Rival, libraries, rival
 from scalefold.kernels.table import REFERENCE
 from scalefold.kernels.triton_ops import TRITON
@@ -101,7 +103,11 @@ def exact_results(case: Case) -> Exact:
 
 
 def attempt(case: Case, variant: str, build: Callable[[], Rival | None], exact: Exact) -> dict | None:
-    """One row, None if the variant has no form of the case, or with the reason printed: it may not take a shape."""
+    """One row, None if the variant has no form of the case, or with the reason printed: it may not take a shape.
+
+    Raises:
+        SystemExit: the GPU does not serve this process any more.
+    """
     try:
         if (own := build()) is None:
             return None
@@ -110,6 +116,9 @@ def attempt(case: Case, variant: str, build: Callable[[], Rival | None], exact: 
         print(
             f"  {case.name}: {variant} cannot be measured: {type(problem).__name__}: {str(problem)[:160]}", flush=True
         )
+        if torch.cuda.is_initialized() and not answers():
+            print(f"{case.name}: {variant} BROKE the GPU's context: all rows before are written, no other can follow")
+            sys.exit(1)
         return None
     return {
         "operation": case.operation,
@@ -121,7 +130,7 @@ def attempt(case: Case, variant: str, build: Callable[[], Rival | None], exact: 
     }
 
 
-def quick_variants(case: Case, libraries: Mapping[str, Any]) -> list[dict]:
+def quick_variants(case: Case, libraries: Mapping[str, Any]) -> Iterator[dict]:
     """Rows of everything that needs no long compilation; ``libraries``: of the rivals, by variant."""
     inputs, exact = case.build(), exact_results(case)
     builds: dict[str, Callable[[], Rival | None]] = {
@@ -129,8 +138,9 @@ def quick_variants(case: Case, libraries: Mapping[str, Any]) -> list[dict]:
         "plain": lambda: Rival(lambda: inputs.call(REFERENCE), inputs.leaves),
     }
     builds |= {name: partial(rival, case, inputs, name, library) for name, library in libraries.items()}
-    rows = [attempt(case, name, build, exact) for name, build in builds.items()]
-    return [row for row in rows if row is not None]
+    for name, build in builds.items():
+        if (row := attempt(case, name, build, exact)) is not None:
+            yield row
 
 
 def compiled_variant(case: Case) -> list[dict]:
@@ -174,9 +184,9 @@ def main() -> int:
     cases, others, known, rows = chosen_cases(arguments.dap, arguments.only), libraries(), facts(), []
     with torch.cuda.stream(torch.cuda.Stream()):  # one for everything, captures included
         for case in cases:
-            found = quick_variants(case, others)
-            append_rows(arguments.csv, [{**known, **row} for row in found])
-            rows += found
+            for row in quick_variants(case, others):
+                append_rows(arguments.csv, [{**known, **row}])
+                rows.append(row)
             torch.cuda.empty_cache()
         for row in compiled_variants(cases, [row for row in rows if row["variant"] == "plain"], deadline):
             append_rows(arguments.csv, [{**known, **row}])

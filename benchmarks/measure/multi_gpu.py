@@ -27,7 +27,18 @@ from weakref import WeakSet
 import torch
 import torch.distributed as dist
 
-from common import FOLDER, ROOT, Timing, append_rows, capture, device_events, facts, print_table, time_calls
+from common import (
+    FOLDER,
+    ROOT,
+    Timing,
+    append_rows,
+    capture,
+    device_events,
+    facts,
+    print_table,
+    time_calls,
+    time_queued,
+)
 from module_norms import MARGIN, Norms, beyond, module_norms, norm_rows, round_otherwise, rounding_noise
 from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
@@ -191,7 +202,9 @@ def time_exchange(host: Host, call: Callable[[], object]) -> float:
             call()
 
     replay = many if host.small else capture(many).replay
-    return 1e3 * host.time(replay, 15).median_ms / CALLS_PER_GRAPH
+    host.barrier()
+    timing = (time_on_host if host.small else time_queued)(replay, 15)
+    return 1e3 * timing.median_ms / CALLS_PER_GRAPH
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import FOLDER, append_rows, facts, move_within_rounding
+from common import FOLDER, KEPT, append_rows, facts, move_within_rounding
 from real_chains import BASE, SEED, train
 from scalefold.config import load_config
 from scalefold.data.loading.sampler import initialisation_seed
@@ -55,6 +55,11 @@ def settings(variant: str, crop: int) -> list[str]:
 def curve(folder: Path, variant: str) -> Path:
     """Where the metrics of a variant are kept."""
     return folder / f"curve_{variant}.jsonl"
+
+
+def known_curve(folder: Path, variant: str) -> Path:
+    """That of ``folder`` if it has one, else the repository's."""
+    return curve(folder if curve(folder, variant).exists() else KEPT, variant)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def rounded_weights(file: Path, overrides: list[str]) -> dict[str, torch.Tensor]
 
 def compare(arguments: argparse.Namespace, variant: str) -> bool:
     """Print, note and return whether a kept curve lies in the band of the plain one."""
-    found = compare_runs(curve(arguments.folder, "plain"), curve(arguments.folder, variant), window=WINDOW)
+    found = compare_runs(known_curve(arguments.folder, "plain"), curve(arguments.folder, variant), window=WINDOW)
     print(f"{variant}\n{found.text()}")
     append_rows(arguments.folder / "training_curve.csv", rows_of(variant, found, arguments.crop))
     return found.ok

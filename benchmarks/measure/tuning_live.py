@@ -3,9 +3,10 @@
     python benchmarks/measure/tuning_live.py --minutes 9 --dap 4 8 --model model.npz --out runs/tune
     python benchmarks/measure/tuning_live.py --shares runs/tune/nvidia_h100_80gb_hbm3.json --minutes 6   # the same GPU
 
-The first searches all kernels at these shares. The second times shares of a step (``dap_share.py``, one pass) in turns
+The first searches all kernels at these shapes. The second times shares of a step (``dap_share.py``, one pass) in turns
 without and with the choices, each in processes of its own, and appends to ``tuning_live.csv``; ``choices`` says which.
-The device's table of choices is put aside meanwhile. Rows are written as they come.
+The third turn, without them again, is made if the time allows. The device's table of choices is put aside meanwhile.
+Rows are written as they come.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from common import FOLDER, SCRIPTS, append_rows, print_table, read_rows
 from scalefold.kernels import tuning
 from scalefold.tune.command import Request, table_text, tune
 
-TURNS = ("before", "after", "before")  # the second time: how far the machine drifts
+TURNS = ("before", "after", "before")  # the second time, if it can be had: how far the machine drifts
 
 
 @contextmanager
@@ -54,19 +55,25 @@ def share_rows(daps: list[int], minutes: float, extra: list[str]) -> list[dict[s
 
 
 def time_shares(arguments: argparse.Namespace) -> bool:
-    """All turns that the time is enough for; whether both kinds of choices were timed."""
-    end, longest_s, timed = time.monotonic() + 60 * arguments.minutes, 0.0, set()
+    """All turns that the time is enough for; whether both kinds of choices were timed.
+
+    Until both are, each turn has an equal part of what is left, and takes place whatever an earlier one took: that may
+    have compiled. Only a turn that was made before is left out, if what the shortest took is more than is left.
+    """
+    end, timed, shortest_s = time.monotonic() + 60 * arguments.minutes, set[str](), float("inf")
     for turn in TURNS:
-        begin = time.monotonic()
-        if begin + longest_s > end:
+        left_s = end - time.monotonic()
+        if left_s < (shortest_s if turn in timed else 0.0):
             print(f"shares {turn} the search: LEFT OUT, the time of --minutes is used up", flush=True)
             break
         with choices_in_force(arguments.shares if turn == "after" else None):
-            rows = share_rows(arguments.dap, (end - begin) / 60, ["--small"] if arguments.small else [])
+            begin = time.monotonic()
+            minutes = (end - begin) / 60 / max(1, len({*TURNS} - timed))
+            rows = share_rows(arguments.dap, minutes, ["--small"] if arguments.small else [])
         append_rows(arguments.csv, [{"choices": turn, **row} for row in rows])
         print_table([{"choices": turn, **row} for row in rows])
         timed |= {turn} if rows else set()
-        longest_s = max(longest_s, time.monotonic() - begin)
+        shortest_s = min(shortest_s, time.monotonic() - begin)
         print(f"shares {turn} the search: {time.monotonic() - begin:.0f} s", flush=True)
     return timed == set(TURNS)
 

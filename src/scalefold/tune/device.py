@@ -10,7 +10,7 @@ from scalefold.kernels import tuning
 from scalefold.tune.operation_cases import Case, Inputs
 from scalefold.tune.programs import Problem, run_once
 from scalefold.tune.sound.bits import repeat
-from scalefold.tune.sound.clock import graph_microseconds
+from scalefold.tune.sound.clock import answers, graph_microseconds
 
 LARGEST_DIFFERENCE = 0.02  # relative, between candidates: bf16 rounding in another order
 REPLAYS = 12
@@ -72,9 +72,5 @@ class Device:
 
     @property
     def works(self) -> bool:
-        """Whether the GPU still answers this process: an access to memory that is not there ends that for good."""
-        try:
-            torch.cuda.synchronize()
-        except RuntimeError:
-            return False
-        return True
+        """Whether the GPU still answers this process."""
+        return answers()
