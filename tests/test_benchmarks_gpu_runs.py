@@ -3,11 +3,15 @@
 import csv
 import importlib
 import json
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
+
+import scalefold
 
 MODULES = ("gpu_runs", "gpu_layouts", "gpu_starts", "gpu_readings", "gpu_judge", "watched", "common")
 
@@ -276,6 +280,46 @@ def test_gpus_are_taken_from_those_that_the_script_may_use(starts, monkeypatch, 
 def test_chosen_layouts_bring_what_they_are_compared_with(gpu_runs):
     names = [start.name for start in gpu_runs.chosen(["stop_dap2"], tiny=False)]
     assert names == ["dap2", "dap2 again", "stop_dap2", "stop_dap2 resumed"]
+
+
+@pytest.mark.parametrize(
+    ("only", "tiny", "sizes"), [(["phases"], False, [1, 2]), (["dap4"], False, [4]), (["dap2"], True, [])]
+)
+def test_every_share_is_compiled_into_the_cache_of_the_starts(
+    gpu_runs, starts, layouts, monkeypatch, repository, tmp_path, only, tiny, sizes
+):
+    from scalefold.config import load_config
+
+    asked = []
+    monkeypatch.setattr(starts, "compile_ahead", lambda *arguments: asked.append(arguments))
+    starts.compile_shares(layouts.Plan(tmp_path, tmp_path, tiny=tiny), gpu_runs.chosen(only, tiny))
+    assert [load_config(file, overrides).config.parallel.dap_size for file, overrides, _ in asked] == sizes
+    assert {file.name for file, *_ in asked} <= {"base.yaml"}
+    assert {cache for *_, cache in asked} <= {tmp_path / "triton"}
+
+
+def test_kernels_are_compiled_ahead_for_this_gpu_into_the_cache_that_is_named(starts, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("triton.knobs")
+    common, commands = sys.modules["common"], []
+
+    def run(command, env):
+        commands.append((command, env["PYTHONPATH"].split(":")[0]))
+        return subprocess.CompletedProcess(command, 2)
+
+    monkeypatch.setattr(common.subprocess, "run", run)
+    monkeypatch.setattr("scalefold.kernels.tuning.capability", lambda: 90)
+    starts.compile_ahead(tmp_path / "base.yaml", ["training.seed=1"], tmp_path / "triton")
+    ((command, first_path),) = commands
+    assert command[1:6] == ["-m", "scalefold", "compile", "--gpu", "H100"]
+    assert command[6:] == [
+        "--config",
+        str(tmp_path / "base.yaml"),
+        "training.seed=1",
+        "--out",
+        str(tmp_path / "triton"),
+    ]
+    assert (Path(first_path) / "scalefold" / "__init__.py").samefile(scalefold.__file__)
+    assert "exit status 2" in capsys.readouterr().out
 
 
 def test_starts_on_four_gpus_run_only_by_name(gpu_runs):

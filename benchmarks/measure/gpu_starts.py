@@ -1,6 +1,5 @@
 """Starts of ``gpu_runs.py`` under way: begun when GPUs are free, watched, asked to stop, ended."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -22,6 +22,8 @@ def compile_ahead(
 ) -> None:
     """Compile the kernels of a configuration without a GPU, so that no node does it at its start (minutes).
 
+    A second call compiles what is new only.
+
     Example: scalefold compile --gpu H100 --out compiled --config configs/eos_h100_64x8_dap2.yaml
     """
     from scalefold.config import load_config
