@@ -176,3 +176,22 @@ def test_a_program_is_read_without_a_gpu_and_one_that_does_not_compile_says_why(
     assert "programs=8192" in good
     assert "registers=0" not in good
     assert "CompilationError" in bad
+
+
+CASES = """
+from scalefold.tune import programs
+programs.start_worker([1], [], 90, "sm_90")
+programs._worker_cases[:] = [case for case in programs._worker_cases if case.name.startswith("layer_norm 1x256x256")]
+programs.compile_all_cases(2)
+"""
+
+
+@pytest.mark.long
+def test_operations_are_compiled_by_several_processes_of_one_that_sees_no_gpu(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", CASES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kernels = len(list(tmp_path.glob("*/*.cubin")))
+    assert kernels > 1
+    assert done.stdout.splitlines()[-1] == f"{kernels} of {kernels} kernels"

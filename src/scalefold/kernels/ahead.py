@@ -209,8 +209,7 @@ def _by_processes(
             done = pipe.recv()
         except (EOFError, OSError):
             pipes[pipe].join()
-            note(f"the process that compiled {kernels[number].name} ended: status {pipes[pipe].exitcode}")
-            return _remove_partial(pipes[pipe].pid)
+            return note(f"the process that compiled {kernels[number].name} ended: status {pipes[pipe].exitcode}")
         if done is None:
             failed.append(number)
         else:
@@ -233,6 +232,7 @@ def _by_processes(
         for pipe, process in pipes.items():
             pipe.close()
             process.join()
+            _remove_partial(process.pid)
     return [left.pop(number) for number in failed] + list(left.values())
 
 
@@ -255,7 +255,7 @@ def _work(kernels: list[Wanted], near_end: Any, pipe: Any) -> None:
 
 
 def _remove_partial(pid: int) -> None:
-    """What a process that was killed had begun to write; Triton names it after the process."""
+    """What a process that was killed or interrupted had begun to write; Triton names it after the process."""
     for folder in Path(triton.knobs.cache.dir).glob(f"*/tmp.pid_{pid}_*"):
         shutil.rmtree(folder, ignore_errors=True)
 
