@@ -41,8 +41,8 @@ def hash_callees_first() -> None:
     """Make a kernel's key in Triton's cache one and the same, whatever else this process has asked for before it.
 
     Triton up to 3.7 takes constants of the functions that a program calls into its key only if another program that
-    calls them was looked up earlier (triton-lang/triton#10494): a rank that only evaluates would find little of what a
-    training step compiled, and processes that compile by turns nothing that a run looks up.
+    calls them was looked up earlier (triton-lang/triton#10494): a rank that only evaluates would compile anew what the
+    whole configuration has, and processes that compile by turns would file kernels where no run looks.
     """
     finder = jit.DependenciesFinder
     original = getattr(finder, "_update_hash", None)
