@@ -93,3 +93,10 @@ def test_every_command_of_the_list_exists(host, repository, tmp_path):
         assert all(word != "STORE" for word in words)
         scripts = [word for word in words if word.endswith(".py")]
         assert all((repository / "benchmarks" / "measure" / script.rpartition("/")[2]).is_file() for script in scripts)
+
+
+def test_kernels_of_every_number_of_ranks_are_compiled_first(host, monkeypatch):
+    asked = []
+    monkeypatch.setattr(host, "compile_ahead", lambda config, overrides: asked.append(overrides[1]))
+    host.compile_steps([job for job in host.JOBS if job.gpus <= 2])
+    assert asked == ["parallel.dap_size=1", "parallel.dap_size=2"]

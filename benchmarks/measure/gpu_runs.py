@@ -1,6 +1,6 @@
 """The program as its own benchmark: ``scalefold train`` as the README starts it, on one GPU and on two, judged.
 
-    python benchmarks/measure/gpu_runs.py --out FOLDER                     # every layout, in 9 minutes on two H100
+    python benchmarks/measure/gpu_runs.py --out FOLDER                     # every layout, in 9 minutes on four H100
     python benchmarks/measure/gpu_runs.py --only one_gpu dap2 --passes 4   # some layouts, graphs for up to 4 passes
     python benchmarks/measure/gpu_runs.py --tiny --only dap2           # tiny model on CPU ranks: the same script, tried
 

@@ -4,9 +4,10 @@
     python benchmarks/measure/host.py --minutes 9 --out FOLDER              # as many as end in time, first ones first
     python benchmarks/measure/host.py STORE --only step curve --gpus 2      # STORE: prepared chains, where needed
 
-A measurement begins when as many GPUs are free as it needs and it would end in time; what it prints is kept as
-NAME/output.txt in FOLDER, its rows go to the tables there (without --out: to benchmarks/results). One that takes more
-than LENIENCE times its seconds hangs and is ended. Exit status 1 if one fails or does not run.
+First the step's kernels are compiled, by all processors. A measurement begins when as many GPUs are free as it needs
+and it would end in time; what it prints is kept as NAME/output.txt in FOLDER, its rows go to the tables there (without
+--out: to benchmarks/results). One that takes more than LENIENCE times its seconds hangs and is ended. Exit status 1 if
+one fails or does not run.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from common import FOLDER, RESULTS_VARIABLE, ROOT, SCRIPTS, append_rows, device_name, facts, print_table
+from common import FOLDER, RESULTS_VARIABLE, ROOT, SCRIPTS, append_rows, compile_ahead, device_name, facts, print_table
 from watched import Watched
 
 LENIENCE = 2.0
@@ -120,6 +121,8 @@ def run_jobs(
     Output goes to ``out``, rows to ``tables``, those of ``gates.csv`` (exit status, seconds) as each ends.
     """
     until = time.monotonic() + 60 * minutes
+    if torch.cuda.is_available():
+        compile_steps(jobs)
     waiting, running, bad = list(jobs), list[Running](), dict[str, str]()
     processors = sorted(os.sched_getaffinity(0))
     share = max(1, len(processors) // gpus)
@@ -146,6 +149,13 @@ def run_jobs(
         for one in running:
             one.watched.end()
     return bad
+
+
+def compile_steps(jobs: Sequence[Job]) -> None:
+    """The kernels of a step of one GPU, and of as many as jobs share a sample among."""
+    for dap in sorted({1, *(job.ranks for job in jobs)}):
+        shape = [f"parallel.gpus_per_node={dap}", f"parallel.dap_size={dap}", "training.global_batch_size=1"]
+        compile_ahead(ROOT / "configs" / "base.yaml", [*shape, "data.val_max_sequence_length=64"])
 
 
 def limit_s(job: Job) -> float:
