@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-WHERE = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'], sorted(os.sched_getaffinity(0)))"
+WHERE = "import os; from scalefold.processors import own; print(os.environ['CUDA_VISIBLE_DEVICES'], own())"
 WRITE = "from common import FOLDER, append_rows; append_rows(FOLDER / 'rows.csv', [{'a': 1}])"
 
 

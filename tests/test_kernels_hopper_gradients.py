@@ -41,7 +41,9 @@ def outer_gradient_obstacle(sequences, i, j, a=None, name=gradients.NAMES[0]):
 def test_gradients_of_an_outer_product_of_few_sequences_have_no_obstacle(compiled, sequences, name):
     with every_program(1):
         assert outer_gradient_obstacle(sequences, 64, 128, name=name) is None
-    assert outer_gradient_obstacle(sequences, 64, 128, name=name) == "the table prefers the Triton program"
+    found_faster = (sequences, name) == (128, "outer_product_hopper_weight")
+    obstacle = outer_gradient_obstacle(sequences, 64, 128, name=name)
+    assert obstacle == (None if found_faster else "the table prefers the Triton program")
 
 
 def test_partial_gradients_of_an_outer_product_become_gradients_in_the_operands_own_order():

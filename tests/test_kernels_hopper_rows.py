@@ -187,7 +187,7 @@ def test_programs_are_preferred_where_they_were_found_faster(compiled, shape, st
 
 
 @pytest.mark.parametrize(
-    ("shares", "pair", "msa", "outer"), [(1, True, True, True), (2, False, True, True), (4, False, False, False)]
+    ("shares", "pair", "msa", "outer"), [(1, True, True, True), (2, False, True, True), (4, False, False, True)]
 )
 def test_transitions_and_outer_products_take_gluon_where_it_was_found_faster(compiled, shares, pair, msa, outer):
     z, m = empty(1, 256 // shares, 256, C), empty(1, 128, 256 // shares, 256)

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from common import FOLDER, RESULTS_VARIABLE, ROOT, SCRIPTS, append_rows, compile_ahead, device_name, facts, print_table
+from scalefold.processors import own
 from watched import Watched
 
 LENIENCE = 2.0
@@ -124,7 +125,7 @@ def run_jobs(
     if torch.cuda.is_available():
         compile_steps(jobs)
     waiting, running, bad = list(jobs), list[Running](), dict[str, str]()
-    processors = sorted(os.sched_getaffinity(0))
+    processors = own()
     share = max(1, len(processors) // gpus)
     free = list(range(gpus))
     try:
@@ -136,8 +137,8 @@ def run_jobs(
                     waiting.remove(job)
                 elif job.gpus <= len(free):
                     taken, free = free[: job.gpus], free[job.gpus :]
-                    own = [p for gpu in taken for p in processors[gpu * share : (gpu + 1) * share]] or processors
-                    running.append(begin(job, store, taken, own, min(left_s, limit_s(job)), out, tables))
+                    parts = [p for gpu in taken for p in processors[gpu * share : (gpu + 1) * share]] or processors
+                    running.append(begin(job, store, taken, parts, min(left_s, limit_s(job)), out, tables))
                     waiting.remove(job)
             for one in list(running):
                 if one.watched.poll():
@@ -174,7 +175,7 @@ def begin(
         RESULTS_VARIABLE: str(tables.resolve()),
     }
     watched = Watched(job.words(store), out / job.name.replace(" ", "_"), environment, limit_s)
-    before = os.sched_getaffinity(0)
+    before = own()
     os.sched_setaffinity(0, processors)  # which its processes inherit: what one compiles does not slow another
     try:
         watched.start()
