@@ -95,23 +95,3 @@ def test_a_table_that_is_none_is_named(kernel, tmp_path, text, message):
 def test_the_shipped_tables_are_read(repository):
     for file in (repository / "src/scalefold/kernels/tuned").glob("*.json"):
         assert tuning.read_table(file)
-
-
-def test_every_problem_of_training_that_a_table_decides_has_an_entry_of_its_own(monkeypatch):
-    """Else what a search finds for one share would change the programs of another."""
-    from scalefold.kernels import triton_ops
-    from scalefold.tune.programs import all_cases, find_problems
-
-    monkeypatch.setattr(triton_ops, "device_obstacle", lambda device: None)
-    cases = all_cases([1, 2, 4, 8], [])
-    with tuning.assume_capability(90):
-        table = tuning.table(90)
-        problems = [problem for n in range(len(cases)) for problem in find_problems(cases, n)]
-        decided = [p for p in problems if tuning.nearest(table.get(p.kernel, {}), p.fields) is not None]
-    without = {
-        f"{p.kernel} {tuning.problem_key(p.fields)}"
-        for p in decided
-        if tuning.problem_key(p.fields) not in table[p.kernel]
-    }
-    assert len(decided) > 100
-    assert without == set()

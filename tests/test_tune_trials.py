@@ -195,3 +195,26 @@ def test_operations_are_compiled_by_several_processes_of_one_that_sees_no_gpu(tm
     kernels = len(list(tmp_path.glob("*/*.cubin")))
     assert kernels > 1
     assert done.stdout.splitlines()[-1] == f"{kernels} of {kernels} kernels"
+
+
+DECIDED = """
+from scalefold.kernels import tuning
+from scalefold.tune import programs
+programs.start_worker([1, 2, 4, 8], [], 90, "sm_90")
+table = tuning.table(90)
+for n in range(len(programs._worker_cases)):
+    for problem in programs.find_problems(programs._worker_cases, n):
+        entries, key = table.get(problem.kernel, {}), tuning.problem_key(problem.fields)
+        if tuning.nearest(entries, problem.fields):
+            print("own" if key in entries else f"{problem.kernel} {key}")
+"""
+
+
+def test_every_problem_of_training_that_the_shipped_table_decides_has_an_entry_of_its_own():
+    """Else what a search finds for one share would change the programs of another."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", DECIDED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.splitlines()
+    assert len(found) > 100
+    assert set(found) == {"own"}
