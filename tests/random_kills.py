@@ -98,15 +98,22 @@ class Victim:
         file = self.run_dir / "metrics.jsonl"
         return file.read_text(errors="replace").count('"kind": "step"') if file.exists() else 0
 
-    def kill(self, choose: random.Random) -> str | None:
-        """Start it and kill a random rank at a random moment; what happened, or None if it ended before."""
+    def kill(self, choose: random.Random, startup_s: float) -> str | None:
+        """Start it and kill a random rank at a random moment; what happened, or None if it ended before.
+
+        One in five is killed before its first step, which a start takes ``startup_s`` to reach; any other after a
+        random number of steps: seconds would be other moments on another machine.
+        """
         start, before = self.start(), self.num_steps()
-        early = choose.random() < 0.2
-        while start.running() and not early and self.num_steps() <= before:
-            time.sleep(0.05)
-            if self.num_steps() < before:  # the record has been cut back to the checkpoint
-                before = self.num_steps()
-        time.sleep(choose.uniform(0, 8 if early else 2))
+        if choose.random() < 0.2:
+            time.sleep(choose.uniform(0, startup_s))
+        else:
+            wanted, first = choose.randint(1, max(1, STEPS - 2 - before)), None
+            while start.running() and (done := self.num_steps() - before) < wanted:
+                before = min(before, before + done)  # the record may be cut back to the checkpoint
+                first = first or (time.monotonic() if done > 0 else None)
+                time.sleep(0.005)
+            time.sleep(choose.uniform(0, (time.monotonic() - first) / wanted if first else 0.1))
         if not start.running():
             if any(status != 4 for status in start.wait()):
                 raise AssertionError(f"ended by itself:\n{start.text()}")
@@ -120,11 +127,15 @@ class Victim:
             raise AssertionError(f"statuses {statuses} after rank {rank} was killed:\n{start.text()}")
         return f"rank {rank} killed after {self.num_steps()} steps"
 
-    def finish(self) -> None:
-        """Let it run to its end."""
-        start = self.start()
+    def finish(self) -> float:
+        """Let it run to its end; seconds to its first step."""
+        start, before = self.start(), self.num_steps()
+        while start.running() and self.num_steps() <= before:
+            time.sleep(0.02)
+        startup_s = time.monotonic() - start.started_s
         if any(status != 4 for status in start.wait()):
             raise AssertionError(f"did not end with its budget:\n{start.text()}")
+        return startup_s
 
     def differences(self, other: "Victim") -> list[str]:
         """Losses and tensors of the last checkpoint in which two finished runs differ."""
@@ -148,10 +159,10 @@ def kill_and_compare(store: Path, folder: Path, layout: str, rounds: int, seed: 
     """``rounds`` kills, over as many runs as it takes; what differs from the uninterrupted run."""
     choose, kills, differing = random.Random(seed), 0, []
     whole = Victim(store, folder / "whole", layout)
-    whole.finish()
+    startup_s = whole.finish()
     for number in range(1 + rounds):
         victim = Victim(store, folder / f"run_{number}", layout)
-        while kills < rounds and (what := victim.kill(choose)):
+        while kills < rounds and (what := victim.kill(choose, startup_s)):
             kills += 1
             print(f"{layout} {kills}/{rounds}: {what}", flush=True)
         if not (victim.run_dir / "checkpoints" / "last" / f"{STEPS:06d}").exists():
