@@ -133,3 +133,35 @@ def link_alignments(source: Path, target: Path) -> Path:
             (target / "pdb" / line.split()[0]).symlink_to(source / "pdb" / line.split()[0])
     (target / "duplicate_pdb_chains.txt").write_text("\n".join(used) + "\n")
     return target
+
+
+# --- modules of the benchmark of runs ---
+
+OF_GPU_RUNS = ("gpu_runs", "gpu_layouts", "gpu_starts", "gpu_readings", "gpu_judge", "watched", "common")
+
+
+@pytest.fixture
+def gpu_runs(repository, monkeypatch):
+    """The script."""
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    yield importlib.import_module("gpu_runs")
+    for name in OF_GPU_RUNS:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def layouts(gpu_runs):
+    """Which starts there are."""
+    return importlib.import_module("gpu_layouts")
+
+
+@pytest.fixture
+def starts(gpu_runs):
+    """How they go on."""
+    return importlib.import_module("gpu_starts")
+
+
+@pytest.fixture
+def readings(gpu_runs):
+    """What they left."""
+    return importlib.import_module("gpu_readings")

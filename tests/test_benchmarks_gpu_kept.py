@@ -1,6 +1,5 @@
 """What the benchmark of runs keeps while starts are under way: judged as they end, and nothing waits for that."""
 
-import importlib
 import json
 import sys
 import threading
@@ -8,35 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-MODULES = ("gpu_runs", "gpu_layouts", "gpu_starts", "gpu_readings", "gpu_judge", "watched", "common")
-
-
-@pytest.fixture
-def gpu_runs(repository, monkeypatch):
-    """The script."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    yield importlib.import_module("gpu_runs")
-    for name in MODULES:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def layouts(gpu_runs):
-    """Which starts there are."""
-    return importlib.import_module("gpu_layouts")
-
-
-@pytest.fixture
-def starts(gpu_runs):
-    """How they go on."""
-    return importlib.import_module("gpu_starts")
-
-
-@pytest.fixture
-def readings(gpu_runs):
-    """What they left."""
-    return importlib.import_module("gpu_readings")
 
 
 def test_a_call_that_is_ended_writes_what_it_has(gpu_runs, starts, layouts, monkeypatch, tmp_path):

@@ -13,35 +13,6 @@ import torch
 
 import scalefold
 
-MODULES = ("gpu_runs", "gpu_layouts", "gpu_starts", "gpu_readings", "gpu_judge", "watched", "common")
-
-
-@pytest.fixture
-def gpu_runs(repository, monkeypatch):
-    """The script."""
-    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    yield importlib.import_module("gpu_runs")
-    for name in MODULES:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def layouts(gpu_runs):
-    """Which starts there are."""
-    return importlib.import_module("gpu_layouts")
-
-
-@pytest.fixture
-def starts(gpu_runs):
-    """How they go on."""
-    return importlib.import_module("gpu_starts")
-
-
-@pytest.fixture
-def readings(gpu_runs):
-    """What they left."""
-    return importlib.import_module("gpu_readings")
-
 
 @pytest.fixture
 def judge(gpu_runs):

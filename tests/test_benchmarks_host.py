@@ -100,3 +100,11 @@ def test_kernels_of_every_number_of_ranks_are_compiled_first(host, monkeypatch):
     monkeypatch.setattr(host, "compile_ahead", lambda config, overrides: asked.append(overrides[1]))
     host.compile_steps([job for job in host.JOBS if job.gpus <= 2])
     assert asked == ["parallel.dap_size=1", "parallel.dap_size=2"]
+
+
+def test_a_folder_is_used_again_and_a_host_without_a_gpu_refuses_everything(host, tmp_path):
+    for _ in range(2):
+        assert host.run_jobs([job(host, "again", "pass")], None, 1, 1.0, tmp_path, tmp_path) == {}
+    jobs, refused = host.chosen([], tmp_path, 0)
+    assert (jobs, set(refused)) == ([], {one.name for one in host.JOBS})
+    assert host.run_jobs(jobs, None, 0, 1.0, tmp_path, tmp_path) == {}

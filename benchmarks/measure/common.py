@@ -21,6 +21,8 @@ __all__ = ["answers", "capture", "graph_microseconds"]  # scripts take them from
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parents[1]
+BASE = ROOT / "configs" / "base.yaml"
+ONE_LENGTH = "data.val_max_sequence_length=64"  # of chains: where none is evaluated, little is compiled for it
 RESULTS_VARIABLE = "SCALEFOLD_RESULTS"  # another folder for the tables that scripts append to
 KEPT = SCRIPTS.parent / "results"
 FOLDER = Path(os.environ.get(RESULTS_VARIABLE) or KEPT)
@@ -91,6 +93,11 @@ def package_path() -> str:
     """PYTHONPATH of processes that shall import the package that this one does."""
     package = str(Path(scalefold.__file__).resolve().parents[1])
     return os.pathsep.join([package, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+
+
+def one_sample(size: int, unit: str = "gpus") -> list[str]:
+    """Overrides of a system file: one replica of ``size`` ranks with a batch of one sample."""
+    return [f"parallel.{unit}_per_node={size}", f"parallel.dap_size={size}", "training.global_batch_size=1"]
 
 
 def compile_ahead(config: Path, overrides: Sequence[str], cache: Path | None = None) -> None:

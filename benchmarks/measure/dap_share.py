@@ -35,7 +35,9 @@ from torch import Tensor
 
 from absent_peers import direct_alone, group_alone, ranks_alone
 from common import (
+    BASE,
     FOLDER,
+    ONE_LENGTH,
     ROOT,
     Timing,
     append_rows,
@@ -43,6 +45,7 @@ from common import (
     device_events,
     facts,
     graph_microseconds,
+    one_sample,
     print_table,
     read_rows,
     time_calls,
@@ -65,7 +68,6 @@ from spans import Span, against_two_gpus, breakdown, summed_ms
 from step_time import enliven
 
 SEED = 11
-ONE_LENGTH = "data.val_max_sequence_length=64"  # nothing is evaluated, and little compiled for it
 LONGEST = 40  # kernels that are printed
 SHOWN = ("total_ms", "calls", "mean_us", "parts", "kernel")
 OF_BREAKDOWN = ("computing_ms", "exchange_alone_ms", "gaps_ms", "kernels", "exchanges", "direct_ms", "barrier_ms")
@@ -100,13 +102,7 @@ class Share:
 def configuration(size: int, small: bool, overrides: list[str]) -> Config:
     """One replica of ``size`` ranks with a batch of one sample."""
     file = ROOT / "configs" / ("tiny.yaml" if small else "base.yaml")
-    return load_config(file, [*layout(size, small), *overrides]).config
-
-
-def layout(size: int, small: bool) -> list[str]:
-    """Overrides of the system file."""
-    ranks = f"parallel.{'ranks' if small else 'gpus'}_per_node={size}"
-    return [ranks, f"parallel.dap_size={size}", "training.global_batch_size=1"]
+    return load_config(file, [*one_sample(size, "ranks" if small else "gpus"), *overrides]).config
 
 
 @contextmanager
@@ -143,7 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
     prepare_process(configuration(1, small, arguments.set))
     if not small:
         for size in arguments.dap_share:
-            compile_ahead(ROOT / "configs" / "base.yaml", [*layout(size, small), ONE_LENGTH, *arguments.set])
+            compile_ahead(BASE, [*one_sample(size), ONE_LENGTH, *arguments.set])
         print(f"shares have compiled after {time.monotonic() - started:.0f} s", flush=True)
     rows, good, longest_s = [], True, 0.0
     for size in arguments.dap_share:

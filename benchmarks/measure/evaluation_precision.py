@@ -18,8 +18,8 @@ from statistics import mean
 
 import torch
 
-from common import FOLDER, append_rows, facts, print_table
-from real_chains import BASE, train
+from common import BASE, FOLDER, append_rows, facts, print_table
+from real_chains import train
 from scalefold.config import Config, load_config
 from scalefold.data.configured import evaluation_lengths
 from scalefold.data.store.store import Store

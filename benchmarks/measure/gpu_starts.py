@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import ROOT, compile_ahead, device_name, package_path
+from common import BASE, compile_ahead, device_name, package_path
 from gpu_layouts import Plan, Start, command, places, run_dir, settings
 from scalefold.report.record import METRICS_FILE
 from watched import Watched
@@ -159,7 +159,7 @@ def compile_shares(plan: Plan, starts: Sequence[Start]) -> None:
     shares = {dap for start in starts for dap in (start.dap, start.phase_dap) if dap}
     for dap in () if plan.tiny else sorted(shares):
         began = time.monotonic()
-        compile_ahead(ROOT / "configs" / "base.yaml", settings(plan, Start("", "", dap, dap)), triton_cache(plan))
+        compile_ahead(BASE, settings(plan, Start("", "", dap, dap)), triton_cache(plan))
         report(f"kernels of DAP {dap}: {time.monotonic() - began:.1f} s")
 
 

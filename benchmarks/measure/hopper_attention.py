@@ -28,7 +28,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # must be settled before triton is imp
 
 import torch
 
-from common import append_rows, facts, graph_microseconds, print_table
+from common import answers, append_rows, facts, graph_microseconds, print_table
 from compile_targets import recorded_launches
 from hopper_cases import (
     CASES,
@@ -166,16 +166,8 @@ def serve(pipe: Connection) -> None:
             pipe.send(measure(job, present[1]))
         except Exception as problem:  # a launch that is refused; a context that is lost ends the process
             pipe.send({"status": f"failed: {type(problem).__name__}: {str(problem).strip()[:150]}"})
-            if not _gpu_works():
+            if not answers():
                 return
-
-
-def _gpu_works() -> bool:
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
 
 
 class Runner:

@@ -12,6 +12,7 @@ one fails or does not run.
 
 import argparse
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -21,7 +22,20 @@ from pathlib import Path
 
 import torch
 
-from common import FOLDER, RESULTS_VARIABLE, ROOT, SCRIPTS, append_rows, compile_ahead, device_name, facts, print_table
+from common import (
+    BASE,
+    FOLDER,
+    ONE_LENGTH,
+    RESULTS_VARIABLE,
+    ROOT,
+    SCRIPTS,
+    append_rows,
+    compile_ahead,
+    device_name,
+    facts,
+    one_sample,
+    print_table,
+)
 from scalefold.processors import own
 from watched import Watched
 
@@ -126,7 +140,7 @@ def run_jobs(
         compile_steps(jobs)
     waiting, running, bad = list(jobs), list[Running](), dict[str, str]()
     processors = own()
-    share = max(1, len(processors) // gpus)
+    share = max(1, len(processors) // max(1, gpus))
     free = list(range(gpus))
     try:
         while waiting or running:
@@ -155,8 +169,7 @@ def run_jobs(
 def compile_steps(jobs: Sequence[Job]) -> None:
     """The kernels of a step of one GPU, and of as many as jobs share a sample among."""
     for dap in sorted({1, *(job.ranks for job in jobs)}):
-        shape = [f"parallel.gpus_per_node={dap}", f"parallel.dap_size={dap}", "training.global_batch_size=1"]
-        compile_ahead(ROOT / "configs" / "base.yaml", [*shape, "data.val_max_sequence_length=64"])
+        compile_ahead(BASE, [*one_sample(dap), ONE_LENGTH])
 
 
 def limit_s(job: Job) -> float:
@@ -174,7 +187,9 @@ def begin(
         "OMP_NUM_THREADS": str(max(1, len(processors) // (4 * len(gpus)))),
         RESULTS_VARIABLE: str(tables.resolve()),
     }
-    watched = Watched(job.words(store), out / job.name.replace(" ", "_"), environment, limit_s)
+    folder = out / job.name.replace(" ", "_")
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier call with this folder
+    watched = Watched(job.words(store), folder, environment, limit_s)
     before = own()
     os.sched_setaffinity(0, processors)  # which its processes inherit: what one compiles does not slow another
     try:

@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import FOLDER, ROOT, Timing, append_rows, device_name, facts, print_table
+from common import BASE, FOLDER, Timing, append_rows, device_name, facts, print_table
 from scalefold.processors import processors
 from scalefold.report.record import METRICS_FILE, Metrics, read_metrics
 
-BASE = ROOT / "configs" / "base.yaml"
 FILLING = 4  # steps left out
 NO_EVALUATION = 1_000_000
 SEED = 5

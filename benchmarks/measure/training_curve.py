@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import FOLDER, KEPT, append_rows, facts, move_within_rounding
-from real_chains import BASE, SEED, train
+from common import BASE, FOLDER, KEPT, append_rows, facts, move_within_rounding
+from real_chains import SEED, train
 from scalefold.config import load_config
 from scalefold.data.loading.sampler import initialisation_seed
 from scalefold.model.alphafold import AlphaFold

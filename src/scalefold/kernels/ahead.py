@@ -46,11 +46,9 @@ class Count:
 
     def add(self, other: "Count") -> None:
         """What another process has counted."""
-        self.hits, self.misses, self.seconds = (
-            self.hits + other.hits,
-            self.misses + other.misses,
-            self.seconds + other.seconds,
-        )
+        self.hits += other.hits
+        self.misses += other.misses
+        self.seconds += other.seconds
         self.folders |= other.folders
 
     def text(self) -> str:
