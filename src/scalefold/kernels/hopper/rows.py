@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import CONSUMERS, HIDDEN_BLOCK, MULTIPROCESSORS, PART, choice
+from scalefold.kernels.ops.elementwise import dense
 from scalefold.kernels.rows import Affine, Norm, memory_order, row_views
 
 try:
@@ -262,7 +263,7 @@ def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine,
 
     a is copied, channels first: one channel at a time, its i lie side by side.
     """
-    (i, j, c), by_channel = z.shape, a.permute(2, 0, 1).contiguous().flatten(0, 1)
+    (i, j, c), by_channel = z.shape, dense(a.permute(2, 0, 1)).flatten(0, 1)
     tiles_i, tiles = i // PART, i // PART * (j // OUTER_COLUMNS)
     hopper_outer_product[(min(_multiprocessors(z.device), tiles),)](
         matrix(z.flatten(1), PART, c), matrix(by_channel, MOST_SEQUENCES, PART),

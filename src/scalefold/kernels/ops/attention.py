@@ -42,6 +42,7 @@ from scalefold.kernels.ops.attention_programs import (
     forward_rows,
     forward_tiled,
 )
+from scalefold.kernels.ops.elementwise import dense
 from scalefold.kernels.rows import View, sum_partials
 
 LOG2_E = math.log2(math.e)
@@ -183,7 +184,7 @@ def _key_gradients(
     config = tuning.lookup("attention_backward_keys", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
     dk, dv, ds = torch.empty_like(k), torch.empty_like(v), q.new_empty(batch, rows, heads, n, n)
-    bias = bias.transpose(-1, -2).contiguous()  # a copy beats a gather per row of q
+    bias = dense(bias.transpose(-1, -2))  # a copy beats a gather per row of q
     backward_keys[(tuning.ceil_div(n, blocks[1]) * heads, rows, batch)](
         *_views(q, k, v), _whole(mask), _whole(bias), *_views(o, do), lse, rest, *_views(ds, dk, dv),
         rows, n, heads, inf * LOG2_E, **_constants(q, config, blocks, (q, k, v, o, do, dk, dv)),

@@ -1,4 +1,4 @@
-"""Dropout masks in two launches: uniform numbers of the device's generator, then one kernel."""
+"""What changes no value but its place, or draws it: dense copies of transposed tensors, dropout masks."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+TILE = (32, 64)  # of a copy: along the dimension that is dense before, and the one that is dense afterwards
 
 
 @triton.jit
@@ -26,10 +27,51 @@ def dropout_mask(shape: Sequence[int], rate: float, device: torch.device) -> Ten
 
 
 def dropout_masks(shapes: Sequence[Sequence[int]], rate: float, device: torch.device) -> list[Tensor]:
-    """Several masks of one rate from one draw: fp32 views of one buffer, in two launches altogether."""
+    """Several masks of one rate from one draw: fp32 views of one buffer, in two launches altogether: uniform numbers of
+    the device's generator, then one kernel.
+    """
     sizes = [prod(shape) for shape in shapes]
     values = torch.rand(sum(sizes), device=device)
     _threshold_kernel[(triton.cdiv(values.numel(), BLOCK),)](
         values, values.numel(), rate, 1.0 / (1.0 - rate), BLOCK=BLOCK, num_warps=4
     )
     return [part.view(tuple(shape)) for part, shape in zip(values.split(sizes), shapes, strict=True)]
+
+
+@triton.jit
+def _transpose_kernel(
+    x, out, num_before, num_after, batch_stride, after_stride, out_batch_stride, out_before_stride,
+    BLOCK_BEFORE: tl.constexpr, BLOCK_AFTER: tl.constexpr,
+):  # fmt: skip
+    """Program (tile, batch) of x, whose dimension ``before`` is dense; in ``out`` it is ``after``: both are read and
+    written in whole lines.
+    """
+    tiles = tl.cdiv(num_after, BLOCK_AFTER)
+    x += tl.program_id(1).to(tl.int64) * batch_stride
+    out += tl.program_id(1).to(tl.int64) * out_batch_stride
+    before = (tl.program_id(0) // tiles) * BLOCK_BEFORE + tl.arange(0, BLOCK_BEFORE)
+    after = (tl.program_id(0) % tiles) * BLOCK_AFTER + tl.arange(0, BLOCK_AFTER)
+    inside = (after < num_after)[:, None] & (before < num_before)[None, :]
+    tile = tl.load(x + after.to(tl.int64)[:, None] * after_stride + before[None, :], mask=inside, other=0.0)
+    offsets = before.to(tl.int64)[:, None] * out_before_stride + after[None, :]
+    tl.store(out + offsets, tl.trans(tile), mask=tl.trans(inside))
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x.contiguous()``, by tiles where x has three dimensions (those of size 1 apart) of which another than the last
+    is dense; of two, as well. Any type and size.
+    """
+    kept = [n for n, size in enumerate(x.shape) if size != 1]
+    before = [n for n in kept if x.stride(n) == 1]
+    if not x.numel() or x.is_contiguous() or len(kept) not in (2, 3) or not before or before[0] == kept[-1]:
+        return x.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    after, batch = kept[-1], [n for n in kept[:-1] if n != before[0]]
+    num_before, num_after = x.shape[before[0]], x.shape[after]
+    blocks = [min(tile, triton.next_power_of_2(n)) for tile, n in zip(TILE, (num_before, num_after), strict=True)]
+    grid = (triton.cdiv(num_before, blocks[0]) * triton.cdiv(num_after, blocks[1]), x.shape[batch[0]] if batch else 1)
+    _transpose_kernel[grid](
+        x, out, num_before, num_after, x.stride(batch[0]) if batch else 0, x.stride(after),
+        out.stride(batch[0]) if batch else 0, out.stride(before[0]), BLOCK_BEFORE=blocks[0], BLOCK_AFTER=blocks[1],
+    )  # fmt: skip
+    return out

@@ -21,6 +21,7 @@ from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, to_fp32
+from scalefold.kernels.ops.elementwise import dense
 from scalefold.kernels.rows import (
     Affine,
     Norm,
@@ -222,7 +223,7 @@ class _NormLinear(torch.autograd.Function):
         x, norm_weight, norm_bias, row_mask, *parameters = ctx.saved_tensors
         weights = parameters[: len(parameters) // 2]
         ds = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(ds, weights, strict=True)]
-        wide = [d if d.stride(-1) == 1 else d.contiguous() for d in ds[: ctx.num_wide]]
+        wide = [d if d.stride(-1) == 1 else dense(d) for d in ds[: ctx.num_wide]]
         ds = [*wide, *(_in_rows_of(x, d) for d in ds[ctx.num_wide :])]
         c, dtype = x.shape[-1], norm_weight.dtype
         dx, normed, partials = input_gradient(x, norm_weight, norm_bias, row_mask, weights, ds, ctx.has_bias, through)
@@ -327,7 +328,7 @@ def _in_rows_of(x: Tensor, d: Tensor) -> Tensor:
     if memory_order(d) == order:
         return d
     inverse = [order.index(n) + 1 for n in range(len(order))]
-    return d.permute(-1, *order).contiguous().permute(*inverse, 0)
+    return dense(d.permute(-1, *order)).permute(*inverse, 0)
 
 
 def obstacle(

@@ -11,6 +11,7 @@ from scalefold.kernels import tuning
 from scalefold.kernels.hopper import CONSUMERS, HIDDEN_BLOCK, MULTIPROCESSORS, PART, choice
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.rows import CHANNELS, MOST_SEQUENCES, OUTER_CHANNELS, matrix, outer_shape_obstacle
+from scalefold.kernels.ops.elementwise import dense
 from scalefold.kernels.rows import Affine, Norm, memory_order
 
 try:
@@ -55,7 +56,7 @@ def _ranges(count: int, programs: int) -> tuple[int, int]:
 def operand_gradients(scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Partial gradients [ranges, 32 * I * 128] of a and [ranges, 32 * J * 128] of b, as [channel, row, sequence]."""
     i, j, c = scaled.shape
-    turned = weight.view(c, OUTER_CHANNELS, OUTER_CHANNELS).transpose(1, 2).contiguous().view_as(weight)
+    turned = dense(weight.view(c, OUTER_CHANNELS, OUTER_CHANNELS).transpose(1, 2)).view_as(weight)
     d_a = _operand(matrix(scaled.flatten(1), PART, c), b, weight, i, (0, c))
     return d_a, _operand(matrix(scaled.flatten(0, 1), PART, c), a, turned, j, (j, 0))
 
@@ -80,7 +81,7 @@ def operand_of(total: Tensor, like: Tensor) -> Tensor:
 
 def weight_partials(scaled: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Partial gradients [ranges, c_z * 32 * 32] of the weight."""
-    (i, j, c), by_channel = scaled.shape, a.permute(2, 0, 1).contiguous().flatten(0, 1)
+    (i, j, c), by_channel = scaled.shape, dense(a.permute(2, 0, 1)).flatten(0, 1)
     groups, tiles, pairs = OUTER_CHANNELS // CONSUMERS, i // PART, j // PAIRED
     ranges, per_range = _ranges(pairs, groups * tiles)
     size = c * OUTER_CHANNELS * OUTER_CHANNELS
