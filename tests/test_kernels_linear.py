@@ -37,6 +37,7 @@ def check_projections(shape, widths, biased, dtype, transposed=False):
         ((1, 5, 7, 16), (32, 32, 32, 32, 4), (False, False, False, True, False)),
         ((2, 3, 9, 32), (16, 4, 16), (True, True, False)),
         ((2, 3, 5, 16), (8,), (False,)),
+        ((1, 4, 6, 16), (4,), (True,)),
         ((1, 4, 6, 16), (16, 16, 16), (True, False, True)),
         ((1, 1, 1, 64), (64,), (True,)),
     ],

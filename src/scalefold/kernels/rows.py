@@ -184,10 +184,11 @@ def load_normed(x, norm, rows, extent, C: tl.constexpr, IN_REGISTERS: tl.constex
 
 @triton.jit
 def norm_input_gradient(d, x, norm, keep, normed, partials, rows, extent, C: tl.constexpr):
-    """Gradient [rows, C] of a tile of x for the gradient d of its layer norm.
+    """Gradient [rows, C] of a tile of x for the gradient d of its layer norm; the layer norm, times ``keep`` ([rows] or
+    None).
 
     Stores the tile's sums of the gradients of the norm's weight and bias at partials[0:C] and partials[C:2C], and the
-    layer norm itself (times ``keep``: [rows] or None) in ``normed``, where the weight gradients read it.
+    layer norm in ``normed``, where the weight gradients read it, unless that is None.
     """
     columns = tl.arange(0, C)
     tile = load_tile(x, rows, columns, extent)
@@ -199,10 +200,11 @@ def norm_input_gradient(d, x, norm, keep, normed, partials, rows, extent, C: tl.
     value = scale_and_shift(hat, weight, load_vector(norm.bias, C), tile.dtype)
     if keep is not None:
         value = (value.to(tl.float32) * keep[:, None]).to(tile.dtype)
-    store_tile(normed, value, rows, columns, extent)
+    if normed is not None:
+        store_tile(normed, value, rows, columns, extent)
     store_column_sums(partials, (d * hat).to(tile.dtype), columns, None)
     store_column_sums(partials + C, d.to(tile.dtype), columns, None)
-    return normalise_gradient(d * weight[None, :], hat, rstd, C)
+    return normalise_gradient(d * weight[None, :], hat, rstd, C), value
 
 
 @triton.jit

@@ -151,12 +151,15 @@ def _input_gradient_kernel(
     came ``through`` a residual connection (None: there was none).
 
     partials[tile] gets the sums for the norm (2 C), then those for the biases of the last BIASED wide projections and
-    of the narrow one.
+    of the narrow one, and where nothing is as wide as to need the norm in memory (normed: None), the product that is
+    the gradient of the narrow weight.
     """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
-    own = partials + tl.program_id(0).to(tl.int64) * (2 * C + BIASED * WIDTH + NARROW_BIAS * NARROW)
+    biases: tl.constexpr = BIASED * WIDTH + NARROW_BIAS * NARROW
+    sums: tl.constexpr = 2 * C + biases + (NARROW * C if normed is None else 0)
+    own = partials + tl.program_id(0).to(tl.int64) * sums
     keep = None
     if row_mask is not None:
         keep = load_per_row(row_mask, rows, extent)
@@ -182,7 +185,10 @@ def _input_gradient_kernel(
             tl.store(own + 2 * C + BIASED * WIDTH + n, tl.sum(value, 0), mask=n < NARROW)
     if keep is not None:
         acc *= keep[:, None]
-    gradient = norm_input_gradient(acc, x, norm, keep, normed, own, rows, extent, C)
+    gradient, normed_tile = norm_input_gradient(acc, x, norm, keep, normed, own, rows, extent, C)
+    if normed is None:
+        product = dot(tl.trans(d), normed_tile, tl.zeros([16, C], tl.float32))
+        tl.store(own + 2 * C + biases + n[:, None] * C + c[None, :], product, mask=(n < NARROW)[:, None])
     if through is not None:
         gradient += load_tile(through, rows, c, extent).to(tl.float32)
     store_tile(dx, gradient, rows, c, extent)
@@ -230,8 +236,10 @@ class _NormLinear(torch.autograd.Function):
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
 
         def gradients() -> list[Tensor | None]:
-            sums, *flat = sum_all([partials, *weight_partials([Product(d, normed) for d in ds])], dtype)
-            *d_norm, d_biases = sums.split([c, c, sum(widths)])
+            products = [] if normed is None else weight_partials([Product(d, normed) for d in ds])
+            sums, *flat = sum_all([partials, *products], dtype)
+            *d_norm, d_biases, d_narrow = sums.tensor_split([c, 2 * c, 2 * c + sum(widths)])
+            flat = flat or [d_narrow]
             biases = [total if has else None for total, has in zip(d_biases.split(widths), ctx.has_bias, strict=True)]
             return [*d_norm, *(part.view_as(weight) for part, weight in zip(flat, weights, strict=True)), *biases]
 
@@ -282,17 +290,20 @@ def input_gradient(
     ds: Sequence[Tensor],
     has_bias: Sequence[bool],
     through: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """Backward of x: [*, c] -> layer norm (times row_mask: [*]) -> projections, for the gradients ds of these.
 
     Weights: equally wide ones [w, c], those without a bias first, then at most one narrower than 16, each dense; ds:
     [*, w], dense along w. Returns the gradient of x plus ``through``, in the memory order of x; the (masked) layer
     norm, rows in that order; and partial sums [tiles, 2 c + widths] for ``rows.sum_all``: gradients of the norm's
-    weight and bias, then of each bias that there is.
+    weight and bias, then of each bias that there is. Without a wide weight there is no norm, and the gradient of the
+    narrow weight, w * c, is the last of the sums.
     """
     c, num_wide = x.shape[-1], sum(weight.shape[0] >= NARROW_WIDTH for weight in weights)
     wide, narrow = tuple(weights[:num_wide]), weights[num_wide:]
-    dx, normed = torch.empty_like(x), _in_order(memory_order(x), x.new_empty(x.shape[:-1].numel(), c), x.shape)
+    dx, normed = torch.empty_like(x), None
+    if wide:
+        normed = _in_order(memory_order(x), x.new_empty(x.shape[:-1].numel(), c), x.shape)
     narrow_d = ds[num_wide] if narrow else None
     width = wide[0].shape[0] if wide else NARROW_WIDTH
     config = tuning.chosen_tiles("norm_linear_backward", x, num_wide * width, width)
@@ -306,6 +317,7 @@ def input_gradient(
         "ds": tuple(ds[:num_wide]),
     }
     num_sums = sum(weight.shape[0] for weight, has in zip(weights, has_bias, strict=True) if has)
+    num_sums += 0 if wide else narrow[0].numel()
     partials = launch_with_sums(
         _input_gradient_kernel, config, tensors, 2 * c + num_sums, norm=Norm(norm_weight, norm_bias),
         weights=fused_view(wide) if wide else None, narrow_weight=narrow[0] if narrow else None, COUNT=num_wide,

@@ -120,7 +120,8 @@ def _backward_kernel(
     d = load_tile(d_out, rows, c, extent)
     store_column_sums(own + 2 * C, d, c, None)
     if FUSED:
-        gradient = d.to(tl.float32) + norm_input_gradient(acc, x, norm, None, normed_out, own, rows, extent, C)
+        gradient, _ = norm_input_gradient(acc, x, norm, None, normed_out, own, rows, extent, C)
+        gradient = d.to(tl.float32) + gradient
         store_tile(dx, gradient, rows, c, extent)
 
 

@@ -108,7 +108,7 @@ def _project_backward_kernel(
                 store_tile(projected, d_logits, rows, (2 * side + 1) * WIDTH + n, extent)
             acc = dot(d_value, value_block, acc)
             acc = complete(dot(d_logits, gate_block, acc))
-    gradient = norm_input_gradient(acc, z, norm, None, normed_out, own, rows, extent, C)
+    gradient, _ = norm_input_gradient(acc, z, norm, None, normed_out, own, rows, extent, C)
     if through is not None:
         gradient += load_tile(through, rows, c, extent).to(tl.float32)
     store_tile(dz, gradient, rows, c, extent)
