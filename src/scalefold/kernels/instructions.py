@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SIGMOID = tl.constexpr(  # -log2(e) x; 2^; + 1; 1 /
     "mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;"
 )
-_TO_FP32 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+TO_FP32 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def to_fp32(x):
     if INTERPRETED or x.dtype != tl.bfloat16:
         return x.to(tl.float32)
     else:  # noqa: RET505
-        return tl.inline_asm_elementwise(_TO_FP32, "=&r,=r,r", [x], tl.float32, True, 2)
+        return tl.inline_asm_elementwise(TO_FP32, "=&r,=r,r", [x], tl.float32, True, 2)
 
 
 @triton.jit

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma
 
 from scalefold.kernels import hopper
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, tiles_for
-from scalefold.kernels.instructions import SIGMOID
+from scalefold.kernels.instructions import SIGMOID, TO_FP32
 from scalefold.kernels.reference import LAYER_NORM_EPS
 
 ROWS = gl.constexpr(hopper.PART)  # of a tile: what one warpgroup multiplies at once
@@ -68,6 +68,15 @@ def fetch_rows(ring, descriptor, tiles):
         if tile + 1 < tiles:
             fetch(ring, descriptor, (tile + 1) * ROWS, 0, 1, n)
         n += 1  # noqa: SIM113
+
+
+@gluon.jit
+def fetch_weights(descriptors, weights, there):
+    """Loader: whole weights, which stay."""
+    COUNT: gl.constexpr = weights.shape[0]
+    mbarrier.expect(there, COUNT * descriptors[0].block_type.nbytes)
+    for i in gl.static_range(COUNT):
+        tma.async_copy_global_to_shared(descriptors[i], [0, 0], there, weights.index(i))
 
 
 @gluon.jit
@@ -125,6 +134,14 @@ def read(tile):
 
 
 @gluon.jit
+def start_product(left, weight, first: gl.constexpr):
+    """left times COLUMNS lines of a weight [*, C] from ``first`` on: [ROWS, COLUMNS], fp32, not waited for."""
+    acc = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
+    block = weight.slice(first, COLUMNS, 0).permute((1, 0))
+    return warpgroup_mma(left, block, acc, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def normed(x, norm):
     """Layer norm of a tile x: [ROWS, C], in bf16 as the left operand of products with COLUMNS columns."""
     return gl.convert_layout(normalised(x, norm), operand_layout(COLUMNS))
@@ -164,6 +181,15 @@ def row_offsets(view, tile, dims, LAYOUT: gl.constexpr):
     outer = rest // dims[0]
     strides = view.strides
     return outer.to(gl.int64) * strides[0] + middle.to(gl.int64) * strides[1] + inner.to(gl.int64) * strides[2]
+
+
+@gluon.jit
+def to_fp32(x):
+    """``instructions.to_fp32``."""
+    if x.dtype != gl.bfloat16:
+        return x.to(gl.float32)
+    else:  # noqa: RET505  (the compiler looks at what follows an untaken return)
+        return gl.inline_asm_elementwise(TO_FP32, "=&r,=r,r", [x], gl.float32, True, 2)
 
 
 @gluon.jit

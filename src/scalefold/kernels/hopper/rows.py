@@ -32,7 +32,8 @@ try:
         hopper_wide_projections,
     )
     from scalefold.kernels.hopper.transition import hopper_transition, hopper_transition_gradient
-    from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product, hopper_output
+    from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product
+    from scalefold.kernels.hopper.triangle_output import hopper_output
 
     MISSING = None
 except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
@@ -182,14 +183,30 @@ def output(
 
     x, the product, is seen channels last: [1, I, J, c].
     """
-    order = memory_order(z)
-    views, dims, count = row_views({"z": z, "dropout": dropout})
-    hopper_output[programs(z)](
+    order, blocks = memory_order(z), dropout_blocks(z, dropout)
+    views, dims, count = row_views({"z": z, "dropout": None if blocks else dropout})
+    period = max(blocks, 1)
+    hopper_output[(programs(z)[0] // period * period,)](
         row_tiles(z, order), matrix(_by_channels(x, order), CHANNELS, PART),
         None if d_out is None else row_tiles(d_out, order), weight_tiles(linear_z.weight),
-        weight_tiles(linear_g.weight), row_tiles(out, order), (norm_in, norm_out), (linear_g.bias, linear_z.bias),
-        views["dropout"], dims, count // PART, num_warps=4,
+        weight_tiles(linear_g.weight), _scale_tiles(dropout) if blocks else None, row_tiles(out, order),
+        (norm_in, norm_out), (linear_g.bias, linear_z.bias), views["dropout"], dims, count // PART, period, num_warps=4,
     )  # fmt: skip
+
+
+def dropout_blocks(z: Tensor, dropout: Tensor | None) -> int:
+    """Blocks of PART lines j of dropout's scales, if all i share them and each has a program of its own, or 0."""
+    if dropout is None or dropout.shape != (1, 1, *z.shape[2:]) or not dropout.is_contiguous():
+        return 0
+    blocks, rest = divmod(z.shape[2], PART)
+    return 0 if rest or dropout.data_ptr() % 16 or blocks > programs(z)[0] else blocks
+
+
+def _scale_tiles(dropout: Tensor | None) -> Any:
+    """Blocks [PART, CHANNELS] of scales, in the swizzle by which products read fp32 without conflicts of banks."""
+    assert dropout is not None
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=32, rank=2)
+    return TensorDescriptor.from_tensor(dropout.reshape(-1, CHANNELS), [PART, CHANNELS], layout)
 
 
 def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | None = None) -> str | None:

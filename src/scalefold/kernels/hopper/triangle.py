@@ -1,6 +1,6 @@
 """Updates of pairs for Hopper in Gluon; twins: ``ops.triangle``, ``ops.outer_product``.
 
-Triangle multiplication: operands, output, gates of its gradient. All weights stay in shared memory.
+Triangle multiplication, operands: all weights stay in shared memory. Its output: ``triangle_output``.
 
 Outer product mean, forward; the outer product stays on chip. A program walks over tiles of ROWS values of i and
 PAIRED * CONSUMERS of j; a consumer has PAIRED of these j. Channels c of a are taken one by one: the products of one
@@ -24,6 +24,7 @@ from scalefold.kernels.hopper.row_pieces import (
     ROWS,
     fetch,
     fetch_rows,
+    fetch_weights,
     leave,
     new_ring,
     normed,
@@ -36,40 +37,15 @@ from scalefold.kernels.hopper.row_pieces import (
     row_offsets,
     send,
     sigmoid,
+    start_product,
     wait_until_sent,
 )
 
 OPERAND_STAGES = gl.constexpr(1)  # tiles of z per consumer
 STAGED = gl.constexpr(2)  # blocks of operands per consumer on their way to memory
-OUTPUT_STAGES = gl.constexpr(2)  # tiles of z per consumer, at least 2: one is held until the next tile is there
 PAIRED = gl.constexpr(2)  # values of j per consumer: what accumulators have registers for
 STAGES = gl.constexpr(4)  # channels of a on their way
 B_STAGES = gl.constexpr(1)
-
-
-@gluon.jit
-def _fetch_weights(descriptors, weights, there):
-    """Loader: the whole weights, once."""
-    COUNT: gl.constexpr = weights.shape[0]
-    mbarrier.expect(there, COUNT * descriptors[0].block_type.nbytes)
-    for i in gl.static_range(COUNT):
-        tma.async_copy_global_to_shared(descriptors[i], [0, 0], there, weights.index(i))
-
-
-@gluon.jit
-def _gate_and_value(left_gate, left_value, gate, value, biases, first: gl.constexpr):
-    """sigmoid(gate) and value for output channels from ``first`` on, by weights gate and value: [ROWS, COLUMNS] each.
-
-    biases: of gate and value.
-    """
-    logits = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
-    values = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
-    gate_block = gate.slice(first, COLUMNS, 0).permute((1, 0))
-    value_block = value.slice(first, COLUMNS, 0).permute((1, 0))
-    logits = warpgroup_mma(left_gate, gate_block, logits, use_acc=False, is_async=True)
-    values = warpgroup_mma(left_value, value_block, values, use_acc=False, is_async=True)
-    logits, values = warpgroup_mma_wait(0, deps=(logits, values))
-    return sigmoid(logits + per_column(biases[0], first, COLUMNS)), values + per_column(biases[1], first, COLUMNS)
 
 
 # ---- operands -------------------------------------------------------------------------------------------------------
@@ -77,8 +53,19 @@ def _gate_and_value(left_gate, left_value, gate, value, biases, first: gl.conste
 
 @gluon.jit
 def _fetch_pairs(z, weight_descriptors, ring, weights, there, tiles):
-    _fetch_weights(weight_descriptors, weights, there)
+    fetch_weights(weight_descriptors, weights, there)
     fetch_rows(ring, z, tiles)
+
+
+@gluon.jit
+def _gate_and_value(left, gate, value, biases, first: gl.constexpr):
+    """sigmoid(gate) and value for output channels from ``first`` on, by weights gate and value: [ROWS, COLUMNS] each.
+
+    biases: of gate and value.
+    """
+    logits, values = start_product(left, gate, first), start_product(left, value, first)
+    logits, values = warpgroup_mma_wait(0, deps=(logits, values))
+    return sigmoid(logits + per_column(biases[0], first, COLUMNS)), values + per_column(biases[1], first, COLUMNS)
 
 
 @gluon.jit
@@ -99,7 +86,7 @@ def _project(shared, SIDE: gl.constexpr):
             value_weight, gate_weight = weights.index(2 * operand), weights.index(2 * operand + 1)
             own_biases = (biases[2 * operand + 1], biases[2 * operand])
             for first in gl.static_range(0, C, COLUMNS):
-                gate, value = _gate_and_value(left, left, gate_weight, value_weight, own_biases, first)
+                gate, value = _gate_and_value(left, gate_weight, value_weight, own_biases, first)
                 own = staged.index(SIDE * STAGED + (operand * C + first) // COLUMNS % STAGED)
                 wait_until_sent(STAGED - 1)
                 own.permute((1, 0)).store((gate * value * keep[:, None]).to(gl.bfloat16))
@@ -125,113 +112,6 @@ def hopper_operands(
             (_project, (shared, 0)),
             (_project, (shared, 1)),
             (_fetch_pairs, (z, weight_descriptors, ring, weights, there, tiles)),
-        ],
-        [4, 4],
-        [240, 24],
-    )
-
-
-# ---- output and the gates of its gradient ---------------------------------------------------------------------------
-
-
-@gluon.jit
-def _fetch_tiles(descriptors, rings, tile, side, n):
-    z, x, d_out = descriptors
-    z_ring, x_ring, d_ring = rings
-    fetch(z_ring, z, tile * ROWS, 0, side, n)
-    fetch(x_ring, x, 0, tile * ROWS, side, n)
-    if d_out is not None:
-        fetch(d_ring, d_out, tile * ROWS, 0, side, n)
-
-
-@gluon.jit
-def _fetch_outputs(descriptors, weight_descriptors, rings, weights, there, tiles):
-    _fetch_weights(weight_descriptors, weights, there)
-    n = 0
-    for tile in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
-        _fetch_tiles(descriptors, rings, tile, 0, n)
-        if tile + 1 < tiles:
-            _fetch_tiles(descriptors, rings, tile + 1, 1, n)
-        n += 1  # noqa: SIM113
-
-
-@gluon.jit
-def _output(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
-    """A consumer. z is written over with z + dropout * sigmoid(gate) * value; BACKWARD: z and d_out with the gradients
-    of value and gate. Their slots go back to the loader when these have been sent, during the next tile.
-    """
-    norms, biases, dropout, dims, out, rings, weights, there, tiles = shared
-    z_ring, x_ring, d_ring = rings
-    C: gl.constexpr = weights.shape[1]
-    mbarrier.wait(there, 0)
-    n = 0
-    for tile in range(gl.program_id(0) * CONSUMERS + SIDE, tiles, gl.num_programs(0) * CONSUMERS):
-        z_tile = receive(z_ring, SIDE, n)
-        left_z = normed(read(z_tile), norms[0])
-        if n > 0:
-            wait_until_sent(0)
-            leave(z_ring, SIDE, n - 1)
-            if BACKWARD:
-                leave(d_ring, SIDE, n - 1)
-        x = read(receive(x_ring, SIDE, n).permute((1, 0)))
-        leave(x_ring, SIDE, n)
-        left_x = normed(x, norms[1])
-        if BACKWARD:
-            d_tile = receive(d_ring, SIDE, n)
-        else:
-            d_tile = z_tile
-        for first in gl.static_range(0, C, COLUMNS):
-            scale = 1.0
-            if dropout is not None:
-                scale = _load_dropout(dropout, tile, first, dims)
-            gate, value = _gate_and_value(left_z, left_x, weights.index(1), weights.index(0), biases, first)
-            z_part, d_part = z_tile.slice(first, COLUMNS, 1), d_tile.slice(first, COLUMNS, 1)
-            before = read(d_part)
-            group_barrier()
-            if BACKWARD:
-                d = before * gate * scale
-                z_part.store(d.to(gl.bfloat16))
-                d_part.store((d * value * (1.0 - gate)).to(gl.bfloat16))
-            else:
-                z_part.store((before + gate * value * scale).to(gl.bfloat16))
-        send(out, tile * ROWS, 0, z_tile)
-        if BACKWARD:
-            tma.async_copy_shared_to_global(out, [tile * ROWS, C], d_tile)
-        n += 1  # noqa: SIM113
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _load_dropout(dropout, tile, first, dims):
-    """The scales of a tile from column ``first`` on: [ROWS, COLUMNS]."""
-    LAYOUT: gl.constexpr = product_layout(COLUMNS)
-    columns = first + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    return gl.load(dropout.pointer + row_offsets(dropout, tile, dims, LAYOUT)[:, None] + columns[None, :])
-
-
-@gluon.jit(do_not_specialize=["tiles"])
-def hopper_output(z, x, d_out, weight_value, weight_gate, out, norms, biases, dropout, dims, tiles):
-    """Descriptors of z [64 tiles, C], x [C, 64 tiles], weights [C, C] and out [64 tiles, C]; with d_out [64 tiles, C]
-    instead of None, out is the gradients of value and gate logits [64 tiles, 2 C].
-
-    norms: of z and x; biases: of gate and value; dropout: a view [64 tiles, C] of fp32 scales, or None.
-    """
-    BACKWARD: gl.constexpr = d_out is not None
-    z_ring = new_ring(z, OUTPUT_STAGES)
-    if BACKWARD:  # no room for a second tile of x
-        x_ring, d_ring = new_ring(x, 1), new_ring(d_out, OUTPUT_STAGES)
-    else:
-        x_ring, d_ring = new_ring(x, OUTPUT_STAGES), z_ring
-    weights = tiles_for(weight_value, 2)
-    there = one_arrival(1).index(0)
-    publish()
-    rings = (z_ring, x_ring, d_ring)
-    shared = (norms, biases, dropout, dims, out, rings, weights, there, tiles)
-    gl.warp_specialize(
-        [
-            (_output, (shared, 0, BACKWARD)),
-            (_output, (shared, 1, BACKWARD)),
-            (_fetch_outputs, ((z, x, d_out), (weight_value, weight_gate), rings, weights, there, tiles)),
         ],
         [4, 4],
         [240, 24],
