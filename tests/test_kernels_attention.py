@@ -105,6 +105,20 @@ def test_attention_takes_transposed_views_and_returns_the_same_memory_order(with
         assert results[name].transpose(1, 2).is_contiguous(), name
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gradient_of_a_bias_lies_as_the_rows_that_it_is_projected_from(transposed, monkeypatch):
+    found = []
+    for _ in range(2):
+        with small_backward():
+            results = run(attention.attention, *make_inputs((1, 3, 20, 2, 16), True, torch.bfloat16, transposed))
+        found.append(results["dbias"])
+        monkeypatch.setattr(attention, "_is_along_keys", lambda q: transposed)  # then the other way round
+    as_rows, turned = found
+    assert (as_rows.transpose(-1, -2) if transposed else as_rows).is_contiguous()
+    assert as_rows.stride() == turned.transpose(-1, -2).stride()
+    assert torch.equal(*found)
+
+
 def test_attention_takes_slices_of_one_fused_projection():
     generator = torch.Generator().manual_seed(1)
     fused = torch.randn(1, 3, 20, 4, 2, 16, generator=generator).to(DEVICE)

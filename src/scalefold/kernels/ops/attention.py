@@ -193,20 +193,30 @@ def _key_gradients(
 
 
 def _query_gradients(q: Tensor, k: Tensor, bias: Tensor, ds: Tensor) -> tuple[Tensor, Tensor]:
-    """dq and the gradient of the bias, a view with keys outermost."""
+    """dq and the gradient of the bias, along keys or queries as ``_is_along_keys`` wants it."""
     batch, rows, n, heads, width = q.shape
     config = tuning.lookup("attention_backward_queries", **tuning.attention_fields(q, bias is not None))
     blocks = _blocks(config, n, width)
     parts, groups = tuning.ceil_div(n, blocks[1]), min(config["GROUPS"], rows)
+    along_keys = _is_along_keys(q)
     dq = torch.empty_like(q)
     dqs = dq[None] if parts == 1 else q.new_empty((parts, *q.shape), dtype=torch.float32)
     partial = q.new_empty((groups, batch, heads, n, n), dtype=torch.float32)
     backward_queries[(tuning.ceil_div(n, blocks[0]) * parts, groups, batch * heads)](
-        *_views(k, ds, dqs, partial), rows, n, heads, **_constants(q, config, blocks, (k, dq)),
+        *_views(k, ds, dqs, partial), rows, n, heads, ALONG_KEYS=along_keys,
+        **_constants(q, config, blocks, (k, dq)),
     )  # fmt: skip
     if parts > 1:
         dq = dqs.sum(0).to(q.dtype)
-    return dq, sum_partials(partial.flatten(1), bias.dtype).view(batch, heads, n, n).transpose(-1, -2)
+    d_bias = sum_partials(partial.flatten(1), bias.dtype).view(batch, heads, n, n)
+    return dq, d_bias if along_keys else d_bias.transpose(-1, -2)
+
+
+def _is_along_keys(q: Tensor) -> bool:
+    """How the gradient of the bias shall lie: as the representation that it was projected from, which wants its rows
+    in memory order (``linear``). Around an ending node that is transposed, and so is q.
+    """
+    return q.stride(1) >= q.stride(2)
 
 
 def _config(block_q: int, block_k: int, num_warps: int, stages: int, **extra: int) -> tuning.Config:

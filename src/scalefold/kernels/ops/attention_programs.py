@@ -89,13 +89,13 @@ def _load_bias(base, offs_q, offs_k, stride_q, stride_k, n, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _store_scores(base, tile, offs_k, offs_q, stride_k, n, EVEN: tl.constexpr):
-    """Tile [keys, queries] of a matrix [n, n] with dense rows."""
-    pointers = base + offs_k[:, None] * stride_k + offs_q[None, :]
+def _store_scores(base, tile, lines, columns, stride, n, EVEN: tl.constexpr):
+    """Tile [lines, columns] of a matrix [n, n] with dense rows: [keys, queries] or the other way round."""
+    pointers = base + lines[:, None] * stride + columns[None, :]
     if EVEN:
         tl.store(pointers, tile)
     else:
-        tl.store(pointers, tile, mask=(offs_k < n)[:, None] & (offs_q < n)[None, :])
+        tl.store(pointers, tile, mask=(lines < n)[:, None] & (columns < n)[None, :])
 
 
 @triton.jit
@@ -357,11 +357,12 @@ def backward_queries(
     k, ds, dq, partial, rows, n, heads,
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ALONG_KEYS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one tile of queries of one head, for a group of rows, and the sum of their gradients of scores.
 
-    With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile.
+    With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile. The sums of gradients of
+    scores lie along queries, or ALONG_KEYS.
     """
     tiles = tl.cdiv(n, BLOCK_Q)
     offs_q = (tl.program_id(0) % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -383,4 +384,7 @@ def backward_queries(
     group = tl.program_id(1).to(tl.int64)
     strides = partial.strides
     own_partial = partial.pointer + (group * strides[0] + b * strides[1] + h * strides[2])
-    _store_scores(own_partial, total, offs_k, offs_q, strides[3], n, EVEN)
+    if ALONG_KEYS:
+        _store_scores(own_partial, tl.trans(total), offs_q, offs_k, strides[3], n, EVEN)
+    else:
+        _store_scores(own_partial, total, offs_k, offs_q, strides[3], n, EVEN)
