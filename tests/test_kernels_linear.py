@@ -40,6 +40,7 @@ def check_projections(shape, widths, biased, dtype, transposed=False):
         ((1, 4, 6, 16), (4,), (True,)),
         ((1, 4, 6, 16), (16, 16, 16), (True, False, True)),
         ((1, 1, 1, 64), (64,), (True,)),
+        ((2, 12, 16, 16), (16, 16, 4), (False, True, True)),
     ],
     ids=str,
 )
@@ -54,6 +55,32 @@ def test_a_narrow_projection_is_stored_channels_first(transposed):
     _, out = linear.layer_norm_linear(x, *draw.norm(16), [draw.weight(4, 16)], [None])
     assert out.shape == (1, 5, 6, 4)
     assert out.permute(0, 3, 1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("shape", "transposed", "across"),
+    [
+        ((2, 4, 32, 16), True, True),
+        ((2, 12, 48, 16), True, True),
+        ((1, 4, 24, 16), True, False),  # half a sector
+        ((1, 6, 32, 16), True, False),  # tiles would pass the edge
+        ((1, 4, 32, 16), False, False),
+    ],
+    ids=str,
+)
+def test_a_narrow_projection_stored_in_whole_sectors_has_the_same_bits(shape, transposed, across, monkeypatch):
+    draw = Draw(3)
+    x = draw(*shape).bfloat16()
+    if transposed:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    parameters = [draw(16), draw(16)], [draw.weight(16, 16), draw.weight(4, 16)], [None, draw(4)]
+    norm, weights, biases = ([None if p is None else p.bfloat16() for p in group] for group in parameters)
+    asked, found = [], []
+    for ask in (lambda *_: False, linear.lies_across):
+        monkeypatch.setattr(linear, "lies_across", lambda *given, ask=ask: asked.append(ask(*given)) or asked[-1])
+        found.append(linear.layer_norm_linear(x, *norm, weights, biases))
+    assert asked == [False, across]
+    assert all(map(torch.equal, *found))
 
 
 def test_projections_of_a_transposed_view_keep_its_memory_order():

@@ -23,6 +23,7 @@ from scalefold.kernels.reference import LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
 LINES = tl.constexpr(16)  # of ones, in products that sum columns: the fewest that the tensor cores take
+SECTOR = tl.constexpr(16)  # 16-bit values that memory takes at once
 
 Strides = tuple[int, int, int, int]
 Rows = Tensor | tuple[Tensor, ...] | None  # what a program may get as views
@@ -57,6 +58,18 @@ class Extent(NamedTuple):
 
     dims: tuple[int, int]
     limit: int | None
+
+
+@triton.jit
+def tile_rows(extent, BLOCK_M: tl.constexpr, ACROSS: tl.constexpr):
+    """Numbers of the rows of this program's tile: neighbours or, across, SECTOR along level 1 per one along level 2."""
+    tile, n = tl.program_id(0), tl.arange(0, BLOCK_M)
+    rows = tile * BLOCK_M + n
+    if ACROSS:
+        INNER: tl.constexpr = BLOCK_M // SECTOR
+        tiles = extent.dims[1] // INNER
+        rows = (tile // tiles * SECTOR + n % SECTOR) * extent.dims[1] + tile % tiles * INNER + n // SECTOR
+    return rows
 
 
 @triton.jit
@@ -339,6 +352,16 @@ def launch_with_sums(
 def memory_order(x: Tensor) -> tuple[int, ...]:
     """Leading dimensions of x: [*, c] from slow to fast in memory."""
     return tuple(sorted(range(x.dim() - 1), key=lambda d: -x.stride(d)))
+
+
+def lies_across(x: Tensor, out: Tensor, block_m: int) -> bool:
+    """Whether tiles of block_m rows of x: [*, c] lie across (``tile_rows``) to fill whole sectors of out: [*, h], which
+    lies along its last but one dimension, as x does not.
+    """
+    order, last = memory_order(x), x.dim() - 2
+    if last < 1 or order[-2] != last or out.stride(last) != 1 or x.shape[last] % SECTOR.value:
+        return False
+    return block_m % SECTOR.value == 0 and x.shape[order[-1]] % (block_m // SECTOR.value) == 0
 
 
 def width_obstacle(*widths: int, most: int = 256) -> str | None:

@@ -23,6 +23,7 @@ from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, to_fp32
 from scalefold.kernels.ops.elementwise import dense
 from scalefold.kernels.rows import (
+    SECTOR,
     Affine,
     Norm,
     View,
@@ -31,15 +32,18 @@ from scalefold.kernels.rows import (
     launch,
     launch_with_sums,
     layout_obstacle,
+    lies_across,
     load_normed,
     load_per_row,
     load_tile,
     memory_order,
     norm_input_gradient,
+    row_offsets,
     store_column_sums,
     store_tile,
     sum_all,
     tile_offsets,
+    tile_rows,
     weight_blocks,
     width_obstacle,
 )
@@ -55,13 +59,14 @@ tuning.register_tiles("norm_linear_backward", {64: (128, 64, 4, 3), 128: (64, 64
 def _forward_kernel(
     x, norm, blocks, linear, out, segment_stride, narrow, narrow_out, row_mask, extent, bias_start,
     N: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: layer norm once, then all output columns. Weight: [N, C]; out: [N / WIDTH][rows, WIDTH].
 
-    ``blocks``: the weight for the copy engine, instead of ``linear.weight``.
+    ``blocks``: the weight for the copy engine, instead of ``linear.weight``. ACROSS: tiles lie so, and the narrow
+    output is stored in whole sectors.
     """
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tile_rows(extent, BLOCK_M, ACROSS)
     normed = load_normed(x, norm, rows, extent, C, IN_REGISTERS=True)
     c = tl.arange(0, C)
     if row_mask is not None:
@@ -88,9 +93,14 @@ def _forward_kernel(
         acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, 16], tl.float32))
         if narrow.bias is not None:
             acc += tl.load(narrow.bias + n, mask=n < NARROW, other=0.0).to(tl.float32)[None, :]
-        pointers = narrow_out.pointer + tile_offsets(narrow_out, rows, n, extent)
         value = acc.to(narrow_out.pointer.dtype.element_ty)
-        tl.store(pointers, value, mask=_inside(rows, extent, n, NARROW))
+        if ACROSS:
+            offsets = n[:, None] * narrow_out.strides[3] + row_offsets(narrow_out, rows, extent)[None, :]
+            offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, SECTOR)), (1, SECTOR))
+            tl.store(narrow_out.pointer + offsets, tl.trans(value), mask=(n < NARROW)[:, None])
+        else:
+            pointers = narrow_out.pointer + tile_offsets(narrow_out, rows, n, extent)
+            tl.store(pointers, value, mask=_inside(rows, extent, n, NARROW))
 
 
 @triton.jit
@@ -277,6 +287,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
         _forward_kernel, config, tensors, norm=norm, linear=Affine(weight, bias),
         blocks=blocks, narrow=Affine(narrow[0], biases[num_wide]) if narrow else None, segment_stride=count * width,
         bias_start=bias_start, N=num_wide * width, WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, C=c,
+        ACROSS=narrow_out is not None and lies_across(x, narrow_out, config["BLOCK_M"]),
     )  # fmt: skip
     return results
 
