@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import gated_attention, gradients  # noqa: F401, they register their kernels
 
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),

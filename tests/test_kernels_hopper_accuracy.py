@@ -39,13 +39,19 @@ def transition_of(draw, shape, c, transposed):
 
 
 def gated_output_of(draw, shape, form):
+    """Tiles across, in order with one row of scales, and without dropout; as many of them as the shape has."""
     from scalefold.tune import operation_cases as cases
 
-    x, o, gate = (draw(*shape, 256, transposed=form == "column") for _ in range(3))
-    dropout = draw.dropout(shape[0], 1, shape[2], 256) if form == "row" else None
-    weight, bias = draw.weight(256, 256), draw(256)
+    batch, i, j = shape
+    kind, c = form.split("-")
+    tiles = i * j // 64
+    shape = {"row": (batch, 16 * i, j // 16), "ending": (batch, 64, tiles + 1), "column": shape}[kind]
+    c, dropped, transposed = int(c), kind != "column", kind != "row"
+    x, o, gate = (draw(*shape, c, transposed=transposed) for _ in range(3))
+    dropout = draw.dropout(batch, 1, shape[2], c) if dropped else None
+    weight, bias = draw.weight(c, c), draw(c)
     return cases.Inputs(
-        draw.leaves, lambda ops: ops.gated_output(x, o.unflatten(-1, (8, 32)), gate, weight, bias, dropout)
+        draw.leaves, lambda ops: ops.gated_output(x, o.unflatten(-1, (c // 32, 32)), gate, weight, bias, dropout)
     )
 
 
@@ -109,7 +115,8 @@ def errors(found, exact):
 OPERATIONS = [
     *("projections starting", "projections ending", "operands pairs", "operands column"),
     *("output column", "output row", "output none", "outer 128", "outer 37"),
-    *("transition 128", "transition 128t", "transition 256", "transition 128r", "gated row", "gated column"),
+    *("transition 128", "transition 128t", "transition 256", "transition 128r"),
+    *("gated row-128", "gated ending-128", "gated column-128", "gated row-256", "gated ending-256", "gated column-256"),
     *("wide row", "wide column"),
 ]
 SHAPES = [(1, 1, 64), (1, 17, 64), (1, 290, 64), (1, 128, 256)]

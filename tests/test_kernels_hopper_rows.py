@@ -15,7 +15,7 @@ import triton.language as tl
 from hopper_programs import C, empty, every_program
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import choice as hopper_choice
-from scalefold.kernels.hopper import rows
+from scalefold.kernels.hopper import gated_attention, rows
 from scalefold.kernels.ops import linear, outer_product, transition, triangle
 
 NO_BIASES = [None, None, None]
@@ -31,7 +31,7 @@ def compiled(monkeypatch):
 
 def projections_obstacle(x, row_mask=None, widths=(C, C, C, C, 4), biases=None):
     weights = [empty(width, x.shape[-1]) for width in widths]
-    return rows.projections_obstacle(x, row_mask, weights, biases or [*NO_BIASES, empty(C), None])
+    return gated_attention.projections_obstacle(x, row_mask, weights, biases or [*NO_BIASES, empty(C), None])
 
 
 def output_obstacle(z, x=None, dropout=None, d_out=None):
@@ -59,20 +59,6 @@ def test_projections_of_the_msa_have_no_obstacle(compiled, x):
         assert projections_obstacle(x, widths=[256] * 4, biases=WIDE_BIASES) is None
     found = projections_obstacle(x, widths=[256] * 4, biases=WIDE_BIASES)
     assert found == "the table prefers the Triton program"
-
-
-def gated_obstacle(x, o=None, gate=None, width=256, dropout=None):
-    o, gate = (torch.empty_like(x) if tensor is None else tensor for tensor in (o, gate))
-    return rows.gated_output_obstacle(x, o, gate, empty(width, width), dropout)
-
-
-@pytest.mark.parametrize("x", [empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)], ids=["row", "column"])
-@pytest.mark.parametrize("dropped", [False, True])
-def test_a_gated_output_of_the_msa_has_no_obstacle(compiled, x, dropped):
-    dropout = empty(1, 1, x.shape[2], 256, dtype=torch.float32) if dropped else None
-    with every_program(1):
-        assert gated_obstacle(x, dropout=dropout) is None
-    assert gated_obstacle(x, dropout=dropout) == "the table prefers the Triton program"
 
 
 @pytest.mark.parametrize("x", [empty(1, 16, 64, C), empty(1, 4, 16, 256), empty(1, 16, 8, C).transpose(1, 2)], ids=str)
@@ -133,10 +119,6 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         ),
         (lambda: projections_obstacle(empty(1, 4, 64, 256), None, [256, 32], [None, empty(32)]), "weights are not 256"),
         (lambda: projections_obstacle(empty(1, 3, 21, 256), None, [256] * 4, WIDE_BIASES), "rows do not come in"),
-        (lambda: gated_obstacle(empty(1, 16, 64, C), width=C), "the weight is not 256 x 256"),
-        (lambda: gated_obstacle(empty(1, 4, 64, 256), dropout=empty(1, 1, 64, 256)), "dropout scales are not fp32"),
-        (lambda: gated_obstacle(empty(1, 4, 64, 256), empty(1, 64, 4, 256).transpose(1, 2)), "o and gate do not lie"),
-        (lambda: gated_obstacle(empty(1, 3, 21, 256)), "rows do not come in tiles of 64"),
         (lambda: outer_obstacle(129, 64, 64), "not up to 128 sequences"),
         (lambda: outer_obstacle(8, 64, 64, b=empty(8, 64, 16)), "not up to 128 sequences of 32 channels"),
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
@@ -174,7 +156,7 @@ def test_without_an_entry_in_the_tables_triton_is_preferred(compiled, monkeypatc
 
 @pytest.mark.parametrize(
     ("shape", "starting", "ending"),
-    [((1, 256, 256), True, False), ((1, 128, 256), True, True), ((1, 320, 320), False, False)],
+    [((1, 256, 256), True, True), ((1, 128, 256), True, True), ((1, 320, 320), False, False)],
     ids=["one GPU", "DAP 2", "evaluation"],
 )
 def test_programs_are_preferred_where_they_were_found_faster(compiled, shape, starting, ending):
@@ -208,7 +190,7 @@ def launched(monkeypatch, shape):
     from scalefold.kernels.compile_cases import projections, triangle_output, triangle_project
 
     calls = []
-    for module, name in ((rows, "project"), (rows, "operands"), (rows, "output")):
+    for module, name in ((gated_attention, "project"), (rows, "operands"), (rows, "output")):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: calls.append(f"Gluon {name}"))
     monkeypatch.setattr(linear, "launch", lambda program, *_, **__: calls.append(program.fn.__name__))
     monkeypatch.setattr(triangle, "launch", lambda program, *_, **__: calls.append(program.fn.__name__))
@@ -266,7 +248,8 @@ def test_operations_say_once_why_they_stay_with_triton(compiled, monkeypatch, ca
 
 def test_where_gluon_is_another_one_operations_stay_with_triton(compiled, monkeypatch, caplog):
     choice._explained.clear()
-    monkeypatch.setattr(rows, "MISSING", "this Triton's Gluon is another one: no `tma`")
+    for module in (gated_attention, rows):
+        monkeypatch.setattr(module, "MISSING", "this Triton's Gluon is another one: no `tma`")
     with caplog.at_level(logging.INFO):
         assert launched(monkeypatch, (1, 256, 256)) == TRITON
     assert all(rows.MISSING in message for message in caplog.messages)
@@ -305,7 +288,6 @@ from scalefold.kernels import tuning
 from scalefold.kernels.hopper import gradients
 pair = (1, 256, 256)
 with tuning.assume_capability(90), recorded_launches() as launches:
-    cases.projections(pair, 128, [128] * 4 + [4])
     cases.triangle_project(pair, 128)
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
@@ -321,6 +303,9 @@ with tuning.assume_capability(90), recorded_launches() as launches:
         cases.transitions(pair, 128, 4)
         stack.enter_context(tuning.override("transition_hopper_gradient", {"HOPPER": 1}))
         cases.transitions((1, 128, 256), 256, 4)
+        for transposed in (False, True):
+            cases.projections(pair, 128, [128] * 4 + [4], transposed)
+            cases.gated(pair, 128, 4, 32, transposed)
         cases.gated((1, 128, 256), 256, 8, 32)
         cases.projections((1, 128, 256), 256, [256] * 4)
 for launch in launches:
@@ -340,13 +325,14 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    programs = ["hopper_projections", "hopper_operands", "hopper_output", "hopper_output"]
+    programs = ["hopper_operands", "hopper_output", "hopper_output"]
     programs += [
         *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,
         *("hopper_transition", "hopper_transition_input", "hopper_transition_weights"),
         *("hopper_transition", "hopper_transition_hidden"),
-        "hopper_gated_output",
+        *["hopper_projections", "hopper_gated_output"] * 2,
+        "hopper_wide_gated_output",
         "hopper_wide_projections",
     ]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]

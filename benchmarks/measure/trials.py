@@ -81,7 +81,7 @@ def forms_of(case: Case) -> dict[str, Form]:
         return {"stored": stored, "recomputed": {"triangle_project_backward": _tiles(True, 64, 64, 4, 2)} | weights}
     if case.operation == "layer_norm_linear" and case.shape.endswith("to256+256+256+256"):
         return {"Triton": {"norm_linear_hopper_wide": TRITON_FORM}, "Gluon": {"norm_linear_hopper_wide": GLUON}}
-    if case.operation == "gated_output" and case.shape.endswith("x256from256"):
+    if case.operation == "gated_output" and case.shape.endswith(("x128from128", "x256from256")):
         return {"Triton": {"gated_output_hopper": TRITON_FORM}, "Gluon": {"gated_output_hopper": GLUON}}
     if case.operation == "transition" and "x64by" not in case.shape:
         return transition_forms(128 if "x128by" in case.shape else 256, backward)

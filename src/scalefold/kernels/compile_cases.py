@@ -19,9 +19,11 @@ from scalefold.kernels.ops import (
 META = torch.device("meta")
 
 
-def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """An input that wants a gradient."""
-    return torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
+def leaf(*shape: int, dtype: torch.dtype = torch.bfloat16, transposed: bool = False) -> Tensor:
+    """An input that wants a gradient; ``transposed``: stored with dimensions 1 and 2 exchanged."""
+    value = torch.empty(shape, dtype=dtype, device=META)
+    value = value.transpose(1, 2).contiguous().transpose(1, 2) if transposed else value
+    return value.requires_grad_()
 
 
 def norm(c: int) -> tuple[Tensor, Tensor]:
@@ -34,15 +36,16 @@ def run_backward(outputs: Tensor | Sequence[Tensor]) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
 
-def projections(shape: tuple[int, int, int], c: int, widths: Sequence[int]) -> None:
+def projections(shape: tuple[int, int, int], c: int, widths: Sequence[int], transposed: bool = False) -> None:
     biases = [leaf(width) if n == 3 else None for n, width in enumerate(widths)]
-    run_backward(linear.layer_norm_linear(leaf(*shape, c), *norm(c), [leaf(width, c) for width in widths], biases))
+    x, weights = leaf(*shape, c, transposed=transposed), [leaf(width, c) for width in widths]
+    run_backward(linear.layer_norm_linear(x, *norm(c), weights, biases))
 
 
-def gated(shape: tuple[int, int, int], c: int, heads: int, width: int) -> None:
+def gated(shape: tuple[int, int, int], c: int, heads: int, width: int, transposed: bool = False) -> None:
     dropout = torch.empty(shape[0], 1, shape[2], c, device=META)
-    o, gate = leaf(*shape, heads, width), leaf(*shape, heads * width)
-    run_backward(gated_output.gated_output(leaf(*shape, c), o, gate, leaf(c, heads * width), leaf(c), dropout))
+    x, o, gate = (leaf(*shape, *size, transposed=transposed) for size in ((c,), (heads, width), (heads * width,)))
+    run_backward(gated_output.gated_output(x, o, gate, leaf(c, heads * width), leaf(c), dropout))
 
 
 def transitions(shape: tuple[int, int, int], c: int, factor: int) -> None:
@@ -95,9 +98,11 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("project_msa_attention", lambda: projections(msa, 256, [256] * 4)),
         ("project_extra_attention", lambda: projections(extra, 64, [64] * 4)),
         ("project_template", lambda: projections(template, 64, [64] * 4 + [4])),
+        ("project_ending_attention", lambda: projections(pair, 128, [128] * 4 + [4], transposed=True)),
         ("project_pair_bias", lambda: projections(pair, 128, [8])),
         ("gated_msa", lambda: gated(msa, 256, 8, 32)),
         ("gated_pair", lambda: gated(pair, 128, 4, 32)),
+        ("gated_ending", lambda: gated(pair, 128, 4, 32, transposed=True)),
         ("gated_extra", lambda: gated(extra, 64, 8, 8)),
         ("transition_msa", lambda: transitions(msa, 256, 4)),
         ("transition_pair", lambda: transitions(pair, 128, 4)),

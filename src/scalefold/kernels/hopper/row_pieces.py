@@ -6,6 +6,9 @@ CONSUMERS groups of four warps compute, each with tiles of its own; one group of
 A ring has as many slots for each consumer, used in turn. Each slot has two barriers, completed by one arrival: ``full``
 when the bytes of a tile have arrived, ``empty`` when its consumer has left it. The n-th use of S slots has parity
 (n // S) & 1; the loader waits for the use before its own, and the first uses pass (see ``pieces``).
+
+A tile is ROWS neighbours in memory or lies across: SECTOR rows along level 1 of the rows for one along level 2 (see
+``rows.row_offsets`` of ``kernels``), as a block [LINES, SECTOR, C]. So a warp's rows are those of one line.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -22,8 +25,10 @@ from scalefold.kernels import hopper
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, tiles_for
 from scalefold.kernels.instructions import SIGMOID, TO_FP32
 from scalefold.kernels.reference import LAYER_NORM_EPS
+from scalefold.kernels.rows import SECTOR
 
 ROWS = gl.constexpr(hopper.PART)  # of a tile: what one warpgroup multiplies at once
+LINES = gl.constexpr(hopper.PART // SECTOR.value)  # of a tile across
 COLUMNS = gl.constexpr(hopper.PART)  # of a product
 EPS = gl.constexpr(LAYER_NORM_EPS)
 
@@ -50,13 +55,38 @@ def one_arrival(COUNT: gl.constexpr):
 
 
 @gluon.jit
+def slot_of(ring, side, n):
+    """Number of the slot of a consumer's n-th use."""
+    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
+    return side * STAGES + n % STAGES
+
+
+@gluon.jit
+def parity_of(ring, n):
+    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
+    return (n // STAGES) & 1
+
+
+@gluon.jit
+def free_slot(ring, nbytes: gl.constexpr, side, n):
+    """Loader: number of the slot for the n-th use, once it is free; it is there when so many bytes have arrived."""
+    slot = slot_of(ring, side, n)
+    mbarrier.wait(ring.empty.index(slot), parity_of(ring, n) ^ 1)
+    mbarrier.expect(ring.full.index(slot), nbytes)
+    return slot
+
+
+@gluon.jit
 def fetch(ring, descriptor, row, column, side, n):
     """Loader: bring a tile for the n-th use, once the slot is free."""
-    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
-    slot = side * STAGES + n % STAGES
-    mbarrier.wait(ring.empty.index(slot), ((n // STAGES) & 1) ^ 1)
-    mbarrier.expect(ring.full.index(slot), descriptor.block_type.nbytes)
-    tma.async_copy_global_to_shared(descriptor, [row, column], ring.full.index(slot), ring.slots.index(slot))
+    fetch_at(ring, descriptor, (row, column), side, n)
+
+
+@gluon.jit
+def fetch_at(ring, descriptor, at, side, n):
+    """The same for a tile that begins ``at`` these coordinates."""
+    slot = free_slot(ring, descriptor.block_type.nbytes, side, n)
+    tma.async_copy_global_to_shared(descriptor, at, ring.full.index(slot), ring.slots.index(slot))
 
 
 @gluon.jit
@@ -82,9 +112,8 @@ def fetch_weights(descriptors, weights, there):
 @gluon.jit
 def receive(ring, side, n):
     """Consumer: the tile of the n-th use, once it is there."""
-    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
-    slot = side * STAGES + n % STAGES
-    mbarrier.wait(ring.full.index(slot), (n // STAGES) & 1)
+    slot = slot_of(ring, side, n)
+    mbarrier.wait(ring.full.index(slot), parity_of(ring, n))
     return ring.slots.index(slot)
 
 
@@ -94,18 +123,23 @@ def leave(ring, side, n):
 
     All warps are done with it (the barrier), and what they read comes before what the copy engine writes (the fence).
     """
-    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
     fence_async_shared()
     group_barrier()
-    mbarrier.arrive(ring.empty.index(side * STAGES + n % STAGES), count=1)
+    mbarrier.arrive(ring.empty.index(slot_of(ring, side, n)), count=1)
 
 
 @gluon.jit
 def send(descriptor, row, column, tile):
     """Consumer: store a tile that all its threads have just written to shared memory."""
+    send_at(descriptor, (row, column), tile)
+
+
+@gluon.jit
+def send_at(descriptor, at, tile):
+    """The same for a tile that begins ``at`` these coordinates."""
     fence_async_shared()
     group_barrier()
-    tma.async_copy_shared_to_global(descriptor, [row, column], tile)
+    tma.async_copy_shared_to_global(descriptor, at, tile)
 
 
 @gluon.jit
@@ -174,7 +208,12 @@ def per_column(pointer, first, COUNT: gl.constexpr):
 @gluon.jit
 def row_offsets(view, tile, dims, LAYOUT: gl.constexpr):
     """Element offsets of a tile's rows in a ``View``, see ``rows.row_offsets``: [ROWS] of a product in LAYOUT."""
-    rows = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    return offsets_of(view, tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), dims)
+
+
+@gluon.jit
+def offsets_of(view, rows, dims):
+    """The same for rows of these numbers."""
     inner = rows % dims[1]
     rest = rows // dims[1]
     middle = rest % dims[0]
@@ -196,3 +235,66 @@ def to_fp32(x):
 def sigmoid(x):
     """``instructions.sigmoid``."""
     return gl.inline_asm_elementwise(SIGMOID, "=f,f", [x], gl.float32, True, 1)
+
+
+# ---- tiles one by one, in order or across ---------------------------------------------------------------------------
+
+
+class Walk(NamedTuple):
+    """The tiles of a program: ``first`` and every ``step``-th after it, of so many ``tiles``.
+
+    ``per_line``: tiles across along level 2; ``dims``: sizes of levels 1 and 2 of the rows.
+    """
+
+    first: Any
+    step: Any
+    tiles: Any
+    per_line: Any
+    dims: Any
+
+
+@gluon.jit
+def new_walk(dims, tiles):
+    """That of this program; its consumers take tiles in turn."""
+    return Walk(gl.program_id(0), gl.num_programs(0), tiles, dims[1] // LINES, dims)
+
+
+@gluon.jit
+def begin(walk, side):
+    """First tile of a consumer."""
+    return walk.first + side * walk.step
+
+
+@gluon.jit
+def pace(walk):
+    """From one tile of a consumer to its next one."""
+    return CONSUMERS * walk.step
+
+
+@gluon.jit
+def corner(walk, tile, segment, column, ACROSS: gl.constexpr):
+    """Where a tile begins, for the copy engine. Tiles of a segment follow those of all segments before it."""
+    if ACROSS:
+        middle = segment * (walk.tiles // walk.per_line) + tile // walk.per_line
+        return tile % walk.per_line * LINES, middle * SECTOR, column
+    else:  # noqa: RET505
+        return (segment * walk.tiles + tile) * ROWS, column
+
+
+@gluon.jit
+def row_numbers(walk, tile, n, ACROSS: gl.constexpr):
+    """Numbers of the n-th rows of a tile."""
+    if ACROSS:
+        middle = tile // walk.per_line * SECTOR + n % SECTOR
+        return middle * walk.dims[1] + tile % walk.per_line * LINES + n // SECTOR
+    else:  # noqa: RET505
+        return tile * ROWS + n
+
+
+@gluon.jit
+def by_row(slot):
+    """A slot for a tile, in order or across, as a matrix [ROWS, C]."""
+    if len(slot.shape) == 2:
+        return slot
+    else:  # noqa: RET505
+        return slot.reshape([slot.shape[0] * slot.shape[1], slot.shape[2]])

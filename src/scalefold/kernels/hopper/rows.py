@@ -26,11 +26,6 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from scalefold.kernels.hopper.projections import (
-        hopper_gated_output,
-        hopper_projections,
-        hopper_wide_projections,
-    )
     from scalefold.kernels.hopper.transition import hopper_transition, hopper_transition_gradient
     from scalefold.kernels.hopper.triangle import hopper_operands, hopper_outer_product
     from scalefold.kernels.hopper.triangle_output import hopper_output
@@ -42,7 +37,6 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental: names m
 CHANNELS = 128
 MSA_CHANNELS = 256
 SQUARE = (CHANNELS, CHANNELS)
-BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
 
 OUTER_CHANNELS = 32  # of a and b
 MOST_SEQUENCES = 128  # of an outer product: one product's depth
@@ -50,9 +44,6 @@ OUTER_COLUMNS = 2 * CONSUMERS  # values of j of a tile
 HIDDEN_TILES = {128: (True, 2, 4), 256: (False, 1, 2)}  # KEPT, X_STAGES, STAGES of a transition's program by channels
 HIDDEN_PAIRS = {128: 2, 256: 1}  # PAIRS of its gradient's program
 for _name in (
-    "gated_output_hopper",
-    "norm_linear_hopper",
-    "norm_linear_hopper_wide",
     "outer_product_hopper",
     "transition_hopper",
     "transition_hopper_gradient",
@@ -63,79 +54,8 @@ for _name in (
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
-def projections_obstacle(
-    x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
-) -> str | None:
-    """Why ``project`` cannot or should not take these arguments of ``ops.linear``, or None."""
-    transposed = int(memory_order(x) != tuple(range(x.dim() - 1)))
-    biased = [bias is not None for bias in biases]
-    if x.shape[-1] == MSA_CHANNELS:
-        reason = _wide_obstacle(x, row_mask, weights, biased)
-        return reason or preference("norm_linear_hopper_wide", x, transposed=transposed)
-    *wide, narrow = weights
-    if row_mask is not None or biased != [False, False, False, True, False] or narrow.shape[0] > BIAS_ROWS:
-        return "not queries, keys, values, gates with a bias, and an attention bias"
-    return _program_obstacle(x, wide, [narrow]) or preference("norm_linear_hopper", x, transposed=transposed)
-
-
-def _wide_obstacle(x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biased: Sequence[bool]) -> str | None:
-    if reason := choice.obstacle(MISSING, (x, *weights)):
-        return reason
-    if row_mask is not None or list(biased) != [False] * (len(biased) - 1) + [True]:
-        return "not projections of which the last has a bias"
-    if any(tuple(weight.shape) != (MSA_CHANNELS, MSA_CHANNELS) for weight in weights):
-        return f"weights are not {MSA_CHANNELS} x {MSA_CHANNELS}"
-    return rows_obstacle(x)
-
-
-def project(
-    x: Tensor, norm: Norm, linear: Affine, narrow: Tensor | None, out: Tensor, narrow_out: Tensor | None
-) -> None:
-    """Layer norm of x: [*, c] and its projections.
-
-    linear: weight [4 c, c], bias [c] of the last c; narrow: [h, c]. out: [4, rows, c], rows in the memory order of x;
-    narrow_out: [*, h], of any strides. Wide projections, of any number, have no narrow one.
-    """
-    if narrow is None:
-        tiles, per_weight = x.shape[:-1].numel() // PART, MSA_CHANNELS // PART
-        hopper_wide_projections[programs(x)](
-            matrix(by_rows(x, memory_order(x)), PART, MSA_CHANNELS), weight_tiles(linear.weight, PART, MSA_CHANNELS),
-            matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, (out.shape[0] - 1) * per_weight,
-            out.shape[0] * per_weight, tiles, num_warps=4,
-        )  # fmt: skip
-        return
-    views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
-    hopper_projections[programs(x)](
-        row_tiles(x, memory_order(x)), weight_tiles(linear.weight), weight_tiles(narrow, BIAS_ROWS),
-        matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, views["narrow_out"], dims, count // PART,
-        COUNT=out.shape[0], NARROW=narrow.shape[0], num_warps=4,
-    )  # fmt: skip
-
-
-def gated_output_obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dropout: Tensor | None) -> str | None:
-    """Why ``gated_output`` cannot or should not take these arguments, or None."""
-    if reason := choice.obstacle(MISSING, (x, o, gate, weight)):
-        return reason
-    if tuple(weight.shape) != (MSA_CHANNELS, MSA_CHANNELS):
-        return f"the weight is not {MSA_CHANNELS} x {MSA_CHANNELS}"
-    if not all(is_aligned(by_rows(tensor, memory_order(x))) for tensor in (o, gate)):
-        return "o and gate do not lie densely"
-    if reason := _dropout_obstacle(dropout):
-        return reason
-    return rows_obstacle(x) or preference("gated_output_hopper", x, dropped=int(dropout is not None))
-
-
-def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
-    """``reference.gated_output`` of o: [*, c], before its heads are split; out: [*, c] lies as x does."""
-    order = memory_order(x)
-    views, dims, count = row_views({"x": x, "dropout": dropout})
-    hopper_gated_output[programs(x)](
-        *(row_tiles(tensor, order) for tensor in (x, o, gate)), weight_tiles(linear.weight, MSA_CHANNELS, PART),
-        row_tiles(out, order), linear.bias, views["dropout"], dims, count // PART, num_warps=4,
-    )  # fmt: skip
-
-
-def _dropout_obstacle(dropout: Tensor | None) -> str | None:
+def dropout_obstacle(dropout: Tensor | None) -> str | None:
+    """Why programs do not read these scales, or None."""
     if dropout is not None and (dropout.dtype != torch.float32 or dropout.stride(-1) != 1):
         return "dropout scales are not fp32, dense along channels"
     return None
@@ -170,7 +90,7 @@ def output_obstacle(
         return "the product does not lie channels first"
     if d_out is not None and not is_aligned(by_rows(d_out, order)):
         return "gradients of the output do not lie densely"
-    if reason := _dropout_obstacle(dropout):
+    if reason := dropout_obstacle(dropout):
         return reason
     return preference("triangle_hopper_output" if d_out is None else "triangle_hopper_gates", z)
 
@@ -289,7 +209,7 @@ def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine,
     )  # fmt: skip
 
 
-def _program_obstacle(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
+def program_obstacle(x: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
     """Why no program takes rows of x: [*, c] and square weights, or None; others: further tensors of that type."""
     if reason := choice.obstacle(MISSING, (x, *weights, *others)):
         return reason
@@ -307,7 +227,7 @@ def rows_obstacle(x: Tensor) -> str | None:
 
 def _pair_obstacle(z: Tensor, weights: Sequence[Tensor], others: Sequence[Tensor] = ()) -> str | None:
     """The same for a pair representation z, whose counterparts [1, c, I, J] lie channels first."""
-    found = _program_obstacle(z, weights, others)
+    found = program_obstacle(z, weights, others)
     return found or (None if z.shape[0] == 1 and z.is_contiguous() else "not one contiguous pair representation")
 
 
@@ -359,10 +279,10 @@ def matrix(x: Tensor | None, lines: int, columns: int) -> Any:
     return TensorDescriptor.from_tensor(x, [lines, columns], layout)
 
 
-def programs(x: Tensor) -> tuple[int]:
-    """One program per multiprocessor, and none without tiles."""
+def programs(x: Tensor, at_once: int = CONSUMERS) -> tuple[int]:
+    """One program per multiprocessor, and none without tiles; ``at_once``: tiles that a program takes together."""
     tiles = x.shape[:-1].numel() // PART
-    return (min(_multiprocessors(x.device), tuning.ceil_div(tiles, CONSUMERS)),)
+    return (min(_multiprocessors(x.device), tuning.ceil_div(tiles, at_once)),)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """End of a gated attention in Triton: x + dropout * (W (sigmoid(gate) * o) + b), forward and backward.
 
-One kernel forward; on compute capability 9.0 one of ``kernels.hopper`` takes its place for the MSA, where it is faster.
+One kernel forward; on compute capability 9.0 one of ``kernels.hopper`` takes its place where it is faster.
 Backward: one kernel for the gradients of o and gate and the operands of the weight gradient, a product of the library,
 a sum. The gradient of x is the incoming gradient itself. Saved: o, gate, dropout; nothing that is not an input.
 """
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
-from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid, to_fp32
 from scalefold.kernels.rows import (

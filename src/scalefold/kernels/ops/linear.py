@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
-from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, to_fp32
 from scalefold.kernels.ops.elementwise import dense

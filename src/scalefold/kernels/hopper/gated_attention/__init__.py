@@ -1,0 +1,160 @@
+"""Beginning and end of a gated attention for compute capability 9.0 in Gluon, as ``hopper.rows``.
+
+Rows of pairs have 128 channels, those of the MSA 256. Tiles lie across (see ``row_pieces``) where an attention bias
+lies so, and where rows of a line share their dropout.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from scalefold.kernels import tuning
+from scalefold.kernels.hopper import PART, choice
+from scalefold.kernels.hopper.rows import (
+    CHANNELS,
+    MSA_CHANNELS,
+    SQUARE,
+    by_rows,
+    dropout_obstacle,
+    is_aligned,
+    matrix,
+    preference,
+    program_obstacle,
+    programs,
+    rows_obstacle,
+    weight_tiles,
+)
+from scalefold.kernels.rows import SECTOR, Affine, Norm, lies_across, memory_order, row_views
+
+try:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from scalefold.kernels.hopper.gated_attention.output import hopper_gated_output, hopper_wide_gated_output
+    from scalefold.kernels.hopper.gated_attention.projections import hopper_projections, hopper_wide_projections
+
+    MISSING = None
+except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
+    MISSING = f"this Triton's Gluon is another one: {error}"
+
+LINES = PART // SECTOR.value  # of a tile across
+BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
+for _name in ("gated_output_hopper", "norm_linear_hopper", "norm_linear_hopper_wide"):
+    tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
+
+
+def projections_obstacle(
+    x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> str | None:
+    """Why ``project`` cannot or should not take these arguments of ``ops.linear``, or None."""
+    transposed = int(memory_order(x) != tuple(range(x.dim() - 1)))
+    biased = [bias is not None for bias in biases]
+    if x.shape[-1] == MSA_CHANNELS:
+        reason = _wide_obstacle(x, row_mask, weights, biased)
+        return reason or preference("norm_linear_hopper_wide", x, transposed=transposed)
+    *wide, narrow = weights
+    if row_mask is not None or biased != [False, False, False, True, False] or narrow.shape[0] > BIAS_ROWS:
+        return "not queries, keys, values, gates with a bias, and an attention bias"
+    reason = choice.obstacle(MISSING, (x, *weights)) or program_obstacle(x, wide, [narrow])
+    return reason or preference("norm_linear_hopper", x, transposed=transposed)
+
+
+def _wide_obstacle(x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor], biased: Sequence[bool]) -> str | None:
+    if reason := choice.obstacle(MISSING, (x, *weights)):
+        return reason
+    if row_mask is not None or list(biased) != [False] * (len(biased) - 1) + [True]:
+        return "not projections of which the last has a bias"
+    if any(tuple(weight.shape) != (MSA_CHANNELS, MSA_CHANNELS) for weight in weights):
+        return f"weights are not {MSA_CHANNELS} x {MSA_CHANNELS}"
+    return rows_obstacle(x)
+
+
+def project(
+    x: Tensor, norm: Norm, linear: Affine, narrow: Tensor | None, out: Tensor, narrow_out: Tensor | None
+) -> None:
+    """Layer norm of x: [*, c] and its projections.
+
+    linear: weight [4 c, c], bias [c] of the last c; narrow: [h, c]. out: [4, rows, c], rows in the memory order of x;
+    narrow_out: [*, h], of any strides. Wide projections, of any number, have no narrow one.
+    """
+    if narrow is None:
+        tiles, per_weight = x.shape[:-1].numel() // PART, MSA_CHANNELS // PART
+        hopper_wide_projections[programs(x)](
+            matrix(by_rows(x, memory_order(x)), PART, MSA_CHANNELS), weight_tiles(linear.weight, PART, MSA_CHANNELS),
+            matrix(out.flatten(0, 1), PART, PART), norm, linear.bias, (out.shape[0] - 1) * per_weight,
+            out.shape[0] * per_weight, tiles, num_warps=4,
+        )  # fmt: skip
+        return
+    assert narrow_out is not None
+    views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
+    inner = dims[1] if lies_across(x, narrow_out, PART) else None
+    hopper_projections[programs(x, 1)](
+        _row_tiles(x, memory_order(x), inner), weight_tiles(linear.weight), weight_tiles(narrow, BIAS_ROWS),
+        tiles_of_rows(out.flatten(0, 1), CHANNELS, inner), norm, linear.bias, views["narrow_out"], dims, count // PART,
+        COUNT=out.shape[0], NARROW=narrow.shape[0], ACROSS=inner is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def gated_output_obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dropout: Tensor | None) -> str | None:
+    """Why ``gated_output`` cannot or should not take these arguments, or None."""
+    if reason := choice.obstacle(MISSING, (x, o, gate, weight)):
+        return reason
+    if tuple(weight.shape) not in (SQUARE, (MSA_CHANNELS, MSA_CHANNELS)):
+        return f"the weight is not {CHANNELS} x {CHANNELS} or {MSA_CHANNELS} x {MSA_CHANNELS}"
+    if not all(is_aligned(by_rows(tensor, memory_order(x))) for tensor in (o, gate)):
+        return "o and gate do not lie densely"
+    if reason := dropout_obstacle(dropout) or rows_obstacle(x):
+        return reason
+    if _scales_across(x, dropout) is None:
+        return "dropout scales are not the same along whole tiles"
+    return preference("gated_output_hopper", x, dropped=int(dropout is not None))
+
+
+def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
+    """``reference.gated_output`` of o: [*, c], before its heads are split; out: [*, c] lies as x does."""
+    order = memory_order(x)
+    views, dims, count = row_views({"x": x, "dropout": dropout})
+    inner = dims[1] if _scales_across(x, dropout) else None
+    program, block = hopper_gated_output, SQUARE
+    if x.shape[-1] == MSA_CHANNELS:
+        program, block = hopper_wide_gated_output, (MSA_CHANNELS, PART)
+    program[programs(x, 1)](
+        *(_row_tiles(tensor, order, inner) for tensor in (x, o, gate)), weight_tiles(linear.weight, *block),
+        _row_tiles(out, order, inner), linear.bias, views["dropout"], dims, count // PART,
+        ACROSS=inner is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def _scales_across(x: Tensor, dropout: Tensor | None) -> bool | None:
+    """Whether tiles of rows lie across, so that rows of a line share their dropout scales: True, or False if tiles in
+    order share theirs or there are none; None if neither fits.
+    """
+    if dropout is None:
+        return False
+    views, (middle, inner), _ = row_views({"x": x, "dropout": dropout})
+    _, along_middle, along_inner, _ = views["dropout"].strides
+    if not along_middle and middle % SECTOR.value == 0 and inner % LINES == 0:
+        return True
+    return False if not along_inner and inner % PART == 0 else None
+
+
+def _row_tiles(x: Tensor, order: Sequence[int], inner: int | None) -> Any:
+    """Tiles of rows, CHANNELS at a time, for the copy engine; ``inner``: see ``tiles_of_rows``."""
+    rows = by_rows(x, order)
+    assert rows is not None
+    return tiles_of_rows(rows, CHANNELS, inner)
+
+
+def tiles_of_rows(rows: Tensor, columns: int, inner: int | None) -> Any:
+    """Tiles of rows: [rows, c] for the copy engine, in order or, if the size of level 2 is given, across.
+
+    The latter are blocks of [level 2, level 1, c], where level 1 goes on through level 0.
+    """
+    if inner is None:
+        return matrix(rows, PART, columns)
+    (count, c), step, block = rows.shape, rows.stride(0), [LINES, SECTOR.value, columns]
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
+    return TensorDescriptor(rows, [inner, count // inner, c], [step, inner * step, 1], block, layout)
