@@ -305,6 +305,20 @@ def test_a_share_without_all_passes_is_not_taken(script, monkeypatch):
     assert module.share_alone("H200", 8) is None
 
 
+def test_a_share_with_one_pass_grows_as_another_commits_did(script, monkeypatch):
+    module = script("dap_estimate")
+    before, newest = share_rows(8, 32.0), share_rows(8, 16.0)[0]
+    newer = newest | {"commit": "newer", "device": "NVIDIA H100 of another kind"}
+    monkeypatch.setattr(module, "read", lambda name: [*before, newer])
+    growth = 80.0 / float(before[0]["median_ms"])
+    found = module.share_alone("H100", 8)
+    assert found.wall == pytest.approx(growth * float(newer["median_ms"]))
+    assert found.computing == pytest.approx(growth * float(newer["computing_ms"]))
+    assert found.commit.startswith("newer, R = 1")
+    monkeypatch.setattr(module, "read", lambda name: [newer])
+    assert module.share_alone("H100", 8) is None
+
+
 def test_tables_of_shares_say_so_where_nothing_is_measured(script, monkeypatch):
     module = script("share_tables")
     monkeypatch.setattr(module, "read", lambda name: [])

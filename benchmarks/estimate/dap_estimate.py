@@ -137,16 +137,26 @@ class Alone:
 
 
 def share_alone(gpu: str, size: int) -> Alone | None:
-    """Newest share at a DAP size on a kind of card, of one commit and with R = 1..4 (or 1 and 4)."""
-    sets: dict[tuple[str, str], dict[int, dict[str, str]]] = {}
+    """Newest share at a DAP size on a kind of card, of one commit and with R = 1..4, or 1 and 4.
+
+    One with R = 1 alone grows with R as the newest with more passes did, on whichever card that was.
+    """
+    sets: dict[tuple[str, str, str], dict[int, dict[str, str]]] = {}
     for row in read(SHARES):
-        if gpu in row["device"] and int(row["dap"]) == size:
-            sets.setdefault((row["date"], row["commit"]), {})[int(row["passes"])] = row
-    for (date, commit), rows in reversed(list(sets.items())):
-        if {1, 4} <= set(rows):
-            chosen = list(rows.values()) if len(rows) == 4 else [rows[1], rows[4]]
+        if int(row["dap"]) == size:
+            sets.setdefault((row["date"], row["commit"], row["device"]), {})[int(row["passes"])] = row
+    whole = [(commit, rows) for (_, commit, _), rows in sets.items() if {1, 4} <= set(rows)]
+    for (date, commit, device), rows in reversed(list(sets.items())):
+        if gpu in device and 1 in rows and whole:
+            source, grown = (commit, rows) if {1, 4} <= set(rows) else whole[-1]
+            chosen = list(grown.values()) if len(grown) == 4 else [grown[1], grown[4]]
             columns = ("median_ms", "computing_ms", "repeated_ms", "gaps_ms", "exchange_alone_ms")
-            return Alone(*(mean(float(row[name]) for row in chosen) for name in columns), date, commit)
+            means = [mean(float(row[name]) for row in chosen) for name in columns]
+            if source != commit:  # parts at R = 1 are this commit's own
+                growth = means[0] / float(grown[1]["median_ms"])
+                means = [growth * float(rows[1][name]) for name in columns]
+                commit += f", R = 1, which grows as at {source}"
+            return Alone(*means, date, commit)
     return None
 
 
