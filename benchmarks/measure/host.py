@@ -83,7 +83,7 @@ PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests"), "
 JOBS = (  # the most wanted first
     Job("step", 130, script("step_time.py", "--check", "--profile", "1")),
     Job("two GPUs", 170, script("multi_gpu.py", "--skip-exchanges", "--dap", "2", "1"), gpus=2, ranks=2),
-    Job("runs", 540, script("gpu_runs.py", "--passes", "2"), gpus=2),
+    Job("runs", 900, script("gpu_runs.py", "--passes", "2", "--budget-s", "1800"), gpus=2),
     Job("bits of steps", 110, script("reproducibility.py", "--steps")),
     Job("bits of operations", 110, script("reproducibility.py", "--operations")),
     Job("bits of two GPUs", 150, script("reproducibility.py", "--steps", "--dap", "2", "1"), gpus=2, ranks=2),
