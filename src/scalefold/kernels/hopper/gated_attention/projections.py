@@ -17,7 +17,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     COLUMNS,
-    EPS,
     ROWS,
     begin,
     by_row,
@@ -39,6 +38,7 @@ from scalefold.kernels.hopper.row_pieces import (
     row_numbers,
     send,
     send_at,
+    standardised,
     wait_until_sent,
 )
 
@@ -113,10 +113,8 @@ def _normed(slot, norm):
     C: gl.constexpr = slot.shape[1]
     PART: gl.constexpr = product_layout(DEPTH)
     x = read(slot)
-    mean = gl.sum(x, 1) * (1.0 / C)
-    centred = x - mean[:, None]
-    rstd = gl.rsqrt(gl.sum(centred * centred, 1) * (1.0 / C) + EPS)
-    mean = gl.convert_layout(mean, gl.SliceLayout(1, PART))
+    _, rstd = standardised(x)
+    mean = gl.convert_layout(gl.sum(x, 1) * (1.0 / C), gl.SliceLayout(1, PART))
     rstd = gl.convert_layout(rstd, gl.SliceLayout(1, PART))
     parts = ()
     for first in gl.static_range(0, C, DEPTH):
