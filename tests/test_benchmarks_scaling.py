@@ -315,6 +315,8 @@ def test_a_share_with_one_pass_grows_as_another_commits_did(script, monkeypatch)
     assert found.wall == pytest.approx(growth * float(newer["median_ms"]))
     assert found.computing == pytest.approx(growth * float(newer["computing_ms"]))
     assert found.commit.startswith("newer, R = 1")
+    monkeypatch.setattr(module, "read", lambda name: [*before, newer | {"commit": before[0]["commit"]}])
+    assert module.share_alone("H100", 8).wall == pytest.approx(found.wall), "one commit on two cards"
     monkeypatch.setattr(module, "read", lambda name: [newer])
     assert module.share_alone("H100", 8) is None
 

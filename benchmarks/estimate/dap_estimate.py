@@ -25,6 +25,7 @@ exchanges. Each kind of card from its own newest profile. Sums of gradients over
 import argparse
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -44,6 +45,7 @@ MB_IN_MIB = 1e6 / 2**20
 DAP_SIZES = (1, 2, 4, 8)
 NCCL, DIRECT, ALONE = "exchange.csv", "exchange_symmetric.csv", "exchange_alone.csv"
 SHARES = "dap_share.csv"
+SHARE_COLUMNS = ("median_ms", "computing_ms", "repeated_ms", "gaps_ms", "exchange_alone_ms")  # in the order of Alone
 GPUS = ("H100", "H200")
 REPEATED_KERNELS = ("adam", "multi_tensor", "mem", "points", "frames", "pack", "cutlass", "sm80_xmma", "sm90_xmma")
 LIBRARY_KERNELS = ("at::native", "cublaslt", "softmax", "elementwise", "reduc")
@@ -136,6 +138,12 @@ class Alone:
     commit: str
 
 
+def over_passes(rows: Mapping[int, Mapping[str, str]]) -> list[float]:
+    """Means over R of a share, by its rows for R = 1..4, or 1 and 4 if not all are there."""
+    chosen = list(rows.values()) if len(rows) == 4 else [rows[1], rows[4]]
+    return [mean(float(row[name]) for row in chosen) for name in SHARE_COLUMNS]
+
+
 def share_alone(gpu: str, size: int) -> Alone | None:
     """Newest share at a DAP size on a kind of card, of one commit and with R = 1..4, or 1 and 4.
 
@@ -147,16 +155,13 @@ def share_alone(gpu: str, size: int) -> Alone | None:
             sets.setdefault((row["date"], row["commit"], row["device"]), {})[int(row["passes"])] = row
     whole = [(commit, rows) for (_, commit, _), rows in sets.items() if {1, 4} <= set(rows)]
     for (date, commit, device), rows in reversed(list(sets.items())):
+        if gpu in device and {1, 4} <= set(rows):
+            return Alone(*over_passes(rows), date, commit)
         if gpu in device and 1 in rows and whole:
-            source, grown = (commit, rows) if {1, 4} <= set(rows) else whole[-1]
-            chosen = list(grown.values()) if len(grown) == 4 else [grown[1], grown[4]]
-            columns = ("median_ms", "computing_ms", "repeated_ms", "gaps_ms", "exchange_alone_ms")
-            means = [mean(float(row[name]) for row in chosen) for name in columns]
-            if source != commit:  # parts at R = 1 are this commit's own
-                growth = means[0] / float(grown[1]["median_ms"])
-                means = [growth * float(rows[1][name]) for name in columns]
-                commit += f", R = 1, which grows as at {source}"
-            return Alone(*means, date, commit)
+            source, grown = whole[-1]
+            growth = over_passes(grown)[0] / float(grown[1]["median_ms"])
+            means = [growth * float(rows[1][name]) for name in SHARE_COLUMNS]
+            return Alone(*means, date, f"{commit}, R = 1, which grows as at {source}")
     return None
 
 
