@@ -230,6 +230,7 @@ def hopper_product(
     gl.static_assert(not PAIRED or (COLUMNS == LENGTH and not KEPT_ACROSS), "a second product needs all of y")
     gl.static_assert(COUNT * CONSUMERS == (2 if PAIRED else 1) * TILES, "consumers have the same number of tiles")
     gl.static_assert(COUNT == 1 or BUFFERS > 0, "results leave through buffers")
+    gl.static_assert(STAGES > 1, "a slot is free again after the products with the next one have begun")
     PARTS_N: gl.constexpr = LENGTH // COLUMNS
     CHUNKS: gl.constexpr = LENGTH // CHUNK
     kept = Kept(tiles_for(y, CHUNKS), one_arrival(CHUNKS))
