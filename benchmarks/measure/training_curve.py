@@ -120,7 +120,8 @@ def rows_of(variant: str, found: Comparison, crop: int) -> list[dict[str, object
     """A row for the loss and one for each term."""
     run = found.metrics[1].run
     known = {**facts(), "device": run.get("device", ""), "torch": run.get("torch", ""), "variant": variant}
-    return [{**known, "crop": crop, "warmup": WARMUP, **term_row(one, found)} for one in found.rows if one.num_steps >= WINDOW]
+    known |= {"crop": crop, "warmup": WARMUP}
+    return [{**known, **term_row(one, found)} for one in found.rows if one.num_steps >= WINDOW]
 
 
 def term_row(one: Compared, found: Comparison) -> dict[str, object]:
