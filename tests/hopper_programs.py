@@ -5,13 +5,14 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from scalefold.kernels import tuning
-from scalefold.kernels.hopper import gated_attention, gradients  # noqa: F401, they register their kernels
+from scalefold.kernels.hopper import gated_attention, gradients, triangle_product  # noqa: F401, they register their kernels
 
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
     *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
     *("transition_hopper_input", "transition_hopper_weights", "transition_hopper_hidden"),
     *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
+    *("triangle_hopper_product", "triangle_hopper_product_gradients"),
 )
 C = 128
 

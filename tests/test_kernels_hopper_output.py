@@ -42,7 +42,7 @@ def walked(program, programs, side, tiles, period):
 @pytest.mark.parametrize("i", [2, 4, 6, 10, 32, 64, 254, 256])
 def test_each_tile_of_a_triangle_s_output_has_one_consumer(monkeypatch, i, j, dropped, multiprocessors):
     """Scales that stay in shared memory are those of all tiles of a program; no program is without a tile."""
-    monkeypatch.setattr(rows, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(rows, "multiprocessors", lambda device: multiprocessors)
     dropout = empty(1, 1, j, C, dtype=torch.float32) if dropped else None
     programs, scales, from_memory, tiles, period = output_launch(monkeypatch, i, j, dropout)
     assert (scales is not None, from_memory is not None) == (dropped and period * 64 == j, dropped and scales is None)

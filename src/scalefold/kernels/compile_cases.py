@@ -66,6 +66,10 @@ def triangle_output(shape: tuple[int, int, int], c: int) -> None:
     run_backward(triangle.triangle_output(leaf(*shape, c), x, *norm(c), *norm(c), *linears, dropout))
 
 
+def triangle_product(channels: int, outgoing: bool) -> None:
+    run_backward(triangle.triangle_product(leaf(1, channels, 256, 256), leaf(1, channels, 256, 256), outgoing))
+
+
 def outer_product_project(shape: tuple[int, int, int], c: int) -> None:
     mask = torch.empty(shape, dtype=torch.bfloat16, device=META)
     linears = (leaf(32, c), leaf(32), leaf(32, c), leaf(32))
@@ -110,6 +114,9 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("transition_template", lambda: transitions(template, 64, 2)),
         ("triangle_project_pair", lambda: triangle_project(pair, 128)),
         ("triangle_project_template", lambda: triangle_project(template, 64)),
+        ("triangle_product_outgoing", lambda: triangle_product(128, True)),
+        ("triangle_product_incoming", lambda: triangle_product(128, False)),
+        ("triangle_product_half", lambda: triangle_product(64, True)),
         ("triangle_output_pair", lambda: triangle_output(pair, 128)),
         ("triangle_output_template", lambda: triangle_output(template, 64)),
         ("outer_product_project_msa", lambda: outer_product_project(msa, 256)),

@@ -225,6 +225,8 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "triangle_hopper_gates": _row_programs,
     "triangle_hopper_operands": _row_programs,
     "triangle_hopper_output": _row_programs,
+    "triangle_hopper_product": _row_programs,
+    "triangle_hopper_product_gradients": _row_programs,
     "triangle_output_backward": _tiles(TRIANGLE),
     "triangle_output_forward": _tiles(TRIANGLE),
     "triangle_project_backward": _tiles(TRIANGLE),

@@ -202,7 +202,7 @@ def outer_product(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, linear: Affine,
     """
     (i, j, c), by_channel = z.shape, dense(a.permute(2, 0, 1)).flatten(0, 1)
     tiles_i, tiles = i // PART, i // PART * (j // OUTER_COLUMNS)
-    hopper_outer_product[(min(_multiprocessors(z.device), tiles),)](
+    hopper_outer_product[(min(multiprocessors(z.device), tiles),)](
         matrix(z.flatten(1), PART, c), matrix(by_channel, MOST_SEQUENCES, PART),
         matrix(b.flatten(1), MOST_SEQUENCES, 2 * OUTER_CHANNELS), weight_tiles(linear.weight, c, OUTER_CHANNELS),
         matrix(out.flatten(1), PART, c), norm, linear.bias, a.shape[0], j, tiles_i, tiles, num_warps=4,
@@ -282,11 +282,11 @@ def matrix(x: Tensor | None, lines: int, columns: int) -> Any:
 def programs(x: Tensor, at_once: int = CONSUMERS) -> tuple[int]:
     """One program per multiprocessor, and none without tiles; ``at_once``: tiles that a program takes together."""
     tiles = x.shape[:-1].numel() // PART
-    return (min(_multiprocessors(x.device), tuning.ceil_div(tiles, at_once)),)
+    return (min(multiprocessors(x.device), tuning.ceil_div(tiles, at_once)),)
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count

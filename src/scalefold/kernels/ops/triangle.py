@@ -2,7 +2,7 @@
 
 Layer norms, gates, masks, dropout and the residual stay in registers; operands of the product are written channels
 first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x. On
-compute capability 9.0 programs of ``kernels.hopper`` take the place of three of these, where they are faster.
+compute capability 9.0 programs of ``kernels.hopper`` take the place of these where they are faster.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import rows as hopper
+from scalefold.kernels.hopper import triangle_product as products
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, sigmoid
 from scalefold.kernels.ops.linear import input_gradient
@@ -219,18 +220,22 @@ def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
 
 
 class _Product(torch.autograd.Function):
-    """Batched products of views; autograd's own backward would hand over transposed gradients."""
+    """Without a Gluon program products of views; autograd's own backward would hand over transposed gradients."""
 
     @staticmethod
     def forward(ctx, a, b, outgoing):
         ctx.save_for_backward(a, b)
         ctx.outgoing = outgoing
+        if chosen("product of a triangle", products.product_obstacle(a, b)):
+            return products.product(a, b, outgoing)
         return a @ b.transpose(-1, -2) if outgoing else a.transpose(-1, -2) @ b
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d):
         a, b = ctx.saved_tensors
+        if chosen("gradients of a triangle's product", products.product_obstacle(a, b, d)):
+            return *products.gradients(a, b, d, ctx.outgoing), None
         if ctx.outgoing:
             return d @ b, d.transpose(-1, -2) @ a, None
         return b @ d.transpose(-1, -2), a @ d, None
@@ -337,7 +342,7 @@ def triangle_project(
 
 
 def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
-    """``reference.triangle_product``: batched products of the library, one forward and two backward, no copies."""
+    """``reference.triangle_product``: batched products of the library or in Gluon, forward and backward, no copies."""
     return _Product.apply(a, b, outgoing)  # type: ignore[return-value]
 
 

@@ -1,71 +1,66 @@
-"""Batched products of triangle multiplication for compute capability 9.0 in Gluon, beside those of the library."""
+"""Batched products of triangle multiplication for compute capability 9.0 in Gluon, as ``hopper.rows``."""
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from scalefold.kernels import hopper
-from scalefold.kernels.hopper.rows import MISSING as ROWS_MISSING
-from scalefold.kernels.hopper.rows import matrix
+from scalefold.kernels import hopper, tuning
+from scalefold.kernels.hopper import choice
+from scalefold.kernels.hopper.rows import matrix, multiprocessors
 
 try:
-    from scalefold.kernels.hopper.triangle_product.program import CHUNK, hopper_product
+    from scalefold.kernels.hopper.triangle_product.program import CHUNK, LENGTH, hopper_product
 
-    MISSING = ROWS_MISSING
+    MISSING = None
 except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
     MISSING = f"this Triton's Gluon is another one: {error}"
 
-BLOCK = hopper.PART
+TILES = 4  # of a channel
+for _name in ("triangle_hopper_product", "triangle_hopper_product_gradients"):
+    tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
-class Form(NamedTuple):
-    """How a program is cut: values of n, tiles of m, slots and buffers per consumer, registers, at most per thread."""
+def product_obstacle(a: Tensor, b: Tensor, d: Tensor | None = None) -> str | None:
+    """Why ``product``, or with d, the product's gradient, ``gradients`` cannot or should not take these arguments."""
+    given = [a, b] if d is None else [a, b, d]
+    if reason := choice.obstacle(MISSING, given):
+        return reason
+    if any(x.shape[-2:] != (LENGTH.value, LENGTH.value) for x in given):
+        return f"operands are not squares of {LENGTH.value}"
+    if not a.numel() or not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in given):
+        return "operands do not lie densely"
+    name = "triangle_hopper_product" if d is None else "triangle_hopper_product_gradients"
+    rows = a.shape[:-1].numel()
+    return choice.preference(tuning.lookup(name, **tuning.row_fields(rows, a.dtype, n=LENGTH.value)))
 
-    columns: int
-    tiles: int
-    stages: int
-    buffers: int
-    registers: int = 240
-    most_registers: int | None = None
+
+def product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
+    """``reference.triangle_product``; a, b: [*, LENGTH, LENGTH]."""
+    (x,) = _multiply(b, [a], not outgoing, not outgoing, False)
+    return x
 
 
-def multiply(
-    y: Tensor, x: Tensor, second: Tensor | None, form: Form, across: bool, kept_across: bool, turned: bool
-) -> list[Tensor]:
-    """out[m, n] = sum over k of x[m, k] y[n, k] of matrices [*, length, length]; see ``program``."""
-    length = y.shape[-1]
-    xs = [x] if second is None else [x, second]
-    outs = [torch.empty_like(x) for x in xs]
-    block = (CHUNK.value, form.columns) if kept_across else (form.columns, CHUNK.value)
-    squares: list[Any] = [matrix(x.view(-1, length), BLOCK, BLOCK) for x in (*xs, *outs)]
-    if second is None:
-        squares = [squares[0], None, squares[1], None]
-    parts = length // (BLOCK * form.tiles) * (length // form.columns)
-    options = {} if form.most_registers is None else {"maxnreg": form.most_registers}
-    hopper_product[(parts, y.shape[:-2].numel())](
-        matrix(y.view(-1, length), *block), *squares,
-        LENGTH=length, TILES=form.tiles, STAGES=form.stages, BUFFERS=form.buffers, ACROSS=across,
-        KEPT_ACROSS=kept_across, TURNED=turned, REGISTERS=form.registers, num_warps=4, **options,
+def gradients(a: Tensor, b: Tensor, d: Tensor, outgoing: bool) -> tuple[Tensor, Tensor]:
+    """Those of a and b for d, that of the product, in one launch."""
+    d_a, d_b = _multiply(d, [b, a], outgoing, False, outgoing)
+    return d_a, d_b
+
+
+def _multiply(y: Tensor, xs: list[Tensor], across: bool, kept_across: bool, turned: bool) -> list[Tensor]:
+    """One product or two that share y; see ``program``."""
+    length, channels = LENGTH.value, y.shape[:-2].numel()
+    outs = [x.new_empty(x.shape) for x in xs]
+    none = [None] * (2 - len(xs))
+    parts = 2 if 2 * channels <= multiprocessors(y.device) else 1
+    block = (CHUNK.value, length) if kept_across else (length, CHUNK.value)
+    hopper_product[(parts, channels)](
+        matrix(y.view(-1, length), *block), *map(_blocks, xs), *none, *map(_blocks, outs), *none,
+        TILES=TILES // parts, ACROSS=across, KEPT_ACROSS=kept_across, TURNED=turned, num_warps=4,
     )  # fmt: skip
     return outs
 
 
-def product(a: Tensor, b: Tensor, outgoing: bool, form: Form) -> Tensor:
-    """x = a b^T, or if not outgoing a^T b."""
-    return multiply(b, a, None, form, not outgoing, not outgoing, False)[0]
-
-
-def gradients(a: Tensor, b: Tensor, d: Tensor, outgoing: bool, form: Form) -> tuple[Tensor, Tensor]:
-    """Gradients of a and b, in one launch."""
-    da, db = multiply(d, b, a, form, outgoing, False, outgoing)
-    return da, db
-
-
-def gradients_apart(a: Tensor, b: Tensor, d: Tensor, outgoing: bool, form: Form) -> tuple[Tensor, Tensor]:
-    """The same in two launches."""
-    if outgoing:
-        return multiply(b, d, None, form, False, True, False)[0], multiply(a, d, None, form, True, True, False)[0]
-    return multiply(d, b, None, form, False, False, False)[0], multiply(d, a, None, form, False, True, False)[0]
+def _blocks(x: Tensor) -> Any:
+    return matrix(x.view(-1, LENGTH.value), hopper.PART, hopper.PART)

@@ -1,9 +1,10 @@
 """Batched products of triangle multiplication for Hopper in Gluon; twin: the library's.
 
-out[m, n] = sum over k of x[m, k] y[n, k], for each channel; matrices are squares of LENGTH. A program has one channel,
-or a part of its m and n. It keeps y, all of k at once, and lets x come by blocks [ROWS, CHUNK] of (m, k), for each
-consumer its own; so what is read comes to a multiprocessor once. A ``second`` product has another x and an out of its
-own, and of the same y the other axis for k: both gradients share the gradient of the product.
+out[m, n] = sum over k of x[m, k] y[n, k], for each channel; matrices are squares of LENGTH. A program has one channel
+or, where channels are too few for all multiprocessors, a part of its m. It keeps y, all of k at once, and lets x come by
+blocks [ROWS, CHUNK] of (m, k), for each consumer its own; so what is read comes to a multiprocessor once. A ``second``
+product has another x and an out of its own, and of the same y the other axis for k: both gradients share the gradient
+of the product.
 
 Either axis of x or y may be the dense one: ``ACROSS`` it is m or n, else k. TURNED: out is stored as [n, m].
 
@@ -34,7 +35,12 @@ from scalefold.kernels.hopper.row_pieces import (
     wait_until_sent,
 )
 
+LENGTH = gl.constexpr(256)  # of a side of all matrices
 CHUNK = gl.constexpr(64)  # values of k of a block
+CHUNKS = gl.constexpr(4)
+STAGES = gl.constexpr(4)  # slots of x of a consumer
+BUFFERS = gl.constexpr(2)  # for results of a consumer
+CONSUMER_REGISTERS = gl.constexpr(240)
 LOADER_REGISTERS = gl.constexpr(24)
 
 
@@ -46,11 +52,10 @@ class Kept(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What a program does: the first row of its channel in all matrices, its first m and its first n."""
+    """What a program does: the first row of its channel in all matrices and its first m."""
 
     row: Any
     m: Any
-    n: Any
 
 
 class Output(NamedTuple):
@@ -64,18 +69,17 @@ class Output(NamedTuple):
 @gluon.jit
 def _fetch_operands(
     descriptors, kept, ring, place,
-    LENGTH: gl.constexpr, TILES: gl.constexpr, COUNT: gl.constexpr, ACROSS: gl.constexpr, KEPT_ACROSS: gl.constexpr,
+    TILES: gl.constexpr, COUNT: gl.constexpr, ACROSS: gl.constexpr, KEPT_ACROSS: gl.constexpr,
 ):  # fmt: skip
     """The loader: blocks of y, each with the first ones of x that meet it, then the rest of x."""
     y, x, second = descriptors
-    CHUNKS: gl.constexpr = LENGTH // CHUNK
     for n in gl.static_range(COUNT):
         for chunk in gl.static_range(CHUNKS):
             k = chunk * CHUNK
             if n == 0:
                 full = kept.there.index(chunk)
                 mbarrier.expect(full, y.block_type.nbytes)
-                at = (place.row + k, place.n) if KEPT_ACROSS else (place.row + place.n, k)
+                at = (place.row + k, 0) if KEPT_ACROSS else (place.row, k)
                 tma.async_copy_global_to_shared(y, at, full, kept.blocks.index(chunk))
             for side in gl.static_range(CONSUMERS):
                 m = place.m + (n * CONSUMERS + side) % TILES * ROWS
@@ -90,7 +94,6 @@ def _fetch_operands(
 def _block_of(kept, chunk: gl.constexpr, SECOND: gl.constexpr, KEPT_ACROSS: gl.constexpr):
     """The right operand [CHUNK, n] for values of k from chunk * CHUNK on."""
     if SECOND:  # one after another, blocks [n, CHUNK] are how the copy engine lays out a square
-        LENGTH: gl.constexpr = kept.blocks.shape[1]
         LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([LENGTH, LENGTH], gl.bfloat16)
         square = kept.blocks._reinterpret(gl.bfloat16, [LENGTH, LENGTH], LAYOUT)
         return square.slice(chunk * CHUNK, CHUNK, 0)
@@ -118,27 +121,20 @@ def _halves(x):
 @gluon.jit
 def _parts(x):
     """Blocks [ROWS, ROWS] of a product."""
-    if x.shape[1] == 4 * ROWS:
-        left, right = _halves(x)
-        parts = _halves(left) + _halves(right)
-    elif x.shape[1] == 2 * ROWS:
-        parts = _halves(x)
-    else:
-        parts = (x,)
-    return parts
+    left, right = _halves(x)
+    return _halves(left) + _halves(right)
 
 
 @gluon.jit
 def _tile(
-    kept, ring, SIDE: gl.constexpr, n: gl.constexpr, COLUMNS: gl.constexpr, SECOND: gl.constexpr, LAST: gl.constexpr,
-    ACROSS: gl.constexpr, KEPT_ACROSS: gl.constexpr,
+    kept, ring, SIDE: gl.constexpr, n: gl.constexpr, SECOND: gl.constexpr, LAST: gl.constexpr, ACROSS: gl.constexpr,
+    KEPT_ACROSS: gl.constexpr,
 ):  # fmt: skip
-    """A consumer's n-th tile, [ROWS, COLUMNS] in bf16. The loader gets slots back, unless it is the LAST one."""
-    CHUNKS: gl.constexpr = kept.blocks.shape[0]
+    """A consumer's n-th tile, [ROWS, LENGTH] in bf16. The loader gets slots back, unless it is the LAST one."""
     if SECOND and n == 0:  # each block has values for every k
         for chunk in gl.static_range(CHUNKS):
             mbarrier.wait(kept.there.index(chunk), 0)
-    acc = gl.zeros([ROWS, COLUMNS], gl.float32, product_layout(COLUMNS))
+    acc = gl.zeros([ROWS, LENGTH], gl.float32, product_layout(LENGTH))
     for chunk in gl.static_range(CHUNKS):
         if n == 0 and not SECOND:
             mbarrier.wait(kept.there.index(chunk), 0)
@@ -146,7 +142,7 @@ def _tile(
         left = x.permute((1, 0)) if ACROSS else x
         right = _block_of(kept, chunk, SECOND, KEPT_ACROSS)
         acc = warpgroup_mma(left, right, acc, use_acc=chunk > 0, is_async=True)
-        if chunk > 0 and (not LAST or chunk - 1 < CHUNKS - ring.slots.shape[0] // CONSUMERS):
+        if chunk > 0 and (not LAST or chunk - 1 < CHUNKS - STAGES):
             acc = warpgroup_mma_wait(1, deps=(acc,))
             _free(ring, SIDE, n * CHUNKS + chunk - 1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -161,14 +157,11 @@ def _buffer(output, ring, SIDE: gl.constexpr, sent: gl.constexpr, part: gl.const
 
     It is free in all warps.
     """
-    STAGES: gl.constexpr = ring.slots.shape[0] // CONSUMERS
     if LAST:
-        gl.static_assert(part < STAGES, "the last tile finds too few slots")
         if part == 0:
             group_barrier()
         return ring.slots.index(SIDE * STAGES + part)
     else:  # noqa: RET505  (the compiler looks at what follows an untaken return)
-        BUFFERS: gl.constexpr = output.buffers.shape[0] // CONSUMERS
         if sent >= BUFFERS:
             wait_until_sent(BUFFERS - 1)
         return output.buffers.index(SIDE * BUFFERS + sent % BUFFERS)
@@ -193,59 +186,44 @@ def _multiply(
 ):  # fmt: skip
     """A consumer: tiles SIDE, SIDE + CONSUMERS, ... of the first product and then of the second one."""
     output, kept, ring, place = shared
-    COLUMNS: gl.constexpr = kept.blocks.shape[2] if KEPT_ACROSS else kept.blocks.shape[1]
-    PARTS: gl.constexpr = COLUMNS // ROWS
+    PARTS: gl.constexpr = LENGTH // ROWS
     for n in gl.static_range(COUNT):
-        result = _tile(
-            kept, ring, SIDE, n, COLUMNS, n * CONSUMERS + SIDE >= TILES, n == COUNT - 1, ACROSS, KEPT_ACROSS
-        )
-        parts = _parts(result)
+        SECOND: gl.constexpr = n * CONSUMERS + SIDE >= TILES
+        parts = _parts(_tile(kept, ring, SIDE, n, SECOND, n == COUNT - 1, ACROSS, KEPT_ACROSS))
         m = place.m + (n * CONSUMERS + SIDE) % TILES * ROWS
         for part in gl.static_range(PARTS):
             buffer = _buffer(output, ring, SIDE, n * PARTS + part, part, n == COUNT - 1)
-            at = (place.row, place.n + part * ROWS)
-            if n * CONSUMERS + SIDE < TILES:
-                _send_part(output.first, buffer, parts[part], at, m, TURNED)
-            else:
-                _send_part(output.second, buffer, parts[part], at, m, TURNED)
+            descriptor = output.second if SECOND else output.first
+            _send_part(descriptor, buffer, parts[part], (place.row, part * ROWS), m, TURNED)
     tma.store_wait(0)
 
 
 @gluon.jit
 def hopper_product(
     y, x, second, out, second_out,
-    LENGTH: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, BUFFERS: gl.constexpr, ACROSS: gl.constexpr,
-    KEPT_ACROSS: gl.constexpr, TURNED: gl.constexpr, REGISTERS: gl.constexpr,
+    TILES: gl.constexpr, ACROSS: gl.constexpr, KEPT_ACROSS: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of matrices [channels * LENGTH, LENGTH], all in blocks [ROWS, ROWS] but those of y.
 
-    Program (part of a channel, channel): parts of n are neighbours, then parts of m, which have TILES tiles each. The
-    second product, if there is one, reads y as if KEPT_ACROSS were the other way around; y is then kept whole.
-
-    STAGES, BUFFERS: slots of x and buffers of results for each consumer; a consumer with one tile needs no buffer.
+    Program (part of a channel, channel): parts are TILES tiles of m. The second product, if there is one, reads y as if
+    KEPT_ACROSS, which it then is not.
     """
     PAIRED: gl.constexpr = second is not None
     COUNT: gl.constexpr = (2 if PAIRED else 1) * TILES // CONSUMERS
-    COLUMNS: gl.constexpr = y.block_type.shape[1] if KEPT_ACROSS else y.block_type.shape[0]
-    gl.static_assert(not PAIRED or (COLUMNS == LENGTH and not KEPT_ACROSS), "a second product needs all of y")
-    gl.static_assert(COUNT * CONSUMERS == (2 if PAIRED else 1) * TILES, "consumers have the same number of tiles")
-    gl.static_assert(COUNT == 1 or BUFFERS > 0, "results leave through buffers")
-    gl.static_assert(STAGES > 1, "a slot is free again after the products with the next one have begun")
-    PARTS_N: gl.constexpr = LENGTH // COLUMNS
-    CHUNKS: gl.constexpr = LENGTH // CHUNK
+    gl.static_assert(not PAIRED or not KEPT_ACROSS, "a second product reads y the other way around")
+    gl.static_assert(TILES % CONSUMERS == 0, "consumers have the same number of tiles")
     kept = Kept(tiles_for(y, CHUNKS), one_arrival(CHUNKS))
     ring = new_ring(x, STAGES)
-    output = Output(out, second_out, tiles_for(out, CONSUMERS * BUFFERS) if COUNT > 1 else None)
+    output = Output(out, second_out, tiles_for(out, CONSUMERS * BUFFERS))
     publish()
-    part = gl.program_id(0)
-    place = Place(gl.program_id(1) * LENGTH, part // PARTS_N * (TILES * ROWS), part % PARTS_N * COLUMNS)
+    place = Place(gl.program_id(1) * LENGTH, gl.program_id(0) * (TILES * ROWS))
     shared = (output, kept, ring, place)
     gl.warp_specialize(
         [
             (_multiply, (shared, 0, TILES, COUNT, ACROSS, KEPT_ACROSS, TURNED)),
             (_multiply, (shared, 1, TILES, COUNT, ACROSS, KEPT_ACROSS, TURNED)),
-            (_fetch_operands, ((y, x, second), kept, ring, place, LENGTH, TILES, COUNT, ACROSS, KEPT_ACROSS)),
+            (_fetch_operands, ((y, x, second), kept, ring, place, TILES, COUNT, ACROSS, KEPT_ACROSS)),
         ],
         [4, 4],
-        [REGISTERS, LOADER_REGISTERS],
+        [CONSUMER_REGISTERS, LOADER_REGISTERS],
     )
