@@ -78,6 +78,9 @@ def case_of(name, shape):
             return outer_product_of(draw, int(form), 64 * min(i, 5), j)
         if operation == "transition":
             return transition_of(draw, shape, int(form.rstrip("rt")), form.endswith("t"))
+        if operation == "product":
+            a, b = draw(batch, i, j, j), draw(batch, i, j, j)
+            return cases.Inputs(draw.leaves, lambda ops: ops.triangle_product(a, b, form == "outgoing"))
         if operation == "gated":
             return gated_output_of(draw, shape, form)
         if operation == "wide":
@@ -119,6 +122,7 @@ OPERATIONS = [
     *("gated row-128", "gated ending-128", "gated column-128", "gated row-256", "gated ending-256", "gated column-256"),
     *("wide row", "wide column"),
 ]
+PRODUCTS = product(["product outgoing", "product incoming"], [(1, 1, 256), (1, 66, 256), (1, 67, 256), (4, 64, 256)])
 SHAPES = [(1, 1, 64), (1, 17, 64), (1, 290, 64), (1, 128, 256)]
 
 
@@ -126,13 +130,14 @@ SHAPES = [(1, 1, 64), (1, 17, 64), (1, 290, 64), (1, 128, 256)]
 @on_hopper
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [*product(OPERATIONS, SHAPES), *product(["output column"], [(1, 1, 320), (1, 7, 320), (1, 2, 96)])],
+    [*product(OPERATIONS, SHAPES), *product(["output column"], [(1, 1, 320), (1, 7, 320), (1, 2, 96)]), *PRODUCTS],
     ids=str,
 )
 def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch, name, shape):
     """One tile, an odd number of them, more than run at once, and a share of DAP 2; memory is poisoned in between.
 
-    A triangle's output also where dropout's scales stay in five blocks for few i, and where they do not stay.
+    A triangle's output also where dropout's scales stay in five blocks for few i, and where they do not stay; its
+    products for one channel, as many as are split, one more, and those of templates.
     """
     import hopper_cases as cases
     from scalefold.kernels.table import REFERENCE

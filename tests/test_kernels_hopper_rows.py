@@ -15,7 +15,7 @@ import triton.language as tl
 from hopper_programs import C, empty, every_program
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import choice as hopper_choice
-from scalefold.kernels.hopper import gated_attention, rows
+from scalefold.kernels.hopper import gated_attention, rows, triangle_product
 from scalefold.kernels.ops import linear, outer_product, transition, triangle
 
 NO_BIASES = [None, None, None]
@@ -48,6 +48,11 @@ def outer_obstacle(sequences, i, j, z=None, b=None):
 def transition_obstacle(x, hidden=512, d_out=None):
     c = x.shape[-1]
     return rows.transition_obstacle(x, [empty(hidden, c), empty(c, hidden)], d_out)
+
+
+def product_obstacle(channels, n=256, d=None, dtype=torch.bfloat16):
+    a, b = (empty(1, channels, n, n, dtype=dtype) for _ in range(2))
+    return triangle_product.product_obstacle(a, b, d)
 
 
 WIDE_BIASES = [None, None, None, empty(256)]
@@ -119,6 +124,11 @@ def test_projections_of_a_triangle_s_attention_have_no_obstacle(compiled, transp
         ),
         (lambda: projections_obstacle(empty(1, 4, 64, 256), None, [256, 32], [None, empty(32)]), "weights are not 256"),
         (lambda: projections_obstacle(empty(1, 3, 21, 256), None, [256] * 4, WIDE_BIASES), "rows do not come in"),
+        (lambda: product_obstacle(64, 320), "operands are not squares of 256"),
+        (lambda: product_obstacle(64, d=empty(1, 64, 256, 320)), "operands are not squares of 256"),
+        (lambda: product_obstacle(0), "operands do not lie densely"),
+        (lambda: product_obstacle(64, d=empty(1, 256, 256, 64).permute(0, 3, 1, 2)), "operands do not lie densely"),
+        (lambda: product_obstacle(64, dtype=torch.float32), "float32 is not bfloat16"),
         (lambda: outer_obstacle(129, 64, 64), "not up to 128 sequences"),
         (lambda: outer_obstacle(8, 64, 64, b=empty(8, 64, 16)), "not up to 128 sequences of 32 channels"),
         (lambda: outer_obstacle(8, 64, 64, z=empty(64, 64, 64)), "for pairs of 128"),
@@ -178,6 +188,14 @@ def test_transitions_and_outer_products_take_gluon_where_it_was_found_faster(com
     assert (transition_obstacle(m, 1024) is None) == msa
     assert (transition_obstacle(m, 1024, torch.empty_like(m)) is None) == msa
     assert (outer_obstacle(128, 256 // shares, 256) is None) == outer
+
+
+@pytest.mark.parametrize(
+    ("channels", "forward", "backward"), [(128, True, True), (64, False, True), (32, False, False), (16, False, False)]
+)
+def test_products_take_gluon_where_it_was_found_faster(compiled, channels, forward, backward):
+    assert (product_obstacle(channels) is None) == forward
+    assert (product_obstacle(channels, d=empty(1, channels, 256, 256)) is None) == backward
 
 
 def test_whole_chains_keep_the_triton_programs(compiled):
@@ -289,6 +307,8 @@ from scalefold.kernels.hopper import gradients
 pair = (1, 256, 256)
 with tuning.assume_capability(90), recorded_launches() as launches:
     cases.triangle_project(pair, 128)
+    cases.triangle_product(128, False)
+    cases.triangle_product(128, True)
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
         names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper")
@@ -325,7 +345,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    programs = ["hopper_operands", "hopper_output", "hopper_output"]
+    programs = ["hopper_operands", *["hopper_product"] * 4, "hopper_output", "hopper_output"]
     programs += [
         *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,

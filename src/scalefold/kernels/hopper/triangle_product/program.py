@@ -1,10 +1,10 @@
 """Batched products of triangle multiplication for Hopper in Gluon; twin: the library's.
 
 out[m, n] = sum over k of x[m, k] y[n, k], for each channel; matrices are squares of LENGTH. A program has one channel
-or, where channels are too few for all multiprocessors, a part of its m. It keeps y, all of k at once, and lets x come by
-blocks [ROWS, CHUNK] of (m, k), for each consumer its own; so what is read comes to a multiprocessor once. A ``second``
-product has another x and an out of its own, and of the same y the other axis for k: both gradients share the gradient
-of the product.
+or, where channels are too few for all multiprocessors, a part of its m. It keeps y, all of k at once, and lets x come
+by blocks [ROWS, CHUNK] of (m, k), for each consumer its own; so what is read comes to a multiprocessor once. A
+``second`` product has another x and an out of its own, and of the same y the other axis for k: both gradients share the
+gradient of the product.
 
 Either axis of x or y may be the dense one: ``ACROSS`` it is m or n, else k. TURNED: out is stored as [n, m].
 
@@ -188,12 +188,12 @@ def _multiply(
     output, kept, ring, place = shared
     PARTS: gl.constexpr = LENGTH // ROWS
     for n in gl.static_range(COUNT):
-        SECOND: gl.constexpr = n * CONSUMERS + SIDE >= TILES
-        parts = _parts(_tile(kept, ring, SIDE, n, SECOND, n == COUNT - 1, ACROSS, KEPT_ACROSS))
+        tile = _tile(kept, ring, SIDE, n, n * CONSUMERS + SIDE >= TILES, n == COUNT - 1, ACROSS, KEPT_ACROSS)
+        parts = _parts(tile)
         m = place.m + (n * CONSUMERS + SIDE) % TILES * ROWS
         for part in gl.static_range(PARTS):
             buffer = _buffer(output, ring, SIDE, n * PARTS + part, part, n == COUNT - 1)
-            descriptor = output.second if SECOND else output.first
+            descriptor = output.first if n * CONSUMERS + SIDE < TILES else output.second
             _send_part(descriptor, buffer, parts[part], (place.row, part * ROWS), m, TURNED)
     tma.store_wait(0)
 
