@@ -7,6 +7,7 @@
 ``rounded`` is the plain path once more, from another rounding of the weights to bf16, ``ours_rounded`` the kernels from
 there: what the former differs by is no fault of theirs.
 STORE needs evaluation chains (``scalefold prepare --evaluation-list``), though none is evaluated. One pass per step.
+Weights are random, so the rate rises as AlphaFold's pre-training lets it (the configurations ``from_scratch``).
 Crops are shorter than the benchmark's, so that the plain path takes less long; nothing else differs. Metrics are kept
 as ``curve_VARIANT.jsonl`` in --folder, each comparison with plain as rows of ``training_curve.csv`` there, one for the
 loss and each term: ``mean_difference`` is that of means of WINDOW steps one after the other, with the standard error
@@ -39,6 +40,7 @@ VARIANTS = {"ours": [], "plain": PLAIN, "rounded": PLAIN, "ours_rounded": []}
 ROUNDED = ("rounded", "ours_rounded")
 RECOMPUTED = "execution.activation_checkpointing=true"
 WINDOW = 20  # steps
+WARMUP = 1000  # steps: AlphaFold 2, Supplement 1.11.3
 
 
 def settings(variant: str, crop: int) -> list[str]:
@@ -47,6 +49,7 @@ def settings(variant: str, crop: int) -> list[str]:
         "data.filter_by_alignments=true",
         "data.num_recycling_iters=0",
         f"data.train_sequence_crop_size={crop}",
+        f"training.opt_learning_rate_warmup_steps={WARMUP}",
         "execution.warm_up=false",  # no evaluation here
         *VARIANTS[variant],
     ]
@@ -117,7 +120,8 @@ def rows_of(variant: str, found: Comparison, crop: int) -> list[dict[str, object
     """A row for the loss and one for each term."""
     run = found.metrics[1].run
     known = {**facts(), "device": run.get("device", ""), "torch": run.get("torch", ""), "variant": variant}
-    return [{**known, "crop": crop, **term_row(one, found)} for one in found.rows if one.num_steps >= WINDOW]
+    known |= {"crop": crop, "warmup": WARMUP}
+    return [{**known, **term_row(one, found)} for one in found.rows if one.num_steps >= WINDOW]
 
 
 def term_row(one: Compared, found: Comparison) -> dict[str, object]:
