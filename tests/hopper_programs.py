@@ -12,6 +12,7 @@ KERNELS = (
     *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
     *("transition_hopper_input", "transition_hopper_weights", "transition_hopper_hidden"),
     *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
+    "weight_gradient_hopper",
 )
 C = 128
 

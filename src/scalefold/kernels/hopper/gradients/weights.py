@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import one_arrival, product_layout
 
+BEHIND = gl.constexpr(1)  # products that a consumer leaves unfinished when the next ones begin
+
 
 class Slots(NamedTuple):
     """Slots for rows of d [rows, lines of a tile] and of a [rows, its columns], which all consumers read."""
@@ -66,7 +68,7 @@ def _fetch(ds, operands, slots, place, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def _sum_rows(shared, SIDE: gl.constexpr, COUNT: gl.constexpr, TRANSPOSED: gl.constexpr, BEHIND: gl.constexpr):
+def _sum_rows(shared, SIDE: gl.constexpr, COUNT: gl.constexpr, TRANSPOSED: gl.constexpr):
     """A consumer: its lines of the tile."""
     partials, slots, place, width, c = shared
     STAGES: gl.constexpr = slots.d.shape[0]
@@ -100,13 +102,13 @@ def _sum_rows(shared, SIDE: gl.constexpr, COUNT: gl.constexpr, TRANSPOSED: gl.co
 @gluon.jit(do_not_specialize=["num_rows", "per_range"])
 def hopper_weight_gradients(
     d0, d1, d2, d3, a0, a1, a2, a3, partials, width, c, num_rows, per_range,
-    COUNT: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr, BEHIND: gl.constexpr,
+    COUNT: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Program (tile of one of COUNT gradients, range of rows) -> partials[range]: fp32 [COUNT, width * c].
 
     Descriptors of d [num_rows, width] in blocks [rows of a slot, lines of a tile], and of a [num_rows, c] in blocks
     [rows of a slot, columns of a tile]; per_range: rows of a range, in whole slots. Bits of TRANSPOSED: gradients
-    that are stored as [c, width]. BEHIND: products that a consumer leaves unfinished when the next ones begin.
+    that are stored as [c, width].
     """
     slots = Slots(
         tiles_for(d0, STAGES), tiles_for(a0, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS)
@@ -125,8 +127,8 @@ def hopper_weight_gradients(
     shared = (partials, slots, place, width, c)
     gl.warp_specialize(
         [
-            (_sum_rows, (shared, 0, COUNT, TRANSPOSED, BEHIND)),
-            (_sum_rows, (shared, 1, COUNT, TRANSPOSED, BEHIND)),
+            (_sum_rows, (shared, 0, COUNT, TRANSPOSED)),
+            (_sum_rows, (shared, 1, COUNT, TRANSPOSED)),
             (_fetch, ((d0, d1, d2, d3), (a0, a1, a2, a3), slots, place, COUNT)),
         ],
         [4, 4],
