@@ -199,9 +199,7 @@ def products_obstacle(ds: Sequence[Tensor], operands: Sequence[Tensor]) -> str |
     return hopper.preference(PRODUCTS_NAME, operands[0], n=n, products=len(ds))
 
 
-def product_partials(
-    ds: Sequence[Tensor], operands: Sequence[Tensor], transposed: Sequence[bool]
-) -> list[Tensor]:
+def product_partials(ds: Sequence[Tensor], operands: Sequence[Tensor], transposed: Sequence[bool]) -> list[Tensor]:
     """Partial gradients of weights, [ranges, n * c] each; ``transposed``: as [c, n] instead of [n, c].
 
     Any number of rows: the copy engine gives zeros past the last one.

@@ -110,9 +110,7 @@ def hopper_weight_gradients(
     [rows of a slot, columns of a tile]; per_range: rows of a range, in whole slots. Bits of TRANSPOSED: gradients
     that are stored as [c, width].
     """
-    slots = Slots(
-        tiles_for(d0, STAGES), tiles_for(a0, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS)
-    )
+    slots = Slots(tiles_for(d0, STAGES), tiles_for(a0, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS))
     publish()
     LINES: gl.constexpr = d0.block_type.shape[1]
     COLUMNS: gl.constexpr = a0.block_type.shape[1]
