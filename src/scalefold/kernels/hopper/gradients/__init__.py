@@ -206,7 +206,7 @@ def product_partials(ds: Sequence[Tensor], operands: Sequence[Tensor], transpose
     """
     tiles, order = PRODUCT_TILES[ds[0].shape[-1], operands[0].shape[-1]], memory_order(operands[0])
     left, right = (operands, ds) if tiles.lines_of_a else (ds, operands)
-    (count, width), c, number = hopper.by_rows(left[0], order).shape, right[0].shape[-1], len(ds)
+    count, width, c, number = ds[0].shape[:-1].numel(), left[0].shape[-1], right[0].shape[-1], len(ds)
     programs = number * (width // tiles.lines) * (c // tiles.columns)
     ranges, slots = _ranges(tuning.ceil_div(count, tiles.rows), programs)
     left, right = (

@@ -3,9 +3,8 @@
 
 dW[n, c] = sum over rows of d[row, n] * a[row, c]. A program has one tile of one gradient and a range of rows; its
 consumers have half of the tile's lines each. Both operands come as they lie, rows first: the tensor cores read either
-of them from shared memory along its other axis. A wide tile matters more than anything else: each value that comes is
-multiplied as often as the tile is long or wide, and multiprocessors together take no more from the second-level cache
-than tensor cores could just consume.
+of them from shared memory along its other axis. Every program writes its tile of its range's partial gradient, and no
+other writes there: sums over ranges follow in fixed order.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
