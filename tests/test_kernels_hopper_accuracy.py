@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from itertools import product
+from math import gcd
 
 import pytest
 import torch
@@ -158,3 +159,40 @@ def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch
         assert set(asked) == ({None, "the table prefers the Triton program"} if name.endswith("r") else {None})
         assert cases.too_large(own, other) == [], (own, other)
         assert bits.repeat(lambda: results(build, TRITON, torch.bfloat16), 20) == []
+
+
+def weight_gradient_factors(n, c, rows, form):
+    """Factors of two products over so many rows: rows that lie in another order, or every second one of a matrix."""
+    random = torch.Generator(device="cuda").manual_seed(rows)
+
+    def draw(width):
+        whole = torch.full((2 * rows + 128, width), float("nan"), dtype=torch.bfloat16, device="cuda")
+        own = whole[: 2 * rows : 2] if form == "spaced" else whole[:rows]  # what lies behind them is no number
+        own.copy_(torch.randn(rows, width, generator=random, device="cuda"))
+        return own.view(1, -1, gcd(rows, 56), width).transpose(1, 2) if form == "transposed" else own[None]
+
+    return [draw(n) for _ in range(2)], [draw(c) for _ in range(2)]
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("form", ["dense", "transposed", "spaced"])
+@pytest.mark.parametrize("rows", [1, 63, 64, 8449, 16384, 32768])
+@pytest.mark.parametrize(("n", "c", "transposed"), [(1024, 256, (False, True)), (32, 256, (False, False))])
+def test_weight_gradients_in_gluon_are_exact_over_any_number_of_rows(scripts, n, c, transposed, rows, form):
+    """Less than a slot, one range and many, and a last one with a single row; memory is poisoned in between."""
+    from scalefold.kernels import weight_gradient
+    from scalefold.kernels.hopper import gradients
+    from scalefold.kernels.rows import sum_all
+    from scalefold.tune.sound import bits
+
+    ds, operands = weight_gradient_factors(n, c, rows, form)
+    products = [weight_gradient.Product(*three) for three in zip(ds, operands, transposed, strict=True)]
+    with every_program(1):
+        assert gradients.products_obstacle(ds, operands) is None
+        found = sum_all(weight_gradient.weight_partials(products), torch.float32)
+        for own, product in zip(found, products, strict=True):
+            d, a = (factor.flatten(0, -2).double() for factor in (product.d, product.a))
+            exact = (a.t() @ d if product.transposed else d.t() @ a).flatten()
+            assert (own - exact).norm() <= 1e-4 * exact.norm()  # no partial gradient is rounded to bf16
+        assert bits.repeat(lambda: weight_gradient.weight_partials(products), 20) == []

@@ -323,6 +323,7 @@ with tuning.assume_capability(90), recorded_launches() as launches:
         cases.transitions(pair, 128, 4)
         stack.enter_context(tuning.override("transition_hopper_gradient", {"HOPPER": 1}))
         cases.transitions((1, 128, 256), 256, 4)
+        cases.outer_product_project((1, 128, 256), 256)
         for transposed in (False, True):
             cases.projections(pair, 128, [128] * 4 + [4], transposed)
             cases.gated(pair, 128, 4, 32, transposed)
@@ -349,8 +350,9 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     programs += [
         *["hopper_outer_product", "hopper_outer_weight", "hopper_outer_operand", "hopper_outer_operand"],
         *["hopper_transition", "hopper_transition_gradient"] * 2,
+        "hopper_weight_gradients",
         *("hopper_transition", "hopper_transition_input", "hopper_transition_weights"),
-        *("hopper_transition", "hopper_transition_hidden"),
+        *("hopper_transition", "hopper_transition_hidden", "hopper_weight_gradients", "hopper_weight_gradients"),
         *["hopper_projections", "hopper_gated_output"] * 2,
         "hopper_wide_gated_output",
         "hopper_wide_projections",

@@ -5,7 +5,8 @@ fills few multiprocessors, so the rows are split: the library takes the ranges a
 gives each range to a program. Either way the partial products are summed in fixed order afterwards, together with the
 other partial sums of the operation (``rows.sum_all``), so results repeat bit for bit. Of the two kernels one fetches
 matrices by the copy engine, which leaves its threads little but products; the other also takes operands that are no
-matrices in the common order of rows. A third computes the d of a triangle's projections by itself.
+matrices in the common order of rows. A third computes the d of a triangle's projections by itself. Before all of them
+comes the program in Gluon (``hopper.gradients``), where it is known to win.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
@@ -20,6 +21,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.hopper import choice
+from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.instructions import complete, sigmoid, to_fp32
 from scalefold.kernels.rows import (
     Affine,
@@ -180,6 +183,9 @@ def weight_partials(products: Sequence[Product]) -> list[Tensor]:
 
     One tensor [P_i, n * c] per product, for ``rows.sum_all``; P_i depends on shapes and launch parameters only.
     """
+    ds, operands = [product.d for product in products], [product.a for product in products]
+    if choice.chosen("weight gradients", gluon.products_obstacle(ds, operands)):
+        return gluon.product_partials(ds, operands, [product.transposed for product in products])
     done: list[Tensor | None] = [_library_product(product, len(products)) for product in products]
     rest = [product for product, partial in zip(products, done, strict=True) if partial is None]
     own = iter(_copied_products(rest, len(products)) or _tiled_products(rest) if rest else [])

@@ -233,6 +233,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "triangle_project_forward": _tiles(TRIANGLE),
     "triangle_project_weights": _tiles(RECOMPUTED_WEIGHTS),
     "weight_gradient": _weight_gradient,
+    "weight_gradient_hopper": _row_programs,
 }
 
 

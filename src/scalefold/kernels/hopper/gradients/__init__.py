@@ -3,6 +3,7 @@
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ try:
     from scalefold.kernels.hopper.gradients.hidden import hopper_transition_hidden
     from scalefold.kernels.hopper.gradients.outer_product import hopper_outer_operand, hopper_outer_weight
     from scalefold.kernels.hopper.gradients.transition import hopper_transition_input, hopper_transition_weights
+    from scalefold.kernels.hopper.gradients.weights import hopper_weight_gradients
 
     MISSING = hopper.MISSING
 except (ImportError, AttributeError) as error:  # as in ``rows``
@@ -27,9 +29,27 @@ PAIRED = 2  # channels, or values of j, of a consumer
 GROUP = PAIRED * CONSUMERS  # channels of a of a program for the gradient of a
 NAMES = ("outer_product_hopper_operands", "outer_product_hopper_weight")
 TRANSITION_NAMES = ("transition_hopper_input", "transition_hopper_weights")
+PRODUCTS_NAME = "weight_gradient_hopper"
 FEWEST_HIDDEN = 4 * HIDDEN_BLOCK  # channels: what the loader has on its way
-for _name in (*NAMES, *TRANSITION_NAMES, "transition_hopper_hidden"):
+for _name in (*NAMES, *TRANSITION_NAMES, "transition_hopper_hidden", PRODUCTS_NAME):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
+
+
+class ProductTiles(NamedTuple):
+    """Of weight gradients: lines and columns of a tile, rows of a slot, slots; lines are channels of d or of a."""
+
+    lines: int
+    columns: int
+    rows: int
+    stages: int
+    lines_of_a: bool
+
+
+PRODUCT_TILES = {  # by widths of d and a
+    (1024, 256): ProductTiles(128, 128, 64, 6, False),
+    (32, 256): ProductTiles(128, 32, 64, 8, True),
+}
+MOST_PRODUCTS = 4  # of a launch
 
 
 def obstacle(name: str, scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> str | None:
@@ -162,3 +182,41 @@ def transition_hidden(
         linear_1.bias, partials, hidden // block, count // PART, num_warps=4,
     )  # fmt: skip
     return outs[0], outs[1], outs[2], outs[3], partials
+
+
+def products_obstacle(ds: Sequence[Tensor], operands: Sequence[Tensor]) -> str | None:
+    """Why ``product_partials`` cannot or should not take weight gradients of d [*, n] with a [*, c], or None."""
+    if reason := choice.obstacle(MISSING, (*ds, *operands)):
+        return reason
+    shape, n = operands[0].shape, ds[0].shape[-1]
+    if len(ds) > MOST_PRODUCTS or any(d.shape != (*shape[:-1], n) for d in ds):
+        return f"not up to {MOST_PRODUCTS} products of one shape"
+    if (n, shape[-1]) not in PRODUCT_TILES:
+        return f"no tiles for products of {n} with {shape[-1]} channels"
+    order = memory_order(operands[0])
+    if not shape.numel() or not all(hopper.is_aligned(hopper.by_rows(x, order)) for x in (*ds, *operands)):
+        return "rows of all factors do not lie densely"
+    return hopper.preference(PRODUCTS_NAME, operands[0], n=n, products=len(ds))
+
+
+def product_partials(ds: Sequence[Tensor], operands: Sequence[Tensor], transposed: Sequence[bool]) -> list[Tensor]:
+    """Partial gradients of weights, [ranges, n * c] each; ``transposed``: as [c, n] instead of [n, c].
+
+    Any number of rows: the copy engine gives zeros past the last one.
+    """
+    tiles, order = PRODUCT_TILES[ds[0].shape[-1], operands[0].shape[-1]], memory_order(operands[0])
+    left, right = (operands, ds) if tiles.lines_of_a else (ds, operands)
+    count, width, c, number = ds[0].shape[:-1].numel(), left[0].shape[-1], right[0].shape[-1], len(ds)
+    programs = number * (width // tiles.lines) * (c // tiles.columns)
+    ranges, slots = _ranges(tuning.ceil_div(count, tiles.rows), programs)
+    left, right = (
+        [matrix(hopper.by_rows(x, order), tiles.rows, across) for x in factors]
+        for factors, across in ((left, tiles.lines), (right, tiles.columns))
+    )
+    partials = torch.empty(ranges, number * width * c, dtype=torch.float32, device=ds[0].device)
+    absent, turned = MOST_PRODUCTS - number, sum((t != tiles.lines_of_a) << n for n, t in enumerate(transposed))
+    hopper_weight_gradients[(programs, ranges)](
+        *left, *left[:1] * absent, *right, *right[:1] * absent, partials, width, c, count, slots * tiles.rows,
+        COUNT=number, TRANSPOSED=turned, STAGES=tiles.stages, num_warps=4,
+    )  # fmt: skip
+    return list(partials.split([width * c] * number, 1))
