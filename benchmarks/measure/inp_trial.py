@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import inp_forms
+import inp_hopper
 from common import graph_microseconds
 from compile_targets import compile_launch, recorded_launches
 from scalefold.kernels import tuning
@@ -66,13 +67,12 @@ GATED = {
 }
 BOTH = {
     "present": None,
+    "gluon": {"gluon": 1},
     "mixed": {"mixed": True, "config": tiles(64, 64, 4, 3)},
     "halves": {"mixed": False, "config": tiles(64, 64, 4, 3)},
     "mixed, 2 stages": {"mixed": True, "config": tiles(64, 64, 4, 2)},
     "mixed, 128 columns": {"mixed": True, "config": tiles(64, 128, 4, 1)},
 }
-if hasattr(inp_forms, "hopper_both"):
-    BOTH |= {"gluon": {"gluon": 1}}
 
 
 def all_forms() -> dict[str, tuple[str, dict | None, list[str]]]:
@@ -149,8 +149,7 @@ def call_both(inputs: tuple, arguments: dict | None) -> list[Tensor]:
         first = input_gradient(x, *norms[:2], None, [weights[0]], [d_x], [True], None)
         second = input_gradient(z, *norms[2:], None, [weights[1]], [d_z], [True], d_out)
     elif "gluon" in arguments:
-        more = {name: value for name, value in arguments.items() if name != "gluon"}
-        first, second = inp_forms.hopper_both(x, z, norms[:2], norms[2:], *weights, projected, d_out, **more)
+        first, second = inp_hopper.hopper_both(x, z, norms[:2], norms[2:], *weights, projected, d_out)
     else:
         first, second = inp_forms.both_gradients(x, z, norms[:2], norms[2:], *weights, d_x, d_z, d_out, **arguments)
     return [first[0], first[1], second[0], second[1], first[2], second[2]]
