@@ -10,6 +10,7 @@ from scalefold.kernels.hopper import gated_attention, gradients  # noqa: F401, t
 KERNELS = (
     *("norm_linear_hopper", "triangle_hopper_gates", "triangle_hopper_operands", "triangle_hopper_output"),
     *("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper"),
+    "gated_output_hopper_gradient",
     *("transition_hopper_input", "transition_hopper_weights", "transition_hopper_hidden"),
     *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
 )
