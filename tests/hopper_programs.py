@@ -13,7 +13,7 @@ KERNELS = (
     *("transition_hopper_input", "transition_hopper_weights", "transition_hopper_hidden"),
     *("norm_linear_hopper_wide", "outer_product_hopper_operands", "outer_product_hopper_weight"),
     *("triangle_hopper_product", "triangle_hopper_product_gradients"),
-    "weight_gradient_hopper",
+    *("gated_output_hopper_gradient", "weight_gradient_hopper"),
 )
 C = 128
 

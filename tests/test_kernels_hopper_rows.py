@@ -353,8 +353,8 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
         "hopper_weight_gradients",
         *("hopper_transition", "hopper_transition_input", "hopper_transition_weights"),
         *("hopper_transition", "hopper_transition_hidden", "hopper_weight_gradients", "hopper_weight_gradients"),
-        *["hopper_projections", "hopper_gated_output"] * 2,
-        "hopper_wide_gated_output",
+        *["hopper_projections", "hopper_gated_output", "hopper_gated_gradient"] * 2,
+        *("hopper_wide_gated_output", "hopper_gated_gradient"),
         "hopper_wide_projections",
     ]
     assert finished.stdout.splitlines() == [f"{program} 0" for program in programs]

@@ -33,9 +33,9 @@ def scales(*shape, dtype=torch.float32):
     return empty(*shape, dtype=dtype)
 
 
-def gated_obstacle(x, dropout=None, o=None, weight=None):
+def gated_obstacle(x, dropout=None, o=None, weight=None, name="gated_output_hopper"):
     o, weight = torch.empty_like(x) if o is None else o, empty(x.shape[-1], x.shape[-1]) if weight is None else weight
-    return gated_attention.gated_output_obstacle(x, o, torch.empty_like(x), weight, dropout)
+    return gated_attention.gated_output_obstacle(x, o, torch.empty_like(x), weight, dropout, name)
 
 
 @pytest.mark.parametrize("dap_size", [1, 2, 4, 8])
@@ -60,6 +60,17 @@ def test_gated_outputs_take_gluon_where_it_was_found_faster(compiled, dap_size, 
     assert gated_obstacle(x) == TRITON, "without dropout the Triton program of pairs is as fast"
     assert (gated_obstacle(m, scales(1, 1, 256, 256)) is None) == msa
     assert (gated_obstacle(turned(1, 256 // dap_size, 128, 256)) is None) == msa
+
+
+@pytest.mark.parametrize("dap_size", [1, 2, 4, 8])
+def test_gradients_of_gated_outputs_take_gluon_in_every_share(compiled, dap_size):
+    name, share = "gated_output_hopper_gradient", 256 // dap_size
+    pair, msa = scales(1, 1, 256, C), scales(1, 1, 256, 256)
+    assert gated_obstacle(empty(1, share, 256, C), pair, name=name) is None
+    assert gated_obstacle(empty(1, 128 // dap_size, 256, 256), msa, name=name) is None
+    assert gated_obstacle(turned(1, share, 128, 256), name=name) is None
+    found = gated_obstacle(turned(1, share, 256, C), pair, name=name)
+    assert found == (None if dap_size < 8 else "dropout scales are not the same along whole tiles")
 
 
 @pytest.mark.parametrize("length", [320, 704])
@@ -109,6 +120,7 @@ def launched(monkeypatch, name, call):
     ("x", "dropout", "across"),
     [
         (empty(1, 32, 64, C), (1, 1, 64, C), True),
+        (empty(1, 128, 256, 256), (1, 1, 256, 256), True),
         (empty(2, 32, 12, C), (2, 1, 12, C), True),
         (empty(2, 32, 12, C), (1, 1, 12, C), True),
         (turned(1, 64, 32, C), (1, 1, 32, C), False),
@@ -131,7 +143,21 @@ def test_tiles_lie_across_where_a_line_s_rows_share_their_dropout(compiled, monk
     )
     assert named["ACROSS"] == across
     assert [len(descriptor.shape) for descriptor in (*given[:3], given[4])] == [3 if across else 2] * 4
-    assert given[-1] == x.shape[:-1].numel() // 64 == grid[0]
+    tiles = x.shape[:-1].numel() // 64
+    assert (given[-1], grid[0]) == (tiles, min(tiles, 132))
+    given, named, grid = launched(
+        monkeypatch,
+        "hopper_gated_gradient",
+        lambda: gated_attention.gated_output_gradient(x, x, x, dropout, linear.weight),
+    )
+    assert named["ACROSS"] == across
+    assert [descriptor and len(descriptor.shape) for descriptor in (*given[:3], *given[4:8])] == [
+        *[3 if across else 2] * 3,
+        None if dropout is None else 3 if across else 2,
+        *[3 if across else 2] * 3,
+    ]
+    assert given[-1] == tiles, "and two programs of the MSA share one"
+    assert grid[0] == (min(tiles, 132) if c == C else 2 * min(tiles, 66))
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "gated_output_backward": _tiles(GATED_OUTPUT),
     "gated_output_forward": _tiles(GATED_OUTPUT),
     "gated_output_hopper": _row_programs,
+    "gated_output_hopper_gradient": _row_programs,
     "global_attention_attend": _global_attend,
     "global_attention_attend_backward": _global_attend,
     "global_attention_columns": _global_columns,

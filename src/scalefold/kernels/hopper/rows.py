@@ -279,10 +279,13 @@ def matrix(x: Tensor | None, lines: int, columns: int) -> Any:
     return TensorDescriptor.from_tensor(x, [lines, columns], layout)
 
 
-def programs(x: Tensor, at_once: int = CONSUMERS) -> tuple[int]:
-    """One program per multiprocessor, and none without tiles; ``at_once``: tiles that a program takes together."""
+def programs(x: Tensor, at_once: int = CONSUMERS, parts: int = 1) -> tuple[int]:
+    """One program per multiprocessor, and none without tiles; ``at_once``: tiles that a program takes together.
+
+    ``parts``: programs that share a tile.
+    """
     tiles = x.shape[:-1].numel() // PART
-    return (min(multiprocessors(x.device), tuning.ceil_div(tiles, at_once)),)
+    return (min(multiprocessors(x.device) // parts, tuning.ceil_div(tiles, at_once)) * parts,)
 
 
 @functools.cache

@@ -120,22 +120,34 @@ class _GatedOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d):
         o, gate, weight, bias, dropout = ctx.saved_tensors
-        d_o, d_gate, gated = torch.empty_like(o), torch.empty_like(gate), torch.empty_like(o)
-        update = None if dropout is None else torch.empty_like(d)
-        c, hd = weight.shape
-        config = tuning.chosen_tiles("gated_output_backward", d, min(c, hd), hd, max(c, hd))
-        inputs = {"d": d, "o": o, "gate": gate, "dropout": dropout}
-        outputs = {"d_o": d_o, "d_gate": d_gate, "update_out": update, "gated_out": gated}
-        partials = launch_with_sums(
-            _input_gradient_kernel, config, inputs | outputs, c, weight=weight.contiguous(), C=c, HD=hd
-        )
-        product = Product(d if update is None else update, gated)
+        name = "gated_output_hopper_gradient"
+        if chosen("gradient of a gated output", hopper.gated_output_obstacle(d, o, gate, weight, dropout, name)):
+            d_o, d_gate, update, gated, partials = hopper.gated_output_gradient(d, o, gate, dropout, weight)
+        else:
+            d_o, d_gate, update, gated, partials = _gradients(d, o, gate, dropout, weight)
+        product = Product(update, gated)
 
         def gradients() -> tuple[Tensor, Tensor]:
             d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
             return d_weight.view_as(weight), d_bias.to(bias.dtype)
 
         return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None
+
+
+def _gradients(
+    d: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``hopper.gated_output_gradient`` in Triton."""
+    d_o, d_gate, gated = torch.empty_like(o), torch.empty_like(gate), torch.empty_like(o)
+    update = None if dropout is None else torch.empty_like(d)
+    c, hd = weight.shape
+    config = tuning.chosen_tiles("gated_output_backward", d, min(c, hd), hd, max(c, hd))
+    inputs = {"d": d, "o": o, "gate": gate, "dropout": dropout}
+    outputs = {"d_o": d_o, "d_gate": d_gate, "update_out": update, "gated_out": gated}
+    partials = launch_with_sums(
+        _input_gradient_kernel, config, inputs | outputs, c, weight=weight.contiguous(), C=c, HD=hd
+    )
+    return d_o, d_gate, d if update is None else update, gated, partials
 
 
 def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> str | None:

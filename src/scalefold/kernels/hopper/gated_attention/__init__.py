@@ -9,6 +9,7 @@ lies so, and where rows of a line share their dropout.
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
@@ -33,6 +34,7 @@ try:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from scalefold.kernels.hopper.gated_attention.gradient import hopper_gated_gradient
     from scalefold.kernels.hopper.gated_attention.output import hopper_gated_output, hopper_wide_gated_output
     from scalefold.kernels.hopper.gated_attention.projections import hopper_projections, hopper_wide_projections
 
@@ -42,7 +44,8 @@ except (ImportError, AttributeError) as error:  # Gluon is experimental: names m
 
 LINES = PART // SECTOR.value  # of a tile across
 BIAS_ROWS = 8  # most heads of an attention bias: rows of the narrowest product
-for _name in ("gated_output_hopper", "norm_linear_hopper", "norm_linear_hopper_wide"):
+GRADIENT_SLOTS = {CHANNELS: 5, MSA_CHANNELS: 4}  # of the gated output's gradient, by channels
+for _name in ("gated_output_hopper", "gated_output_hopper_gradient", "norm_linear_hopper", "norm_linear_hopper_wide"):
     tuning.register(_name, lambda fields, capability: {"HOPPER": 0})
 
 
@@ -98,8 +101,13 @@ def project(
     )  # fmt: skip
 
 
-def gated_output_obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dropout: Tensor | None) -> str | None:
-    """Why ``gated_output`` cannot or should not take these arguments, or None."""
+def gated_output_obstacle(
+    x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dropout: Tensor | None, name: str = "gated_output_hopper"
+) -> str | None:
+    """Why ``gated_output`` cannot or should not take these arguments, or None.
+
+    ``gated_output_gradient`` has the name ``gated_output_hopper_gradient`` and takes the gradient of the result for x.
+    """
     if reason := choice.obstacle(MISSING, (x, o, gate, weight)):
         return reason
     if tuple(weight.shape) not in (SQUARE, (MSA_CHANNELS, MSA_CHANNELS)):
@@ -110,7 +118,7 @@ def gated_output_obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, dr
         return reason
     if _scales_across(x, dropout) is None:
         return "dropout scales are not the same along whole tiles"
-    return preference("gated_output_hopper", x, dropped=int(dropout is not None))
+    return preference(name, x, dropped=int(dropout is not None))
 
 
 def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
@@ -126,6 +134,27 @@ def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, lin
         _row_tiles(out, order, inner), linear.bias, views["dropout"], dims, count // PART,
         ACROSS=inner is not None, num_warps=4,
     )  # fmt: skip
+
+
+def gated_output_gradient(
+    d: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of o and gate for d: [*, c], that of the result; the update's gradient (d without dropout) and the
+    gated o, between which the weight's gradient lies; and partial sums [tiles, c], the bias's gradient.
+    """
+    order, c = memory_order(d), d.shape[-1]
+    views, dims, count = row_views({"d": d, "dropout": dropout})
+    inner = dims[1] if _scales_across(d, dropout) else None
+    update = d if dropout is None else torch.empty_like(d)
+    gated, d_o, d_gate = torch.empty_like(o), torch.empty_like(o), torch.empty_like(gate)
+    partials = torch.empty(count // PART, c, dtype=torch.float32, device=d.device)
+    tiles = {tensor: _row_tiles(tensor, order, inner) for tensor in (d, o, gate, update, gated, d_o, d_gate)}
+    hopper_gated_gradient[programs(d, 1, c // CHANNELS)](
+        tiles[d], tiles[o], tiles[gate], weight_tiles(weight, c, CHANNELS),
+        None if dropout is None else tiles[update], tiles[gated], tiles[d_o], tiles[d_gate], views["dropout"], partials,
+        dims, count // PART, SLOTS=GRADIENT_SLOTS[c], ACROSS=inner is not None, num_warps=4,
+    )  # fmt: skip
+    return d_o, d_gate, update, gated, partials
 
 
 def _scales_across(x: Tensor, dropout: Tensor | None) -> bool | None:

@@ -47,7 +47,7 @@ STAGES = gl.constexpr(2)  # tiles of pairs per consumer
 
 
 @gluon.jit
-def _dropped(value, dropout, walk, tile, first, ACROSS: gl.constexpr):
+def dropped(value, dropout, walk, tile, first, ACROSS: gl.constexpr):
     """dropout * value: [ROWS, N], channels from ``first`` on."""
     N: gl.constexpr = value.shape[1]
     LAYOUT: gl.constexpr = product_layout(N)
@@ -110,7 +110,7 @@ def _close(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
         acc = warpgroup_mma(left, weight.permute((1, 0)), acc, use_acc=False, is_async=True)
         before = x.load(product_layout(C))
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        value = _dropped(acc + per_column(bias, 0, C), dropout, walk, tile, 0, ACROSS)
+        value = dropped(acc + per_column(bias, 0, C), dropout, walk, tile, 0, ACROSS)
         group_barrier()
         x.store((before.to(gl.float32) + value).to(gl.bfloat16))
         send_at(out, corner(walk, tile, 0, 0, ACROSS), x_ring.slots.index(slot))
@@ -185,7 +185,7 @@ def _finish_half(acc, slot, shared, tile, first: gl.constexpr, ACROSS: gl.conste
     """x + dropout * (acc + bias) for HALF channels from ``first`` on, written over x and sent."""
     bias, dropout, out, _ring, _weights, _there, walk = shared
     x = by_row(slot)
-    value = _dropped(acc + per_column(bias, first, HALF), dropout, walk, tile, first, ACROSS)
+    value = dropped(acc + per_column(bias, first, HALF), dropout, walk, tile, first, ACROSS)
     before = read(x)
     group_barrier()
     x.store((before + value).to(gl.bfloat16))
