@@ -70,6 +70,21 @@ def test_a_start_is_acted_on_when_that_is_due_however_long_another_is_judged(sta
     assert results.ended.keys() == {first.name, second.name}
 
 
+@pytest.mark.parametrize(("limit_s", "budget_s", "ended"), [(0.5, 100.0, True), (200.0, -19.5, False)])
+def test_a_start_that_the_budget_ends_is_not_said_to_hang(
+    starts, layouts, monkeypatch, tmp_path, capsys, limit_s, budget_s, ended
+):
+    """Its limit is what was left; only a start that had the time asked for is judged to hang."""
+    monkeypatch.setattr(starts, "command", lambda plan, start: [sys.executable, "-c", "input()"])
+    monkeypatch.setattr(starts.Watched, "seconds", lambda watched: 31.0)
+    monkeypatch.setattr(starts, "cannot_run", lambda *_: "")
+    start, plan, results = layouts.STARTS[0], layouts.Plan(tmp_path, tmp_path, limit_s=limit_s), starts.Results()
+    starts.run_all(plan, [start], 1, budget_s, results, lambda known: None)
+    assert (start.name in results.ended) == ended
+    assert (start.name in results.not_run) == (not ended)
+    assert ("HUNG" in capsys.readouterr().out) == ended
+
+
 def test_a_judgement_that_fails_is_said_and_costs_no_start(starts, layouts, monkeypatch, tmp_path, capsys):
     watched = SimpleNamespace(poll=lambda: True, began_at=1.0, ended_at=2.0, hung=False, statuses=lambda: [4])
     acts = {"act": lambda after: None, "watch_the_end": lambda: None, "end": lambda: "how it ended"}

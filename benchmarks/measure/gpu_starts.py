@@ -40,6 +40,7 @@ class Running:
     gpus: list[int]
     run: Path
     shared_memory: set[str]
+    budget_limit_s: float = float("inf")  # its limit, if the call's budget has set it: no sign of hanging
     acted_at: float | None = None
     looked_after_s: float = 0.0
 
@@ -61,6 +62,10 @@ class Running:
             if any('"run_stop"' in file.read_text(errors="replace") for file in logs):
                 self.looked_after_s = float("inf")
                 self.watched.limit_s = min(self.watched.limit_s, self.watched.seconds() + END_LIMIT_S)
+
+    def out_of_budget(self) -> bool:
+        """Whether it was ended because the call's time was used up."""
+        return self.watched.hung and self.watched.limit_s >= self.budget_limit_s
 
     def end(self) -> Ended:
         """What the judgement needs, kept apart: a resumed start goes on in the same folder."""
@@ -136,6 +141,11 @@ def run_all(
                     free = sorted(free + one.gpus)
                     seconds = (one.watched.ended_at or 0.0) - one.watched.began_at
                     last_s[one.start.kind] = seconds
+                    if one.watched.hung and one.out_of_budget():
+                        reason = f"ended after {seconds:.0f} s as --budget-s was used up; whether it hangs is unknown"
+                        results.not_run[one.start.name] = reason
+                        report(f"{one.start.name}: NOT RUN: {reason}")
+                        continue
                     results.ended[one.start.name] = one.end()
                     hung = ", HUNG and was ended" if one.watched.hung else ""
                     report(f"{one.start.name}: {seconds:.1f} s, statuses {one.watched.statuses()}{hung}")
@@ -188,11 +198,12 @@ def begin(plan: Plan, start: Start, gpus: list[int], left_s: float) -> Running:
         "TORCHINDUCTOR_CACHE_DIR": str(plan.work / "inductor"),
     }
     environment |= {"OMP_NUM_THREADS": "1"} if plan.tiny else {"CUDA_VISIBLE_DEVICES": ",".join(map(device_name, gpus))}
-    limit_s = max(30.0, min(plan.limit_s, left_s + 20))
+    limit_s = min(plan.limit_s, max(30.0, left_s + 20))
     before = shared_memory()
     watched = Watched(command(plan, start), places(plan, start), environment, limit_s, start.ranks)
     watched.start()
-    return Running(start, watched, gpus, run_dir(plan, start), before)
+    budget_limit_s = limit_s if limit_s < plan.limit_s else float("inf")
+    return Running(start, watched, gpus, run_dir(plan, start), before, budget_limit_s)
 
 
 def num_steps(metrics: Path) -> int:
