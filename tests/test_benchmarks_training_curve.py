@@ -106,17 +106,27 @@ def test_a_run_gets_one_of_the_gpus_that_this_script_may_use(script, monkeypatch
 def test_weights_rounded_otherwise_are_those_of_the_run_within_half_a_place(script, monkeypatch) -> None:
     import torch
 
-    moved = script.rounded_weights(TINY, [*SMALLEST, "execution.precision=bf16"])
+    moved = script.rounded_weights(TINY, [*SMALLEST, "execution.precision=bf16"], None)
     monkeypatch.setattr(script, "move_within_rounding", lambda weights, random: None)
-    exact = script.rounded_weights(TINY, [*SMALLEST, "execution.precision=bf16"])
+    exact = script.rounded_weights(TINY, [*SMALLEST, "execution.precision=bf16"], None)
     assert all(torch.allclose(moved[name], weight, rtol=2**-9, atol=0) for name, weight in exact.items())
     changed = {name for name, weight in exact.items() if not torch.equal(weight, moved[name])}
     assert any(name.startswith("evoformer") for name in changed)
     assert not any(name.startswith(("structure_module", "auxiliary_heads")) for name in changed), "fp32 in every run"
 
 
+def test_variants_that_begin_from_a_checkpoint_are_all_made_anew(script, monkeypatch, tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(script, monkeypatch, tmp_path, "--trained", "5")
+    assert "name plain among --variants" in capsys.readouterr().err
+
+
 @pytest.mark.long
-def test_real_runs_of_the_tiny_model_are_trained_and_compared(script, tiny_store, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("trained", [0, 5])
+def test_real_runs_of_the_tiny_model_are_trained_and_compared(
+    script, tiny_store, monkeypatch, tmp_path, trained
+) -> None:
+    """From random weights, and from a checkpoint, with what it holds of Adam."""
     monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(
         script, "move_within_rounding", lambda weights, random: None
@@ -124,9 +134,14 @@ def test_real_runs_of_the_tiny_model_are_trained_and_compared(script, tiny_store
     monkeypatch.setattr(sys, "argv", ["training_curve.py", str(tiny_store), "--config", str(TINY)])
     sys.argv += ["--variants", "plain", "rounded", "--steps", "20", "--crop", "16", "--workers", "0"]
     sys.argv += ["--folder", str(tmp_path), "--set", *SMALLEST, "training.num_train_iters=20"]
-    sys.argv += ["training.val_every_iters=1000"]
+    sys.argv += ["training.val_every_iters=1000", "--trained", str(trained)]
+    begun = []
+    real_train = script.train
+    monkeypatch.setattr(script, "train", lambda *given: (begun.append(given[4]), real_train(*given))[1])
     assert script.main() == 0
     rows = list(csv.DictReader((tmp_path / "training_curve.csv").open()))
-    assert {(row["variant"], row["same"], row["steps"], row["difference"]) for row in rows} == {
-        ("rounded", "yes", "20", "0.00e+00")
+    assert {(row["variant"], row["same"], row["steps"], row["difference"], row["trained"]) for row in rows} == {
+        ("rounded", "yes", "20", "0.00e+00", str(trained))
     }
+    from_file = ["init_checkpoint" in " ".join(extra) for extra in begun]
+    assert from_file == ([False, True, True] if trained else [False, True])

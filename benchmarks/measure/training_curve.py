@@ -3,11 +3,14 @@
     python benchmarks/measure/training_curve.py STORE                        # ours, against the plain curve in --folder
     python benchmarks/measure/training_curve.py STORE --variants plain ours  # both anew, at once on two GPUs
     python benchmarks/measure/training_curve.py --variants ours --kept       # nothing anew: the curves in --folder
+    python benchmarks/measure/training_curve.py STORE --trained 3000 --variants plain rounded ours   # as the benchmark
 
 ``rounded`` is the plain path once more, from another rounding of the weights to bf16, ``ours_rounded`` the kernels from
 there: what the former differs by is no fault of theirs.
 STORE needs evaluation chains (``scalefold prepare --evaluation-list``), though none is evaluated. One pass per step.
-Weights are random, so the rate rises as AlphaFold's pre-training lets it (the configurations ``from_scratch``).
+Weights are random, so the rate rises as AlphaFold's pre-training lets it (the configurations ``from_scratch``). With
+--trained all variants begin from a checkpoint instead, as the benchmark does: that of a run of the kernels of so many
+steps, made first.
 Crops are shorter than the benchmark's, so that the plain path takes less long; nothing else differs. Metrics are kept
 as ``curve_VARIANT.jsonl`` in --folder, each comparison with plain as rows of ``training_curve.csv`` there, one for the
 loss and each term: ``mean_difference`` is that of means of WINDOW steps one after the other, with the standard error
@@ -21,6 +24,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +38,7 @@ from scalefold.report.compare import Comparison, compare_runs
 from scalefold.report.compare import Row as Compared
 from scalefold.report.record import METRICS_FILE, Metrics
 from scalefold.step.build import compute_dtype
+from scalefold.step.checkpoint import RESUMABLE_FILE, Checkpoints
 
 PLAIN = ["execution.kernels=reference"]
 VARIANTS = {"ours": [], "plain": PLAIN, "rounded": PLAIN, "ours_rounded": []}
@@ -68,41 +73,57 @@ def known_curve(folder: Path, variant: str) -> Path:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def train_variant(arguments: argparse.Namespace, variant: str, gpu: int | None) -> None:
-    """Train one variant on a GPU (None: whatever is there) and keep its metrics."""
+def train_variant(arguments: argparse.Namespace, begun: Path | None, variant: str, gpu: int | None) -> None:
+    """Train one variant, from a checkpoint if there is one, on a GPU (None: whatever is there); keep its metrics."""
     own = [*settings(variant, arguments.crop), *arguments.set]
     if VARIANTS[variant] == PLAIN and arguments.recompute:
         own.append(RECOMPUTED)
     with tempfile.TemporaryDirectory() as folder:
         run_dir, weights = Path(folder) / "run", Path(folder) / "weights.pt"
         if variant in ROUNDED:
-            torch.save(rounded_weights(arguments.config, own), weights)
-            own.append(f"training.init_checkpoint={weights}")
+            torch.save(rounded_weights(arguments.config, own, begun), weights)
+            begun = weights
+        if begun is not None:
+            own.append(f"training.init_checkpoint={begun}")
         train(arguments.config, arguments.store, arguments.steps, arguments.workers, own, run_dir, gpu)
         shutil.copy(run_dir / METRICS_FILE, curve(arguments.folder, variant))
 
 
-def train_all(arguments: argparse.Namespace) -> None:
+def train_all(arguments: argparse.Namespace, begun: Path | None) -> None:
     """Every variant: each on a GPU of its own if there are enough, else one after the other."""
     variants = arguments.variants
     gpus: list[int | None] = list(range(torch.cuda.device_count()))
     if len(gpus) < len(variants):
         for variant in variants:
-            train_variant(arguments, variant, None)
+            train_variant(arguments, begun, variant, None)
         return
     with ThreadPoolExecutor(len(variants)) as pool:
-        list(pool.map(partial(train_variant, arguments), variants, gpus[: len(variants)]))
+        list(pool.map(partial(train_variant, arguments, begun), variants, gpus[: len(variants)]))
 
 
-def rounded_weights(file: Path, overrides: list[str]) -> dict[str, torch.Tensor]:
-    """The weights that a run begins with, those that compute in bf16 moved by up to half of their last place."""
+def trained_checkpoint(arguments: argparse.Namespace, run_dir: Path) -> Path:
+    """Train the kernels --trained steps from random weights; their checkpoint."""
+    own = [*settings("ours", arguments.crop), *arguments.set, f"run.checkpoint_every_iters={arguments.trained}"]
+    train(arguments.config, arguments.store, arguments.trained, arguments.workers, own, run_dir, None)
+    newest = Checkpoints(run_dir / "checkpoints").newest()
+    if newest is None:
+        sys.exit(f"{run_dir}: training left no checkpoint")
+    return newest / RESUMABLE_FILE
+
+
+def rounded_weights(file: Path, overrides: list[str], begun: Path | None) -> dict[str, Any]:
+    """What a run begins with, random weights or a checkpoint; what computes in bf16 is moved within its rounding."""
     config = load_config(file, overrides).config
-    weights = AlphaFold(config.model, seed=initialisation_seed(SEED) % 2**63).state_dict()
     random = torch.Generator().manual_seed(SEED)
+    if begun is None:
+        content = weights = AlphaFold(config.model, seed=initialisation_seed(SEED) % 2**63).state_dict()
+    else:
+        content = torch.load(begun, map_location="cpu", weights_only=True)
+        weights = content["alphafold_state_dict"]
     for name, weight in weights.items():
         if compute_dtype(config, name) is torch.bfloat16:
             move_within_rounding(weight, random)
-    return weights
+    return content
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -112,15 +133,15 @@ def compare(arguments: argparse.Namespace, variant: str) -> bool:
     """Print, note and return whether a kept curve lies in the band of the plain one."""
     found = compare_runs(known_curve(arguments.folder, "plain"), curve(arguments.folder, variant), window=WINDOW)
     print(f"{variant}\n{found.text()}")
-    append_rows(arguments.folder / "training_curve.csv", rows_of(variant, found, arguments.crop))
+    append_rows(arguments.folder / "training_curve.csv", rows_of(variant, found, arguments.crop, arguments.trained))
     return found.ok
 
 
-def rows_of(variant: str, found: Comparison, crop: int) -> list[dict[str, object]]:
+def rows_of(variant: str, found: Comparison, crop: int, trained: int) -> list[dict[str, object]]:
     """A row for the loss and one for each term."""
     run = found.metrics[1].run
     known = {**facts(), "device": run.get("device", ""), "torch": run.get("torch", ""), "variant": variant}
-    known |= {"crop": crop, "warmup": WARMUP}
+    known |= {"crop": crop, "warmup": WARMUP, "trained": trained}
     return [{**known, **term_row(one, found)} for one in found.rows if one.num_steps >= WINDOW]
 
 
@@ -166,6 +187,7 @@ def main() -> int:
         "--recompute", action="store_true", help="plain: activation checkpointing, for cards below 64 GiB"
     )
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--trained", type=int, default=0, metavar="STEPS", help="begin from weights trained so long")
     parser.add_argument("--crop", type=int, default=128)
     parser.add_argument("--workers", type=int, default=12, help="loader processes of each run")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="further configuration")
@@ -174,7 +196,10 @@ def main() -> int:
     if not arguments.kept:
         if arguments.store is None:
             parser.error("training needs a STORE")
-        train_all(arguments)
+        if arguments.trained and "plain" not in arguments.variants:
+            parser.error("--trained begins all variants anew: name plain among --variants")
+        with tempfile.TemporaryDirectory() as folder:
+            train_all(arguments, trained_checkpoint(arguments, Path(folder) / "run") if arguments.trained else None)
     same = [compare(arguments, variant) for variant in arguments.variants if variant != "plain"]
     return int(not all(same))
 
