@@ -63,10 +63,6 @@ class Running:
                 self.looked_after_s = float("inf")
                 self.watched.limit_s = min(self.watched.limit_s, self.watched.seconds() + END_LIMIT_S)
 
-    def out_of_budget(self) -> bool:
-        """Whether it was ended because the call's time was used up."""
-        return self.watched.hung and self.watched.limit_s >= self.budget_limit_s
-
     def end(self) -> Ended:
         """What the judgement needs, kept apart: a resumed start goes on in the same folder."""
         for file in [self.run / METRICS_FILE, *self.run.glob("result_*")]:
@@ -141,7 +137,7 @@ def run_all(
                     free = sorted(free + one.gpus)
                     seconds = (one.watched.ended_at or 0.0) - one.watched.began_at
                     last_s[one.start.kind] = seconds
-                    if one.watched.hung and one.out_of_budget():
+                    if one.watched.hung and one.watched.limit_s >= one.budget_limit_s:
                         reason = f"ended after {seconds:.0f} s as --budget-s was used up; whether it hangs is unknown"
                         results.not_run[one.start.name] = reason
                         report(f"{one.start.name}: NOT RUN: {reason}")

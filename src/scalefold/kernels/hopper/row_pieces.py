@@ -125,6 +125,12 @@ def leave(ring, side, n):
     """
     fence_async_shared()
     group_barrier()
+    release(ring, side, n)
+
+
+@gluon.jit
+def release(ring, side, n):
+    """The same for a slot that all warps are done with: products and copies alone read it, or a fence came since."""
     mbarrier.arrive(ring.empty.index(slot_of(ring, side, n)), count=1)
 
 

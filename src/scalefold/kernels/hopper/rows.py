@@ -190,7 +190,7 @@ def outer_shape_obstacle(z: Tensor, a: Tensor, b: Tensor, weight: Tensor, missin
         return f"not up to {MOST_SEQUENCES} sequences of {OUTER_CHANNELS} channels for pairs of {CHANNELS}"
     if not z.numel() or z.shape[0] % PART or z.shape[1] % OUTER_COLUMNS:
         return f"pairs do not come in tiles of {PART} x {OUTER_COLUMNS}"
-    if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (z, b)):
+    if not all(map(is_dense, (z, b))):
         return "pairs or sequences do not lie densely"
     return None
 
@@ -253,6 +253,11 @@ def _viewed(x: Tensor, shape: tuple[int, int]) -> Tensor | None:
         return x.view(shape)
     except RuntimeError:  # torch's word for strides that no view has
         return None
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether a tensor is contiguous and begins where the copy engine can begin."""
+    return x.is_contiguous() and x.data_ptr() % 16 == 0
 
 
 def is_aligned(matrix: Tensor | None) -> bool:

@@ -196,7 +196,7 @@ class _Transition(torch.autograd.Function):
         if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
             dx, gradients = _by_gluon(x, d_out, parameters)
             return dx.movedim(places, order), *gradients
-        if recomputed and d_out.is_contiguous() and d_out.data_ptr() % 16 == 0:
+        if recomputed and hopper.is_dense(d_out):
             dx, gradients = _recomputed(x, d_out, parameters, config)
             return dx.movedim(places, order), *gradients
         if by_library:

@@ -215,7 +215,7 @@ class _Project(torch.autograd.Function):
 
 def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
     """Whether the copy engine reads pairs z: [1, I, J, c] and channels first [1, c, I, J] as matrices."""
-    dense = all(x.shape[0] == 1 and x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (z, *ds))
+    dense = all(x.shape[0] == 1 and hopper.is_dense(x) for x in (z, *ds))
     return dense and z.shape[1] * z.shape[2] % 8 == 0
 
 

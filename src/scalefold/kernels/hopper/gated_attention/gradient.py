@@ -37,6 +37,7 @@ from scalefold.kernels.hopper.row_pieces import (
     product_layout,
     read,
     receive,
+    release,
     sigmoid,
     slot_of,
     wait_until_sent,
@@ -67,10 +68,10 @@ def _fetch(inputs, ring, weight_slot, there, walk, part, ACROSS: gl.constexpr):
 
 
 @gluon.jit
-def _leave_both(ring, SIDE: gl.constexpr, n, COUNT: gl.constexpr):
+def _release_all(ring, SIDE: gl.constexpr, n, COUNT: gl.constexpr):
     """The loader may fill the slots of COUNT uses from the n-th on again; all warps have met since they read them."""
     for use in gl.static_range(COUNT):
-        mbarrier.arrive(ring.empty.index(slot_of(ring, SIDE, n + use)), count=1)
+        release(ring, SIDE, n + use)
 
 
 @gluon.jit
@@ -106,7 +107,7 @@ def _differentiate(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
     for tile in range(begin(walk, SIDE), walk.tiles, pace(walk)):
         if n > 0:
             wait_until_sent(0)
-            _leave_both(ring, SIDE, n - 2, 2)
+            _release_all(ring, SIDE, n - 2, 2)
         slots = _received(ring, SIDE, n, PARTS)
         at = corner(walk, tile, 0, part * HALF, ACROSS)
         if dropout is not None:
@@ -126,7 +127,7 @@ def _differentiate(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
             first, second, total = warpgroup_mma_wait(0, deps=(first, second, total))
             store_sums(sums + column, total)
         wait_until_sent(0)
-        _leave_both(ring, SIDE, n, PARTS)
+        _release_all(ring, SIDE, n, PARTS)
         gates = receive(ring, SIDE, n + PARTS)
         values = receive(ring, SIDE, n + PARTS + 1)
         for column in gl.static_range(0, HALF, COLUMNS):

@@ -35,6 +35,7 @@ from scalefold.kernels.hopper.row_pieces import (
     product_layout,
     read,
     receive,
+    release,
     row_numbers,
     send_at,
     sigmoid,
@@ -104,7 +105,7 @@ def _close(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
         leave(o_ring, SIDE, n)
         if n > 0:
             wait_until_sent(0)
-            mbarrier.arrive(x_ring.empty.index(slot_of(x_ring, SIDE, n - 1)), count=1)
+            release(x_ring, SIDE, n - 1)
         x = by_row(receive(x_ring, SIDE, n))
         acc = gl.zeros([ROWS, C], gl.float32, product_layout(C))
         acc = warpgroup_mma(left, weight.permute((1, 0)), acc, use_acc=False, is_async=True)

@@ -61,7 +61,7 @@ def obstacle(name: str, scaled: Tensor, a: Tensor, b: Tensor, weight: Tensor) ->
         return reason
     if scaled.shape[1] % PART:
         return f"pairs do not come in tiles of {PART} x {PART}"
-    if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in (a, weight)):
+    if not all(map(hopper.is_dense, (a, weight))):
         return "sequences or the weight do not lie densely"
     fields = tuning.row_fields(scaled.shape[:-1].numel(), scaled.dtype, c=scaled.shape[2], sequences=a.shape[0])
     return choice.preference(tuning.lookup(name, **fields))

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from scalefold.kernels import hopper, tuning
 from scalefold.kernels.hopper import choice
-from scalefold.kernels.hopper.rows import matrix, multiprocessors
+from scalefold.kernels.hopper.rows import MISSING as ROWS_MISSING
+from scalefold.kernels.hopper.rows import is_dense, matrix, multiprocessors
 
 try:
     from scalefold.kernels.hopper.triangle_product.program import CHUNK, LENGTH, hopper_product
 
-    MISSING = None
+    MISSING = ROWS_MISSING
 except (ImportError, AttributeError) as error:  # Gluon is experimental: names move between versions
     MISSING = f"this Triton's Gluon is another one: {error}"
 
@@ -29,7 +30,7 @@ def product_obstacle(a: Tensor, b: Tensor, d: Tensor | None = None) -> str | Non
         return reason
     if any(x.shape[-2:] != (LENGTH.value, LENGTH.value) for x in given):
         return f"operands are not squares of {LENGTH.value}"
-    if not a.numel() or not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in given):
+    if not a.numel() or not all(map(is_dense, given)):
         return "operands do not lie densely"
     name = "triangle_hopper_product" if d is None else "triangle_hopper_product_gradients"
     rows = a.shape[:-1].numel()

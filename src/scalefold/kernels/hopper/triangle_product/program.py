@@ -30,8 +30,8 @@ from scalefold.kernels.hopper.row_pieces import (
     one_arrival,
     product_layout,
     receive,
+    release,
     send_at,
-    slot_of,
     wait_until_sent,
 )
 
@@ -107,7 +107,7 @@ def _block_of(kept, chunk: gl.constexpr, SECOND: gl.constexpr, KEPT_ACROSS: gl.c
 def _free(ring, side, n):
     """A consumer: its products with the n-th block of x are complete."""
     group_barrier()
-    mbarrier.arrive(ring.empty.index(slot_of(ring, side, n)), count=1)
+    release(ring, side, n)
 
 
 @gluon.jit
