@@ -10,7 +10,7 @@ from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
 from scalefold.tune import trials
 from scalefold.tune.candidates import CANDIDATES, neighbours, space
-from scalefold.tune.model import Forest, augmented, fit, lessons
+from scalefold.tune.model import TREES, Forest, augmented, fit, lessons
 from scalefold.tune.programs import Problem, Program
 from scalefold.tune.search import Prior, Search, places_of
 from scalefold.tune.sound.bits import Difference
@@ -246,7 +246,7 @@ def test_the_model_says_what_scikit_learn_says():
     ours = fit(known, seed=3)
     assert ours is not None
     matrix = ours.matrix(rows)
-    theirs = ensemble.ExtraTreesRegressor(64, min_samples_leaf=2, max_features=0.5, random_state=3, bootstrap=True)
+    theirs = ensemble.ExtraTreesRegressor(TREES, min_samples_leaf=2, max_features=0.5, random_state=3, bootstrap=True)
     theirs.fit(matrix, [lesson.distance for lesson in known], sample_weight=[lesson.weight for lesson in known])
     assert np.allclose(ours.predict(rows)[0], theirs.predict(matrix), atol=1e-6)
 
