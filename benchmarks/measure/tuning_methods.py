@@ -19,7 +19,7 @@ from scalefold.tune.trials import Trial, config_text, parse_config
 
 CAPABILITY = 90
 OURS = "ours"
-ABLATED = ("ours, no transfer", "ours, no augmentation", "ours, no assistant", "assistant that does not fade")
+ABLATED = ("ours, no transfer", "ours, no augmentation", "ours, no assistant", "history that does not fade")
 STALE = 5  # proposals of TPE in a row that are known or have no program, before it gets the next in any order
 
 

@@ -337,7 +337,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "tuning_replay.csv", rows)
     write(folder / "tuning_spills.csv", [spill_row(name, own) for name, sweeps in rows_of.items() for own in sweeps])
-    draw(found, (arguments.out or ROOT / "docs" / "figures") / "tuning_replay.svg")
+    shown = {place: curves for place, curves in found.items() if not place[0].endswith("flat")}
+    draw(shown, (arguments.out or ROOT / "docs" / "figures") / "tuning_replay.svg")
     totals = [row for row in rows if row["sweep"] == "all"]
     print_table(totals)
     bad = [row for row in totals if row["method"] in ("today", "TPE") and _exceeds(row)]
