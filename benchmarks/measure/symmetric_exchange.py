@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 4 benchmarks/measure/symmetric_exchange.py
 
-Results are compared with NCCL's before timing; rows go to ``exchange_symmetric.csv``. ``staged``: read from the peers'
-stages, as results that somebody holds for long. ``early``: begun before another exchange, whose barrier serves both;
-what that adds to the other one. ``barrier``: nothing but the barrier. All move the same bytes; what NCCL needs besides,
-to bring parts into order before and after, is left out.
+Results are compared, to the bit, with what all ranks have before timing; rows go to ``exchange_symmetric.csv``.
+``staged``: read from the peers' stages, as results that somebody holds for long. ``early``: begun before another
+exchange, whose barrier serves both; what that adds to the other one. ``barrier``: nothing but the barrier. All move the
+same bytes; what NCCL needs besides, to bring parts into order before and after, is left out.
 """
 
 import argparse
@@ -25,10 +25,10 @@ from scalefold.parallel.dap.peer_memory import LANE
 
 
 def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
-    """One row: microseconds of each exchange, ours and NCCL's; exits with status 1 if they disagree."""
+    """One row: microseconds of each exchange, ours and NCCL's; exits with status 1 if ours is wrong."""
     size = host.world
     x = torch.randn(int(mib * MIB / 2) // (size * LANE) * size, LANE, device="cuda").bfloat16()
-    rows = {"all_to_all": x.shape[0], "all_gather": size * x.shape[0], "reduce_scatter": x.shape[0] // size}
+    expected = expected_of(x, own.rank, size)
     ours: dict[str, Callable[[], Tensor]] = {
         "all_to_all": lambda: all_to_all(own, x),
         "all_gather": lambda: own.all_gather(x, 0, Lasts.SHORT),
@@ -45,17 +45,27 @@ def measure(host: Host, mib: float, own: DirectExchanges) -> dict[str, object]:
         "reduce_scatter": dist.reduce_scatter_tensor,
     }
     row: dict[str, object] = {**facts(), "gpus": size, "mib_per_rank": mib}
-    for name, length in rows.items():
-        expected = x.new_empty(length, LANE)
-        library[name](expected, x)
+    for name, result in expected.items():
         for call in filter(None, (ours[name], staged.get(name), early.get(name))):
-            if not torch.allclose(call().float(), expected.float(), rtol=2e-2, atol=2e-2):  # bf16 in another order
-                sys.exit(f"rank {own.rank}: {name} of {mib} MiB differs from NCCL's")
+            if not torch.equal(call(), result):
+                sys.exit(f"rank {own.rank}: {name} of {mib} MiB is not what all ranks have")
+        out = torch.empty_like(result)
         row[f"{name}_us"] = round(time_exchange(host, ours[name]), 2)
-        row[f"{name}_nccl_us"] = round(time_exchange(host, lambda name=name, out=expected: library[name](out, x)), 2)
+        row[f"{name}_nccl_us"] = round(time_exchange(host, lambda name=name, out=out: library[name](out, x)), 2)
     row |= {f"{name}_staged_us": round(time_exchange(host, call), 2) for name, call in staged.items()}
     added = time_exchange(host, early["all_to_all"]) - time_exchange(host, lambda: all_to_all(own, x[:size]))
     return row | {"all_to_all_early_us": round(added, 2), "barrier_us": round(time_exchange(host, meet_of(own)), 2)}
+
+
+def expected_of(x: Tensor, rank: int, size: int) -> dict[str, Tensor]:
+    """What each exchange must give, to the bit, from everybody's x: [P n, LANE]; sums in fp32 and in rank order."""
+    every = x.new_empty(size, *x.shape)
+    dist.all_gather_into_tensor(every, x)
+    mine = every.unflatten(1, (size, -1))[:, rank]
+    total = torch.zeros_like(mine[0], dtype=torch.float32)
+    for part in mine:
+        total += part
+    return {"all_to_all": mine.flatten(0, 1), "all_gather": every.flatten(0, 1), "reduce_scatter": total.bfloat16()}
 
 
 def all_to_all(own: DirectExchanges, x: Tensor) -> Tensor:
