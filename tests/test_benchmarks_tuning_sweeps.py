@@ -32,7 +32,7 @@ def script(repository, monkeypatch):
     monkeypatch.setattr(found, "find_problems", lambda cases, n: [Problem(KERNEL, FIELDS, n, False)])
     monkeypatch.setattr(found, "Processes", lambda *state: Compiled())
     monkeypatch.setattr(found, "Device", lambda cases: Record(us_of))
-    monkeypatch.setattr(trials, "history", lambda: [])
+    monkeypatch.setattr(trials, "history", list)
     monkeypatch.setattr(trials, "facts", lambda: {"date": "d", "device": "A GPU", "torch": "t", "code": "c"})
     return found
 

@@ -4,8 +4,8 @@
     python benchmarks/measure/tuning_sweeps.py --set held-out --minutes 5 --csv benchmarks/results/tuning_held_out.csv
     CUDA_VISIBLE_DEVICES=1 python benchmarks/measure/tuning_sweeps.py --set drawn --part 1/4 ...   # of four GPUs
 
-Three sets: ``development`` and ``held-out``, on which the constants of the search were chosen (the second was held out
-from the choices of its first form), and ``drawn``, which none was chosen on: the problems of ``tuning_drawn.csv``, which
+Three sets: ``development`` and ``held-out``, on which the search was chosen (the second was held out from the choice of
+its first form), and ``drawn``, which nothing was chosen on: the problems of ``tuning_drawn.csv``, which
 ``tuning_draw.py`` drew. Tables of parts are joined by appending all but the first line.
 
 All other processors compile while this process times what they have finished: results compared with the present
@@ -42,7 +42,6 @@ from scalefold.tune.programs import (
     find_problems,
 )
 from scalefold.tune.trials import Trial, config_text, parse_config
-
 
 DRAWN = Path(__file__).with_name("tuning_drawn.csv")
 

@@ -227,7 +227,7 @@ class Sweep:
         sought.pending[candidate] = self.compiler.submit(sought.problem, config)
 
     def _largest(self, among: Callable[[Sought], np.ndarray]) -> Sought | None:
-        """The problem with the largest expected gain among candidates that it has; None if that is not worth a trial."""
+        """The problem with the largest expected gain among its candidates of a kind; None if that is too small."""
         gains = [sought.best_gain(among(sought)) for sought in self.soughts]
         best = max(range(len(gains)), key=gains.__getitem__)
         return self.soughts[best] if gains[best] > 0 and gains[best] >= self._least() else None
@@ -305,7 +305,7 @@ class Sweep:
 
 
 def _hoped(sought: Sought) -> float:
-    """Microseconds of a step that the trials so far promise; where it was not timed, by what the present choice may take."""
+    """Microseconds of a step that the trials so far promise, by what is believed of a present choice without a time."""
     best, tried = sought.search.best_us, sought.search.tried
     if not tried:
         return 0.0
