@@ -93,7 +93,7 @@ SETS = {
         (320, 704),
     ),
 }
-TOGETHER = 8  # problems: those that come after them may find no time
+TOGETHER = 6  # problems: those that come after them may find no time
 REPEATS = 6
 CLOSE = 1.1  # times the fastest: what is timed again
 RESERVED = 0.12  # of the time, for that
@@ -223,7 +223,8 @@ def sweep(arguments: argparse.Namespace) -> list[Trial]:
     print(f"{time.monotonic() - begin:4.0f} s: {sum(map(len, todo))} to try of {len(problems)} problems", flush=True)
     said = 0.0
     try:
-        for batch in (todo[:TOGETHER], todo[TOGETHER:]):
+        for first in range(0, len(todo), TOGETHER):
+            batch = todo[first : first + TOGETHER]
             for (problem, config), program in compiled(pool, batch, begin + (1 - RESERVED) * limit - time.monotonic()):
                 device = devices[problem.case]
                 if (problem.kernel, config_text(config)) in failed:
