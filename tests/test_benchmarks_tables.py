@@ -65,15 +65,22 @@ def test_no_mean_mixes_the_passes_of_two_commits(
     assert "| bbb | 50 | – | – | – | **–** |" in tables.step_table()
 
 
-def test_two_gpus_are_set_against_one_of_the_same_commit_and_passes(
+def test_gpus_of_a_sample_are_set_against_one_of_the_same_commit_and_passes(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [("aaa", 1, 1, 1, 100), ("aaa", 2, 2, 1, 50), ("bbb", 1, 1, 1, 90), ("bbb", 1, 1, 2, 120)]
-    rows += [("bbb", 2, 2, 1, 60), ("bbb", 2, 1, 1, 95), ("ccc", 1, 1, 1, 10)]
+    rows += [("bbb", 2, 2, 1, 60), ("bbb", 2, 1, 1, 95), ("ccc", 1, 1, 1, 10), ("aaa", 4, 4, 1, 40)]
     lines = [f"NVIDIA H200,{commit},{gpus},{dap},{r},{ms}" for commit, gpus, dap, r, ms in rows]
     (tmp_path / "step_breakdown.csv").write_text("\n".join(["device,commit,gpus,dap,passes,wall_ms", *lines]) + "\n")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables.shared_row("NVIDIA H200")[1:] == ["1.50 times as fast as one's", "H200", "bbb"]
+    two, four = tables.shared_rows("NVIDIA H200")
+    assert two[1:] == ["1.50 times as fast as one's", "H200", "bbb"]
+    assert four == [
+        "step of 4 GPUs that share a sample (DAP 4), mean over 1 passes",
+        "2.50 times as fast as one's",
+        "H200",
+        "aaa",
+    ]
 
 
 def test_the_figures_of_others_have_a_source(repository: Path, tables: ModuleType) -> None:
@@ -109,12 +116,15 @@ def test_a_curve_is_shown_beside_what_rounding_alone_does_and_not_before_it_is_m
 ) -> None:
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.curve_table() == ""
-    head = "date,device,torch,commit,variant,crop,term,steps,first,last,plain_last,difference,band,at_step,"
+    head = "date,device,commit,variant,trained,term,steps,first,last,plain_last,difference,band,at_step,"
     lines = [
-        f"2026-01-01,NVIDIA H100,t,bbb,{variant},128,{term},500,3,1,1,{difference},5.00e-02,77,-1.04e-01,1.1e-02,{same}"
-        for variant, difference, same in (("ours", "9e-2", "no"), ("rounded", "6e-2", "no"), ("ours", "4e-2", "yes"))
+        f"2026-01-01,NVIDIA H100,bbb,{variant},{trained},{term},500,3,1,1,{difference},5e-2,77,-1.04e-1,1.1e-2,{same}"
+        for trained, variant, difference, same in (
+            (0, "ours_rounded", "8e-2", "no"), (9, "ours", "9e-2", "no"), (9, "rounded", "6e-2", "no"),
+            (9, "ours", "4e-2", "yes"),
+        )
         for term in (*tables.TERMS, "non_finite_terms")
-    ]
+    ]  # fmt: skip
     (tmp_path / "training_curve.csv").write_text("\n".join([head + "mean_difference,standard_error,same", *lines]))
     shown = tables.curve_table().splitlines()
     assert [line.split(" | ")[0] for line in shown[2:]] == [f"| {name}" for name in tables.TERMS.values()]

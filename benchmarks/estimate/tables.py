@@ -136,7 +136,7 @@ def headline_table() -> str:
     rows.append(
         ["the same of the published program at its best", f"{peer['value']} ms", card(peer), "`peer_figures.csv`"]
     )
-    rows += [shared_row(device) for device in devices("step_breakdown")]
+    rows += [row for device in devices("step_breakdown") for row in shared_rows(device)]
     runs = list(newest(read("gpu_runs"), "layout").values())
     for column, what, unit in (
         ("start_to_first_step_s", "`run_start` to the end of the first step, at most", ".1f s"),
@@ -156,16 +156,19 @@ def headline_table() -> str:
     return markdown(["what", "figure", "card", "commit"], rows)
 
 
-def shared_row(device: str) -> list[object]:
-    """How much sooner two GPUs that share a sample are done than one: newest call in which both were timed."""
-    rows = [row for row in read("step_breakdown") if row["device"] == device]
-    commit = next(row["commit"] for row in reversed(rows) if (row["gpus"], row["dap"]) == ("2", "2"))
-    of = {n: [r for r in rows if (r["commit"], r["gpus"], r["dap"]) == (commit, n, n)] for n in ("1", "2")}
-    times = {n: {row["passes"]: float(row["wall_ms"]) for row in own} for n, own in of.items()}
-    passes = sorted(times["1"].keys() & times["2"].keys())
-    ratio = sum(times["1"][r] for r in passes) / sum(times["2"][r] for r in passes)
-    what = f"step of two GPUs that share a sample (DAP 2), mean over {' and '.join(passes)} passes"
-    return [what, f"{ratio:.2f} times as fast as one's", card({"device": device}), commit]
+def shared_rows(device: str) -> list[list[object]]:
+    """How much sooner GPUs that share a sample are done than one: of each number the newest call that timed both."""
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in (row for row in read("step_breakdown") if row["device"] == device and row["gpus"] == row["dap"]):
+        times.setdefault((row["dap"], row["commit"]), {})[row["passes"]] = float(row["wall_ms"])
+    found: list[list[object]] = []
+    for dap, commit in sorted({dap: commit for dap, commit in times if dap != "1"}.items()):
+        one, shared = times["1", commit], times[dap, commit]
+        passes = sorted(one.keys() & shared.keys())
+        what = f"step of {dap} GPUs that share a sample (DAP {dap}), mean over {' and '.join(passes)} passes"
+        ratio = f"{sum(one[r] for r in passes) / sum(shared[r] for r in passes):.2f} times as fast as one's"
+        found.append([what, ratio, card({"device": device}), commit])
+    return found
 
 
 def step_table() -> str:
@@ -246,15 +249,12 @@ def microseconds(row: Row | None, commit: str) -> str:
 
 
 def curve_table() -> str:
-    """Every term of the newest curves beside the plain path's; nothing where none was measured."""
-    if not (RESULTS / "training_curve.csv").exists():
+    """Every term of the newest curves beside the plain path's, all begun alike; nothing where none was measured."""
+    if not (rows := read("training_curve") if (RESULTS / "training_curve.csv").exists() else []):
         return ""
-    found = newest(read("training_curve"), "variant", "term")
+    found = newest([row for row in rows if row["trained"] == rows[-1]["trained"]], "variant", "term")
     variants = [name for name in CURVES if any(variant == name for variant, _ in found)]
-    cells = [
-        [name, *(cell for variant in variants for cell in curve_cells(found[variant, term]))]
-        for term, name in TERMS.items()
-    ]
+    cells = [[name, *(c for v in variants for c in curve_cells(found[v, term]))] for term, name in TERMS.items()]
     columns = ("largest difference of its band", "at step", "mean difference ± its error")
     head = [f"{CURVES[variant]}: {column}" for variant in variants for column in columns]
     return markdown(["20 steps' mean of", *head], cells)
