@@ -52,8 +52,8 @@ def test_only_sound_trials_are_replayed_and_today_begins_with_the_default(script
     assert broken.config not in texts
     assert not any(row.error for row in sweep.rows)
     default = tuning._defaults[rows[0].kernel](script.fields_of(rows[0]), 90)
-    assert texts[sweep.order[0]] == config_text(default)
-    assert sorted(sweep.order) == list(range(len(texts)))
+    assert texts[0] == config_text(default)
+    assert len(set(texts)) == len(texts)
 
 
 def test_history_leaves_out_the_width_or_the_kernel(script, rows):
@@ -85,10 +85,13 @@ def test_every_method_proposes_every_candidate_once(script, methods, rows, metho
     assert sorted(order) == list(range(len(sweep.rows)))
 
 
-def test_ours_begins_with_the_present_choice_and_ends_with_what_spills(script, methods, rows):
+def test_ours_begins_with_what_history_likes_best_and_ends_with_what_spills(script, methods, rows):
     sweep = script.recorded(rows)
-    order = list(methods.search_order(sweep, 3, Prior.flat(len(sweep.rows)), advised=False))
-    assert order[0] == sweep.order[0]
+    flat = Prior.flat(len(sweep.rows))
+    order = list(methods.search_order(sweep, 3, flat))
+    liked = Prior(np.where(np.arange(len(sweep.rows)) == 5, 0.0, 0.1), flat.spread)
+    first = [next(methods.search_order(sweep, 3, liked, present_first=present)) for present in (False, True)]
+    assert [order[0], *first] == [0, 5, 0]
     assert sorted(order) == list(range(len(sweep.rows)))
     spilling = {n for n, row in enumerate(sweep.rows) if (row.spill_bytes or 0) > 512}
     assert spilling
@@ -147,6 +150,14 @@ def test_a_sweep_that_was_cut_off_is_not_replayed(script, rows, tmp_path):
     assert script.read_sets(shorter) == {}
 
 
+def test_new_sweeps_whose_candidates_are_mostly_equal_are_a_set_of_their_own(script, rows, tmp_path):
+    trials.append(tmp_path / "tuning_new.csv", rows)
+    assert list(script.read_sets(tmp_path)) == ["new"]
+    equal = tmp_path / "equal"
+    trials.append(equal / "tuning_new.csv", [row if row.us is None else replace(row, us=100.0) for row in rows])
+    assert list(script.read_sets(equal)) == ["new, flat"]
+
+
 @pytest.mark.parametrize(("factor", "whole"), [(1.01, True), (1.05, False)])
 def test_sessions_are_one_sweep_only_if_they_agree_on_what_both_timed(script, rows, tmp_path, factor, whole):
     """One session was cut off, another one, of later code, has timed the rest and some of the same."""
@@ -169,13 +180,23 @@ def test_what_spilling_is_worth_is_said_of_each_sweep(script, rows):
     assert found["allowed_spills_over_best"] == "1.000"
 
 
-def test_the_held_out_sweeps_are_of_shapes_that_no_table_has_and_mostly_of_other_kernels(repository, monkeypatch):
+def test_no_problem_is_in_two_sets_and_most_that_were_held_out_are_of_other_kernels(repository, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
     tuning_sweeps = importlib.import_module("tuning_sweeps")
 
     known = {kernel for kernel, _ in tuning_sweeps.SETS["development"].problems}
-    held_out = tuning_sweeps.SETS["held-out"]
+    held_out, new = tuning_sweeps.SETS["held-out"], tuning_sweeps.SETS["drawn"]
     assert not set(held_out.problems) & set(tuning_sweeps.SETS["development"].problems)
     assert 2 * sum(kernel not in known for kernel, _ in held_out.problems) >= len(held_out.problems)
     names = [case.name for case in tuning_sweeps.all_cases(list(held_out.daps), [])]
     assert all(any(name.startswith(begin) for name in names) for _, begin in held_out.problems)
+    swept = {t.key for file in script_files(repository) for t in trials.read(file)}
+    fresh = {(kernel, problem) for kernel, _, problem in new.problems}
+    assert len(fresh) == len(new.problems) >= 24
+    assert not fresh & swept
+    names = [case.name for case in tuning_sweeps.all_cases(list(new.daps), list(new.lengths))]
+    assert {operation for _, operation, _ in new.problems} <= set(names)
+
+
+def script_files(repository):
+    return [repository / "benchmarks" / "results" / f"tuning_{name}.csv" for name in ("sweeps", "held_out")]

@@ -32,6 +32,7 @@ def script(repository, monkeypatch):
     monkeypatch.setattr(found, "find_problems", lambda cases, n: [Problem(KERNEL, FIELDS, n, False)])
     monkeypatch.setattr(found, "Processes", lambda *state: Compiled())
     monkeypatch.setattr(found, "Device", lambda cases: Record(us_of))
+    monkeypatch.setattr(trials, "history", list)
     monkeypatch.setattr(trials, "facts", lambda: {"date": "d", "device": "A GPU", "torch": "t", "code": "c"})
     return found
 
@@ -54,6 +55,37 @@ def test_every_candidate_is_timed_and_the_close_ones_again(script, tmp_path):
     least = min(row.us for row in rows)
     assert {row.config for row in again} == {row.config for row in rows if row.us <= script.CLOSE * least}
     assert trials.read(tmp_path / "t.csv") == rows
+
+
+def test_what_made_a_gpu_fail_at_another_problem_is_a_row_and_no_trial(script, tmp_path, monkeypatch):
+    fatal = script.sweep(arguments(tmp_path / "t.csv"))[3]
+    failed = replace(fatal, problem="c=64", error="AcceleratorError: an illegal memory access was encountered")
+    monkeypatch.setattr(trials, "history", lambda: [failed])
+    rows = [row for row in script.sweep(arguments(tmp_path / "again.csv")) if row.config == fatal.config]
+    assert [(row.us, row.error) for row in rows] == [(None, "made a GPU fail at another problem")]
+
+
+def test_a_problem_is_found_by_its_key_where_one_operation_has_several(script, monkeypatch):
+    fields: list[dict[str, int | str]] = [{**FIELDS, "c": width} for width in (64, 128)]
+    monkeypatch.setattr(script, "find_problems", lambda cases, n: [Problem(KERNEL, f, n, False) for f in fields])
+    cases = script.all_cases([8], [])
+    keys = [tuning.problem_key(f) for f in fields]
+    found = script.swept_problems(cases, [(KERNEL, "layer_norm ", key) for key in keys])
+    assert [p.key[1] for p in found] == keys
+    assert [p.key[1] for p in script.swept_problems(cases, [(KERNEL, "layer_norm ")])] == keys[:1]
+
+
+def test_two_problems_of_each_kernel_are_drawn_of_two_widths_if_there_are(repository, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    drawn = importlib.import_module("tuning_draw").drawn
+    shapes = {"a": [(64, 1), (64, 2), (64, 4), (128, 1)], "b": [(64, 1), (64, 2)], "c": [(64, 1)]}
+    problems = [Problem(k, {"c": c, "rows": 1024 * n}, 0, False) for k, own in shapes.items() for c, n in own]
+    for seed in range(20):
+        found = drawn(problems, seed)
+        assert found == drawn(problems[::-1], seed)
+        assert sorted(p.kernel for p in found) == ["a", "a", "b", "b", "c"]
+        assert len({p.kernel for p in found[:3]}) == 3
+        assert {p.fields["c"] for p in found if p.kernel == "a"} == {64, 128}
 
 
 def test_what_is_timed_again_is_said_to_be_of_the_code_that_is_timed(script, tmp_path, monkeypatch):

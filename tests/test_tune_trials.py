@@ -76,7 +76,7 @@ def test_the_shipped_history_is_what_the_tables_of_results_make(repository, monk
 
     shipped = trials.read(trials.SHIPPED)
     assert shipped == tuning_history.all_trials()
-    assert trials.SHIPPED.stat().st_size < 100_000
+    assert trials.SHIPPED.stat().st_size < 20 * len(shipped)
     assert {trial.device for trial in shipped} >= {"NVIDIA H200", "NVIDIA H100 80GB HBM3"}
     assert sum(trial.search == "sweep" for trial in shipped) > 500
 
@@ -121,7 +121,7 @@ def test_a_model_is_fitted_without_a_gpu(tmp_path, monkeypatch):
     said = []
     request = Request(model=tmp_path / "models" / "model.npz")
     assert fit_model(request, said.append) is not None
-    assert request.model.stat().st_size < 3_000_000
+    assert request.model.stat().st_size < 5_000 * len(trials.read(trials.SHIPPED))
     assert said[-1].endswith("model.npz: written")
 
 

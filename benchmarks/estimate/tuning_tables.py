@@ -18,7 +18,7 @@ METHODS = {  # name in tuning_replay.csv -> name in the table
     "ours, no transfer": "ours, no transfer",
     "ours, no augmentation": "ours, no augmentation",
     "ours, no assistant": "ours, no assistant",
-    "assistant that does not fade": "assistant that does not fade",
+    "history that does not fade": "history that does not fade",
 }
 
 
@@ -26,6 +26,8 @@ def replay_table(name: str) -> str:
     """Every method over all sweeps of a set: summed medians, and ours over it with intervals, in both scenarios."""
     own = [row for row in read("tuning_replay") if (row["set"], row["sweep"]) == (name, "all")]
     found = {(row["scenario"], row["method"]): row for row in own}
+    if not found:
+        return "No sweep of this set is recorded yet."
     lines = []
     for method, title in METHODS.items():
         cells = []
@@ -81,6 +83,8 @@ def spill_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "replay_new": lambda: replay_table("new"),
+    "replay_flat": lambda: replay_table("new, flat"),
     "replay_held_out": lambda: replay_table("held-out"),
     "replay_development": lambda: replay_table("development"),
     "replay_trials": trial_table,

@@ -1,6 +1,7 @@
 """Methods that ``tuning_replay.py`` compares: in which order each would try the candidates of a recorded sweep."""
 
 import functools
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,22 +13,21 @@ import numpy as np
 from scalefold.kernels import tuning
 from scalefold.tune.candidates import CANDIDATES, space
 from scalefold.tune.model import Forest, augmented, fit, lessons
-from scalefold.tune.search import Prior, Search, places_of
-from scalefold.tune.sweep import MOST_SPILL_BYTES
+from scalefold.tune.search import FADES_OVER, Prior, Search, places_of
+from scalefold.tune.sweep import MOST_SPILL_BYTES, listed_of, prior_of
 from scalefold.tune.trials import Trial, config_text, parse_config
 
 CAPABILITY = 90
 OURS = "ours"
-ABLATED = ("ours, no transfer", "ours, no augmentation", "ours, no assistant", "assistant that does not fade")
+ABLATED = ("ours, no transfer", "ours, no augmentation", "ours, no assistant", "history that does not fade")
 STALE = 5  # proposals of TPE in a row that are known or have no program, before it gets the next in any order
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One sweep: its sound trials, one per candidate, and the order of today."""
+    """One sweep: its sound trials, one per candidate, in the order of today."""
 
     rows: tuple[Trial, ...]
-    order: tuple[int, ...]
 
     @property
     def us(self) -> np.ndarray:
@@ -67,7 +67,7 @@ def recorded(rows: Sequence[Trial]) -> Recorded:
     wanted = [default, *CANDIDATES[kept[0].kernel](fields), *space(kept[0].kernel, fields)]
     places = {row.config: n for n, row in enumerate(kept)}
     known = [places[text] for text in dict.fromkeys(map(config_text, wanted)) if text in places]
-    return Recorded(tuple(kept), (*known, *(n for n in range(len(kept)) if n not in known)))
+    return Recorded(tuple(kept[n] for n in (*known, *(n for n in range(len(kept)) if n not in known))))
 
 
 def left(history: Sequence[Trial], out: Trial, new_kernel: bool) -> list[Trial]:
@@ -82,7 +82,7 @@ def random_order(sweep: Recorded, seed: int) -> Iterator[int]:
 
 def today_order(sweep: Recorded, seed: int) -> Iterator[int]:
     """The order of the sweeps before."""
-    yield from sweep.order
+    yield from range(len(sweep.rows))
 
 
 def tpe_order(sweep: Recorded, seed: int) -> Iterator[int]:
@@ -118,16 +118,15 @@ def tpe_order(sweep: Recorded, seed: int) -> Iterator[int]:
 
 
 def search_order(
-    sweep: Recorded, seed: int, prior: Prior, advised: bool = True, assisted: bool = True
+    sweep: Recorded, seed: int, prior: Prior, fades_over: float = FADES_OVER, present_first: bool = False
 ) -> Iterator[int]:
     """The package's search; what it never proposes because it spills comes last."""
     places = places_of([parse_config(row.config) for row in sweep.rows])
-    search = Search(places, prior, np.random.default_rng(seed), advised, assisted)
-    spills = [(row.spill_bytes or 0) > MOST_SPILL_BYTES for row in sweep.rows]
-    spilling = [n for n, spilled in enumerate(spills) if spilled and n != sweep.order[0]]
+    search = Search(places, prior, np.random.default_rng(seed), fades_over)
+    spilling = [n for n, row in enumerate(sweep.rows) if n and (row.spill_bytes or 0) > MOST_SPILL_BYTES]
     for n in spilling:
         search.drop(n)
-    candidate: int | None = sweep.order[0]
+    candidate = 0 if present_first else search.propose()
     while candidate is not None:
         yield candidate
         search.tell(candidate, float(sweep.us[candidate]))
@@ -135,34 +134,24 @@ def search_order(
     yield from spilling
 
 
-def priors(sweep: Recorded, history: Sequence[Trial]) -> dict[str, Prior]:
-    """What each variant of ours believes at the beginning."""
-    known = lessons(history)
-    flat = Prior.flat(len(sweep.rows))
-    advised, plain = (_prior(fit(chosen), sweep) for chosen in (augmented(known), known))
-    return {OURS: advised, ABLATED[0]: flat, ABLATED[1]: plain, ABLATED[2]: advised}
-
-
 def _prior(forest: Forest | None, sweep: Recorded) -> Prior:
-    return Prior.flat(len(sweep.rows)) if forest is None else Prior(*forest.predict(sweep.rows))
+    first = sweep.rows[0]
+    listed = listed_of(first.kernel, fields_of(first), first.config)
+    return Prior.flat(len(sweep.rows)) if forest is None else prior_of(forest, sweep.rows, listed)
 
 
 Order = Callable[..., Iterator[int]]  # of a sweep and a seed
 
 
 def orders(sweep: Recorded, history: Sequence[Trial]) -> dict[str, Order]:
-    """Every method that asks history, by name."""
-    believed = priors(sweep, history)
-    found: dict[str, Order] = {}
-    for name in (OURS, *ABLATED[:3]):
-        advised, assisted = name != ABLATED[0], name != ABLATED[2]
-        found[name] = functools.partial(search_order, prior=believed[name], advised=advised, assisted=assisted)
-    found[ABLATED[3]] = functools.partial(prior_order, prior=believed[OURS])
-    return found
-
-
-def prior_order(sweep: Recorded, seed: int, prior: Prior) -> Iterator[int]:
-    """The present choice, then what history likes, whatever trials say."""
-    first = sweep.order[0]
-    yield first
-    yield from (n for n in prior.mean.argsort(kind="stable").tolist() if n != first)
+    """Ours, and what it is without each of its ideas; the last trusts history to the end."""
+    known = lessons(history)
+    prior, plain = (_prior(fit(chosen), sweep) for chosen in (augmented(known), known))
+    flat = Prior.flat(len(sweep.rows))
+    return {
+        OURS: functools.partial(search_order, prior=prior),
+        ABLATED[0]: functools.partial(search_order, prior=flat),
+        ABLATED[1]: functools.partial(search_order, prior=plain),
+        ABLATED[2]: functools.partial(search_order, prior=prior, present_first=True),
+        ABLATED[3]: functools.partial(search_order, prior=prior, fades_over=math.inf),
+    }

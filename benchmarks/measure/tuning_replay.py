@@ -3,15 +3,17 @@
     python benchmarks/measure/tuning_replay.py      # 200 seeds; tables and figure; needs scikit-learn and optuna
     python benchmarks/measure/tuning_replay.py --seeds 20 --out /tmp/replay
 
-``tuning_sweeps.py`` has timed every candidate of some problems: of a ``development`` set, on which the constants of the
-search were chosen, and of a ``held-out`` set, recorded when these were fixed. Each is searched anew with its record as
-the device, by a search that has seen the older tables and the development set but for this problem's width, whatever
-its size ("new shape"), or but for its kernel ("new kernel"); held-out sweeps are never part of what is known:
+``tuning_sweeps.py`` has timed every candidate of some problems: of a ``development`` and a ``held-out`` set, on which
+the search was chosen, and of a ``new`` one, drawn and recorded when it was fixed. Each is searched anew with its record
+as the device, by a search that has seen the shipped history but for this problem's width, whatever its size ("new
+shape"), or but for its kernel ("new kernel"); new sweeps are never part of what is known:
 
 random: any order. today: the order of the sweeps before there was a history: the default in the kernel's code, its
-list of candidates, the rest of the grid. TPE: Optuna's, from nothing. ours: the search of ``scalefold tune``, which
-times the present choice, that default, first; then it without each of its three ideas, and with an assistant that does
-not fade.
+list of candidates, the rest of the grid. TPE: Optuna's, from nothing. ours: the search of ``scalefold tune``; then it
+without each of its three ideas, and with a history that does not fade.
+
+New sweeps of which more than FLAT of the candidates are within two hundredths of the best are a set of their own
+(``new, flat``): any order finds one there at once. The others decide.
 
 All draw from what compiles, fits and does not race; ours also leaves out what spills. A trial that a sampler repeats,
 or that has no program, costs it nothing. Intervals: 95 %, of the bootstrap over sweeps and seeds.
@@ -61,7 +63,8 @@ from tuning_methods import (
 WITHIN = 1.02
 RESAMPLES = 2000
 SCENARIOS = ("new shape", "new kernel")
-SETS = {"development": "tuning_sweeps.csv", "held-out": "tuning_held_out.csv"}
+SETS = {"development": "tuning_sweeps.csv", "held-out": "tuning_held_out.csv", "new": "tuning_new.csv"}
+FLAT = 0.1
 SHOWN = 40  # trials in the figure
 Place = tuple[str, str]  # a set of sweeps and a scenario
 
@@ -264,9 +267,17 @@ def read_sets(folder: Path) -> dict[str, list[list[Trial]]]:
             by_problem.setdefault(row.key, []).append(row)
         complete = [rows for rows in map(joined, by_problem.values()) if is_complete(rows)]
         print(f"{name}: {len(complete)} sweeps, {len(by_problem) - len(complete)} that are not complete", flush=True)
-        if complete:
-            found[name] = complete
-    return found
+        if name == "new":
+            found["new, flat"] = [rows for rows in complete if is_flat(rows)]
+            complete = [rows for rows in complete if not is_flat(rows)]
+        found[name] = complete
+    return {name: sweeps for name, sweeps in found.items() if sweeps}
+
+
+def is_flat(rows: Sequence[Trial]) -> bool:
+    """Whether more than FLAT of the candidates that are replayed are within WITHIN of the best."""
+    us = recorded(rows).us
+    return float(np.mean(us <= WITHIN * us.min())) > FLAT
 
 
 def joined(rows: Sequence[Trial]) -> list[Trial]:
@@ -303,7 +314,7 @@ def write(file: Path, rows: list[dict[str, object]]) -> None:
 
 
 def main() -> int:
-    """Replay, write tables and figure; exit status 1 if ours needs more than half of the trials of today's or TPE's."""
+    """Replay, write tables and figure; exit status 1 unless ours needs half of the trials of today's and TPE's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", type=Path, default=FOLDER, help="folder of the recorded sweeps")
     parser.add_argument("--seeds", type=int, default=200)
@@ -316,8 +327,9 @@ def main() -> int:
     begin = time.monotonic()
     assert triton_ops.TRITON  # every kernel has registered its default
     rows_of = read_sets(arguments.sweeps)
-    older = [trial for trial in trials.read(trials.SHIPPED) if not trial.search]  # of no recorded search
-    known = [*older, *(row for rows in rows_of["development"] for row in rows)]
+    new = arguments.sweeps / SETS["new"]
+    unseen = set(trials.read(new)) if new.exists() else set()
+    known = [trial for trial in trials.read(trials.SHIPPED) if trial not in unseen]
     sets = {name: [recorded(rows) for rows in sweeps] for name, sweeps in rows_of.items()}
     found = replay_all(sets, known, arguments.seeds, arguments.workers, arguments.keep)
     rows = [r for place, curves in found.items() for r in table(place, curves, [s.name for s in sets[place[0]]])]
@@ -325,7 +337,8 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write(folder / "tuning_replay.csv", rows)
     write(folder / "tuning_spills.csv", [spill_row(name, own) for name, sweeps in rows_of.items() for own in sweeps])
-    draw(found, (arguments.out or ROOT / "docs" / "figures") / "tuning_replay.svg")
+    shown = {place: curves for place, curves in found.items() if not place[0].endswith("flat")}
+    draw(shown, (arguments.out or ROOT / "docs" / "figures") / "tuning_replay.svg")
     totals = [row for row in rows if row["sweep"] == "all"]
     print_table(totals)
     bad = [row for row in totals if row["method"] in ("today", "TPE") and _exceeds(row)]

@@ -2,11 +2,11 @@
 
     python benchmarks/measure/tuning_sweeps.py --minutes 9 --csv benchmarks/results/tuning_sweeps.csv
     python benchmarks/measure/tuning_sweeps.py --set held-out --minutes 5 --csv benchmarks/results/tuning_held_out.csv
-    CUDA_VISIBLE_DEVICES=1 python benchmarks/measure/tuning_sweeps.py --set held-out --part 1/2 ...   # of two GPUs
+    CUDA_VISIBLE_DEVICES=1 python benchmarks/measure/tuning_sweeps.py --set drawn --part 1/4 ...   # of four GPUs
 
-Two sets: ``development``, on which the constants of the search were chosen, and ``held-out``, which none was chosen on:
-shares of DAP 4 and 8 that no table has an entry for, most of kernels that the other set lacks. Tables of parts are
-joined by appending all but the first line.
+Three sets: ``development`` and ``held-out``, on which the search was chosen (the second was held out from the choice of
+its first form), and ``drawn``, which nothing was chosen on: the problems of ``tuning_drawn.csv``, which
+``tuning_draw.py`` drew. Tables of parts are joined by appending all but the first line.
 
 All other processors compile while this process times what they have finished: results compared with the present
 choice's, bits in REPEATS repeats with memory poisoned in between, then the operation inside a CUDA graph. What does not
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from common import FOLDER, print_table
+from common import FOLDER, print_table, read_rows
 from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
 from scalefold.tune import trials
@@ -43,13 +43,19 @@ from scalefold.tune.programs import (
 )
 from scalefold.tune.trials import Trial, config_text, parse_config
 
+DRAWN = Path(__file__).with_name("tuning_drawn.csv")
+
 
 @dataclass(frozen=True)
 class Swept:
-    """Problems of one set, (kernel, how the name of its operation begins) each, and the shares they belong to."""
+    """Problems of one set, and the shares and evaluated lengths they belong to.
+
+    Each is a kernel, how the name of its operation begins, and the key of the problem (empty: the first there).
+    """
 
     daps: tuple[int, ...]
-    problems: tuple[tuple[str, str], ...]
+    problems: tuple[tuple[str, ...], ...]
+    lengths: tuple[int, ...] = ()
 
 
 SETS = {
@@ -81,20 +87,25 @@ SETS = {
             ("outer_product_weight", "outer_product_update 128x32x256"),
         ),
     ),
+    "drawn": Swept(
+        (2, 4, 8),
+        tuple((row["kernel"], row["operation"], row["problem"]) for row in read_rows(DRAWN)),
+        (320, 704),
+    ),
 }
-TOGETHER = 8  # problems: those that come after them may find no time
+TOGETHER = 6  # problems: those that come after them may find no time
 REPEATS = 6
 CLOSE = 1.1  # times the fastest: what is timed again
 RESERVED = 0.12  # of the time, for that
 Job = tuple[Problem, tuning.Config]
 
 
-def swept_problems(cases: list[Case], wanted: Sequence[tuple[str, str]]) -> list[Problem]:
+def swept_problems(cases: list[Case], wanted: Sequence[tuple[str, ...]]) -> list[Problem]:
     """The problems of a set, in order; ValueError if the model no longer has one."""
     found = []
-    for kernel, begin in wanted:
+    for kernel, begin, *key in wanted:
         numbers = [n for n, case in enumerate(cases) if case.name.startswith(begin)]
-        problems = [p for n in numbers for p in find_problems(cases, n) if p.kernel == kernel]
+        problems = [p for n in numbers for p in find_problems(cases, n) if [*p.key] == [kernel, *(key or p.key[1:])]]
         if not problems:
             raise ValueError(f"no case `{begin}...` looks up {kernel}")
         found.append(problems[0])
@@ -197,22 +208,27 @@ def summary(rows: list[Trial]) -> list[dict[str, object]]:
 def sweep(arguments: argparse.Namespace) -> list[Trial]:
     """Compile, time and write; all rows of the table."""
     begin, limit, swept = time.monotonic(), 60 * arguments.minutes, SETS[arguments.set]
-    pool = Processes(swept.daps, [], arguments.workers)
-    cases = all_cases(list(swept.daps), [])
+    lengths = list(swept.lengths)
+    pool = Processes(swept.daps, lengths, arguments.workers)
+    cases = all_cases(list(swept.daps), lengths)
     number, count = arguments.part
     problems = swept_problems(cases, swept.problems[number::count])
-    shared = first_columns(problems, cases, daps_of(swept.daps, []))
+    shared = first_columns(problems, cases, daps_of(swept.daps, lengths))
     columns = {problem.key: row for problem, row in zip(problems, shared, strict=True)}
     devices = {problem.case: Device(cases) for problem in problems}
     rows = trials.read(arguments.csv) if arguments.csv.exists() else []
     done = {(*row.key, row.config) for row in rows}
+    failed = {(trial.kernel, trial.config) for trial in trials.history() if trial.made_gpu_fail}
     todo = [jobs(problem, arguments.limit, done) for problem in problems]
     print(f"{time.monotonic() - begin:4.0f} s: {sum(map(len, todo))} to try of {len(problems)} problems", flush=True)
     said = 0.0
     try:
-        for batch in (todo[:TOGETHER], todo[TOGETHER:]):
+        for first in range(0, len(todo), TOGETHER):
+            batch = todo[first : first + TOGETHER]
             for (problem, config), program in compiled(pool, batch, begin + (1 - RESERVED) * limit - time.monotonic()):
                 device = devices[problem.case]
+                if (problem.kernel, config_text(config)) in failed:
+                    program = replace(program, error="made a GPU fail at another problem")
                 row = row_of(columns[problem.key], config, program, device, problem)
                 keep(rows, row, device, arguments.csv)
                 if time.monotonic() > said + 20:

@@ -5,8 +5,8 @@ that is: the spread of its trees. Fitting needs scikit-learn (the extra ``tune``
 that NumPy alone evaluates, for machines that have no more.
 
 Every trial is learned from more than once (``augmented``): as it stands, as if its program were not compiled yet, and
-as one of a kernel that nobody knows at another size, with the noise of a clock. The model can so order what to compile
-first, and has something to say on a new kernel.
+some times as one of a kernel that nobody knows at another size, with the noise of a clock. The model can so order what
+to compile first, and has something to say on a new kernel.
 """
 
 import math
@@ -24,7 +24,8 @@ ANY_GPU = (132, 3350, 228)
 WORST = math.log(4)  # farther from the best is all the same
 NOISE = 0.01  # of a time, relative
 WINNERS_WEIGHT = 0.5  # of rows that only say what won: nobody knows by how much
-TREES, LEAST_LEAF, SHARE_OF_FEATURES = 64, 2, 0.5
+TREES, LEAST_LEAF, SHARE_OF_FEATURES = 200, 2, 0.5
+RESIZED = 3  # times that a trial is also one of an unnamed kernel
 PARAMETERS = (  # what means the same in several kernels is one feature
     ("BLOCK_M", "BLOCK_Q", "BLOCK_F", "BLOCK_S", "BLOCK"),
     ("BLOCK_N", "BLOCK_K", "BLOCK_P"),
@@ -106,11 +107,10 @@ def lessons(history: Iterable[Trial]) -> list[Lesson]:
 
 
 def augmented(known: Sequence[Lesson], seed: int = 0) -> list[Lesson]:
-    """Each lesson as it is, without its program, and as one of an unnamed kernel at another size."""
+    """Each lesson as it is, without its program, and RESIZED times as one of an unnamed kernel at another size."""
     random = np.random.default_rng(seed)
-    found = list(known)
-    for lesson in known:
-        found.append(lesson._replace(trial=replace(lesson.trial, programs=None)))
+    found = [*known, *(lesson._replace(trial=replace(lesson.trial, programs=None)) for lesson in known)]
+    for lesson in [*known] * RESIZED:
         factor = 2.0 ** random.integers(-1, 2)
         noisy = max(0.0, lesson.distance + NOISE * random.standard_normal())
         found.append(Lesson(_resized(lesson.trial, factor), noisy, lesson.weight / 2))

@@ -2,9 +2,9 @@
 
 The time of a candidate is a priori what the model of history says (``Prior``), up to a factor of the problem. A
 Gaussian process over the launch parameters learns from this search's own trials how the truth departs from that, and
-history fades: its weight in that falls as own trials grow, and so does the share of trials that it proposes outright,
-as an assistant. Else what is tried is what promises the largest improvement; a share goes to what nobody proposed. All
-of this is plain arithmetic on a few hundred candidates; nothing here knows a device.
+history fades: its weight falls as own trials grow. What is believed to be fastest is tried next, so that history alone
+proposes the first trial; a share goes to what nobody proposed. All of this is plain arithmetic on a few hundred
+candidates; nothing here knows a device.
 """
 
 import math
@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-EXPLORED = 0.1  # share of trials that are drawn among all candidates, of those that history does not propose
+EXPLORED = 0.1  # share of trials after the first that are drawn among all candidates
 FADES_OVER = 8.0  # own trials after which history counts half
-NOISE = 0.005  # of a time, relative
+NOISE = 0.02  # of a time, relative
+UNDERSTATED = 2.0  # true errors over believed ones in the recorded sweeps, after any number of trials
 LEAST_SPREAD = 0.02  # of times, relative: what is assumed until trials say more
 ASSUMED = 0.5  # trials that an assumed spread counts for
 UNKNOWN_SPREAD = 0.1  # the same without any history
@@ -39,9 +40,8 @@ class Search:
     """The candidates of one problem and what was found of them.
 
     Attributes:
-        places: [candidates, parameters], launch parameters as coordinates.
-        advised: whether there is a history.
-        assisted: whether it may propose outright.
+        places: [candidates, parameters], launch parameters as coordinates; of equals the first comes first.
+        fades_over: own trials after which history counts half.
         open: [candidates], which may be proposed: neither tried nor known not to run.
         tried: candidate -> microseconds.
     """
@@ -49,8 +49,7 @@ class Search:
     places: np.ndarray
     prior: Prior
     random: np.random.Generator
-    advised: bool = False
-    assisted: bool = True
+    fades_over: float = FADES_OVER
     open: np.ndarray = field(init=False)
     tried: dict[int, float] = field(default_factory=dict)
 
@@ -64,7 +63,7 @@ class Search:
     @property
     def weight(self) -> float:
         """How much history still counts."""
-        return FADES_OVER / (FADES_OVER + len(self.tried))
+        return 1 / (1 + len(self.tried) / self.fades_over)
 
     @property
     def best_us(self) -> float:
@@ -95,13 +94,13 @@ class Search:
         residual = np.log([self.tried[n] for n in seen]) - prior[seen]
         level, assumed = residual.mean(), ASSUMED * doubt.mean() ** 2
         variance = (((residual - level) ** 2).sum() + assumed) / (len(seen) + ASSUMED)
-        scale = np.sqrt(variance) * doubt / doubt.mean()
+        scale = UNDERSTATED * np.sqrt(variance) * doubt / doubt.mean()
         likeness = np.outer(scale, scale) * self._likeness
         inner = likeness[np.ix_(seen, seen)] + NOISE**2 * np.eye(len(seen))
         solved = np.linalg.solve(inner, np.column_stack([residual - level, likeness[seen]]))
         mean = prior + level + likeness[:, seen] @ solved[:, 0]
         left = scale**2 - (likeness[seen] * solved[:, 1:]).sum(0)
-        return mean, np.sqrt(np.maximum(left, NOISE**2))
+        return mean, np.sqrt(np.maximum(left, 1e-8))
 
     def gains(self) -> np.ndarray:
         """Expected improvement on the fastest so far, as a share of its time; [candidates], 0 for what is not open."""
@@ -116,11 +115,9 @@ class Search:
         allowed = np.flatnonzero(self.open if ready is None else self.open & ready)
         if not len(allowed):
             return None
-        if self.advised and self.assisted and self.random.random() < self.weight:
-            return int(allowed[self.prior.mean[allowed].argmin()])
-        if self.random.random() < EXPLORED:
+        if self.tried and self.random.random() < EXPLORED:
             return int(self.random.choice(allowed))
-        return int(allowed[self.gains()[allowed].argmax()])
+        return int(allowed[self.believed()[0][allowed].argmin()])
 
 
 def _below(x: np.ndarray) -> np.ndarray:

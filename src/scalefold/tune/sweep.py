@@ -1,14 +1,15 @@
 """The search on a device: what is compiled next, what is tried next, when it ends, and what is chosen.
 
 Compiling and timing go on side by side, and both follow the expected gain: microseconds of a training step that a trial
-may save, per second that it takes. First comes the present choice of every problem; then whatever promises most, in
-whichever problem. Each trial is a row on the disk before the next one begins, and a search that is started again goes
-on from these rows. What does not compile, does not fit, spills or races never reaches the device.
+may save, per second that it takes. First comes what history likes best of every problem (without one the present
+choice, which is timed at the latest when a choice is made); then the problem that promises most. Each trial is a row on
+the disk before the next one begins, and a search that is started again goes on from these rows. What does not compile,
+does not fit, spills or races never reaches the device.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +19,13 @@ import numpy as np
 
 from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
-from scalefold.kernels.tuning import Config
+from scalefold.kernels.tuning import Config, Fields
 from scalefold.tune import trials
+from scalefold.tune.candidates import CANDIDATES
 from scalefold.tune.device import Outcome
 from scalefold.tune.model import Forest
 from scalefold.tune.programs import Problem, Program
-from scalefold.tune.search import Prior, Search, places_of
+from scalefold.tune.search import LEAST_SPREAD, Prior, Search, places_of
 from scalefold.tune.trials import Trial, config_text, parse_config
 
 MOST_SPILL_BYTES = 512  # per thread: where fewer spill, the recorded sweeps have winners
@@ -33,6 +35,7 @@ LEAST_GAIN = 0.01  # of the operation's time: less is noise
 LEAST_EXPECTED = 0.005  # of the operation's time: no trial is made for less
 LEAST_GAIN_PER_S = 2e-5  # of the summed operations of a step: a search that promises less ends
 FINALISTS = 3
+BEFORE_FIRST = 2  # programs of a problem compiled before its first trial: the present choice, what history likes best
 CLOCK_S = 0.25  # a trial, until some were timed
 
 
@@ -55,16 +58,15 @@ class Compiles(Protocol):
 
 @dataclass
 class Sought:
-    """One problem: its candidates, the present choice first, and what is known of each."""
+    """One problem: its candidates, the present choice first, which of them are listed, and what is known of each."""
 
     problem: Problem
     blanks: list[Trial]
+    listed: Set[str]
     search: Search
     forest: Forest | None
     calls: int
     pending: dict[int, "Future[Program]"] = field(default_factory=dict)
-    present_us: float | None = None
-    finished_present: bool = False
     ordered: np.ndarray = field(init=False)  # [candidates], given to be compiled
     built: np.ndarray = field(init=False)  # [candidates], compiled
     _gains: np.ndarray | None = None
@@ -83,19 +85,27 @@ class Sought:
         return self.search.open & ~self.ordered
 
     @property
-    def step_us(self) -> float:
-        """Microseconds in a training step; in one call, of what belongs to evaluations."""
-        return max(1, self.calls) * (self.present_us or 0.0)
+    def comes_first(self) -> np.ndarray:
+        """Of what is not ordered, what the first trial waits for, or none; [candidates]."""
+        enough = self.ordered.sum() >= BEFORE_FIRST and (self.pending or self.ready.any())
+        return self.unordered & (not self.search.tried and not enough)
 
-    def best_gain(self, among: np.ndarray) -> tuple[float, int]:
-        """The largest expected gain in microseconds of a step, and whose it is; 0 if there is none."""
+    @property
+    def begins(self) -> bool:
+        """Whether its first trial can be made."""
+        return not (self.search.tried or self.pending or self.comes_first.any()) and bool(self.ready.any())
+
+    @property
+    def step_us(self) -> float:
+        """Microseconds in a training step; in one call, of what belongs to evaluations; 0 until something was timed."""
+        return max(1, self.calls) * self.search.best_us if self.search.tried else 0.0
+
+    def best_gain(self, among: np.ndarray) -> float:
+        """The largest expected gain in microseconds of a step; 0 if there is none, or nothing was timed."""
         if self._gains is None:
-            best, gains = self.search.best_us, self.search.gains()
-            per_step = max(1, self.calls) * (best if math.isfinite(best) else 1.0)
-            self._gains = np.where(gains < LEAST_EXPECTED, 0.0, gains) * per_step
-        gains = np.where(among, self._gains, 0.0)
-        chosen = int(gains.argmax())
-        return float(gains[chosen]), chosen
+            gains = self.search.gains()
+            self._gains = np.where(gains < LEAST_EXPECTED, 0.0, gains) * self.step_us
+        return float(self._gains[among].max(initial=0.0))
 
     def compiled(self, candidate: int, program: Program) -> Trial | None:
         """Take up what compiling said; the row of a candidate that must not be tried. The present choice may spill."""
@@ -107,10 +117,9 @@ class Sought:
         self.blanks[candidate] = replace(self.blanks[candidate], **figures, error=error)
         if error:
             self.search.drop(candidate)
-            self.finished_present |= candidate == 0
             return self.blanks[candidate]
         if self.forest is not None:
-            mean, spread = self.forest.predict([self.blanks[candidate]])
+            mean, spread = prior_of(self.forest, [self.blanks[candidate]], self.listed)
             self.search.prior.mean[candidate], self.search.prior.spread[candidate] = mean[0], spread[0]
         return None
 
@@ -118,8 +127,6 @@ class Sought:
         """Take up a trial; its row."""
         self.search.tell(candidate, us if bits != "differ" else None)
         self._gains = None
-        if candidate == 0:
-            self.present_us, self.finished_present = self.search.tried.get(0), True
         rounded = None if us is None else round(us, 2)
         return replace(self.blanks[candidate], us=rounded, bits=bits, error=error)
 
@@ -134,6 +141,17 @@ class Sought:
         return count
 
 
+def listed_of(kernel: str, fields: Fields, present: str) -> Set[str]:
+    """The present choice and the kernel's list, which was made by hand."""
+    return {present, *map(config_text, CANDIDATES[kernel](fields))}
+
+
+def prior_of(forest: Forest, blanks: Sequence[Trial], listed: Set[str]) -> Prior:
+    """What history says of candidates; of those that it cannot tell apart the listed ones come first."""
+    mean, spread = forest.predict(blanks)
+    return Prior(mean + LEAST_SPREAD * np.array([blank.config not in listed for blank in blanks]), spread)
+
+
 def seek_problem(
     problem: Problem, columns: dict[str, object], configs: Sequence[Config], forest: Forest | None, seed: int = 0
 ) -> Sought:
@@ -141,11 +159,11 @@ def seek_problem(
     texts = list(dict.fromkeys(map(config_text, configs)))
     mode = "alone" if forest is None else "history"
     blanks = [Trial(**columns, config=text, search=mode) for text in texts]  # type: ignore[arg-type]
-    prior = Prior.flat(len(texts)) if forest is None else Prior(*forest.predict(blanks))
+    listed = listed_of(problem.kernel, problem.fields, texts[0])
+    prior = Prior.flat(len(texts)) if forest is None else prior_of(forest, blanks, listed)
     places = places_of([parse_config(text) for text in texts])
-    calls = int(str(columns["calls"]))
-    search = Search(places, prior, np.random.default_rng(seed), advised=forest is not None)
-    return Sought(problem, blanks, search, forest, calls)
+    search = Search(places, prior, np.random.default_rng(seed))
+    return Sought(problem, blanks, listed, search, forest, int(str(columns["calls"])))
 
 
 @dataclass
@@ -165,7 +183,7 @@ class Sweep:
         while self.clock() < deadline:
             self._take_compiled()
             self._order_compiling()
-            sought = self._next_present() or self._most_promising()
+            sought = next((s for s in self.soughts if s.begins), None) or self._most_promising()
             if sought is not None:
                 self._try(sought)
             elif any(s.pending for s in self.soughts):
@@ -188,16 +206,19 @@ class Sweep:
             trials.append(self.file, [row])
 
     def _order_compiling(self) -> None:
-        """Fill the queue of the processes that compile: present choices, then whatever promises most."""
+        """Fill the queue of the processes that compile: what first trials wait for, then whatever promises most."""
         free = self.compiler.slots - sum(len(sought.pending) for sought in self.soughts)
         for _ in range(free):
-            waiting = next((sought for sought in self.soughts if sought.unordered[0]), None)
+            waiting = next((s for s in self.soughts if s.unordered[0]), None)
             if waiting is not None:
                 self._compile(waiting, 0)
                 continue
-            gain, candidate, sought = self._largest([(s, s.unordered) for s in self.soughts if s.finished_present])
-            if sought is None or gain < self._least():
+            sought = next((s for s in self.soughts if s.comes_first.any()), None)
+            sought = sought or self._largest(lambda s: s.unordered)
+            if sought is None:
                 return
+            candidate = sought.search.propose(sought.unordered)
+            assert candidate is not None
             self._compile(sought, candidate)
 
     def _compile(self, sought: Sought, candidate: int) -> None:
@@ -205,13 +226,11 @@ class Sweep:
         sought.ordered[candidate] = True
         sought.pending[candidate] = self.compiler.submit(sought.problem, config)
 
-    def _largest(self, choices: list[tuple[Sought, np.ndarray]]) -> tuple[float, int, Sought | None]:
-        found: tuple[float, int, Sought | None] = (0.0, -1, None)
-        for sought, among in choices:
-            gain, candidate = sought.best_gain(among)
-            if gain > found[0]:
-                found = (gain, candidate, sought)
-        return found
+    def _largest(self, among: Callable[[Sought], np.ndarray]) -> Sought | None:
+        """The problem with the largest expected gain among its candidates of a kind; None if that is too small."""
+        gains = [sought.best_gain(among(sought)) for sought in self.soughts]
+        best = max(range(len(gains)), key=gains.__getitem__)
+        return self.soughts[best] if gains[best] > 0 and gains[best] >= self._least() else None
 
     def _least(self) -> float:
         """Microseconds of a step that a trial must promise: what it takes in seconds, times the summed operations."""
@@ -219,15 +238,11 @@ class Sweep:
         seconds = sum(recent) / len(recent) if recent else CLOCK_S
         return LEAST_GAIN_PER_S * seconds * sum(sought.step_us for sought in self.soughts)
 
-    def _next_present(self) -> Sought | None:
-        return next((s for s in self.soughts if s.ready[0]), None)
-
     def _most_promising(self) -> Sought | None:
-        gain, _, sought = self._largest([(s, s.ready) for s in self.soughts if s.finished_present])
-        return sought if gain >= self._least() else None
+        return self._largest(lambda sought: sought.ready)
 
     def _try(self, sought: Sought) -> None:
-        candidate = 0 if sought.search.open[0] else sought.search.propose(sought.ready)
+        candidate = sought.search.propose(sought.ready)
         assert candidate is not None
         begin = self.clock()
         config = parse_config(sought.blanks[candidate].config)
@@ -250,7 +265,7 @@ class Sweep:
     def choose(self, deadline: float) -> Iterator[dict[str, object]]:
         """Settle every problem that was searched, the largest gains first, and save its choice; a row each."""
         for sought in sorted(self.soughts, key=lambda s: -_hoped(s)):
-            if len(sought.search.tried) > 1 and self.clock() < deadline:
+            if sought.search.tried.keys() - {0} and self.clock() < deadline:
                 config, times = self._settle(sought)
                 if config is not None:
                     tuning.save(tuning.device_kind(), {sought.problem.kernel: {sought.problem.key[1]: config}})
@@ -258,15 +273,15 @@ class Sweep:
 
     def _settle(self, sought: Sought) -> tuple[Config | None, tuple[float, float]]:
         """The choice, and the times of the present one and of it: finalists are run again, with all repeats."""
-        tried, present = sought.search.tried, sought.present_us
+        tried = sought.search.tried
         finalists = [
             n
             for n in sorted(tried, key=tried.__getitem__)
             if n and tried[n] < (1 - LEAST_GAIN) * tried.get(0, math.inf)
         ]
-        if not finalists and present is not None:
-            return parse_config(sought.blanks[0].config), (present, present)
-        baseline = self._again(sought, 0) if present is not None else None
+        if not finalists and 0 in tried:
+            return parse_config(sought.blanks[0].config), (tried[0], tried[0])
+        baseline = self._again(sought, 0) if 0 in tried or sought.search.open[0] else None
         for candidate in finalists[:FINALISTS]:
             us = self._again(sought, candidate)
             if us is not None and us < (1 - LEAST_GAIN) * (baseline or math.inf):
@@ -290,9 +305,11 @@ class Sweep:
 
 
 def _hoped(sought: Sought) -> float:
-    """Microseconds of a step that the trials so far promise."""
-    best = sought.search.best_us
-    return max(1, sought.calls) * ((sought.present_us or best) - best) if math.isfinite(best) else 0.0
+    """Microseconds of a step that the trials so far promise, by what is believed of a present choice without a time."""
+    best, tried = sought.search.best_us, sought.search.tried
+    if not tried:
+        return 0.0
+    return max(1, sought.calls) * (tried.get(0, math.exp(sought.search.believed()[0][0])) - best)
 
 
 def _table_row(sought: Sought, config: Config, times: tuple[float, float]) -> dict[str, object]:
