@@ -2,9 +2,13 @@
 
 import builtins
 import csv
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -114,6 +118,33 @@ def test_what_made_the_gpu_fail_at_one_problem_is_tried_at_no_other(machine, tmp
     later = {text for text, _ in machine.asked[before:]}
     assert later
     assert config_text(BEST) not in later
+
+
+FAILS = """
+import sys
+from scalefold.cli import main
+from scalefold.errors import DeviceError
+from scalefold.tune import command
+
+def fails(request):
+    raise DeviceError("the GPU fails, the same command goes on after it")
+
+command.tune = fails
+sys.argv = ["scalefold", *sys.argv[1:]]
+main()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the new process would search")
+@pytest.mark.parametrize(("minutes", "asked"), [("3", "no CUDA device"), ("0.4", "the GPU fails")])
+def test_a_new_process_goes_on_after_a_failure_of_the_gpu_if_there_is_time(minutes, asked):
+    """Here it has no GPU at all."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command_line = [sys.executable, "-c", FAILS, "tune", "--dap", "4", "--minutes", minutes]
+    done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert asked in done.stderr.splitlines()[-1]
+    assert ("a new process does, for 3.0 minutes" in done.stdout) == (minutes == "3")
 
 
 def test_a_second_call_tries_nothing_again_that_was_tried(machine, tmp_path):

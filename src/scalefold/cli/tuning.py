@@ -1,12 +1,16 @@
 """The verb of the command line that tunes kernels."""
 
 import os
+import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from scalefold.errors import ConfigError
+from scalefold.errors import ConfigError, DeviceError
+
+LEAST_MINUTES = 0.5  # for which a new process is worth its start
 
 
 def add_verbs(app: typer.Typer) -> None:
@@ -57,7 +61,16 @@ def tune(
     if fit:
         fit_model(request)
         return
-    print(table_text(search(request)))
+    begin = time.monotonic()
+    try:
+        rows = search(request)
+    except DeviceError as error:  # of one candidate, which is tried no more; only a new process can use the GPU again
+        left = minutes - (time.monotonic() - begin) / 60
+        if left < LEAST_MINUTES:
+            raise
+        print(f"{error}: a new process does, for {left:.1f} minutes", flush=True)
+        os.execv(sys.executable, [sys.executable, "-m", "scalefold", *sys.argv[1:], "--minutes", f"{left:.2f}"])
+    print(table_text(rows))
     print(f"{out}: table, picture and choices")
 
 
