@@ -63,8 +63,8 @@ def test_weight_gradients_over_any_number_of_rows_have_no_obstacle(compiled, n, 
         transposed = [empty(1, 8, 16, width).transpose(1, 2) for width in (n, c)]
         assert gradients.products_obstacle(transposed[:1], transposed[1:]) is None
         assert products_obstacle(n, c, d=empty(1, 3, 21, 2 * n)[..., n:]) is None
-    for sequences, found in [(128, None), (64, None), (32, "the table prefers the Triton program")]:
-        assert products_obstacle(n, c, rows=(1, sequences, 256)) == found
+    for sequences in (128, 64, 32, 16):
+        assert products_obstacle(n, c, rows=(1, sequences, 256)) is None
 
 
 class Computed:
