@@ -190,13 +190,10 @@ def test_no_problem_is_in_two_sets_and_most_that_were_held_out_are_of_other_kern
     assert 2 * sum(kernel not in known for kernel, _ in held_out.problems) >= len(held_out.problems)
     names = [case.name for case in tuning_sweeps.all_cases(list(held_out.daps), [])]
     assert all(any(name.startswith(begin) for name in names) for _, begin in held_out.problems)
-    swept = {t.key for file in script_files(repository) for t in trials.read(file)}
+    results = repository / "benchmarks" / "results"
+    swept = {t.key for name in ("sweeps", "held_out") for t in trials.read(results / f"tuning_{name}.csv")}
     fresh = {(kernel, problem) for kernel, _, problem in new.problems}
     assert len(fresh) == len(new.problems) >= 24
     assert not fresh & swept
     names = [case.name for case in tuning_sweeps.all_cases(list(new.daps), list(new.lengths))]
     assert {operation for _, operation, _ in new.problems} <= set(names)
-
-
-def script_files(repository):
-    return [repository / "benchmarks" / "results" / f"tuning_{name}.csv" for name in ("sweeps", "held_out")]

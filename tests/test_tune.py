@@ -162,7 +162,7 @@ def test_a_gpu_that_fails_ends_the_search_and_its_next_call_goes_on_after_the_ca
 
 
 def test_the_search_ends_when_no_trial_promises_enough(tables, tmp_path):
-    """All candidates are equally fast: after a few nothing is expected any more."""
+    """All candidates are equally fast: nothing is expected any more before all are tried, though no history says so."""
     device = Record(us=lambda config: 100.0)
     ticks = iter(range(10**6))
     why = sweep_of(sought(), device, Compiled(), tmp_path / "trials.csv", lambda: next(ticks) * 0.1).run(10**6)

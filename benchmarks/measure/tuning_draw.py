@@ -5,7 +5,8 @@
 From everything that a GPU of compute capability 9.0 looks up with the present choices in training at DAP 2, 4 and 8 and
 in evaluation of 320 and 704 residues: every kernel with FEWEST to MOST candidates gives two problems that no sweep has
 timed, drawn at random, the second of another width than the first where the kernel has one. The first ones of all
-kernels come first, in an order that is drawn too.
+kernels come first, in an order that is drawn too. Other tables of choices give another list: the file of the commit that
+recorded it counts.
 """
 
 import csv
@@ -13,21 +14,16 @@ import random
 import sys
 
 from common import FOLDER
-from scalefold.kernels import tuning
 from scalefold.tune import trials
 from scalefold.tune.candidates import space
 from scalefold.tune.command import unique_problems
 from scalefold.tune.programs import Problem, all_cases
+from tuning_methods import width_of
 
 DAPS, LENGTHS = [2, 4, 8], [320, 704]
 FEWEST, MOST = 24, 100
 SEED = 22
 SWEPT = ("tuning_sweeps.csv", "tuning_held_out.csv")
-
-
-def width_of(problem: Problem) -> set[tuple[str, int | str]]:
-    """The fields that are no sizes."""
-    return {item for item in problem.fields.items() if item[0] not in tuning.SIZES}
 
 
 def drawn(problems: list[Problem], seed: int) -> list[Problem]:
@@ -36,7 +32,7 @@ def drawn(problems: list[Problem], seed: int) -> list[Problem]:
     for kernel in sorted({problem.kernel for problem in problems}):
         own = sorted((p for p in problems if p.kernel == kernel), key=lambda p: p.key)
         chance.shuffle(own)
-        pairs.append([own[0], *sorted(own[1:], key=lambda p: width_of(p) == width_of(own[0]))[:1]])
+        pairs.append([own[0], *sorted(own[1:], key=lambda p: width_of(p.fields) == width_of(own[0].fields))[:1]])
     chance.shuffle(pairs)
     return [pair[turn] for turn in range(2) for pair in pairs if turn < len(pair)]
 

@@ -53,10 +53,14 @@ def fields_of(trial: Trial) -> dict[str, int | str]:
     return {name: int(value) if value.isdigit() else value for name, value in pairs}
 
 
+def width_of(fields: tuning.Fields) -> dict[str, int | str]:
+    """The fields that are no sizes."""
+    return {name: value for name, value in fields.items() if name not in tuning.SIZES}
+
+
 def same_width(trial: Trial, other: Trial) -> bool:
     """Whether two trials are of one kernel at problems that differ in sizes only."""
-    kinds = [{name: v for name, v in fields_of(t).items() if name not in tuning.SIZES} for t in (trial, other)]
-    return trial.kernel == other.kernel and kinds[0] == kinds[1]
+    return trial.kernel == other.kernel and width_of(fields_of(trial)) == width_of(fields_of(other))
 
 
 def recorded(rows: Sequence[Trial]) -> Recorded:
@@ -136,8 +140,7 @@ def search_order(
 
 def _prior(forest: Forest | None, sweep: Recorded) -> Prior:
     first = sweep.rows[0]
-    listed = listed_of(first.kernel, fields_of(first), first.config)
-    return Prior.flat(len(sweep.rows)) if forest is None else prior_of(forest, sweep.rows, listed)
+    return prior_of(forest, sweep.rows, listed_of(first.kernel, fields_of(first), first.config))
 
 
 Order = Callable[..., Iterator[int]]  # of a sweep and a seed

@@ -218,7 +218,7 @@ def sweep(arguments: argparse.Namespace) -> list[Trial]:
     devices = {problem.case: Device(cases) for problem in problems}
     rows = trials.read(arguments.csv) if arguments.csv.exists() else []
     done = {(*row.key, row.config) for row in rows}
-    failed = {(trial.kernel, trial.config) for trial in trials.history() if trial.made_gpu_fail}
+    failed = trials.that_made_gpu_fail(trials.history())
     todo = [jobs(problem, arguments.limit, done) for problem in problems]
     print(f"{time.monotonic() - begin:4.0f} s: {sum(map(len, todo))} to try of {len(problems)} problems", flush=True)
     said = 0.0

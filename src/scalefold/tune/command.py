@@ -211,7 +211,7 @@ def _all_sought(cases: list[Case], daps: Sequence[int], request: Request, note: 
     problems = chosen_problems(cases, request)
     columns = first_columns(problems, cases, daps)
     forest, (own, others) = advice(request, note), _own_and_others(request)
-    failed = {(trial.kernel, trial.config) for trial in (*own, *others) if trial.made_gpu_fail}
+    failed = trials.that_made_gpu_fail([*own, *others])
     soughts = [seek_problem(p, row, configs_of(p, failed), forest) for p, row in zip(problems, columns, strict=True)]
     resumed = sum(sought.resume(own) for sought in soughts)
     note(f"{resumed} trials of an earlier call")

@@ -146,8 +146,10 @@ def listed_of(kernel: str, fields: Fields, present: str) -> Set[str]:
     return {present, *map(config_text, CANDIDATES[kernel](fields))}
 
 
-def prior_of(forest: Forest, blanks: Sequence[Trial], listed: Set[str]) -> Prior:
-    """What history says of candidates; of those that it cannot tell apart the listed ones come first."""
+def prior_of(forest: Forest | None, blanks: Sequence[Trial], listed: Set[str]) -> Prior:
+    """What history, if there is one, says of candidates; of those that it cannot tell apart the listed come first."""
+    if forest is None:
+        return Prior.flat(len(blanks))
     mean, spread = forest.predict(blanks)
     return Prior(mean + LEAST_SPREAD * np.array([blank.config not in listed for blank in blanks]), spread)
 
@@ -160,7 +162,7 @@ def seek_problem(
     mode = "alone" if forest is None else "history"
     blanks = [Trial(**columns, config=text, search=mode) for text in texts]  # type: ignore[arg-type]
     listed = listed_of(problem.kernel, problem.fields, texts[0])
-    prior = Prior.flat(len(texts)) if forest is None else prior_of(forest, blanks, listed)
+    prior = prior_of(forest, blanks, listed)
     places = places_of([parse_config(text) for text in texts])
     search = Search(places, prior, np.random.default_rng(seed))
     return Sought(problem, blanks, listed, search, forest, int(str(columns["calls"])))

@@ -204,3 +204,8 @@ def history(extra: Iterable[Path] = ()) -> list[Trial]:
     """Everything that is known: the shipped history, sweeps of this installation, and further files."""
     files = [SHIPPED, *sorted(tuning.TABLES.glob("*_trials.csv")), *extra]
     return [trial for file in files if file.is_file() for trial in read(file)]
+
+
+def that_made_gpu_fail(known: Iterable[Trial]) -> set[tuple[str, str]]:
+    """Kernels and configurations that made a GPU fail at some problem: no candidates at any."""
+    return {(trial.kernel, trial.config) for trial in known if trial.made_gpu_fail}
