@@ -5,8 +5,8 @@
 From everything that a GPU of compute capability 9.0 looks up with the present choices in training at DAP 2, 4 and 8 and
 in evaluation of 320 and 704 residues: every kernel with FEWEST to MOST candidates gives two problems that no sweep has
 timed, drawn at random, the second of another width than the first where the kernel has one. The first ones of all
-kernels come first, in an order that is drawn too. Other tables of choices give another list: the file of the commit that
-recorded it counts.
+kernels come first, in an order that is drawn too. Other tables of choices give another list: the file that was
+committed counts.
 """
 
 import csv
