@@ -158,31 +158,30 @@ class DirectExchanges:
         return outs, lambda: None
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor:
-        """The ranks' tensors behind each other along ``dim``, dense."""
+        """The ranks' tensors behind each other along ``dim``; dense, where it can be in the memory order of x."""
+        order = _order(x, dim)
+        x, dim = x.permute(order), order.index(dim)
         shape = list(x.shape)
         shape[dim] *= self.size
         block = math.prod(x.shape[dim:])
         arrived = self._sent([x], shape, lasts, True, x.numel(), block)
         if arrived is not None:
             self._meet()
-            return arrived[0]
+            return _in_place(arrived[0], order)
         out = x.new_empty(shape)
         copy_parts(self._staged([x])[0], out, None, x.numel(), block)
-        return out
+        return _in_place(out, order)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """This rank's slice along ``dim`` of the sum over ranks; summed in fp32 and in rank order.
 
-        Dense, in the memory order of x if that is dense and leaves runs long and even enough: no copy brings it into
-        another one.
+        Dense, where it can be in the memory order of x.
         """
-        order = sorted(range(x.dim()), key=lambda n: -x.stride(n))
-        if not x.permute(order).is_contiguous() or math.prod(x.shape[n] for n in order[order.index(dim) + 1 :]) % LANE:
-            order = list(range(x.dim()))
+        order = _order(x, dim)
         shape = [x.shape[n] // (self.size if n == dim else 1) for n in order]
         out = x.new_empty(shape)
         sum_parts(self._staged([x.permute(order)])[0], out, self.rank, math.prod(shape[order.index(dim) :]))
-        return out.permute([order.index(n) for n in range(x.dim())])
+        return _in_place(out, order)
 
     def _sent(
         self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts, whole: bool, split_block: int, concat_block: int
@@ -218,6 +217,21 @@ class DirectExchanges:
         self._met += 1
         self.barrier(turn)
         return [[peer[place] for peer in self.views[dtype][turn]] for place in places]
+
+
+def _order(x: Tensor, dim: int) -> list[int]:
+    """Dimensions of x as they lie in memory, where x is dense and its runs behind ``dim`` are even; else as they come.
+
+    An exchange in that order needs no copy before it, and leaves none to whoever wants the result lie as x does.
+    """
+    order = sorted(range(x.dim()), key=lambda n: -x.stride(n))
+    even = math.prod(x.shape[n] for n in order[order.index(dim) + 1 :]) % LANE == 0
+    return order if even and x.permute(order).is_contiguous() else list(range(x.dim()))
+
+
+def _in_place(out: Tensor, order: list[int]) -> Tensor:
+    """View of a tensor whose dimensions come in ``order`` with each of them in its own place."""
+    return out.permute([order.index(n) for n in range(out.dim())])
 
 
 def connect(group: Group, control: dist.ProcessGroup, device: torch.device) -> bool:
