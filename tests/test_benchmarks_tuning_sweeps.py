@@ -75,17 +75,17 @@ def test_a_problem_is_found_by_its_key_where_one_operation_has_several(script, m
     assert [p.key[1] for p in script.swept_problems(cases, [(KERNEL, "layer_norm ")])] == keys[:1]
 
 
-def test_two_problems_of_each_kernel_are_drawn_of_two_widths_if_there_are(repository, monkeypatch):
+def test_problems_of_each_kernel_are_drawn_of_other_widths_as_long_as_there_are(repository, monkeypatch):
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
-    drawn = importlib.import_module("tuning_draw").drawn
-    shapes = {"a": [(64, 1), (64, 2), (64, 4), (128, 1)], "b": [(64, 1), (64, 2)], "c": [(64, 1)]}
+    draw = importlib.import_module("tuning_draw")
+    shapes = {"a": [(64, n) for n in range(draw.OF_EACH)] + [(128, 1), (256, 1)], "b": [(64, 1), (64, 2)]}
     problems = [Problem(k, {"c": c, "rows": 1024 * n}, 0, False) for k, own in shapes.items() for c, n in own]
     for seed in range(20):
-        found = drawn(problems, seed)
-        assert found == drawn(problems[::-1], seed)
-        assert sorted(p.kernel for p in found) == ["a", "a", "b", "b", "c"]
-        assert len({p.kernel for p in found[:3]}) == 3
-        assert {p.fields["c"] for p in found if p.kernel == "a"} == {64, 128}
+        found = draw.drawn(problems, seed)
+        assert found == draw.drawn(problems[::-1], seed)
+        assert sorted(p.kernel for p in found) == ["a"] * draw.OF_EACH + ["b"] * 2
+        assert {p.kernel for p in found[:2]} == {"a", "b"}
+        assert {p.fields["c"] for p in [p for p in found if p.kernel == "a"][:3]} == {64, 128, 256}
 
 
 def test_what_is_timed_again_is_said_to_be_of_the_code_that_is_timed(script, tmp_path, monkeypatch):

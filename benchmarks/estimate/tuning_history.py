@@ -17,7 +17,7 @@ from scalefold.tune.operation_cases import training_cases
 from scalefold.tune.trials import Trial, config_text
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-TABLES = ("tuning_sweeps.csv", "tuning_held_out.csv", "tuning_trials.csv", "tuning_new.csv")
+TABLES = ("tuning_sweeps.csv", "tuning_held_out.csv", "tuning_trials.csv", "tuning_first_draw.csv", "tuning_new.csv")
 DAPS = (8, 4, 2, 1)  # a shape that several shares have belongs to the smallest
 ROWS = {  # shapes of kernel_trials.csv for kernels over rows
     "pair": "c=128 dtype=bfloat16 n=512 rows=65536",

@@ -1,12 +1,11 @@
 """Draw the problems that ``tuning_sweeps.py --set drawn`` times, before anything is known of them.
 
-    python benchmarks/measure/tuning_draw.py > benchmarks/measure/tuning_drawn.csv      # no GPU
+    python benchmarks/measure/tuning_draw.py > benchmarks/measure/tuning_problems.csv      # no GPU
 
-From everything that a GPU of compute capability 9.0 looks up with the present choices in training at DAP 2, 4 and 8 and
-in evaluation of 320 and 704 residues: every kernel with FEWEST to MOST candidates gives two problems that no sweep has
-timed, drawn at random, the second of another width than the first where the kernel has one. The first ones of all
-kernels come first, in an order that is drawn too. Other tables of choices give another list: the file that was
-committed counts.
+From everything that a GPU of compute capability 9.0 looks up with the present choices in training at DAP 1 to 8 and in
+evaluation of some lengths: every kernel with FEWEST to MOST candidates gives up to OF_EACH problems that no sweep has
+timed, drawn at random, of other widths than those before as long as the kernel has some. The first ones of all kernels
+come first, in an order that is drawn too. Other tables of choices give another list: what was committed counts.
 """
 
 import csv
@@ -20,21 +19,28 @@ from scalefold.tune.command import unique_problems
 from scalefold.tune.programs import Problem, all_cases
 from tuning_methods import width_of
 
-DAPS, LENGTHS = [2, 4, 8], [320, 704]
+DAPS, LENGTHS = [1, 2, 4, 8], [256, 320, 448, 576, 704]
 FEWEST, MOST = 24, 100
-SEED = 22
-SWEPT = ("tuning_sweeps.csv", "tuning_held_out.csv")
+OF_EACH = 5
+SEED = 23
+SWEPT = ("tuning_sweeps.csv", "tuning_held_out.csv", "tuning_first_draw.csv")
 
 
 def drawn(problems: list[Problem], seed: int) -> list[Problem]:
-    """Two problems of each kernel, or the one that it has."""
-    chance, pairs = random.Random(seed), []
+    """Up to OF_EACH problems of each kernel."""
+    chance, by_kernel = random.Random(seed), []
     for kernel in sorted({problem.kernel for problem in problems}):
         own = sorted((p for p in problems if p.kernel == kernel), key=lambda p: p.key)
         chance.shuffle(own)
-        pairs.append([own[0], *sorted(own[1:], key=lambda p: width_of(p.fields) == width_of(own[0].fields))[:1]])
-    chance.shuffle(pairs)
-    return [pair[turn] for turn in range(2) for pair in pairs if turn < len(pair)]
+        chosen: list[Problem] = []
+        while own and len(chosen) < OF_EACH:
+            widths = [width_of(problem.fields) for problem in chosen]
+            rarest = min(own, key=lambda problem: widths.count(width_of(problem.fields)))
+            own.remove(rarest)
+            chosen.append(rarest)
+        by_kernel.append(chosen)
+    chance.shuffle(by_kernel)
+    return [chosen[turn] for turn in range(OF_EACH) for chosen in by_kernel if turn < len(chosen)]
 
 
 def main() -> int:

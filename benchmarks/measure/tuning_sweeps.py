@@ -5,8 +5,8 @@
     CUDA_VISIBLE_DEVICES=1 python benchmarks/measure/tuning_sweeps.py --set drawn --part 1/4 ...   # of four GPUs
 
 Three sets: ``development`` and ``held-out``, on which the search was chosen (the second was held out from the choice of
-its first form), and ``drawn``, which nothing was chosen on: the problems of ``tuning_drawn.csv``, which
-``tuning_draw.py`` drew. Tables of parts are joined by appending all but the first line.
+its first form), and ``drawn``: the problems of ``tuning_problems.csv``, which ``tuning_draw.py`` drew when the search
+was fixed. Tables of parts are joined by appending all but the first line.
 
 All other processors compile while this process times what they have finished: results compared with the present
 choice's, bits in REPEATS repeats with memory poisoned in between, then the operation inside a CUDA graph. What does not
@@ -43,7 +43,7 @@ from scalefold.tune.programs import (
 )
 from scalefold.tune.trials import Trial, config_text, parse_config
 
-DRAWN = Path(__file__).with_name("tuning_drawn.csv")
+DRAWN = Path(__file__).with_name("tuning_problems.csv")
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ SETS = {
         ),
     ),
     "drawn": Swept(
-        (2, 4, 8),
+        (1, 2, 4, 8),
         tuple((row["kernel"], row["operation"], row["problem"]) for row in read_rows(DRAWN)),
-        (320, 704),
+        (256, 320, 448, 576, 704),
     ),
 }
 TOGETHER = 6  # problems: those that come after them may find no time

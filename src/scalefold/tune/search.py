@@ -93,8 +93,8 @@ class Search:
         seen = np.array(list(self.tried))
         residual = np.log([self.tried[n] for n in seen]) - prior[seen]
         level, assumed = residual.mean(), ASSUMED * doubt.mean() ** 2
-        variance = (((residual - level) ** 2).sum() + assumed) / (len(seen) + ASSUMED)
-        scale = UNDERSTATED * np.sqrt(variance) * doubt / doubt.mean()
+        errors = (UNDERSTATED * (residual - level)) ** 2
+        scale = np.sqrt((errors.sum() + assumed) / (len(seen) + ASSUMED)) * doubt / doubt.mean()
         likeness = np.outer(scale, scale) * self._likeness
         inner = likeness[np.ix_(seen, seen)] + NOISE**2 * np.eye(len(seen))
         solved = np.linalg.solve(inner, np.column_stack([residual - level, likeness[seen]]))

@@ -25,7 +25,7 @@ from scalefold.tune.candidates import CANDIDATES
 from scalefold.tune.device import Outcome
 from scalefold.tune.model import Forest
 from scalefold.tune.programs import Problem, Program
-from scalefold.tune.search import LEAST_SPREAD, Prior, Search, places_of
+from scalefold.tune.search import Prior, Search, places_of
 from scalefold.tune.trials import Trial, config_text, parse_config
 
 MOST_SPILL_BYTES = 512  # per thread: where fewer spill, the recorded sweeps have winners
@@ -35,6 +35,7 @@ LEAST_GAIN = 0.01  # of the operation's time: less is noise
 LEAST_EXPECTED = 0.005  # of the operation's time: no trial is made for less
 LEAST_GAIN_PER_S = 2e-5  # of the summed operations of a step: a search that promises less ends
 FINALISTS = 3
+UNLISTED = 0.06  # of a candidate's time: so much more is expected where nobody wrote it down by hand
 BEFORE_FIRST = 2  # programs of a problem compiled before its first trial: the present choice, what history likes best
 CLOCK_S = 0.25  # a trial, until some were timed
 
@@ -147,11 +148,11 @@ def listed_of(kernel: str, fields: Fields, present: str) -> Set[str]:
 
 
 def prior_of(forest: Forest | None, blanks: Sequence[Trial], listed: Set[str]) -> Prior:
-    """What history, if there is one, says of candidates; of those that it cannot tell apart the listed come first."""
+    """What history, if there is one, says of candidates; of those that it hardly tells apart the listed come first."""
     if forest is None:
         return Prior.flat(len(blanks))
     mean, spread = forest.predict(blanks)
-    return Prior(mean + LEAST_SPREAD * np.array([blank.config not in listed for blank in blanks]), spread)
+    return Prior(mean + UNLISTED * np.array([blank.config not in listed for blank in blanks]), spread)
 
 
 def seek_problem(
