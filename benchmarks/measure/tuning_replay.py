@@ -321,7 +321,7 @@ def write(file: Path, rows: list[dict[str, object]]) -> None:
 
 
 def main() -> int:
-    """Replay, write tables and figure; exit status 1 unless ours needs half of the trials of others where it DECIDES."""
+    """Replay, write tables and figure; exit status 1 unless ours needs half of the trials where it DECIDES."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweeps", type=Path, default=FOLDER, help="folder of the recorded sweeps")
     parser.add_argument("--seeds", type=int, default=200)
