@@ -9,7 +9,7 @@ import torch
 
 from kernel_accuracy import DEVICE, Draw
 from scalefold.kernels import tuning
-from scalefold.kernels.ops import gated_output, linear
+from scalefold.kernels.ops import gated_output, linear, triangle
 from scalefold.tune.candidates import CANDIDATES
 
 TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
@@ -22,7 +22,7 @@ def grids(monkeypatch):
     """PARTS of every launch of the two forward kernels, of problems of any size."""
     monkeypatch.setattr(tuning, "LEAST_SHARED_WEIGHT", 0)
     found = []
-    for module in (linear, gated_output):
+    for module in (linear, gated_output, triangle):
         original = module.launch
 
         def launch(program, config, tensors, original=original, **arguments):
@@ -163,12 +163,56 @@ def compare_candidates(name, n, call, grids):
     assert len(candidates) > 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("shape", "width"), [((1, 5, 7, 32), 64), ((2, 4, 8, 16), 16)], ids=str)
+def test_operands_of_a_triangle_in_parts_have_the_bits_of_one_program(shape, width, transposed, dtype, grids):
+    draw = Draw(sum(shape))
+    z, mask = turned(draw(*shape).to(dtype), transposed), draw.mask(*shape[:-1]).to(dtype)
+    parameters = [p.to(dtype) for _ in range(4) for p in (draw.weight(width, shape[-1]), draw(width))]
+    norm = [p.to(dtype) for p in draw.norm(shape[-1])]
+    one, *others = of_parts(
+        "triangle_project_columns", TILE, (1, 2, 4, 8), lambda: triangle.triangle_project(z, mask, *norm, *parameters)
+    )
+    assert grids == [min(parts, 2 * width // 16) for parts in (1, 2, 4, 8)]
+    for found in others:
+        assert all(map(same_bits, found, one))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropped", [None, "rows", "columns"])
+@pytest.mark.parametrize(("shape", "width"), [((1, 5, 7, 64), 32), ((2, 4, 8, 32), 64)], ids=str)
+def test_the_output_of_a_triangle_in_parts_has_the_bits_of_one_program(shape, width, dropped, dtype, grids):
+    draw = Draw(sum(shape))
+    batch, i, j, c = shape
+    z, x = draw(*shape).to(dtype), draw(batch, width, i, j).to(dtype)
+    sizes = {"rows": (batch, 1, j, c), "columns": (batch, i, 1, c)}
+    dropout = draw.dropout(*sizes[dropped]).to(dtype) if dropped else None
+    linears = [draw.weight(c, width), draw(c), draw.weight(c, c), draw(c)]
+    parameters = [p.to(dtype) for p in (*draw.norm(c), *draw.norm(width), *linears)]
+
+    def gradients():
+        leaves = [tensor.clone().requires_grad_() for tensor in (z, x, *parameters)]
+        out = triangle.triangle_output(*leaves, dropout)
+        return [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
+
+    with tuning.override("triangle_output_columns", {"PARTS": 2, **TILE}):
+        one, *others = of_parts("triangle_gates_columns", TILE, (1, 2, 4), gradients)
+    assert grids == [2, 1, 2, 2, 2, min(4, c // 16)]  # forward and gates of each
+    (alone,) = of_parts(
+        "triangle_output_columns", TILE, (1,), lambda: triangle.triangle_output(z, x, *parameters, dropout)
+    )
+    assert same_bits(alone[0], one[0])
+    for found in others:
+        assert all(map(same_bits, found, one))
+
+
 def looked_up(monkeypatch, x, n, entry, limit=256, **more):
     """The choice for projections of x, and the names that were asked for, where a table has such an entry."""
     names, original = [], tuning.lookup
     monkeypatch.setattr(tuning, "lookup", lambda name, **fields: names.append(name) or original(name, **fields))
     with tuning.assume_capability(90), tuning.override("norm_linear_columns", entry):
-        return tuning.chosen_parts("norm_linear", x, n, limit, **more), names
+        return tuning.chosen_parts("norm_linear_columns", "norm_linear_forward", x, n, limit, **more), names
 
 
 def rows_of(count, c, dtype=torch.bfloat16):

@@ -1,6 +1,7 @@
 """Representative calls of the row-wise kernels at the benchmark's shapes, on meta tensors (see ``tuning``)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -52,7 +53,9 @@ def gated(shape: tuple[int, int, int], c: int, heads: int, width: int, transpose
 def in_parts(parts: int, tile: Sequence[int], call: Callable[[], None]) -> None:
     """A call with parts of the columns in the grid, whatever the tables say."""
     config = {"PARTS": parts, **tuning.tile_config(tile)}
-    with tuning.override("norm_linear_columns", config), tuning.override("gated_output_columns", config):
+    with ExitStack() as stack:
+        for name in [name for name in tuning._defaults if name.endswith("_columns")]:
+            stack.enter_context(tuning.override(name, config))
         call()
 
 
@@ -105,7 +108,7 @@ def _draw_masks() -> None:
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
     """Forward and backward of every operation; see ``tuning``."""
     msa, extra, pair, template = (1, 128, 256), (1, 1024, 256), (1, 256, 256), (4, 256, 256)
-    few = (1, 16, 256)  # an eighth of the MSA
+    few, pairs = (1, 16, 256), (1, 32, 256)  # an eighth of the MSA and of the pairs
     return [
         ("project_triangle_attention", lambda: projections(pair, 128, [128] * 4 + [4])),
         ("project_msa_attention", lambda: projections(msa, 256, [256] * 4)),
@@ -120,6 +123,9 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("project_parts", lambda: in_parts(4, (128, 128, 8, 2), lambda: projections(few, 256, [256] * 4))),
         ("project_bias_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: projections(few, 256, [128] * 4 + [8]))),
         ("gated_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: gated(few, 256, 8, 32))),
+        ("triangle_project_parts", lambda: in_parts(4, (64, 64, 4, 2), lambda: triangle_project(pairs, 128))),
+        ("triangle_output_parts", lambda: in_parts(2, (64, 64, 4, 2), lambda: triangle_output(pairs, 128))),
+        ("transition_parts", lambda: in_parts(4, (64, 128, 4, 2), lambda: transitions(few, 256, 4))),
         ("transition_msa", lambda: transitions(msa, 256, 4)),
         ("transition_pair", lambda: transitions(pair, 128, 4)),
         ("transition_extra", lambda: transitions(extra, 64, 4)),

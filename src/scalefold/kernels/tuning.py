@@ -299,18 +299,20 @@ def register_parts(name: str) -> None:
     register(name, lambda fields, capability: {"PARTS": 1})
 
 
-def chosen_parts(name: str, x: Tensor, n: int, limit: int, c: int | None = None, columns: int | None = None) -> Config:
-    """``chosen_tiles`` of ``{name}_forward`` and PARTS: how many programs share out the columns of a tile of rows.
+def chosen_parts(
+    name: str, tiles: str, x: Tensor, n: int, limit: int, c: int | None = None, columns: int | None = None
+) -> Config:
+    """``chosen_tiles`` of ``tiles`` and PARTS: how many programs share out the columns of a tile of rows.
 
-    That is worth a look (``{name}_columns``) where rows are few: each program reads its part of the weight alone.
-    ``columns``: of the output, where tiles block another width than that; else they block n, never across a part.
+    That is worth a look (``name``) where rows are few: each program reads its part of the weight alone. ``columns``: of
+    the output, where tiles block another width than that; else they block n, never across a part.
     """
     count, c = x.shape[:-1].numel(), c or x.shape[-1]
     if count <= MOST_SHARED_ROWS and n * c >= LEAST_SHARED_WEIGHT:
-        config = lookup(f"{name}_columns", **row_fields(count, x.dtype, c=c, n=n))
+        config = lookup(name, **row_fields(count, x.dtype, c=c, n=n))
         if "BLOCK_M" in config:
             even = (columns or n) & -(columns or n)  # the largest power of two that divides it
             parts = min(config["PARTS"], max(1, even // NARROWEST_PART))
             most = limit if columns else min(limit, even // parts)
             return {**config, "PARTS": parts, "BLOCK_N": min(config["BLOCK_N"], most)}
-    return {"PARTS": 1, **chosen_tiles(f"{name}_forward", x, n, limit, c)}
+    return {"PARTS": 1, **chosen_tiles(tiles, x, n, limit, c)}

@@ -79,23 +79,31 @@ def _parts(columns: Callable[[Fields], list[tuple[int, Tile]]]) -> Callable[[Fie
     return configs
 
 
-def _norm_linear_columns(fields: Fields) -> list[tuple[int, Tile]]:
-    """Blocks of a part of the columns, and the whole part as one of them, which has nothing to load ahead.
+def _own_columns(widths: int) -> Callable[[Fields], list[tuple[int, Tile]]]:
+    """Blocks of a part of ``widths`` times n columns, and the whole part as one, which has nothing to load ahead.
 
     Without a loop the compiler may sum the norm of a small tile in another order: bits would depend on PARTS.
     """
-    found = []
-    for parts in PARTS:
-        own = int(fields["n"]) // parts
-        tiles = [*COLUMNS, *((m, own, warps, 1) for m, warps in ((64, 4), (128, 8)) if own <= WIDEST_BLOCK)]
-        found += [(parts, (m, n, w, stages) if n < own else (m, own, w, 1)) for m, n, w, stages in tiles]
-    fit = [(parts, tile) for parts, tile in found if tile[1] >= NARROWEST_PART]
-    return [(parts, tile) for parts, tile in fit if tile[0] > 32 or tile[1] * parts < int(fields["n"])]
+
+    def columns(fields: Fields) -> list[tuple[int, Tile]]:
+        found = []
+        for parts in PARTS:
+            own = min(widths * int(fields["n"]) // parts, int(fields["n"]))
+            tiles = [*COLUMNS, *((m, own, warps, 1) for m, warps in ((64, 4), (128, 8)) if own <= WIDEST_BLOCK)]
+            fitting = [(m, n, w, stages) if n < own else (m, own, w, 1) for m, n, w, stages in tiles]
+            found += [(parts, tile) for tile in fitting if tile[1] < own or (own >= NARROWEST_PART and tile[0] > 32)]
+        return found
+
+    return columns
 
 
 def _gated_output_columns(fields: Fields) -> list[tuple[int, Tile]]:
     """Blocks of what is summed over, which every part reads as a whole: many narrow parts would read too much."""
     return [(parts, tile) for parts in PARTS if int(fields["n"]) // parts >= 2 * NARROWEST_PART for tile in COLUMNS]
+
+
+def _transition_update(fields: Fields) -> list[Config]:
+    return [{"PARTS": parts, **tile_config(tile)} for parts in (2, 4) for tile in COLUMNS]
 
 
 def _transition_backward(fields: Fields) -> list[Config]:
@@ -237,7 +245,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "layer_norm_backward": _layer_norm,
     "layer_norm_forward": _layer_norm,
     "norm_linear_backward": _tiles(NORM_LINEAR_BACKWARD),
-    "norm_linear_columns": _parts(_norm_linear_columns),
+    "norm_linear_columns": _parts(_own_columns(1)),
     "norm_linear_forward": _tiles(NORM_LINEAR_FORWARD),
     "norm_linear_hopper": _row_programs,
     "norm_linear_hopper_wide": _row_programs,
@@ -253,21 +261,26 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "point_errors_frames": _point_errors,
     "point_errors_points": _point_errors,
     "transition_backward": _transition_backward,
+    "transition_columns": _parts(_own_columns(1)),
     "transition_forward": _tiles(TRANSITION_FORWARD),
     "transition_hopper": _row_programs,
     "transition_hopper_gradient": _row_programs,
     "transition_hopper_hidden": _row_programs,
     "transition_hopper_input": _row_programs,
     "transition_hopper_weights": _row_programs,
+    "transition_update": _transition_update,
     "transition_weights": _tiles(RECOMPUTED_WEIGHTS),
     "triangle_hopper_gates": _row_programs,
     "triangle_hopper_operands": _row_programs,
     "triangle_hopper_output": _row_programs,
     "triangle_hopper_product": _row_programs,
     "triangle_hopper_product_gradients": _row_programs,
+    "triangle_gates_columns": _parts(_own_columns(1)),
     "triangle_output_backward": _tiles(TRIANGLE),
+    "triangle_output_columns": _parts(_own_columns(1)),
     "triangle_output_forward": _tiles(TRIANGLE),
     "triangle_project_backward": _tiles(TRIANGLE),
+    "triangle_project_columns": _parts(_own_columns(2)),
     "triangle_project_forward": _tiles(TRIANGLE),
     "triangle_project_weights": _tiles(RECOMPUTED_WEIGHTS),
     "weight_gradient": _weight_gradient,

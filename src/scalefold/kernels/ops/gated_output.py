@@ -116,7 +116,9 @@ class _GatedOutput(torch.autograd.Function):
         if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout)):
             hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), out)
             return out
-        config = tuning.chosen_parts("gated_output", x, min(c, hd), hd, max(c, hd), columns=c)
+        config = tuning.chosen_parts(
+            "gated_output_columns", "gated_output_forward", x, min(c, hd), hd, max(c, hd), columns=c
+        )
         tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
         launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), bias), C=c, HD=hd)
         return out

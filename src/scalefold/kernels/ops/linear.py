@@ -272,7 +272,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     if chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
         hopper.project(x, norm, Affine(weight, bias), narrow[0] if narrow else None, out, narrow_out)
         return results
-    config = tuning.chosen_parts("norm_linear", x, num_wide * width, width)
+    config = tuning.chosen_parts("norm_linear_columns", "norm_linear_forward", x, num_wide * width, width)
     tensors = {
         "x": x,
         "out": outs[0] if wide else None,

@@ -1,8 +1,8 @@
 """Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
 
 One kernel forward, in which the hidden layer never leaves the chip (on compute capability 9.0 one of
-``kernels.hopper`` may take its place). Saved: x. The backward has two forms; the launch
-parameter ``LIBRARY`` says which one to take:
+``kernels.hopper`` may take its place, where rows are few the two of ``transition_layers``). Saved: x. The backward has
+two forms; the launch parameter ``LIBRARY`` says which one to take:
 
 - fused (0 or absent): one kernel computes the hidden layer again, block by block, together with its gradient, those of
   the biases and that of x, residual included; it stores the hidden layer, its gradient and the norm for the weight
@@ -34,6 +34,7 @@ from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import to_fp32
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
+from scalefold.kernels.ops.transition_layers import in_layers
 from scalefold.kernels.rows import (
     Affine,
     Norm,
@@ -175,8 +176,12 @@ class _Transition(torch.autograd.Function):
         if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))):
             hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out)
             return out
-        config = tuning.chosen_tiles("transition_forward", x, hidden, hidden)
+        config = tuning.chosen_parts("transition_columns", "transition_forward", x, hidden, hidden)
+        if config["PARTS"] > 1:
+            in_layers(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out, config)
+            return out
         blocks = _blocks(weight_1, weight_2, config)
+        del config["PARTS"]
         launch(
             _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=bias_1,
             weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,

@@ -47,6 +47,8 @@ for _name, _default in {
     "triangle_output_backward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }.items():
     tuning.register_tiles(_name, _default)
+for _name in ("triangle_project_columns", "triangle_output_columns", "triangle_gates_columns"):
+    tuning.register_parts(_name)
 
 
 @triton.jit
@@ -60,19 +62,26 @@ def _projected(normed, linear, n, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 @triton.jit
 def _project_forward_kernel(
     z, mask, norm, linears, outs, extent,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs."""
+    """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs.
+
+    Each of PARTS programs makes the norm again: of two the first has a and the second b, of more each a part of one.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C, IN_REGISTERS=True)
     keep = load_per_row(mask, rows, extent)
+    shares: tl.constexpr = PARTS // 2 if PARTS > 2 else 1  # of one operand
     for side in tl.static_range(2):
-        for first in range(0, WIDTH, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            gate, _ = _projected(normed, linears[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
-            value, _ = _projected(normed, linears[2 * side], n, C, BLOCK_M, BLOCK_N)
-            product = sigmoid(gate) * value * keep[:, None]
-            store_tile(outs[side], product, rows, n, extent)
+        if PARTS == 1 or tl.program_id(1) // shares == side:
+            for first in range(0, WIDTH // shares, BLOCK_N):
+                if PARTS > 2:
+                    first += tl.program_id(1) % shares * (WIDTH // shares)
+                n = first + tl.arange(0, BLOCK_N)
+                gate, _ = _projected(normed, linears[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
+                value, _ = _projected(normed, linears[2 * side], n, C, BLOCK_M, BLOCK_N)
+                product = sigmoid(gate) * value * keep[:, None]
+                store_tile(outs[side], product, rows, n, extent)
 
 
 @triton.jit
@@ -118,13 +127,18 @@ def _project_backward_kernel(
 @triton.jit
 def _output_forward_kernel(
     z, x, norm_in, norm_out, linear_z, linear_g, dropout, out, extent,
-    C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, CX: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: both norms once, then gate * value, dropout and residual per block of channels."""
+    """Tile of pairs: both norms once, then gate * value, dropout and residual per block of channels.
+
+    Each of PARTS programs makes the norms again and has a part of the channels.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in, rows, extent, C)
     normed_x = load_normed(x, norm_out, rows, extent, CX)
-    for first in range(0, C, BLOCK_N):
+    for first in range(0, C // PARTS, BLOCK_N):
+        if PARTS > 1:
+            first += tl.program_id(1) * (C // PARTS)
         n = first + tl.arange(0, BLOCK_N)
         gate, _ = _projected(normed_z, linear_g, n, C, BLOCK_M, BLOCK_N)
         value, _ = _projected(normed_x, linear_z, n, CX, BLOCK_M, BLOCK_N)
@@ -138,13 +152,15 @@ def _output_forward_kernel(
 @triton.jit
 def _output_gradient_kernel(
     z, x, norm_in, norm_out, linear_z, linear_g, dropout, d_out, projected, extent,
-    C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, CX: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: value and gate again, and their gradients, stored as [rows, 2 C]."""
+    """Tile of pairs: value and gate again, and their gradients, stored as [rows, 2 C]; in PARTS as the forward."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in, rows, extent, C)
     normed_x = load_normed(x, norm_out, rows, extent, CX)
-    for first in range(0, C, BLOCK_N):
+    for first in range(0, C // PARTS, BLOCK_N):
+        if PARTS > 1:
+            first += tl.program_id(1) * (C // PARTS)
         n = first + tl.arange(0, BLOCK_N)
         logits, _ = _projected(normed_z, linear_g, n, C, BLOCK_M, BLOCK_N)
         value, _ = _projected(normed_x, linear_z, n, CX, BLOCK_M, BLOCK_N)
@@ -174,7 +190,9 @@ class _Project(torch.autograd.Function):
         if chosen("operands of a triangle's product", hopper.operands_obstacle(z, weights)):
             hopper.operands(z, mask, norm, linears, outs)
         else:
-            config = tuning.chosen_tiles("triangle_project_forward", z, width, width)
+            names = "triangle_project_columns", "triangle_project_forward"
+            config = tuning.chosen_parts(*names, z, width, width, columns=2 * width)
+            config["BLOCK_N"] = min(config["BLOCK_N"], width // max(1, config["PARTS"] // 2))
             tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, outs))}
             launch(_project_forward_kernel, config, tensors, norm=norm, linears=linears, WIDTH=width, C=c)
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
@@ -254,7 +272,7 @@ class _Output(torch.autograd.Function):
             hopper.output(z, x, dropout, None, out, **parameters)
         else:
             tensors = {"z": z, "x": x, "dropout": dropout, "out": out}
-            _launch_output("triangle_output_forward", _output_forward_kernel, tensors, parameters)
+            _launch_output(_output_forward_kernel, "triangle_output", "triangle_output_forward", tensors, parameters)
         return out
 
     @staticmethod
@@ -269,7 +287,7 @@ class _Output(torch.autograd.Function):
             hopper.output(z, x, dropout, d_out, projected, **parameters)
         else:
             tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
-            _launch_output("triangle_output_backward", _output_gradient_kernel, tensors, parameters)
+            _launch_output(_output_gradient_kernel, "triangle_gates", "triangle_output_backward", tensors, parameters)
         d_value, d_logits = projected.chunk(2, -1)
         norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
         dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
@@ -301,10 +319,14 @@ def _output_parameters(
     return norms | {"linear_z": Affine(weight_z, bias_z), "linear_g": Affine(weight_g, bias_g)}
 
 
-def _launch_output(name: str, program: Any, tensors: dict[str, Tensor], parameters: dict[str, Norm | Affine]) -> None:
-    """Run one of the output's programs, whose launch parameters have a name of their own."""
+def _launch_output(
+    program: Any, name: str, tiles: str, tensors: dict[str, Tensor], parameters: dict[str, Norm | Affine]
+) -> None:
+    """Run one of the output's programs, with launch parameters of its own."""
     c, cx = tensors["z"].shape[-1], tensors["x"].shape[-1]
-    launch(program, tuning.chosen_tiles(name, tensors["z"], cx, c), tensors, **parameters, C=c, CX=cx)
+    config = tuning.chosen_parts(f"{name}_columns", tiles, tensors["z"], cx, c, columns=c)
+    config["BLOCK_N"] = min(config["BLOCK_N"], c // config["PARTS"])
+    launch(program, config, tensors, **parameters, C=c, CX=cx)
 
 
 def _output_weights(value: Product, gate: Product) -> list[Tensor]:
