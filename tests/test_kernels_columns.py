@@ -179,34 +179,6 @@ def test_operands_of_a_triangle_in_parts_have_the_bits_of_one_program(shape, wid
         assert all(map(same_bits, found, one))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dropped", [None, "rows", "columns"])
-@pytest.mark.parametrize(("shape", "width"), [((1, 5, 7, 64), 32), ((2, 4, 8, 32), 64)], ids=str)
-def test_the_output_of_a_triangle_in_parts_has_the_bits_of_one_program(shape, width, dropped, dtype, grids):
-    draw = Draw(sum(shape))
-    batch, i, j, c = shape
-    z, x = draw(*shape).to(dtype), draw(batch, width, i, j).to(dtype)
-    sizes = {"rows": (batch, 1, j, c), "columns": (batch, i, 1, c)}
-    dropout = draw.dropout(*sizes[dropped]).to(dtype) if dropped else None
-    linears = [draw.weight(c, width), draw(c), draw.weight(c, c), draw(c)]
-    parameters = [p.to(dtype) for p in (*draw.norm(c), *draw.norm(width), *linears)]
-
-    def gradients():
-        leaves = [tensor.clone().requires_grad_() for tensor in (z, x, *parameters)]
-        out = triangle.triangle_output(*leaves, dropout)
-        return [out.detach(), *torch.autograd.grad(out.sum(), leaves)]
-
-    with tuning.override("triangle_output_columns", {"PARTS": 2, **TILE}):
-        one, *others = of_parts("triangle_gates_columns", TILE, (1, 2, 4), gradients)
-    assert grids == [2, 1, 2, 2, 2, min(4, c // 16)]  # forward and gates of each
-    (alone,) = of_parts(
-        "triangle_output_columns", TILE, (1,), lambda: triangle.triangle_output(z, x, *parameters, dropout)
-    )
-    assert same_bits(alone[0], one[0])
-    for found in others:
-        assert all(map(same_bits, found, one))
-
-
 def looked_up(monkeypatch, x, n, entry, limit=256, **more):
     """The choice for projections of x, and the names that were asked for, where a table has such an entry."""
     names, original = [], tuning.lookup

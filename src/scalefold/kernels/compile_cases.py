@@ -124,7 +124,6 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("project_bias_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: projections(few, 256, [128] * 4 + [8]))),
         ("gated_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: gated(few, 256, 8, 32))),
         ("triangle_project_parts", lambda: in_parts(4, (64, 64, 4, 2), lambda: triangle_project(pairs, 128))),
-        ("triangle_output_parts", lambda: in_parts(2, (64, 64, 4, 2), lambda: triangle_output(pairs, 128))),
         ("transition_parts", lambda: in_parts(4, (64, 128, 4, 2), lambda: transitions(few, 256, 4))),
         ("transition_msa", lambda: transitions(msa, 256, 4)),
         ("transition_pair", lambda: transitions(pair, 128, 4)),

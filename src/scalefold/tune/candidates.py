@@ -50,8 +50,8 @@ RECOMPUTED_WEIGHTS: tuple[Tile, ...] = (
     *((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3)),
 )
 COLUMNS: tuple[Tile, ...] = (
-    *((32, 64, 4, 3), (32, 128, 4, 2), (64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2)),
-    *((64, 128, 8, 2), (128, 32, 8, 3), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+    *((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (128, 32, 8, 3)),
+    *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
 )
 WEIGHT_GRADIENT: tuple[Tile, ...] = (
     *((64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)),
@@ -80,19 +80,15 @@ def _parts(columns: Callable[[Fields], list[tuple[int, Tile]]]) -> Callable[[Fie
 
 
 def _own_columns(widths: int) -> Callable[[Fields], list[tuple[int, Tile]]]:
-    """Blocks of a part of ``widths`` times n columns, and the whole part as one, which has nothing to load ahead.
-
-    Without a loop the compiler may sum the norm of a small tile in another order: bits would depend on PARTS.
-    """
+    """Blocks of a part of ``widths`` times n columns, and the whole part as one, which has nothing to load ahead."""
 
     def columns(fields: Fields) -> list[tuple[int, Tile]]:
         found = []
         for parts in PARTS:
             own = min(widths * int(fields["n"]) // parts, int(fields["n"]))
             tiles = [*COLUMNS, *((m, own, warps, 1) for m, warps in ((64, 4), (128, 8)) if own <= WIDEST_BLOCK)]
-            fitting = [(m, n, w, stages) if n < own else (m, own, w, 1) for m, n, w, stages in tiles]
-            found += [(parts, tile) for tile in fitting if tile[1] < own or (own >= NARROWEST_PART and tile[0] > 32)]
-        return found
+            found += [(parts, (m, n, w, stages) if n < own else (m, own, w, 1)) for m, n, w, stages in tiles]
+        return [(parts, tile) for parts, tile in found if tile[1] >= NARROWEST_PART]
 
     return columns
 
@@ -275,9 +271,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "triangle_hopper_output": _row_programs,
     "triangle_hopper_product": _row_programs,
     "triangle_hopper_product_gradients": _row_programs,
-    "triangle_gates_columns": _parts(_own_columns(1)),
     "triangle_output_backward": _tiles(TRIANGLE),
-    "triangle_output_columns": _parts(_own_columns(1)),
     "triangle_output_forward": _tiles(TRIANGLE),
     "triangle_project_backward": _tiles(TRIANGLE),
     "triangle_project_columns": _parts(_own_columns(2)),

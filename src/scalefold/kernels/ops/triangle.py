@@ -47,8 +47,7 @@ for _name, _default in {
     "triangle_output_backward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }.items():
     tuning.register_tiles(_name, _default)
-for _name in ("triangle_project_columns", "triangle_output_columns", "triangle_gates_columns"):
-    tuning.register_parts(_name)
+tuning.register_parts("triangle_project_columns")
 
 
 @triton.jit
@@ -127,18 +126,13 @@ def _project_backward_kernel(
 @triton.jit
 def _output_forward_kernel(
     z, x, norm_in, norm_out, linear_z, linear_g, dropout, out, extent,
-    C: tl.constexpr, CX: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: both norms once, then gate * value, dropout and residual per block of channels.
-
-    Each of PARTS programs makes the norms again and has a part of the channels.
-    """
+    """Tile of pairs: both norms once, then gate * value, dropout and residual per block of channels."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in, rows, extent, C)
     normed_x = load_normed(x, norm_out, rows, extent, CX)
-    for first in range(0, C // PARTS, BLOCK_N):
-        if PARTS > 1:
-            first += tl.program_id(1) * (C // PARTS)
+    for first in range(0, C, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         gate, _ = _projected(normed_z, linear_g, n, C, BLOCK_M, BLOCK_N)
         value, _ = _projected(normed_x, linear_z, n, CX, BLOCK_M, BLOCK_N)
@@ -152,15 +146,13 @@ def _output_forward_kernel(
 @triton.jit
 def _output_gradient_kernel(
     z, x, norm_in, norm_out, linear_z, linear_g, dropout, d_out, projected, extent,
-    C: tl.constexpr, CX: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: value and gate again, and their gradients, stored as [rows, 2 C]; in PARTS as the forward."""
+    """Tile of pairs: value and gate again, and their gradients, stored as [rows, 2 C]."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in, rows, extent, C)
     normed_x = load_normed(x, norm_out, rows, extent, CX)
-    for first in range(0, C // PARTS, BLOCK_N):
-        if PARTS > 1:
-            first += tl.program_id(1) * (C // PARTS)
+    for first in range(0, C, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
         logits, _ = _projected(normed_z, linear_g, n, C, BLOCK_M, BLOCK_N)
         value, _ = _projected(normed_x, linear_z, n, CX, BLOCK_M, BLOCK_N)
@@ -272,7 +264,7 @@ class _Output(torch.autograd.Function):
             hopper.output(z, x, dropout, None, out, **parameters)
         else:
             tensors = {"z": z, "x": x, "dropout": dropout, "out": out}
-            _launch_output(_output_forward_kernel, "triangle_output", "triangle_output_forward", tensors, parameters)
+            _launch_output("triangle_output_forward", _output_forward_kernel, tensors, parameters)
         return out
 
     @staticmethod
@@ -287,7 +279,7 @@ class _Output(torch.autograd.Function):
             hopper.output(z, x, dropout, d_out, projected, **parameters)
         else:
             tensors = {"z": z, "x": x, "dropout": dropout, "d_out": d_out, "projected": projected}
-            _launch_output(_output_gradient_kernel, "triangle_gates", "triangle_output_backward", tensors, parameters)
+            _launch_output("triangle_output_backward", _output_gradient_kernel, tensors, parameters)
         d_value, d_logits = projected.chunk(2, -1)
         norm_in, norm_out = (norm_in_weight, norm_in_bias, None), (norm_out_weight, norm_out_bias, None)
         dx, normed_x, x_sums = input_gradient(x, *norm_out, [weight_z], [d_value], [True], None)
@@ -319,14 +311,10 @@ def _output_parameters(
     return norms | {"linear_z": Affine(weight_z, bias_z), "linear_g": Affine(weight_g, bias_g)}
 
 
-def _launch_output(
-    program: Any, name: str, tiles: str, tensors: dict[str, Tensor], parameters: dict[str, Norm | Affine]
-) -> None:
-    """Run one of the output's programs, with launch parameters of its own."""
+def _launch_output(name: str, program: Any, tensors: dict[str, Tensor], parameters: dict[str, Norm | Affine]) -> None:
+    """Run one of the output's programs, whose launch parameters have a name of their own."""
     c, cx = tensors["z"].shape[-1], tensors["x"].shape[-1]
-    config = tuning.chosen_parts(f"{name}_columns", tiles, tensors["z"], cx, c, columns=c)
-    config["BLOCK_N"] = min(config["BLOCK_N"], c // config["PARTS"])
-    launch(program, config, tensors, **parameters, C=c, CX=cx)
+    launch(program, tuning.chosen_tiles(name, tensors["z"], cx, c), tensors, **parameters, C=c, CX=cx)
 
 
 def _output_weights(value: Product, gate: Product) -> list[Tensor]:
