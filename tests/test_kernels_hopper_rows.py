@@ -248,7 +248,7 @@ def test_other_operations_take_what_the_tables_prefer(compiled, monkeypatch, hop
         monkeypatch.setattr(rows, name, lambda *_, name=name: calls.append(name))
     monkeypatch.setattr(transition, "launch", lambda *_, **__: calls.append("Triton"))
     monkeypatch.setattr(outer_product, "_contract", lambda *_: calls.append("Triton"))
-    x, norm, weights = empty(1, 16, 64, 256), [empty(256)] * 2, [empty(1024, 256), empty(1024), empty(256, 1024)]
+    x, norm, weights = empty(1, 128, 256, 256), [empty(256)] * 2, [empty(1024, 256), empty(1024), empty(256, 1024)]
     z, a, b, counts = empty(1, 64, 16, C), empty(1, 8, 64, 32), empty(1, 8, 16, 32), empty(1, 64, 16)
     with every_program(hopper):
         outer_product.outer_product_update(z, a, b, counts, empty(C, 1024), empty(C))

@@ -27,6 +27,17 @@ def test_transition_is_as_accurate_as_pytorch(shape, factor, dtype, transposed):
     check(shape, factor, dtype, transposed)
 
 
+@pytest.mark.parametrize("parts", [(2, 2), (4, 1), (8, 4)], ids=str)
+@pytest.mark.parametrize(("dtype", "transposed"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+@pytest.mark.parametrize(("shape", "factor"), [((1, 3, 19, 32), 4), ((2, 5, 7, 16), 2), ((1, 1, 1, 64), 4)], ids=str)
+def test_a_transition_layer_by_layer_is_as_accurate_as_pytorch(shape, factor, dtype, transposed, parts, monkeypatch):
+    monkeypatch.setattr(tuning, "LEAST_SHARED_WEIGHT", 0)
+    monkeypatch.setattr(transition, "_forward_kernel", None)  # it must take the other form
+    hidden, update = ({"PARTS": count, **SMALL_TILES} for count in parts)
+    with tuning.override("transition_columns", hidden), tuning.override("transition_update", update):
+        check(shape, factor, dtype, transposed)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "factor"), [((1, 3, 19, 32), 4), ((2, 5, 7, 16), 2), ((1, 1, 1, 64), 4)], ids=str)

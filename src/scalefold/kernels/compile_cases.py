@@ -1,10 +1,12 @@
 """Representative calls of the row-wise kernels at the benchmark's shapes, on meta tensors (see ``tuning``)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
+from scalefold.kernels import tuning
 from scalefold.kernels.ops import (
     adam_swa,
     elementwise,
@@ -46,6 +48,15 @@ def gated(shape: tuple[int, int, int], c: int, heads: int, width: int, transpose
     dropout = torch.empty(shape[0], 1, shape[2], c, device=META)
     x, o, gate = (leaf(*shape, *size, transposed=transposed) for size in ((c,), (heads, width), (heads * width,)))
     run_backward(gated_output.gated_output(x, o, gate, leaf(c, heads * width), leaf(c), dropout))
+
+
+def in_parts(parts: int, tile: Sequence[int], call: Callable[[], None]) -> None:
+    """A call with parts of the columns in the grid, whatever the tables say."""
+    config = {"PARTS": parts, **tuning.tile_config(tile)}
+    with ExitStack() as stack:
+        for name in [name for name in tuning._defaults if name.endswith("_columns")]:
+            stack.enter_context(tuning.override(name, config))
+        call()
 
 
 def transitions(shape: tuple[int, int, int], c: int, factor: int) -> None:
@@ -97,6 +108,7 @@ def _draw_masks() -> None:
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
     """Forward and backward of every operation; see ``tuning``."""
     msa, extra, pair, template = (1, 128, 256), (1, 1024, 256), (1, 256, 256), (4, 256, 256)
+    few, pairs = (1, 16, 256), (1, 32, 256)  # an eighth of the MSA and of the pairs
     return [
         ("project_triangle_attention", lambda: projections(pair, 128, [128] * 4 + [4])),
         ("project_msa_attention", lambda: projections(msa, 256, [256] * 4)),
@@ -108,6 +120,11 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("gated_pair", lambda: gated(pair, 128, 4, 32)),
         ("gated_ending", lambda: gated(pair, 128, 4, 32, transposed=True)),
         ("gated_extra", lambda: gated(extra, 64, 8, 8)),
+        ("project_parts", lambda: in_parts(4, (128, 128, 8, 2), lambda: projections(few, 256, [256] * 4))),
+        ("project_bias_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: projections(few, 256, [128] * 4 + [8]))),
+        ("gated_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: gated(few, 256, 8, 32))),
+        ("triangle_project_parts", lambda: in_parts(4, (64, 64, 4, 2), lambda: triangle_project(pairs, 128))),
+        ("transition_parts", lambda: in_parts(4, (64, 128, 4, 2), lambda: transitions(few, 256, 4))),
         ("transition_msa", lambda: transitions(msa, 256, 4)),
         ("transition_pair", lambda: transitions(pair, 128, 4)),
         ("transition_extra", lambda: transitions(extra, 64, 4)),

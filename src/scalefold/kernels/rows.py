@@ -325,22 +325,21 @@ def launch(
 ) -> None:
     """Run ``program`` for every tile of BLOCK_M rows of tensors [*, c_i] with equal (or 1-sized) leading dimensions.
 
-    It gets each of them under its name as a ``View``, rows numbered in the memory order of the first one, the
-    ``extent`` of these rows, the launch parameters and all other ``arguments``. ``masked``: the extent has a limit even
-    where tiles cover the rows, for programs that mask every access anyway.
+    It gets each of them under its name as a ``View``, rows numbered in the memory order of the first one, ``extent``,
+    launch parameters (of which PARTS, if there, is a second dimension of the grid) and all other ``arguments``.
+    ``masked``: the extent has a limit even where tiles cover the rows, for programs that mask every access anyway.
     """
     views, dims, num_rows = row_views(tensors)
     extent = Extent(dims, num_rows if masked or num_rows % config["BLOCK_M"] else None)
-    program[(triton.cdiv(num_rows, config["BLOCK_M"]),)](**views, **arguments, extent=extent, **config)
+    tiles = triton.cdiv(num_rows, config["BLOCK_M"])
+    grid = (tiles, config["PARTS"]) if "PARTS" in config else (tiles,)
+    program[grid](**views, **arguments, extent=extent, **config)
 
 
 def launch_with_sums(
     program: Any, config: tuning.Config, tensors: Mapping[str, Rows], num_sums: int, **arguments: Any
 ) -> Tensor:
-    """``launch`` of a program that stores sums over each tile of rows: ``partials`` fp32 [tiles, num_sums].
-
-    They are returned, for ``sum_all``.
-    """
+    """``launch`` of a program that stores sums over each tile of rows: fp32 [tiles, num_sums], for ``sum_all``."""
     first = next(iter(tensors.values()))
     assert isinstance(first, Tensor)
     tiles = triton.cdiv(first.shape[:-1].numel(), config["BLOCK_M"])

@@ -46,6 +46,9 @@ SIZES = ("rows", "sequences", "n", "frames", "points")  # fields that say how mu
 SMALLEST_SIZE = 16  # smaller sizes take other paths in the kernels: they are never another problem's neighbour
 FARTHEST = 3.0  # factors of two between neighbours, summed over SIZES: a share of DAP 8 still learns from DAP 1
 FALLBACK_CAPABILITY = 90  # what interpreter runs and compile checks assume where there is no GPU
+MOST_SHARED_ROWS = 128 * 128  # more rows give every multiprocessor a tile of 128 of them, whole columns or not
+LEAST_SHARED_WEIGHT = 128 * 128  # elements; a smaller one costs a program little to read as a whole
+NARROWEST_PART = 16  # columns of a product
 
 
 _DIGITS = re.compile(r"[0-9]{1,18}")
@@ -286,3 +289,30 @@ def chosen_tiles(name: str, x: Tensor, n: int, limit: int, c: int | None = None)
     """
     config = lookup(name, **row_fields(x.shape[:-1].numel(), x.dtype, c=c or x.shape[-1], n=n))
     return {**config, "BLOCK_N": min(config["BLOCK_N"], limit)}
+
+
+def register_parts(name: str) -> None:
+    """Register whether a kernel's grid has a second dimension over parts of the output columns: by default it has not.
+
+    {"PARTS": 1}: the tiles of the kernel without parts; with PARTS > 1 come the tiles of the grid that has them.
+    """
+    register(name, lambda fields, capability: {"PARTS": 1})
+
+
+def chosen_parts(
+    name: str, tiles: str, x: Tensor, n: int, limit: int, c: int | None = None, columns: int | None = None
+) -> Config:
+    """``chosen_tiles`` of ``tiles`` and PARTS: how many programs share out the columns of a tile of rows.
+
+    That is worth a look (``name``) where rows are few: each program reads its part of the weight alone. ``columns``: of
+    the output, where tiles block another width than that; else they block n, never across a part.
+    """
+    count, c = x.shape[:-1].numel(), c or x.shape[-1]
+    if count <= MOST_SHARED_ROWS and n * c >= LEAST_SHARED_WEIGHT:
+        config = lookup(name, **row_fields(count, x.dtype, c=c, n=n))
+        if "BLOCK_M" in config:
+            even = (columns or n) & -(columns or n)  # the largest power of two that divides it
+            parts = min(config["PARTS"], max(1, even // NARROWEST_PART))
+            most = limit if columns else min(limit, even // parts)
+            return {**config, "PARTS": parts, "BLOCK_N": min(config["BLOCK_N"], most)}
+    return {"PARTS": 1, **chosen_tiles(tiles, x, n, limit, c)}

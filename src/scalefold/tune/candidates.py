@@ -8,10 +8,12 @@ import itertools
 from collections.abc import Callable, Iterable
 
 from scalefold.kernels.hopper.attention import forward_default, keys_default, rows_default
-from scalefold.kernels.tuning import Config, Fields, tile_config
+from scalefold.kernels.tuning import NARROWEST_PART, Config, Fields, tile_config
 from scalefold.kernels.weight_gradient import NARROWEST
 
 Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
+PARTS = (2, 4, 8)  # of the output columns
+WIDEST_BLOCK = 256  # of a weight's rows that the copy engine takes at once (CUDA programming guide)
 
 NORM_LINEAR_FORWARD: tuple[Tile, ...] = (
     *((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 3), (64, 128, 4, 2), (64, 128, 8, 2)),
@@ -47,6 +49,10 @@ TRANSITION_BY_LIBRARY: tuple[Tile, ...] = (
 RECOMPUTED_WEIGHTS: tuple[Tile, ...] = (
     *((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3)),
 )
+COLUMNS: tuple[Tile, ...] = (
+    *((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (128, 32, 8, 3)),
+    *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+)
 WEIGHT_GRADIENT: tuple[Tile, ...] = (
     *((64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)),
 )
@@ -61,6 +67,39 @@ WEIGHT_GRADIENT_COPIED: tuple[Tile, ...] = (
 def _tiles(tiles: Iterable[Tile]) -> Callable[[Fields], list[Config]]:
     """The same tiles for every problem."""
     return lambda fields: [tile_config(tile) for tile in tiles]
+
+
+def _parts(columns: Callable[[Fields], list[tuple[int, Tile]]]) -> Callable[[Fields], list[Config]]:
+    """One program for all columns, and the grids over parts of them."""
+
+    def configs(fields: Fields) -> list[Config]:
+        grids = dict.fromkeys(columns(fields))
+        return [{"PARTS": 1}, *({"PARTS": parts, **tile_config(tile)} for parts, tile in grids)]
+
+    return configs
+
+
+def _own_columns(widths: int) -> Callable[[Fields], list[tuple[int, Tile]]]:
+    """Blocks of a part of ``widths`` times n columns, and the whole part as one, which has nothing to load ahead."""
+
+    def columns(fields: Fields) -> list[tuple[int, Tile]]:
+        found = []
+        for parts in PARTS:
+            own = min(widths * int(fields["n"]) // parts, int(fields["n"]))
+            tiles = [*COLUMNS, *((m, own, warps, 1) for m, warps in ((64, 4), (128, 8)) if own <= WIDEST_BLOCK)]
+            found += [(parts, (m, n, w, stages) if n < own else (m, own, w, 1)) for m, n, w, stages in tiles]
+        return [(parts, tile) for parts, tile in found if tile[1] >= NARROWEST_PART]
+
+    return columns
+
+
+def _gated_output_columns(fields: Fields) -> list[tuple[int, Tile]]:
+    """Blocks of what is summed over, which every part reads as a whole: many narrow parts would read too much."""
+    return [(parts, tile) for parts in PARTS if int(fields["n"]) // parts >= 2 * NARROWEST_PART for tile in COLUMNS]
+
+
+def _transition_update(fields: Fields) -> list[Config]:
+    return [{"PARTS": parts, **tile_config(tile)} for parts in (2, 4) for tile in COLUMNS]
 
 
 def _transition_backward(fields: Fields) -> list[Config]:
@@ -189,6 +228,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "attention_hopper_keys": _hopper_keys,
     "attention_hopper_rows": _hopper_rows,
     "gated_output_backward": _tiles(GATED_OUTPUT),
+    "gated_output_columns": _parts(_gated_output_columns),
     "gated_output_forward": _tiles(GATED_OUTPUT),
     "gated_output_hopper": _row_programs,
     "gated_output_hopper_gradient": _row_programs,
@@ -201,6 +241,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "layer_norm_backward": _layer_norm,
     "layer_norm_forward": _layer_norm,
     "norm_linear_backward": _tiles(NORM_LINEAR_BACKWARD),
+    "norm_linear_columns": _parts(_own_columns(1)),
     "norm_linear_forward": _tiles(NORM_LINEAR_FORWARD),
     "norm_linear_hopper": _row_programs,
     "norm_linear_hopper_wide": _row_programs,
@@ -216,12 +257,14 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "point_errors_frames": _point_errors,
     "point_errors_points": _point_errors,
     "transition_backward": _transition_backward,
+    "transition_columns": _parts(_own_columns(1)),
     "transition_forward": _tiles(TRANSITION_FORWARD),
     "transition_hopper": _row_programs,
     "transition_hopper_gradient": _row_programs,
     "transition_hopper_hidden": _row_programs,
     "transition_hopper_input": _row_programs,
     "transition_hopper_weights": _row_programs,
+    "transition_update": _transition_update,
     "transition_weights": _tiles(RECOMPUTED_WEIGHTS),
     "triangle_hopper_gates": _row_programs,
     "triangle_hopper_operands": _row_programs,
@@ -231,6 +274,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "triangle_output_backward": _tiles(TRIANGLE),
     "triangle_output_forward": _tiles(TRIANGLE),
     "triangle_project_backward": _tiles(TRIANGLE),
+    "triangle_project_columns": _parts(_own_columns(2)),
     "triangle_project_forward": _tiles(TRIANGLE),
     "triangle_project_weights": _tiles(RECOMPUTED_WEIGHTS),
     "weight_gradient": _weight_gradient,
@@ -251,14 +295,17 @@ LADDERS = {
 
 
 def space(name: str, fields: Fields) -> list[Config]:
-    """Every combination of the values that a form of the kernel's program takes, its listed ones first."""
+    """Every combination of the values that a form of the kernel's program takes, its listed ones first.
+
+    Parts of columns are listed in full: each has the tiles that fit it.
+    """
     listed = CANDIDATES[name](fields)
     forms: dict[tuple[tuple[str, ...], ...], list[Config]] = {}
     for config in listed:
         forms.setdefault(_form(config), []).append(config)
     found = list(listed)
     for members in forms.values():
-        found += _grid(members)
+        found += [] if "PARTS" in members[0] else _grid(members)
     return [dict(items) for items in dict.fromkeys(tuple(sorted(c.items())) for c in found if not _stands_still(c))]
 
 
@@ -281,13 +328,13 @@ def _grid(members: list[Config]) -> list[Config]:
 
 def neighbours(config: Config) -> list[Config]:
     """One parameter a step up or down, tile and warps together, or the registers of a thread limited."""
-    if config.get("HOPPER") == 0:  # the Triton program, whose launch parameters are another kernel's
+    if config.get("HOPPER") == 0 or config.get("PARTS") == 1:  # a program whose launch parameters are another kernel's
         return []
     found: list[Config] = []
     for name, value in config.items():
         if name in ("num_stages", "STAGES"):
             found += [config | {name: n} for n in (value - 1, value + 1) if 1 <= n <= 5]
-        elif name.startswith("BLOCK") or name in ("num_warps", "ROWS", "GROUPS", "SEQUENCES", "PROGRAMS"):
+        elif name.startswith("BLOCK") or name in ("num_warps", "ROWS", "GROUPS", "SEQUENCES", "PROGRAMS", "PARTS"):
             found += [config | {name: n} for n in (value // 2, value * 2) if n]
         elif name == "LIBRARY" and value > 1:  # into how many ranges a weight gradient's rows are split
             found += [config | {name: n} for n in (value // 2, value * 2)]

@@ -31,7 +31,7 @@ PARAMETERS = (  # what means the same in several kernels is one feature
     ("BLOCK_N", "BLOCK_K", "BLOCK_P"),
     ("num_warps",),
     ("num_stages", "STAGES"),
-    ("GROUPS", "ROWS", "SEQUENCES", "PROGRAMS"),
+    ("GROUPS", "ROWS", "SEQUENCES", "PROGRAMS", "PARTS"),
     ("maxnreg",),
     ("REGISTERS",),
     ("LIBRARY",),

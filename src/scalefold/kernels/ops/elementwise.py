@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scalefold.kernels.rows import memory_order
+
 BLOCK = 1024
 TILE = (32, 64)  # of a copy: along the dimension that is dense before, and the one that is dense afterwards
 
@@ -75,3 +77,18 @@ def dense(x: Tensor) -> Tensor:
         out.stride(batch[0]) if batch else 0, out.stride(before[0]), BLOCK_BEFORE=blocks[0], BLOCK_AFTER=blocks[1],
     )  # fmt: skip
     return out
+
+
+def in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tensor:
+    """View of flat [rows, w], rows numbered in ``order``, as [*shape, w]."""
+    inverse = [list(order).index(d) for d in range(len(order))]
+    return flat.view(*[shape[d] for d in order], flat.shape[-1]).permute(*inverse, len(order))
+
+
+def in_rows_of(x: Tensor, d: Tensor) -> Tensor:
+    """d: [*, h] with its rows in the memory order of x: [*, c]; a copy, channels first, if they lie otherwise."""
+    order = memory_order(x)
+    if memory_order(d) == order:
+        return d
+    inverse = [order.index(n) + 1 for n in range(len(order))]
+    return dense(d.permute(-1, *order)).permute(*inverse, 0)

@@ -25,7 +25,6 @@ from scalefold.kernels.rows import (
     launch_with_sums,
     layout_obstacle,
     load_tile,
-    load_vector,
     store_tile,
     sum_all,
     width_obstacle,
@@ -33,6 +32,7 @@ from scalefold.kernels.rows import (
 from scalefold.kernels.weight_gradient import Product, weight_partials
 
 tuning.register_tiles("gated_output_forward", {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)})
+tuning.register_parts("gated_output_columns")
 tuning.register_tiles("gated_output_backward", {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)})
 
 
@@ -57,18 +57,23 @@ def _load_update_gradient(d, dropout, rows, columns, extent):
 @triton.jit
 def _forward_kernel(
     x, o, gate, linear, dropout, out, extent,
-    C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    C: tl.constexpr, HD: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of rows: the gated output block by block into the product, then bias, dropout and residual."""
+    """Tile of rows, part of the output columns: the gated output by blocks into the product, bias, dropout, residual.
+
+    Each of PARTS programs gates the whole tile again, all of them from the cache.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c = tl.arange(0, C)
-    acc = tl.zeros([BLOCK_M, C], tl.float32)
+    c = tl.arange(0, C // PARTS)
+    if PARTS > 1:
+        c += tl.program_id(1) * (C // PARTS)
+    acc = tl.zeros([BLOCK_M, C // PARTS], tl.float32)
     for first in range(0, HD, BLOCK_N):
         k = first + tl.arange(0, BLOCK_N)
         gated = _load_gated(o, gate, rows, k, extent)
         block = tl.load(linear.weight + c[:, None] * HD + k[None, :])
         acc = dot(gated, tl.trans(block), acc)
-    acc += load_vector(linear.bias, C)[None, :]
+    acc += tl.load(linear.bias + c).to(tl.float32)[None, :]
     if dropout is not None:
         acc *= load_tile(dropout, rows, c, extent).to(tl.float32)
     acc += load_tile(x, rows, c, extent).to(tl.float32)
@@ -111,7 +116,9 @@ class _GatedOutput(torch.autograd.Function):
         if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout)):
             hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), out)
             return out
-        config = tuning.chosen_tiles("gated_output_forward", x, min(c, hd), hd, max(c, hd))
+        config = tuning.chosen_parts(
+            "gated_output_columns", "gated_output_forward", x, min(c, hd), hd, max(c, hd), columns=c
+        )
         tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
         launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), bias), C=c, HD=hd)
         return out

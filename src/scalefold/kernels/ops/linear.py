@@ -21,7 +21,7 @@ from scalefold.kernels.around import aside
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, to_fp32
-from scalefold.kernels.ops.elementwise import dense
+from scalefold.kernels.ops.elementwise import dense, in_order, in_rows_of
 from scalefold.kernels.rows import (
     SECTOR,
     Affine,
@@ -52,6 +52,7 @@ from scalefold.kernels.weight_gradient import Product, weight_partials
 WIDEST_BY_POINTER = 128  # wider weights come by the copy engine; narrower ones lose by it
 NARROW_WIDTH = 16  # narrower outputs (attention biases) go channels first, as their reader wants them
 tuning.register_tiles("norm_linear_forward", {64: (64, 64, 4, 3), 128: (64, 128, 4, 2), 256: (128, 64, 8, 3)})
+tuning.register_parts("norm_linear_columns")
 tuning.register_tiles("norm_linear_backward", {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)})
 
 
@@ -59,10 +60,11 @@ tuning.register_tiles("norm_linear_backward", {64: (128, 64, 4, 3), 128: (64, 64
 def _forward_kernel(
     x, norm, blocks, linear, out, segment_stride, narrow, narrow_out, row_mask, extent, bias_start,
     N: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACROSS: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """Tile of rows: layer norm once, then all output columns. Weight: [N, C]; out: [N / WIDTH][rows, WIDTH].
+    """Tile of rows: layer norm once, then a part of the output columns. Weight: [N, C]; out: [N / WIDTH][rows, WIDTH].
 
+    Each of PARTS programs makes the norm again, all of them from the cache; the last one has the narrow output.
     ``blocks``: the weight for the copy engine, instead of ``linear.weight``. ACROSS: tiles lie so, and the narrow
     output is stored in whole sectors.
     """
@@ -72,7 +74,9 @@ def _forward_kernel(
     if row_mask is not None:
         keep = load_per_row(row_mask, rows, extent)
     if N > 0:
-        for first in range(0, N, BLOCK_N):
+        for first in range(0, N // PARTS, BLOCK_N):
+            if PARTS > 1:
+                first += tl.program_id(1) * (N // PARTS)
             n = first + tl.arange(0, BLOCK_N)
             if blocks is not None:
                 block = blocks.load([first, 0])
@@ -87,7 +91,7 @@ def _forward_kernel(
             segment = first // WIDTH
             start = out.pointer + segment * tl.cast(segment_stride, tl.int64)
             store_tile(View(start, out.strides), acc, rows, n - segment * WIDTH, extent)
-    if NARROW > 0:
+    if NARROW > 0 and (PARTS == 1 or tl.program_id(1) == PARTS - 1):
         n = tl.arange(0, 16)
         block = tl.load(narrow.weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
         acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, 16], tl.float32))
@@ -212,12 +216,6 @@ def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | N
     return fused_view([bias[:, None] for bias in present])[:, 0], (len(biases) - len(present)) * width
 
 
-def _in_order(order: Sequence[int], flat: Tensor, shape: Sequence[int]) -> Tensor:
-    """View of flat [rows, w], rows numbered in ``order``, as [*shape, w]."""
-    inverse = [list(order).index(d) for d in range(len(order))]
-    return flat.view(*[shape[d] for d in order], flat.shape[-1]).permute(*inverse, len(order))
-
-
 class _NormLinear(torch.autograd.Function):
     """Arguments: x, norm weight and bias, row mask, number of wide weights, weights, biases.
 
@@ -240,7 +238,7 @@ class _NormLinear(torch.autograd.Function):
         weights = parameters[: len(parameters) // 2]
         ds = [x.new_zeros(*x.shape[:-1], w.shape[0]) if d is None else d for d, w in zip(ds, weights, strict=True)]
         wide = [d if d.stride(-1) == 1 else dense(d) for d in ds[: ctx.num_wide]]
-        ds = [*wide, *(_in_rows_of(x, d) for d in ds[ctx.num_wide :])]
+        ds = [*wide, *(in_rows_of(x, d) for d in ds[ctx.num_wide :])]
         c, dtype = x.shape[-1], norm_weight.dtype
         dx, normed, partials = input_gradient(x, norm_weight, norm_bias, row_mask, weights, ds, ctx.has_bias, through)
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
@@ -264,7 +262,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     width = wide[0].shape[0] if wide else NARROW_WIDTH
     order, norm = memory_order(x), Norm(norm_weight, norm_bias)
     out = x.new_empty(num_wide, count, width)
-    outs = [_in_order(order, part, x.shape) for part in out.unbind(0)]
+    outs = [in_order(order, part, x.shape) for part in out.unbind(0)]
     narrow_out = None
     if narrow:
         narrow_out = x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1)
@@ -274,7 +272,7 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
     if chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
         hopper.project(x, norm, Affine(weight, bias), narrow[0] if narrow else None, out, narrow_out)
         return results
-    config = tuning.chosen_tiles("norm_linear_forward", x, num_wide * width, width)
+    config = tuning.chosen_parts("norm_linear_columns", "norm_linear_forward", x, num_wide * width, width)
     tensors = {
         "x": x,
         "out": outs[0] if wide else None,
@@ -314,7 +312,7 @@ def input_gradient(
     wide, narrow = tuple(weights[:num_wide]), weights[num_wide:]
     dx, normed = torch.empty_like(x), None
     if wide:
-        normed = _in_order(memory_order(x), x.new_empty(x.shape[:-1].numel(), c), x.shape)
+        normed = in_order(memory_order(x), x.new_empty(x.shape[:-1].numel(), c), x.shape)
     narrow_d = ds[num_wide] if narrow else None
     width = wide[0].shape[0] if wide else NARROW_WIDTH
     config = tuning.chosen_tiles("norm_linear_backward", x, num_wide * width, width)
@@ -343,15 +341,6 @@ def _alignment(tensors: Sequence[Tensor]) -> int:
     steps = [s for t in tensors for s, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size != 1]
     even = all(step % 8 == 0 for step in steps)
     return 8 if even and all(tensor.data_ptr() % 16 == 0 for tensor in tensors) else 1
-
-
-def _in_rows_of(x: Tensor, d: Tensor) -> Tensor:
-    """d: [*, h] with its rows in the memory order of x: [*, c]; a copy, channels first, if they lie otherwise."""
-    order = memory_order(x)
-    if memory_order(d) == order:
-        return d
-    inverse = [order.index(n) + 1 for n in range(len(order))]
-    return dense(d.permute(-1, *order)).permute(*inverse, 0)
 
 
 def obstacle(

@@ -47,6 +47,7 @@ for _name, _default in {
     "triangle_output_backward": {64: (64, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 1)},
 }.items():
     tuning.register_tiles(_name, _default)
+tuning.register_parts("triangle_project_columns")
 
 
 @triton.jit
@@ -60,19 +61,26 @@ def _projected(normed, linear, n, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 @triton.jit
 def _project_forward_kernel(
     z, mask, norm, linears, outs, extent,
-    WIDTH: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs."""
+    """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs.
+
+    Each of PARTS programs makes the norm again: of two the first has a and the second b, of more each a part of one.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C, IN_REGISTERS=True)
     keep = load_per_row(mask, rows, extent)
+    shares: tl.constexpr = PARTS // 2 if PARTS > 2 else 1  # of one operand
     for side in tl.static_range(2):
-        for first in range(0, WIDTH, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            gate, _ = _projected(normed, linears[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
-            value, _ = _projected(normed, linears[2 * side], n, C, BLOCK_M, BLOCK_N)
-            product = sigmoid(gate) * value * keep[:, None]
-            store_tile(outs[side], product, rows, n, extent)
+        if PARTS == 1 or tl.program_id(1) // shares == side:
+            for first in range(0, WIDTH // shares, BLOCK_N):
+                if PARTS > 2:
+                    first += tl.program_id(1) % shares * (WIDTH // shares)
+                n = first + tl.arange(0, BLOCK_N)
+                gate, _ = _projected(normed, linears[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
+                value, _ = _projected(normed, linears[2 * side], n, C, BLOCK_M, BLOCK_N)
+                product = sigmoid(gate) * value * keep[:, None]
+                store_tile(outs[side], product, rows, n, extent)
 
 
 @triton.jit
@@ -174,7 +182,9 @@ class _Project(torch.autograd.Function):
         if chosen("operands of a triangle's product", hopper.operands_obstacle(z, weights)):
             hopper.operands(z, mask, norm, linears, outs)
         else:
-            config = tuning.chosen_tiles("triangle_project_forward", z, width, width)
+            names = "triangle_project_columns", "triangle_project_forward"
+            config = tuning.chosen_parts(*names, z, width, width, columns=2 * width)
+            config["BLOCK_N"] = min(config["BLOCK_N"], width // max(1, config["PARTS"] // 2))
             tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, outs))}
             launch(_project_forward_kernel, config, tensors, norm=norm, linears=linears, WIDTH=width, C=c)
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
