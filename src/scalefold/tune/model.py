@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from scalefold.errors import ConfigError
+from scalefold.processors import processors
 from scalefold.tune.trials import GPUS, Trial, parse_config
 
 ANY_GPU = (132, 3350, 228)
@@ -191,7 +192,12 @@ def fit(known: Sequence[Lesson], seed: int = 0) -> Forest | None:
     empty = np.zeros((0, 0))
     rows = Forest(kernels, empty, empty, empty, empty, empty).matrix([lesson.trial for lesson in known])
     trees = ExtraTreesRegressor(
-        TREES, min_samples_leaf=LEAST_LEAF, max_features=SHARE_OF_FEATURES, random_state=seed, bootstrap=True
+        TREES,
+        min_samples_leaf=LEAST_LEAF,
+        max_features=SHARE_OF_FEATURES,
+        random_state=seed,
+        bootstrap=True,
+        n_jobs=processors(),
     )
     trees.fit(rows, [lesson.distance for lesson in known], sample_weight=[lesson.weight for lesson in known])
     grown = [estimator.tree_ for estimator in trees.estimators_]
