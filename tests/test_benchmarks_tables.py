@@ -54,6 +54,21 @@ def test_a_new_row_of_one_card_changes_that_card_alone(
     assert lines[1].startswith("| H100 | ours | aaa | 200 | 400 | 600 | 800 | **500.0** |")
 
 
+@pytest.mark.parametrize(("commit", "bits"), [("aaa", "yes"), ("bbb", "–")])
+def test_equal_losses_are_those_of_two_starts_of_one_commit(
+    tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str, bits: str
+) -> None:
+    """A start whose second one found no time does not show the second one of an earlier commit."""
+    columns = "commit,layout,exit_status,stop_to_exit_s,start_to_first_step_s,checkpoint_stall_ms"
+    starts = [("aaa", "dap2", ""), ("aaa", "dap2 again", "yes"), (commit, "dap2", "")]
+    lines = [f"{own},{layout},4 4,8.0,0.3,21.0,0.1,{equal},0" for own, layout, equal in starts]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    (tmp_path / "gpu_runs.csv").write_text(
+        "\n".join([f"{columns},step_over_ruler_percent,losses_equal,left_behind", *lines])
+    )
+    assert tables.run_table().splitlines()[2].endswith(f"| {bits} | 0 | {commit} |")
+
+
 def test_no_mean_mixes_the_passes_of_two_commits(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -369,13 +369,13 @@ def evaluation_table() -> str:
 
 def run_table() -> str:
     """The newest start of the program in every layout, with what became of its second start."""
-    found = newest(read("gpu_runs"), "layout")
+    rows, found = [], newest(read("gpu_runs"), "layout")
     columns = ("stop_to_exit_s", "start_to_first_step_s", "checkpoint_stall_ms", "step_over_ruler_percent")
-    rows = []
     for layout, name in LAYOUTS.items():
         if (row := found.get((layout,))) is not None:
             numbers = [f"{float(row[column]):.1f}" if row[column] else NONE for column in columns]
-            bits = row["losses_equal"] or found.get((f"{layout} again",), row)["losses_equal"] or NONE
+            second = found.get((f"{layout} again",), row)
+            bits = row["losses_equal"] or (second["losses_equal"] if second["commit"] == row["commit"] else "") or NONE
             rows.append([name, row["exit_status"], *numbers, bits, row["left_behind"], row["commit"]])
     head = ["start", "statuses", "stop to exit, s", "start to step, s", "stall, ms", "over ruler, %"]
     return markdown([*head, "same bits", "left", "commit"], rows)

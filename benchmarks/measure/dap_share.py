@@ -207,6 +207,7 @@ def timing_row(share: Share, passes: int, repeats: int) -> dict[str, Any]:
     timing: Timing = (time_calls if share.on_gpu else time_on_host)(share.call(passes), repeats)
     peak = torch.cuda.max_memory_reserved() / 2**30 if share.on_gpu else 0.0
     times = {name: round(value, 2) for name, value in vars(timing).items()}
+    print(f"DAP {share.size}, R = {passes}: {timing.median_ms:.2f} ms", flush=True)  # the profile may not end
     return {**facts(), "dap": share.size, "passes": passes, **times, "peak_gib": round(peak, 2)}
 
 
