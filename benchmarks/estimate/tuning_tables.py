@@ -46,35 +46,37 @@ def with_interval(row: Row, ratio: str) -> str:
 
 
 def trial_table() -> str:
-    """Median trials of each sweep by the methods that are compared."""
+    """Median trials of each new sweep by the methods that are compared."""
     rows = read("tuning_replay")
     found = {(row["scenario"], row["sweep"], row["method"]): row["median_trials"] for row in rows}
     lines = []
-    for sweep in read("tuning_spills"):
+    for sweep in (row for row in read("tuning_spills") if row["set"] == "new"):
         key = sweep["sweep"]
         others = [found["new shape", key, method] for method in ("random", "TPE", "today")]
         ours = [found[scenario, key, "ours"] for scenario in SCENARIOS]
-        lines.append([sweep["set"], title_of(sweep), sweep["sound"], *others, *ours])
+        lines.append([title_of(sweep), sweep["sound"], *others, *ours])
     head = ["random", "TPE", "today's order", "ours, new shape", "ours, new kernel"]
-    return markdown(["set", "kernel and operation", "candidates", *head], lines)
+    return markdown(["kernel and operation", "candidates", *head], lines)
 
 
 def title_of(row: Row) -> str:
-    """Kernel, operation and share of a sweep."""
-    return f"`{row['sweep'].split(' ')[0]}` in {row['operation']} (DAP {row['dap']})"
+    """Kernel, operation and share of a sweep; no share in evaluations."""
+    place = f"DAP {row['dap']}" if row["dap"] != "0" else "evaluation"
+    return f"`{row['sweep'].split(' ')[0]}` in {row['operation']} ({place})"
 
 
 OVER_BEST = ("without_spills_over_best", "allowed_spills_over_best")
 
 
 def spill_table() -> str:
-    """What the fastest candidate of each sweep spills, and how much slower those are that the rules leave."""
+    """What the fastest candidate of each older sweep spills, and how much slower those are that the rules leave."""
     lines = [
         [
             *(row["set"], title_of(row), f"{float(row['best_us']):.1f}", f"{float(row['median_us']):.1f}"),
             *(row[name] or NONE for name in ("best_spills_bytes", *OVER_BEST, "differing")),
         ]
         for row in read("tuning_spills")
+        if row["set"] in ("development", "held-out")
     ]
     head = ["best µs", "median µs", "best spills, bytes", "without spills", "up to 512 bytes", "bits differ"]
     return markdown(["set", "kernel and operation", *head], lines)
@@ -83,6 +85,7 @@ def spill_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "replay_new": lambda: replay_table("new"),
     "replay_flat": lambda: replay_table("new, flat"),
+    "replay_first_draw": lambda: replay_table("first draw"),
     "replay_held_out": lambda: replay_table("held-out"),
     "replay_development": lambda: replay_table("development"),
     "replay_trials": trial_table,
