@@ -204,20 +204,20 @@ def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[
     return weight_blocks(weight_1, (block, c)), weight_blocks(weight_2, (c, block))
 
 
-def _in_layers(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor, config: tuning.Config) -> None:
-    """Transition of x: [*, c] to ``out``, in its memory order; config: of the first launch."""
-    hidden, c = linear_1.weight.shape
-    count = x.shape[:-1].numel()
+def _in_layers(x: Tensor, norm: Norm, parameters: Sequence[Tensor], out: Tensor, config: tuning.Config) -> None:
+    """Transition of x: [*, c] to ``out``, in its memory order, by both linears; config: of the first launch."""
+    weight_1, bias_1, weight_2, bias_2 = parameters
+    (hidden, c), count = weight_1.shape, x.shape[:-1].numel()
     between = in_order(memory_order(x), x.new_empty(count, hidden), x.shape)
     launch(
-        _hidden_kernel, config, {"x": x, "hidden": between}, norm=norm, bias=linear_1.bias,
-        weight=weight_blocks(linear_1.weight, (config["BLOCK_N"], c)), HIDDEN=hidden, C=c,
+        _hidden_kernel, config, {"x": x, "hidden": between}, norm=norm, bias=bias_1,
+        weight=weight_blocks(weight_1, (config["BLOCK_N"], c)), HIDDEN=hidden, C=c,
     )  # fmt: skip
     own = tuning.lookup("transition_update", **tuning.row_fields(count, x.dtype, c=c, n=hidden))
-    own |= {"PARTS": max(1, min(own["PARTS"], c // tuning.NARROWEST_PART)), "BLOCK_N": min(own["BLOCK_N"], hidden)}
+    parts, block = max(1, min(own["PARTS"], c // tuning.NARROWEST_PART)), min(own["BLOCK_N"], hidden)
     launch(
-        _update_kernel, own, {"x": x, "hidden": between, "out": out}, bias=linear_2.bias,
-        weight=weight_blocks(linear_2.weight, (c // own["PARTS"], own["BLOCK_N"])), HIDDEN=hidden, C=c,
+        _update_kernel, {**own, "PARTS": parts, "BLOCK_N": block}, {"x": x, "hidden": between, "out": out}, bias=bias_2,
+        weight=weight_blocks(weight_2, (c // parts, block)), HIDDEN=hidden, C=c,
     )  # fmt: skip
 
 
@@ -235,10 +235,10 @@ class _Transition(torch.autograd.Function):
             return out
         config = tuning.chosen_parts("transition_columns", "transition_forward", x, hidden, hidden)
         if config["PARTS"] > 1:
-            _in_layers(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out, config)
+            _in_layers(x, norm, (weight_1, bias_1, weight_2, bias_2), out, config)
             return out
-        blocks = _blocks(weight_1, weight_2, config)
         del config["PARTS"]
+        blocks = _blocks(weight_1, weight_2, config)
         launch(
             _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=bias_1,
             weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
