@@ -132,14 +132,15 @@ def _resized(trial: Trial, factor: float) -> Trial:
 
 @dataclass(frozen=True)
 class Forest:
-    """Regression trees as arrays [tree, node]: children, the column and threshold that decide, the value of a leaf."""
+    """Regression trees as arrays [tree, node]: the right child, the column that decides, and its threshold.
+
+    Nodes lie depth first, so the left child is the next one. Of a leaf the right child is 0, and the number its value.
+    """
 
     kernels: tuple[str, ...]
-    left: np.ndarray
     right: np.ndarray
     column: np.ndarray
-    threshold: np.ndarray
-    value: np.ndarray
+    number: np.ndarray
 
     def matrix(self, trials: Sequence[Trial]) -> np.ndarray:
         """[trials, columns]: features and the kernel's name, one column per known kernel."""
@@ -150,12 +151,12 @@ class Forest:
     def predict(self, trials: Sequence[Trial]) -> tuple[np.ndarray, np.ndarray]:
         """Distance from the best and its uncertainty, each [trials]: mean and standard deviation over trees."""
         rows = self.matrix(trials)
-        tree, row = np.arange(len(self.left))[:, None], np.arange(len(rows))[None]
-        at = np.zeros((len(self.left), len(rows)), np.int64)
-        while (inner := self.left[tree, at] >= 0).any():
-            goes_left = rows[row, self.column[tree, at]] <= self.threshold[tree, at]
-            at = np.where(inner, np.where(goes_left, self.left[tree, at], self.right[tree, at]), at)
-        votes = self.value[tree, at]
+        tree, row = np.arange(len(self.right))[:, None], np.arange(len(rows))[None]
+        at = np.zeros((len(self.right), len(rows)), np.int64)
+        while (inner := self.right[tree, at] > 0).any():
+            goes_left = rows[row, self.column[tree, at]] <= self.number[tree, at]
+            at = np.where(inner, np.where(goes_left, at + 1, self.right[tree, at]), at)
+        votes = self.number[tree, at]
         return votes.mean(0), votes.std(0)
 
     def save(self, file: Path) -> None:
@@ -190,7 +191,7 @@ def fit(known: Sequence[Lesson], seed: int = 0) -> Forest | None:
         raise ConfigError(f"tune: {error}; install it with pip install 'scalefold[tune]'") from None
     kernels = tuple(sorted({lesson.trial.kernel for lesson in known} - {""}))
     empty = np.zeros((0, 0))
-    rows = Forest(kernels, empty, empty, empty, empty, empty).matrix([lesson.trial for lesson in known])
+    rows = Forest(kernels, empty, empty, empty).matrix([lesson.trial for lesson in known])
     trees = ExtraTreesRegressor(
         TREES,
         min_samples_leaf=LEAST_LEAF,
@@ -200,14 +201,18 @@ def fit(known: Sequence[Lesson], seed: int = 0) -> Forest | None:
         n_jobs=processors(),
     )
     trees.fit(rows, [lesson.distance for lesson in known], sample_weight=[lesson.weight for lesson in known])
-    grown = [estimator.tree_ for estimator in trees.estimators_]
-    nodes = max(tree.node_count for tree in grown)
-    names = ("children_left", "children_right", "feature", "threshold")
-    padded = [np.stack([_padded(getattr(tree, name), nodes) for tree in grown]) for name in names]
-    values = np.stack([_padded(tree.value[:, 0, 0], nodes) for tree in grown])
-    types = (np.int32, np.int32, np.int32, np.float32, np.float32)
-    return Forest(kernels, *(a.astype(t) for a, t in zip([*padded, values], types, strict=True)))
+    grown = [_arrays_of(estimator.tree_) for estimator in trees.estimators_]
+    nodes = max(len(right) for right, *_ in grown)
+    padded = (
+        np.stack([np.pad(own, (0, nodes - len(own))) for own in of_trees]) for of_trees in zip(*grown, strict=True)
+    )
+    types = (np.uint32, np.uint16, np.float32)
+    return Forest(kernels, *(array.astype(kind) for array, kind in zip(padded, types, strict=True)))
 
 
-def _padded(values: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(values, (0, length - len(values)), constant_values=-1)
+def _arrays_of(tree: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of one tree of scikit-learn what ``Forest`` has of it, [nodes] each."""
+    inner = tree.children_left >= 0
+    assert (tree.children_left[inner] == np.flatnonzero(inner) + 1).all(), "nodes do not lie depth first"
+    numbers = np.where(inner, tree.threshold, tree.value[:, 0, 0])
+    return tree.children_right * inner, tree.feature * inner, numbers
