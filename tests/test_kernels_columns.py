@@ -239,7 +239,8 @@ def test_blocks_cross_neither_parts_nor_projections(n, limit, parts, expected, m
 
 
 def test_blocks_of_a_sum_are_those_of_the_table(monkeypatch):
-    config, _ = looked_up(monkeypatch, rows_of(4096, 256), 128, {"PARTS": 8, **TILE, "BLOCK_N": 128}, 128, columns=64)
+    entry = {"PARTS": 8, **TILE, "BLOCK_N": 128}
+    config, _ = looked_up(monkeypatch, rows_of(4096, 256), 128, entry, 128, columns=64, blocked=False)
     assert (config["PARTS"], config["BLOCK_N"]) == (4, 128)
 
 

@@ -300,12 +300,19 @@ def register_parts(name: str) -> None:
 
 
 def chosen_parts(
-    name: str, tiles: str, x: Tensor, n: int, limit: int, c: int | None = None, columns: int | None = None
+    name: str,
+    tiles: str,
+    x: Tensor,
+    n: int,
+    limit: int,
+    c: int | None = None,
+    columns: int | None = None,
+    blocked: bool = True,
 ) -> Config:
     """``chosen_tiles`` of ``tiles`` and PARTS: how many programs share out the columns of a tile of rows.
 
     That is worth a look (``name``) where rows are few: each program reads its part of the weight alone. ``columns``: of
-    the output, where tiles block another width than that; else they block n, never across a part.
+    the output, where these are not n. ``blocked``: tiles block them, never across a part; else another width.
     """
     count, c = x.shape[:-1].numel(), c or x.shape[-1]
     if count <= MOST_SHARED_ROWS and n * c >= LEAST_SHARED_WEIGHT:
@@ -313,6 +320,6 @@ def chosen_parts(
         if "BLOCK_M" in config:
             even = (columns or n) & -(columns or n)  # the largest power of two that divides it
             parts = min(config["PARTS"], max(1, even // NARROWEST_PART))
-            most = limit if columns else min(limit, even // parts)
+            most = min(limit, even // parts) if blocked else limit
             return {**config, "PARTS": parts, "BLOCK_N": min(config["BLOCK_N"], most)}
     return {"PARTS": 1, **chosen_tiles(tiles, x, n, limit, c)}

@@ -117,7 +117,7 @@ class _GatedOutput(torch.autograd.Function):
             hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), out)
             return out
         config = tuning.chosen_parts(
-            "gated_output_columns", "gated_output_forward", x, min(c, hd), hd, max(c, hd), columns=c
+            "gated_output_columns", "gated_output_forward", x, min(c, hd), hd, max(c, hd), columns=c, blocked=False
         )
         tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
         launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), bias), C=c, HD=hd)

@@ -184,7 +184,6 @@ class _Project(torch.autograd.Function):
         else:
             names = "triangle_project_columns", "triangle_project_forward"
             config = tuning.chosen_parts(*names, z, width, width, columns=2 * width)
-            config["BLOCK_N"] = min(config["BLOCK_N"], width // max(1, config["PARTS"] // 2))
             tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, outs))}
             launch(_project_forward_kernel, config, tensors, norm=norm, linears=linears, WIDTH=width, C=c)
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
