@@ -1,4 +1,4 @@
-"""Run a function on several ranks of a gloo group, in forked processes of this machine."""
+"""Run a function on several ranks of a gloo group, in forked processes of this machine; environments of others."""
 
 import multiprocessing as mp
 import os
@@ -16,6 +16,11 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def compiling_environment() -> dict[str, str]:
+    """The environment of a process that compiles Triton kernels, where tests interpret them."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def run_ranks(

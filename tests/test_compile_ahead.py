@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from triton.backends.nvidia import driver as nvidia
 
+from processes import compiling_environment
 from scalefold.config import load_config
 from scalefold.errors import ConfigError
 from scalefold.node_findings import kernel_cache_rows, rdma_rows
@@ -119,7 +120,7 @@ def run_python(text: str, cache: Path) -> list[str]:
 
 
 def started(text: str, cache: Path) -> "subprocess.CompletedProcess[str]":
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     environment["TRITON_CACHE_DIR"] = str(cache)
     return subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
 
@@ -200,7 +201,7 @@ OPERATIONS += ("linear", "outer_product", "point_attention", "point_errors", "tr
 def kernel_keys(way: str, *overrides: str) -> dict[str, list[str]]:
     """What ``kernel_keys.py`` prints: under which keys Triton would file the kernels."""
     tests = Path(__file__).parent
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     command = [sys.executable, str(tests / "kernel_keys.py"), way, str(CONFIGS / "h100_1x1.yaml"), *ONE_BLOCK]
     done = subprocess.run([*command, *overrides], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -231,7 +232,7 @@ def hand_to_node(compiled: Path, node: Path) -> Path:
 def test_a_whole_configuration_is_compiled_with_its_share_of_a_dap_group(tmp_path: Path) -> None:
     out, shape = tmp_path / "compiled", ["parallel.ranks_per_node=2", "parallel.dap_size=2"]
     command = [sys.executable, "-m", "scalefold", "compile", "--gpu", "H100", "--workers", "2", "--out", str(out)]
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     done = subprocess.run(
         [*command, "--config", str(CONFIGS / "tiny.yaml"), *FEW, *shape],
         env=environment,

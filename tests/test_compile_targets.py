@@ -1,10 +1,11 @@
 """Kernels compile for all three GPU generations on a machine without a GPU."""
 
-import os
 import subprocess
 import sys
 
 import pytest
+
+from processes import compiling_environment
 
 pytest.importorskip("triton")
 
@@ -28,7 +29,7 @@ CASES = {  # 9.0 is tuned, and has Gluon
 @pytest.mark.parametrize("case", ["gated_pair", pytest.param("attention_triangle", marks=pytest.mark.long)])
 def test_kernels_compile_for_all_generations_without_a_gpu(repository, case, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "benchmarks/measure/compile_targets.py", "--only", case]
     finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
@@ -63,7 +64,7 @@ for launch in launches:
 
 def test_lanes_that_add_up_scores_of_the_global_attention_hold_equal_copies(repository, tmp_path):
     """None contracts its own product into the sum of two lanes' (``instructions.rounded_product``)."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     places = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(repository / "benchmarks" / "measure")}
     command = [sys.executable, "-c", CONTRACTED]
     finished = subprocess.run(

@@ -1,12 +1,13 @@
 """Two commits' kernels side by side: machine code without a GPU, bits and times with one."""
 
 import csv
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from processes import compiling_environment
 
 pytest.importorskip("triton")
 
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 @pytest.fixture
 def machine_code(repository: Path, tmp_path: Path):
     """Run the script in a process of its own: the interpreter, in which kernel tests run, compiles nothing."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
 
     def run(*arguments: object) -> subprocess.CompletedProcess:

@@ -1,6 +1,5 @@
 """Grids over parts of the output columns: the bits of one program for all columns, and where they are looked up."""
 
-import os
 import subprocess
 import sys
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from kernel_accuracy import DEVICE, Draw
+from processes import compiling_environment
 from scalefold.kernels import tuning
 from scalefold.kernels.ops import gated_output, linear, triangle
 from scalefold.tune.candidates import CANDIDATES
@@ -262,7 +262,7 @@ for (kernel, key), problem in problems.items():
 
 @pytest.mark.long
 def test_a_search_finds_and_compiles_parts_where_a_rank_has_an_eighth_of_the_rows(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

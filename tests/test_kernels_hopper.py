@@ -4,7 +4,6 @@ Triton's interpreter cannot run Gluon. What the programs compute: ``test_kernels
 """
 
 import logging
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 import triton.language as tl
 
+from processes import compiling_environment
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import attention as hopper
 from scalefold.kernels.hopper import choice as hopper_choice
@@ -366,7 +366,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     repository, tmp_path, case, pass_, config
 ):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, "benchmarks/measure/compile_hopper.py", "--only", case, "--passes", pass_, "--first"]
     finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)

@@ -13,6 +13,7 @@ import torch
 import triton.language as tl
 
 from hopper_programs import C, empty, every_program
+from processes import compiling_environment
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.hopper import choice as hopper_choice
 from scalefold.kernels.hopper import gated_attention, rows, triangle_product
@@ -341,7 +342,7 @@ for launch in launches:
 @pytest.mark.long
 def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialized(repository, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     path = os.pathsep.join([str(repository / "benchmarks" / "measure"), environment.get("PYTHONPATH", "")])
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from processes import compiling_environment
+
 pytest.importorskip("triton")
 
 HEAD = """
@@ -164,7 +166,7 @@ print(len(faults(3)), len(faults(2)), len(faults(1)))
 
 def without_interpreter(repository, tmp_path) -> dict[str, str]:
     """Environment of a process that compiles; the interpreter, in which kernel tests run, cannot be switched off."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     path = os.pathsep.join([str(repository / "benchmarks" / "measure"), environment.get("PYTHONPATH", "")])
     return environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": path}
 

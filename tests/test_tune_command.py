@@ -2,7 +2,6 @@
 
 import builtins
 import csv
-import os
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from processes import compiling_environment
 from recorded_device import Compiled, Record
 from scalefold.errors import DeviceError
 from scalefold.kernels import tuning
@@ -139,7 +139,7 @@ main()
 @pytest.mark.parametrize(("minutes", "asked"), [("3", "no CUDA device"), ("0.4", "the GPU fails")])
 def test_a_new_process_goes_on_after_a_failure_of_the_gpu_if_there_is_time(minutes, asked):
     """Here it has no GPU at all."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     command_line = [sys.executable, "-c", FAILS, "tune", "--dap", "4", "--minutes", minutes]
     done = subprocess.run(command_line, env=environment, capture_output=True, text=True)
     assert done.returncode == 2

@@ -2,7 +2,6 @@
 
 import builtins
 import gzip
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from processes import compiling_environment
 from scalefold.errors import ConfigError
 from scalefold.kernels import tuning
 from scalefold.tune import trials
@@ -164,7 +164,7 @@ def test_a_program_is_read_without_a_gpu_and_one_that_does_not_compile_says_why(
     A process that compiles sees no GPU, and yet chooses what is not searched as the GPU's own table says.
     """
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     tuning.save("a_gpu", {"layer_norm_forward": {"c=128 dtype=bfloat16 rows=65536": {"BLOCK_M": 32, "num_warps": 2}}})
     command = [sys.executable, "-c", COMPILED, str(tmp_path), str(target)]
@@ -188,7 +188,7 @@ programs.compile_all_cases(2)
 
 @pytest.mark.long
 def test_operations_are_compiled_by_several_processes_of_one_that_sees_no_gpu(tmp_path):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", CASES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -212,7 +212,7 @@ for n in range(len(programs._worker_cases)):
 
 def test_every_problem_of_training_that_the_shipped_table_decides_has_an_entry_of_its_own():
     """Else what a search finds for one share would change the programs of another."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = compiling_environment()
     done = subprocess.run([sys.executable, "-c", DECIDED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = done.stdout.splitlines()
