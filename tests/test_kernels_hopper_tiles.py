@@ -69,8 +69,7 @@ def test_gradients_of_gated_outputs_take_gluon_in_every_share(compiled, dap_size
     assert gated_obstacle(empty(1, share, 256, C), pair, name=name) is None
     assert gated_obstacle(empty(1, 128 // dap_size, 256, 256), msa, name=name) is None
     assert gated_obstacle(turned(1, share, 128, 256), name=name) is None
-    found = gated_obstacle(turned(1, share, 256, C), pair, name=name)
-    assert found == (None if dap_size < 8 else "dropout scales are not the same along whole tiles")
+    assert gated_obstacle(turned(1, share, 256, C), pair, name=name) is None
 
 
 @pytest.mark.parametrize("length", [320, 704])
@@ -101,6 +100,31 @@ def test_gated_outputs_of_whole_chains_keep_the_triton_programs(compiled, length
 def test_what_a_gated_output_cannot_take_is_named(compiled, x, dropout, more, reason):
     with every_program(1):
         assert reason in str(gated_obstacle(x, dropout, **more))
+
+
+@pytest.mark.parametrize(
+    ("x", "dropout", "by_row"),
+    [
+        (turned(1, 32, 256, C), (1, 1, 256, C), True),
+        (turned(1, 64, 32, C), (1, 1, 32, C), False),
+        (empty(1, 32, 64, C), (1, 1, 64, C), False),
+        (empty(1, 32, 34, C), (1, 1, 34, C), True),
+        (empty(1, 16, 64, C), (1, 16, 64, C), True),
+        (empty(1, 32, 64, C), None, False),
+    ],
+    ids=str,
+)
+def test_gradients_read_scales_by_row_where_lines_are_shorter_than_a_tile(compiled, monkeypatch, x, dropout, by_row):
+    dropout = None if dropout is None else scales(*dropout)
+    with every_program(1):
+        assert gated_obstacle(x, dropout, name="gated_output_hopper_gradient") is None
+    _, named, _ = launched(
+        monkeypatch,
+        "hopper_gated_gradient",
+        lambda: gated_attention.gated_output_gradient(x, x, x, dropout, empty(C, C)),
+    )
+    assert named["BY_ROW"] == by_row
+    assert not (by_row and named["ACROSS"])
 
 
 def launched(monkeypatch, name, call):

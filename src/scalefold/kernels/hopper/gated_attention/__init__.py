@@ -7,6 +7,7 @@ lies so, and where rows of a line share their dropout.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false
 
 from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -116,7 +117,7 @@ def gated_output_obstacle(
         return "o and gate do not lie densely"
     if reason := dropout_obstacle(dropout) or rows_obstacle(x):
         return reason
-    if _scales_across(x, dropout) is None:
+    if _scales(x, dropout) is Scales.OF_ROWS and name == "gated_output_hopper":
         return "dropout scales are not the same along whole tiles"
     return preference(name, x, dropped=int(dropout is not None))
 
@@ -125,7 +126,7 @@ def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, lin
     """``reference.gated_output`` of o: [*, c], before its heads are split; out: [*, c] lies as x does."""
     order = memory_order(x)
     views, dims, count = row_views({"x": x, "dropout": dropout})
-    inner = dims[1] if _scales_across(x, dropout) else None
+    inner = dims[1] if _scales(x, dropout) is Scales.OF_LINES else None
     program, block = hopper_gated_output, SQUARE
     if x.shape[-1] == MSA_CHANNELS:
         program, block = hopper_wide_gated_output, (MSA_CHANNELS, PART)
@@ -144,7 +145,8 @@ def gated_output_gradient(
     """
     order, c = memory_order(d), d.shape[-1]
     views, dims, count = row_views({"d": d, "dropout": dropout})
-    inner = dims[1] if _scales_across(d, dropout) else None
+    scales = _scales(d, dropout)
+    inner = dims[1] if scales is Scales.OF_LINES else None
     update = d if dropout is None else torch.empty_like(d)
     gated, d_o, d_gate = torch.empty_like(o), torch.empty_like(o), torch.empty_like(gate)
     partials = torch.empty(count // PART, c, dtype=torch.float32, device=d.device)
@@ -152,22 +154,29 @@ def gated_output_gradient(
     hopper_gated_gradient[programs(d, 1, c // CHANNELS)](
         tiles[d], tiles[o], tiles[gate], weight_tiles(weight, c, CHANNELS),
         None if dropout is None else tiles[update], tiles[gated], tiles[d_o], tiles[d_gate], views["dropout"], partials,
-        dims, count // PART, SLOTS=GRADIENT_SLOTS[c], ACROSS=inner is not None, num_warps=4,
+        dims, count // PART, SLOTS=GRADIENT_SLOTS[c], ACROSS=inner is not None, BY_ROW=scales is Scales.OF_ROWS,
+        num_warps=4,
     )  # fmt: skip
     return d_o, d_gate, update, gated, partials
 
 
-def _scales_across(x: Tensor, dropout: Tensor | None) -> bool | None:
-    """Whether tiles of rows lie across, so that rows of a line share their dropout scales: True, or False if tiles in
-    order share theirs or there are none; None if neither fits.
-    """
+class Scales(Enum):
+    """What a row of dropout scales belongs to."""
+
+    OF_TILES = "a tile in order, or to none"
+    OF_LINES = "a line of a tile across"
+    OF_ROWS = "each row its own, where a tile in order has several lines"
+
+
+def _scales(x: Tensor, dropout: Tensor | None) -> Scales:
+    """The first of these whose tiles fit the rows of x."""
     if dropout is None:
-        return False
+        return Scales.OF_TILES
     views, (middle, inner), _ = row_views({"x": x, "dropout": dropout})
     _, along_middle, along_inner, _ = views["dropout"].strides
     if not along_middle and middle % SECTOR.value == 0 and inner % LINES == 0:
-        return True
-    return False if not along_inner and inner % PART == 0 else None
+        return Scales.OF_LINES
+    return Scales.OF_ROWS if along_inner or inner % PART else Scales.OF_TILES
 
 
 def _row_tiles(x: Tensor, order: Sequence[int], inner: int | None) -> Any:

@@ -94,7 +94,7 @@ def _received(ring, SIDE: gl.constexpr, n, PARTS: gl.constexpr):
 
 
 @gluon.jit
-def _differentiate(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
+def _differentiate(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr, BY_ROW: gl.constexpr):
     """A consumer."""
     dropout, outs, partials, ring, staged, weight, there, walk, part = shared
     update_out, gated_out, d_o, d_gate = outs
@@ -112,7 +112,7 @@ def _differentiate(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
         at = corner(walk, tile, 0, part * HALF, ACROSS)
         if dropout is not None:
             for i in gl.static_range(PARTS):
-                update = dropped(read(slots[i]), dropout, walk, tile, i * HALF, ACROSS).to(gl.bfloat16)
+                update = dropped(read(slots[i]), dropout, walk, tile, i * HALF, ACROSS, BY_ROW).to(gl.bfloat16)
                 group_barrier()
                 slots[i].store(update)
             fence_async_shared()
@@ -150,13 +150,14 @@ def _differentiate(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_gated_gradient(
     d, o, gate, weight, update_out, gated_out, d_o, d_gate, dropout, partials, dims, tiles,
-    SLOTS: gl.constexpr, ACROSS: gl.constexpr,
+    SLOTS: gl.constexpr, ACROSS: gl.constexpr, BY_ROW: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of d, o, gate, update_out, gated_out, d_o and d_gate [64 tiles, C] in blocks of HALF channels, and of
     weight [C, C] in blocks of as many columns; update_out: None without dropout.
 
-    dropout: as in ``hopper_gated_output``. partials: [tiles, C] fp32, sums of the update's gradient. SLOTS: of the
-    ring, per consumer, at least those of a tile; the number of programs is a multiple of C / HALF.
+    dropout: as in ``hopper_gated_output``, and BY_ROW scales that no whole tile shares. partials: [tiles, C] fp32, sums
+    of the update's gradient. SLOTS: of the ring, per consumer, at least those of a tile; the number of programs is a
+    multiple of C / HALF.
     """
     PARTS: gl.constexpr = weight.block_type.shape[0] // HALF
     part = gl.program_id(0) % PARTS
@@ -169,8 +170,8 @@ def hopper_gated_gradient(
     shared = (dropout, (update_out, gated_out, d_o, d_gate), partials, ring, staged, weight_slot, there, walk, part)
     gl.warp_specialize(
         [
-            (_differentiate, (shared, 0, ACROSS)),
-            (_differentiate, (shared, 1, ACROSS)),
+            (_differentiate, (shared, 0, ACROSS, BY_ROW)),
+            (_differentiate, (shared, 1, ACROSS, BY_ROW)),
             (_fetch, ((d, o, gate, weight), ring, weight_slot, there, walk, part, ACROSS)),
         ],
         [4, 4],

@@ -48,8 +48,8 @@ STAGES = gl.constexpr(2)  # tiles of pairs per consumer
 
 
 @gluon.jit
-def dropped(value, dropout, walk, tile, first, ACROSS: gl.constexpr):
-    """dropout * value: [ROWS, N], channels from ``first`` on."""
+def dropped(value, dropout, walk, tile, first, ACROSS: gl.constexpr, BY_ROW: gl.constexpr = False):
+    """dropout * value: [ROWS, N], channels from ``first`` on. BY_ROW: not all rows of a tile in order share scales."""
     N: gl.constexpr = value.shape[1]
     LAYOUT: gl.constexpr = product_layout(N)
     if dropout is None:
@@ -62,6 +62,10 @@ def dropped(value, dropout, walk, tile, first, ACROSS: gl.constexpr):
         rows = row_numbers(walk, tile, n * SECTOR, ACROSS)
         scales = gl.load(dropout.pointer + offsets_of(dropout, rows, walk.dims)[:, None] + columns[None, :])
         return gl.convert_layout(gl.reshape(lines * gl.expand_dims(scales, 1), [ROWS, N]), LAYOUT)
+    elif BY_ROW:
+        rows = tile * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        columns = first + gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
+        return value * gl.load(dropout.pointer + offsets_of(dropout, rows, walk.dims)[:, None] + columns[None, :])
     else:
         columns = first + gl.arange(0, N, layout=gl.SliceLayout(0, LAYOUT))
         return value * gl.load(dropout.pointer + offsets_of(dropout, tile * ROWS, walk.dims) + columns)[None, :]
