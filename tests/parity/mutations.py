@@ -56,8 +56,8 @@ MUTATIONS = (
     Mutation(
         "the pair bias of row attention is transposed",
         "model/msa.py",
-        "self.gather_bias(bias).permute(0, 3, 1, 2)",
-        "self.gather_bias(bias).permute(0, 3, 2, 1)",
+        "self.end_gather_bias(bias).permute(0, 3, 1, 2)",
+        "self.end_gather_bias(bias).permute(0, 3, 2, 1)",
         "test_model_modules.py::test_module_and_its_gradients_equal_the_reference[msa_row_att]",
     ),
     Mutation(

@@ -11,7 +11,9 @@ point (attribute name)    tensors                                         layout
 ``shard_rows``            stack entry: m, z, masks, row counts            full -> rows (dimension 1)
 ``shard_columns``         stack entry: masks                              full -> columns (dimension 2)
 ``gather_rows``           stack exit: m (Evoformer), z                    rows -> full; all ranks go on alike
-``gather_bias``           bias [B, I, J, H] of row / triangle attention   rows -> full; ranks use it differently
+``gather_bias``           bias [B, I, J, H] of triangle attention         rows -> full; ranks use it differently
+``begin_gather_bias``     bias [B, I, J, H] of row attention of the MSA,  rows -> full, while the MSA is projected;
+``end_gather_bias``       before and behind its projections               ranks use it differently
 ``gather_columns``        operand b [B, S, J, c] of the outer product     columns -> full; used differently
 ``rows_to_columns``       m before column attention; z before             rows -> columns
                           attention around the ending node

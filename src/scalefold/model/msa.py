@@ -24,7 +24,8 @@ class MSARowAttentionWithPairBias(nn.Module):
         self.layer_norm_z = LayerNorm(c_z)
         self.linear_z = Linear(c_z, num_heads, bias=False, init="normal")
         self.mha = AttentionProjections(c_m, c_m, c_hidden, num_heads)
-        self.gather_bias = nn.Identity()
+        self.begin_gather_bias = nn.Identity()
+        self.end_gather_bias = nn.Identity()
 
     def forward(self, m: Tensor, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """m + dropout(update), and z as it is. m: [B, S, N, c_m]; z: [B, I, J, c_z]; mask: [B, S, N] -> m, z.
@@ -36,7 +37,7 @@ class MSARowAttentionWithPairBias(nn.Module):
         z, bias = ops.layer_norm_linear(
             z, self.layer_norm_z.weight, self.layer_norm_z.bias, (self.linear_z.weight,), (None,)
         )
-        bias = self.gather_bias(bias).permute(0, 3, 1, 2)
+        bias = self.begin_gather_bias(bias)
         m, q, k, v, gate = ops.layer_norm_linear(
             m,
             norm.weight,
@@ -44,6 +45,7 @@ class MSARowAttentionWithPairBias(nn.Module):
             (mha.linear_q.weight, mha.linear_k.weight, mha.linear_v.weight, mha.linear_g.weight),
             (None, None, None, mha.linear_g.bias),
         )
+        bias = self.end_gather_bias(bias).permute(0, 3, 1, 2)
         o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)
         if dropout is None:
             dropout = shared_row_dropout(ops, m, self.dropout, self.training)

@@ -23,6 +23,8 @@ from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatLayout, FlatParameters
 from scalefold.step.reducer import GradientReducer
 
+CHAIN_FIRST = 4  # DAP size from which on kernels leave so much of a GPU idle that those aside find room without a turn
+
 
 def choose_operations(config: Config, ranks: Ranks) -> Operations:
     """The operations table that configuration, device and precision allow."""
@@ -120,7 +122,8 @@ def build_step(
 
     graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
     group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None
-    return (partial(GraphedTrainStep, compiles_each=fused) if graphed else TrainStep)(
+    chain_first = config.parallel.dap_size >= CHAIN_FIRST
+    return (partial(GraphedTrainStep, compiles_each=fused, chain_first=chain_first) if graphed else TrainStep)(
         objective,
         optimizer,
         reducer or GradientReducer(optimizer.flat, group),

@@ -123,13 +123,14 @@ class GraphedTrainStep(TrainStep):
 
     Args:
         compiles_each: the objective compiles something of its own for each number of passes, not only for the largest.
+        chain_first: where a kernel of the backward's chain and one aside could both begin, the chain's does.
     """
 
     SPANS: ClassVar = {"_part": "replay", "_update": "update"}
 
-    def __init__(self, *args, compiles_each: bool = False, **kwargs) -> None:
+    def __init__(self, *args, compiles_each: bool = False, chain_first: bool = False, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.compiles_each = compiles_each
+        self.compiles_each, self.chain_first = compiles_each, chain_first
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._update_graph: torch.cuda.CUDAGraph | None = None
         self._input: Batch | None = None
@@ -143,7 +144,8 @@ class GraphedTrainStep(TrainStep):
         self._pool = torch.cuda.graph_pool_handle()
         with preserved(self.optimizer):
             self.optimizer.prepare(1)  # steps outside a graph divide by the bias corrections
-            stream, total = torch.cuda.Stream(), num_parts(batch, self.micro_batch_size) * self.accumulation
+            stream = torch.cuda.Stream(priority=-1 if self.chain_first else 0)
+            total = num_parts(batch, self.micro_batch_size) * self.accumulation
             compiling = range(passes, 0, -1) if self.compiles_each else (passes,)
             for r in compiling:  # before the first capture, whose memory they could not use
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")

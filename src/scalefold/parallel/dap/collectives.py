@@ -44,7 +44,11 @@ class Direct(Protocol):
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor: ...
 
+    def begin_all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> tuple[Tensor, Callable[[], None]]: ...
+
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor: ...
+
+    def begin_reduce_scatter(self, x: Tensor, dim: int) -> tuple[Tensor, Callable[[], None]]: ...
 
 
 @dataclass(eq=False)
@@ -140,8 +144,8 @@ class Flight:
     """
 
     received: Tensor
-    sent: Tensor | None
-    wait: Callable[[], object]
+    sent: Tensor | None = None
+    wait: Callable[[], object] = lambda: None
 
 
 def begin_all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group, lasts: Lasts = Lasts.LONG) -> Flight:
@@ -149,11 +153,29 @@ def begin_all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group, l
     mapped = group.direct
     if mapped is not None and mapped.takes([x], split_dim, concat_dim):
         (received,), wait = mapped.begin_all_to_all([x], split_dim, concat_dim, lasts)
-        return Flight(received, None, wait)
+        return Flight(received, wait=wait)
     parts = _parts(x, split_dim, group.size).contiguous()
     received = torch.empty_like(parts)
     work = dist.all_to_all_single(received, parts, group=group.processes, async_op=True)
     return Flight(received, parts, work.wait if work is not None else lambda: None)
+
+
+def begin_all_gather(x: Tensor, dim: int, group: Group, lasts: Lasts = Lasts.LONG) -> Flight:
+    """``all_gather`` of x; where it is direct, other work goes on until the flight's end."""
+    dim, mapped = dim % x.dim(), group.direct
+    if mapped is not None and mapped.takes([x], dim):
+        out, wait = mapped.begin_all_gather(x, dim, lasts)
+        return Flight(out, wait=wait)
+    return Flight(all_gather(x, dim, group, lasts))
+
+
+def begin_reduce_scatter(x: Tensor, dim: int, group: Group) -> Flight:
+    """``reduce_scatter`` of x, likewise."""
+    dim, mapped = dim % x.dim(), group.direct
+    if mapped is not None and mapped.takes([x], dim):
+        out, wait = mapped.begin_reduce_scatter(x, dim)
+        return Flight(out, wait=wait)
+    return Flight(reduce_scatter(x, dim, group))
 
 
 def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
@@ -261,6 +283,31 @@ class _Overlapped(torch.autograd.Function):
         return flight.received.view(ctx.shape), None, None, None, None
 
 
+class _OverlappedGather(torch.autograd.Function):
+    """``_GatherShared`` that goes on beside other work, forward and backward: begins it, or ends it.
+
+    As in ``_Overlapped``, the other end's backward undoes this one's.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, begins: bool, dim: int, group: Group, flights: Flights) -> Tensor:
+        ctx.begins, ctx.dim, ctx.group, ctx.flights = begins, dim, group, flights
+        if begins:
+            flights["forward"] = begin_all_gather(x, dim, group, Lasts.by(ctx))
+            return flights["forward"].received
+        flights.pop("forward").wait()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        if ctx.begins:
+            flight = ctx.flights.pop("backward")
+            flight.wait()
+            return flight.received, None, None, None, None
+        ctx.flights["backward"] = begin_reduce_scatter(grads[0], ctx.dim, ctx.group)
+        return grads[0], None, None, None, None  # shaped as what was gathered; the other end looks at the flight
+
+
 def scatter(x: Tensor, dim: int, group: Group) -> Tensor:
     """Full -> this rank's slice; gradients are gathered."""
     return _Scatter.apply(x, dim, group)
@@ -274,6 +321,16 @@ def gather_same(x: Tensor, dim: int, group: Group) -> Tensor:
 def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
     """Slices -> full, for work that the ranks share; gradients are summed and sliced."""
     return _GatherShared.apply(x, dim, group)
+
+
+def begin_gather(x: Tensor, dim: int, group: Group, flights: Flights) -> Tensor:
+    """First half of ``gather_shared``: a tensor that only ``end_gather`` may read; no exchange comes in between."""
+    return _OverlappedGather.apply(x, True, dim, group, flights)
+
+
+def end_gather(x: Tensor, dim: int, group: Group, flights: Flights) -> Tensor:
+    """Second half of ``gather_shared``."""
+    return _OverlappedGather.apply(x, False, dim, group, flights)
 
 
 def exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:

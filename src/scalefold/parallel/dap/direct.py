@@ -21,7 +21,8 @@ Measured beside NCCL by ``benchmarks/measure/symmetric_exchange.py``.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,11 +119,14 @@ class DirectExchanges:
     ) -> None:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
         self.arrivals = arrivals
+        self._stream: torch.cuda.Stream | None = None  # of what goes on beside other work
+        self._beside: tuple[Any, Tensor] | None = None  # the event at its end, and what it still reads
         self._turn = 0
         self._met = 0  # barriers of exchanges so far
 
     def begin(self) -> None:
         """A step begins on all ranks of the group."""
+        self._join()
         if self.arrivals is not None:
             self.arrivals.begin()
 
@@ -143,15 +147,22 @@ class DirectExchanges:
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
     ) -> tuple[list[Tensor], Callable[[], None]]:
         """The same, and what to call before anybody reads it: a barrier, unless another exchange has met one since."""
+        self._join()
         shape = list(xs[0].shape)
         shape[split_dim] //= self.size
         part = shape.copy()
         shape[concat_dim] *= self.size
         split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
-        arrived = self._sent(xs, shape, lasts, False, split_block, concat_block)
-        if arrived is not None:
-            met = self._met
-            return arrived, lambda: None if self._met > met else self._meet()
+        place = self._place(xs, shape, lasts)
+        if place is not None:
+            arrived, met = self._sent(xs, shape, place, False, split_block, concat_block), self._met
+
+            def wait() -> None:
+                self._join()
+                if self._met == met:
+                    self._meet()
+
+            return arrived, wait
         outs = [x.new_empty(shape) for x in xs]
         for staged, out in zip(self._staged(xs), outs, strict=True):
             copy_parts(staged, out, self.rank, split_block, concat_block)
@@ -159,17 +170,28 @@ class DirectExchanges:
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor:
         """The ranks' tensors behind each other along ``dim``; dense, where it can be in the memory order of x."""
+        return self._all_gather(x, dim, lasts, nullcontext())
+
+    def begin_all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> tuple[Tensor, Callable[[], None]]:
+        """The same beside other work, and what to call before anybody reads it."""
+        return self._all_gather(x, dim, lasts, self._aside(x)), self._join
+
+    def _all_gather(self, x: Tensor, dim: int, lasts: Lasts, launching: AbstractContextManager[object]) -> Tensor:
+        self._join()
         order = _order(x, dim)
         x, dim = x.permute(order), order.index(dim)
         shape = list(x.shape)
         shape[dim] *= self.size
         block = math.prod(x.shape[dim:])
-        arrived = self._sent([x], shape, lasts, True, x.numel(), block)
-        if arrived is not None:
-            self._meet()
-            return _in_place(arrived[0], order)
-        out = x.new_empty(shape)
-        copy_parts(self._staged([x])[0], out, None, x.numel(), block)
+        place = self._place([x], shape, lasts)
+        if place is None:
+            out = x.new_empty(shape)
+            with launching:
+                copy_parts(self._staged([x])[0], out, None, x.numel(), block)
+        else:
+            with launching:
+                (out,) = self._sent([x], shape, place, True, x.numel(), block)
+                self._meet()
         return _in_place(out, order)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
@@ -177,22 +199,55 @@ class DirectExchanges:
 
         Dense, where it can be in the memory order of x.
         """
+        return self._reduce_scatter(x, dim, nullcontext())
+
+    def begin_reduce_scatter(self, x: Tensor, dim: int) -> tuple[Tensor, Callable[[], None]]:
+        """The same beside other work, and what to call before anybody reads it."""
+        return self._reduce_scatter(x, dim, self._aside(x)), self._join
+
+    def _reduce_scatter(self, x: Tensor, dim: int, launching: AbstractContextManager[object]) -> Tensor:
+        self._join()
         order = _order(x, dim)
         shape = [x.shape[n] // (self.size if n == dim else 1) for n in order]
         out = x.new_empty(shape)
-        sum_parts(self._staged([x.permute(order)])[0], out, self.rank, math.prod(shape[order.index(dim) :]))
+        with launching:
+            parts = self._staged([x.permute(order)])[0]
+            sum_parts(parts, out, self.rank, math.prod(shape[order.index(dim) :]))
         return _in_place(out, order)
 
-    def _sent(
-        self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts, whole: bool, split_block: int, concat_block: int
-    ) -> list[Tensor] | None:
-        """Results of ``shape``, there once all ranks meet; None where they last longer or there is no room for them."""
+    @contextmanager
+    def _aside(self, x: Tensor) -> Iterator[None]:
+        """Launch an exchange of x on a stream beside the current one. The next exchange waits for it first: all ranks
+        meet in one order.
+        """
+        if not x.is_cuda:
+            yield
+            return
+        self._stream = self._stream or torch.cuda.Stream(x.device)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        self._beside = self._stream.record_event(), x
+
+    def _join(self) -> None:
+        """The current stream waits for an exchange beside it."""
+        if self._beside is not None:
+            torch.cuda.current_stream().wait_event(self._beside[0])
+            self._beside = None
+
+    def _place(self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts) -> int | None:
+        """Where results of ``shape`` arrive; None where they last longer or there is no room for them."""
         if self.arrivals is None or lasts is Lasts.LONG:
             return None
+        count = len(xs) * math.prod(shape) * xs[0].dtype.itemsize
+        return self.arrivals.place(count, keep=lasts is Lasts.STEP)
+
+    def _sent(
+        self, xs: Sequence[Tensor], shape: list[int], place: int, whole: bool, split_block: int, concat_block: int
+    ) -> list[Tensor]:
+        """Results of ``shape`` at ``place``, there once all ranks meet."""
+        assert self.arrivals is not None
         dtype = xs[0].dtype
-        place = self.arrivals.place(len(xs) * math.prod(shape) * dtype.itemsize, keep=lasts is Lasts.STEP)
-        if place is None:
-            return None
         targets = self._targets(self.arrivals, place, dtype, concat_block)
         send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
         return self.arrivals.at(place, shape, dtype, len(xs))

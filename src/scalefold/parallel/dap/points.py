@@ -4,7 +4,7 @@ The layouts and points are listed in ``model/evoformer.py``. Compared with the p
 multiplications are sharded by channel (all-to-all of the projected operands, whole products for 1/P of the channels,
 all-to-all of the result) instead of gathering an operand, and every gather whose result feeds different work has a
 reduce-scatter as backward instead of an all-reduce and a slice. The exchange of an MSA representation at the end of a
-block runs beside the pair updates, forward and backward.
+block runs beside the pair updates, the gather of its row attention's bias beside the projections, forward and backward.
 
 Lengths that P does not divide are padded at a stack's entry: masks with zeros, so padding never reaches real
 positions, and cut off at its exit.
@@ -19,7 +19,9 @@ from scalefold.parallel.dap.collectives import (
     Flights,
     Group,
     begin_exchange,
+    begin_gather,
     end_exchange,
+    end_gather,
     exchange,
     exchange_all,
     gather_same,
@@ -95,6 +97,26 @@ class GatherShared(nn.Module):
         return gather_shared(x, self.dim, self.group)
 
 
+class BeginGather(GatherShared):
+    """The first half of a ``GatherShared`` whose second half comes later: other work goes on in between."""
+
+    def __init__(self, group: Group, dim: int, flights: Flights) -> None:
+        super().__init__(group, dim)
+        self.flights = flights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the second half takes; nothing else may read it."""
+        return begin_gather(x, self.dim, self.group, self.flights)
+
+
+class EndGather(BeginGather):
+    """The second half of a ``GatherShared``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The whole tensor on every rank."""
+        return end_gather(x, self.dim, self.group, self.flights)
+
+
 class Exchange(nn.Module):
     """Shards move from ``concat_dim`` to ``split_dim``."""
 
@@ -147,12 +169,14 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
 
 
 def _points(group: Group) -> dict[str, nn.Module]:
-    paddings, flights = Paddings(), {}
+    paddings, flights, of_bias = Paddings(), {}, {}
     return {
         "shard_rows": ShardRows(group, paddings),
         "shard_columns": ShardColumns(group, paddings),
         "gather_rows": GatherRows(group, paddings),
         "gather_bias": GatherShared(group, dim=1),
+        "begin_gather_bias": BeginGather(group, 1, of_bias),
+        "end_gather_bias": EndGather(group, 1, of_bias),
         "gather_columns": GatherShared(group, dim=2),
         "rows_to_columns": Exchange(group, split_dim=2, concat_dim=1),
         "columns_to_rows": Exchange(group, split_dim=1, concat_dim=2),
