@@ -88,10 +88,20 @@ def test_gathers_and_their_backward_sums(dtype, shape, dim):
         assert torch.equal(out, summed(xs).chunk(4, dim)[rank])
 
 
-@pytest.mark.parametrize(("order", "kept"), [((0, 2, 3, 1), True), ((3, 1, 2, 0), True), ((0, 3, 2, 1), False)])
-def test_gathers_and_sums_stay_in_the_memory_order_of_what_is_exchanged(order, kept):
-    """First [B, I, J, c] in memory as [B, c, I, J], like an attention's bias and its gradient; last runs of one."""
-    xs = [x.permute(order) for x in tensors(2, (1, 4, 8, 16), torch.float32)]
+@pytest.mark.parametrize(
+    ("shape", "order", "kept"),
+    [
+        ((1, 4, 8, 16), (0, 2, 3, 1), True),
+        ((1, 4, 8, 16), (3, 1, 2, 0), True),
+        ((1, 4, 8, 16), (0, 3, 2, 1), True),
+        ((1, 8, 8, 4), (0, 3, 2, 1), False),
+    ],
+)
+def test_gathers_and_sums_stay_in_the_memory_order_of_what_is_exchanged(shape, order, kept):
+    """First [B, I, J, c] in memory as [B, c, I, J], like an attention's bias and its gradient; at last such whose
+    shares lie side by side, long enough and not.
+    """
+    xs = [x.permute(order) for x in tensors(2, shape, torch.float32)]
     in_memory = sorted(range(4), key=lambda n: -xs[0].stride(n))
     for out in OneProcess(2).run("all_gather", xs, 1, Lasts.LONG):
         assert torch.equal(out, torch.cat(xs, 1))

@@ -8,17 +8,20 @@ rows, columns, c] over P ranks: "rows" holds [B, rows / P, columns, c], "columns
 ========================  ==============================================  =====================================
 point (attribute name)    tensors                                         layout before -> after
 ========================  ==============================================  =====================================
-``shard_rows``            stack entry: m, z, masks, row counts            full -> rows (dimension 1)
-``shard_columns``         stack entry: masks                              full -> columns (dimension 2)
-``gather_rows``           stack exit: m (Evoformer), z                    rows -> full; all ranks go on alike
+``shard_rows``            stack entry: m, masks, row counts               full -> rows (dimension 1)
+``shard_columns``         stack entry: z, masks                           full -> columns (dimension 2)
+``gather_rows``           stack exit: m (Evoformer)                       rows -> full; all ranks go on alike
+``gather_all_columns``    stack exit: z                                   columns -> full; all go on alike
 ``gather_bias``           bias [B, I, J, H] of triangle attention         rows -> full; ranks use it differently
-``begin_gather_bias``     bias [B, I, J, H] of row attention of the MSA,  rows -> full, while the MSA is projected;
-``end_gather_bias``       before and behind its projections               ranks use it differently
+``begin_gather_bias``     bias [B, I, J, H] of row attention of the MSA,  columns -> full, while the MSA is
+``end_gather_bias``       before and behind its projections               projected; ranks use it differently
 ``gather_columns``        operand b [B, S, J, c] of the outer product     columns -> full; used differently
 ``rows_to_columns``       m before column attention; z before             rows -> columns
                           attention around the ending node
-``columns_to_rows``       z after the pair transition (template: after    columns -> rows
-                          the attention around the ending node)
+``columns_to_rows``       template: z after the attention around the      columns -> rows
+                          ending node
+``begin_pair_to_rows``    z after row attention of the MSA, to the outer  columns -> rows, while columns of
+``end_pair_to_rows``      product, which adds to it                       the MSA are attended to
 ``begin_columns_to_rows`` m after the outer product, to the end of a      columns -> rows, while the
 ``end_columns_to_rows``   block, where the next one takes it              pair updates go on
 ``rows_to_channels``      operands (a, b), [B, c, I, J] each, of a        rows (dimension 2) -> channels
@@ -88,12 +91,11 @@ class EvoformerBlockCore(nn.Module):
         self.tri_att_end = TriangleAttention(c_z, config.c_hidden_tri_att, heads, dropout=rate)
         self.pair_transition = Transition(c_z, config.transition_n)
         self.rows_to_columns = nn.Identity()
-        self.columns_to_rows = nn.Identity()
         self.begin_columns_to_rows = nn.Identity()
         self.end_columns_to_rows = nn.Identity()
 
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
-        """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, z, both rows."""
+        """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, rows, and z, columns."""
         m = self.msa_transition(m)
         z, m = self.outer_product_mean(z, m, masks.msa_columns, masks.num_rows)
         m = self.begin_columns_to_rows(m)
@@ -103,7 +105,6 @@ class EvoformerBlockCore(nn.Module):
         z = self.rows_to_columns(z)
         z = around_ending_node(self.tri_att_end, z, masks.pair_down, dropout.tri_att_end)
         z = self.pair_transition(z)
-        z = self.columns_to_rows(z)
         return self.end_columns_to_rows(m), z
 
 
@@ -118,12 +119,16 @@ class EvoformerBlock(nn.Module):
         self.msa_att_col = column_attention(c_m, width, heads)
         self.core = EvoformerBlockCore(c_m, c_z, config)
         self.rows_to_columns = nn.Identity()
+        self.begin_pair_to_rows = nn.Identity()
+        self.end_pair_to_rows = nn.Identity()
 
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
-        """m: [B, S, N, c_m], z: [B, N, N, c_z], both rows -> the same."""
+        """m: [B, S, N, c_m], rows; z: [B, N, N, c_z], columns -> the same."""
         m, z = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row)
+        z = self.begin_pair_to_rows(z)
         m = self.rows_to_columns(m)
         m = self.msa_att_col(m, masks.msa_down)
+        z = self.end_pair_to_rows(z)
         return self.core(m, z, masks, dropout)
 
 
@@ -137,17 +142,21 @@ class BlockStack(nn.Module):
         self.shard_rows = nn.Identity()
         self.shard_columns = nn.Identity()
         self.gather_rows = nn.Identity()
+        self.gather_all_columns = nn.Identity()
 
     def run_blocks(self, m: Tensor, z: Tensor, msa_mask: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Full tensors and masks in, row shards out."""
+        """Full tensors and masks in; out come shards, of m rows, of z columns."""
         masks = self.prepare_masks(msa_mask, pair_mask)
-        m, z = self.shard_rows(m), self.shard_rows(z)
-        for block, dropout in zip(self.blocks, self.draw_dropout(m, z), strict=True):
+        m, z = self.shard_rows(m), self.shard_columns(z)
+        for block, dropout in zip(self.blocks, self.draw_dropout(m, z.transpose(1, 2)), strict=True):
             m, z = run_block(block, self.checkpoint_blocks, m, z, masks, dropout)
         return m, z
 
     def draw_dropout(self, m: Tensor, z: Tensor) -> list[BlockDropout]:
-        """Masks of all blocks, which share their rates, in two draws: hundreds of small launches fewer per pass."""
+        """Masks of all blocks, which share their rates, in two draws: hundreds of small launches fewer per pass.
+
+        m, z: of what is dropped, whole rows.
+        """
         count, first = len(self.blocks), self.blocks[0]
         assert isinstance(first, EvoformerBlock)
         msa, pair = first.msa_att_row, first.core.tri_mul_out
@@ -184,7 +193,7 @@ class ExtraMSAStack(BlockStack):
 
     def forward(self, a: Tensor, z: Tensor, msa_mask: Tensor, pair_mask: Tensor) -> Tensor:
         """a: [B, S_extra, N, c_e]; z: [B, N, N, c_z]; masks [B, S_extra, N], [B, N, N], fp32 -> z."""
-        return self.gather_rows(self.run_blocks(a, z, msa_mask, pair_mask)[1])
+        return self.gather_all_columns(self.run_blocks(a, z, msa_mask, pair_mask)[1])
 
 
 class EvoformerStack(BlockStack):
@@ -197,5 +206,5 @@ class EvoformerStack(BlockStack):
     def forward(self, m: Tensor, z: Tensor, msa_mask: Tensor, pair_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """m: [B, S, N, c_m]; z: [B, N, N, c_z]; masks [B, S, N], [B, N, N], fp32 -> m, z, s [B, N, c_s]."""
         m, z = self.run_blocks(m, z, msa_mask, pair_mask)
-        m, z = self.gather_rows(m), self.gather_rows(z)
+        m, z = self.gather_rows(m), self.gather_all_columns(z)
         return m, z, self.linear(m[:, 0])

@@ -213,7 +213,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(grads[0], ctx.dim, ctx.group), None, None
+        return all_gather(grads[0], ctx.dim, ctx.group).contiguous(), None, None
 
 
 class _GatherSame(torch.autograd.Function):
@@ -222,7 +222,7 @@ class _GatherSame(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, group)
+        return all_gather(x, dim, group).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

@@ -120,7 +120,7 @@ class DirectExchanges:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
         self.arrivals = arrivals
         self._stream: torch.cuda.Stream | None = None  # of what goes on beside other work
-        self._beside: tuple[Any, Tensor] | None = None  # the event at its end, and what it still reads
+        self._beside: tuple[Any, Sequence[Tensor]] | None = None  # the event at its end, and what it still reads
         self._turn = 0
         self._met = 0  # barriers of exchanges so far
 
@@ -139,14 +139,26 @@ class DirectExchanges:
 
     def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]:
         """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense."""
-        outs, wait = self.begin_all_to_all(xs, split_dim, concat_dim, lasts)
+        outs, wait = self._all_to_all(xs, split_dim, concat_dim, lasts, nullcontext())
         wait()
         return outs
 
     def begin_all_to_all(
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
     ) -> tuple[list[Tensor], Callable[[], None]]:
-        """The same, and what to call before anybody reads it: a barrier, unless another exchange has met one since."""
+        """The same beside other work, and what to call before anybody reads it: it meets a barrier, unless another
+        exchange has met one since.
+        """
+        return self._all_to_all(xs, split_dim, concat_dim, lasts, self._aside(xs))
+
+    def _all_to_all(
+        self,
+        xs: Sequence[Tensor],
+        split_dim: int,
+        concat_dim: int,
+        lasts: Lasts,
+        launching: AbstractContextManager[object],
+    ) -> tuple[list[Tensor], Callable[[], None]]:
         self._join()
         shape = list(xs[0].shape)
         shape[split_dim] //= self.size
@@ -155,7 +167,9 @@ class DirectExchanges:
         split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
         place = self._place(xs, shape, lasts)
         if place is not None:
-            arrived, met = self._sent(xs, shape, place, False, split_block, concat_block), self._met
+            with launching:
+                arrived = self._sent(xs, shape, place, False, split_block, concat_block)
+            met = self._met
 
             def wait() -> None:
                 self._join()
@@ -174,7 +188,7 @@ class DirectExchanges:
 
     def begin_all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> tuple[Tensor, Callable[[], None]]:
         """The same beside other work, and what to call before anybody reads it."""
-        return self._all_gather(x, dim, lasts, self._aside(x)), self._join
+        return self._all_gather(x, dim, lasts, self._aside([x])), self._join
 
     def _all_gather(self, x: Tensor, dim: int, lasts: Lasts, launching: AbstractContextManager[object]) -> Tensor:
         self._join()
@@ -203,11 +217,11 @@ class DirectExchanges:
 
     def begin_reduce_scatter(self, x: Tensor, dim: int) -> tuple[Tensor, Callable[[], None]]:
         """The same beside other work, and what to call before anybody reads it."""
-        return self._reduce_scatter(x, dim, self._aside(x)), self._join
+        return self._reduce_scatter(x, dim, self._aside([x])), self._join
 
     def _reduce_scatter(self, x: Tensor, dim: int, launching: AbstractContextManager[object]) -> Tensor:
         self._join()
-        order = _order(x, dim)
+        order = _order(x, dim, self.size)
         shape = [x.shape[n] // (self.size if n == dim else 1) for n in order]
         out = x.new_empty(shape)
         with launching:
@@ -216,18 +230,18 @@ class DirectExchanges:
         return _in_place(out, order)
 
     @contextmanager
-    def _aside(self, x: Tensor) -> Iterator[None]:
-        """Launch an exchange of x on a stream beside the current one. The next exchange waits for it first: all ranks
-        meet in one order.
+    def _aside(self, xs: Sequence[Tensor]) -> Iterator[None]:
+        """Launch an exchange of xs on a stream beside the current one. The next exchange waits for it first: all ranks
+        meet in one order, and what was sent before a barrier has arrived behind it.
         """
-        if not x.is_cuda:
+        if not xs[0].is_cuda:
             yield
             return
-        self._stream = self._stream or torch.cuda.Stream(x.device)
+        self._stream = self._stream or torch.cuda.Stream(xs[0].device)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-        self._beside = self._stream.record_event(), x
+        self._beside = self._stream.record_event(), xs
 
     def _join(self) -> None:
         """The current stream waits for an exchange beside it."""
@@ -274,13 +288,14 @@ class DirectExchanges:
         return [[peer[place] for peer in self.views[dtype][turn]] for place in places]
 
 
-def _order(x: Tensor, dim: int) -> list[int]:
-    """Dimensions of x as they lie in memory, where x is dense and its runs behind ``dim`` are even; else as they come.
+def _order(x: Tensor, dim: int, parts: int = 1) -> list[int]:
+    """Dimensions of x as they lie in memory, where x is dense and runs of its ``parts`` along ``dim`` are even; else as
+    they come.
 
     An exchange in that order needs no copy before it, and leaves none to whoever wants the result lie as x does.
     """
     order = sorted(range(x.dim()), key=lambda n: -x.stride(n))
-    even = math.prod(x.shape[n] for n in order[order.index(dim) + 1 :]) % LANE == 0
+    even = math.prod(x.shape[n] for n in order[order.index(dim) :]) % (parts * LANE) == 0
     return order if even and x.permute(order).is_contiguous() else list(range(x.dim()))
 
 

@@ -85,6 +85,14 @@ class GatherRows(ShardRows):
         return self.paddings.cut(gather_same(x, 1, self.group))
 
 
+class GatherAllColumns(ShardRows):
+    """columns -> full, for work that all ranks repeat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, I, J / P, ...] -> [B, I, J, ...] without padding."""
+        return self.paddings.cut(gather_same(x, 2, self.group))
+
+
 class GatherShared(nn.Module):
     """Slices along ``dim`` -> full, for work that the ranks share."""
 
@@ -169,19 +177,23 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
 
 
 def _points(group: Group) -> dict[str, nn.Module]:
-    paddings, flights, of_bias = Paddings(), {}, {}
+    paddings = Paddings()
+    of_msa, of_pairs, of_bias = {}, {}, {}
     return {
         "shard_rows": ShardRows(group, paddings),
         "shard_columns": ShardColumns(group, paddings),
         "gather_rows": GatherRows(group, paddings),
+        "gather_all_columns": GatherAllColumns(group, paddings),
         "gather_bias": GatherShared(group, dim=1),
-        "begin_gather_bias": BeginGather(group, 1, of_bias),
-        "end_gather_bias": EndGather(group, 1, of_bias),
+        "begin_gather_bias": BeginGather(group, 2, of_bias),
+        "end_gather_bias": EndGather(group, 2, of_bias),
         "gather_columns": GatherShared(group, dim=2),
         "rows_to_columns": Exchange(group, split_dim=2, concat_dim=1),
         "columns_to_rows": Exchange(group, split_dim=1, concat_dim=2),
-        "begin_columns_to_rows": BeginExchange(group, 1, 2, flights),
-        "end_columns_to_rows": EndExchange(group, 1, 2, flights),
+        "begin_columns_to_rows": BeginExchange(group, 1, 2, of_msa),
+        "end_columns_to_rows": EndExchange(group, 1, 2, of_msa),
+        "begin_pair_to_rows": BeginExchange(group, 1, 2, of_pairs),
+        "end_pair_to_rows": EndExchange(group, 1, 2, of_pairs),
         "rows_to_channels": ExchangeAll(group, split_dim=1, concat_dim=2),
         "channels_to_rows": Exchange(group, split_dim=2, concat_dim=1),
     }
