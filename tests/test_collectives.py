@@ -9,7 +9,9 @@ from processes import run_ranks
 from scalefold.parallel.dap.collectives import (
     Group,
     begin_exchange,
+    begin_gather,
     end_exchange,
+    end_gather,
     exchange,
     exchange_all,
     gather_same,
@@ -83,6 +85,29 @@ def test_an_exchange_in_two_halves_equals_one_at_once_with_others_in_between() -
         np.testing.assert_array_equal(out, expected)
         np.testing.assert_array_equal(grad, expected_grad)
         assert seen == [["forward"], ["backward"], []]
+
+
+def gathered(rank: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A gather at once, and in two halves around a product whose backward stands between theirs."""
+    found, group = [], world()
+    for flights in (None, {}):
+        x = (torch.arange(24.0).reshape(4, 3, 2).sin() + rank).double().requires_grad_()
+        if flights is None:
+            y, out = x.exp(), gather_shared(x.square(), 1, group)
+        else:
+            under_way = begin_gather(x.square(), 1, group, flights)
+            y = x.exp()
+            out = end_gather(under_way, 1, group, flights)
+        (out.cos().sum() * (rank + 1) + y.sum() * out.mean()).backward()
+        found.append((out.detach().numpy(), x.grad.numpy()))
+        assert not flights
+    return found
+
+
+def test_a_gather_in_two_halves_equals_one_at_once() -> None:
+    for (expected, expected_grad), (out, grad) in run_ranks(gathered, 2):
+        np.testing.assert_array_equal(out, expected)
+        np.testing.assert_array_equal(grad, expected_grad)
 
 
 def together(rank: int) -> list[np.ndarray]:

@@ -79,6 +79,27 @@ def test_what_goes_on_beside_other_work_meets_a_barrier_only_where_no_other_exch
     assert met == ["barrier"] * 2  # the second rank has met nobody since
 
 
+@pytest.mark.parametrize("lasts", [Lasts.STEP, Lasts.LONG])
+def test_the_next_exchange_waits_for_one_beside_other_work(lasts):
+    """What is gathered, and what is summed, comes late; so does work in between, which nothing waits for."""
+    rank = group_of(1)[0]
+    rank.stages = [memory(1 << 20) for _ in range(2)]
+    rank.views = {torch.float32: [[stage.view(torch.float32)] for stage in rank.stages]}
+    x, late = torch.randn(64, 64, device=DEVICE), torch.zeros(64, 64, device=DEVICE)
+    for n in range(3):
+        if DEVICE != "cpu":
+            torch.cuda._sleep(10**6)
+        late += x
+        out, wait = rank.begin_all_gather(late, 0, lasts) if n % 2 == 0 else rank.begin_reduce_scatter(late, 0)
+        other = late @ x
+        if n == 2:
+            wait()
+        next_one = rank.all_gather(other, 0, lasts)
+        assert rank._beside is None
+        torch.testing.assert_close(out, late, rtol=0, atol=0)
+        torch.testing.assert_close(next_one, other, rtol=0, atol=0)
+
+
 def test_other_strides_and_more_than_a_program_moves():
     xs, ranks = tensors(2, (1, 40, 4, 64), torch.bfloat16), group_of(2)
     turned = [x.transpose(1, 2) for x in xs]

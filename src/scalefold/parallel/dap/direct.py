@@ -5,15 +5,16 @@ Two ways, both without multicast and without the host in between, so that a CUDA
 * **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, and all ranks meet at a
   barrier on the device: one kernel and one barrier. Results lie in memory that all ranks of the group map, at the same
   place on each: either until the next step begins (what the backward pass needs), or until some exchanges later.
-  Where other work comes before the result is read, any barrier in between serves (``begin_all_to_all``).
+  Where other work comes before the result is read, the exchange goes on beside it, on a stream of its own, and of an
+  all-to-all any barrier in between serves (``begin_all_to_all``).
 * **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's
   stage: for sums, for results that somebody holds longer, and where there is no room for a result any more.
 
-Why nobody writes what a peer still reads: every exchange is a barrier (but for one under way beside others), and a rank
-reaches one only after all that stands before it in its stream. Two stages take turns: who writes to a stage again has
-passed the barrier of the other one, which its peers reach only after reading the first. The place of a passing result
-is given away again after at least ``PASSING_TURNS`` exchanges; kept results are given away when a step begins, with a
-barrier of its own.
+Why nobody writes what a peer still reads: every exchange is a barrier (but for those that another one's barrier
+serves), and a rank reaches one only after all that stands before it in its stream and after the exchange beside that.
+Two stages take turns: who writes to a stage again has passed the barrier of the other one, which its peers reach only
+after reading the first. The place of a passing result is given away again after at least ``PASSING_TURNS`` exchanges;
+kept results are given away when a step begins, with a barrier of its own.
 Turns of the stages go on from one captured graph to the next, and graphs are replayed in any order, so one may begin
 with the stage that the one before ended with: the barrier of the step's beginning lies between.
 Measured beside NCCL by ``benchmarks/measure/symmetric_exchange.py``.
