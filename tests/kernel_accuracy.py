@@ -11,6 +11,8 @@ from scalefold.kernels import tuning
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]
 FP32_ERROR = 2e-6  # rounding of sums in another order
+TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}  # the smallest
+ANY = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 LIBRARY_TILES = {"LIBRARY": 1, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 
 
@@ -68,3 +70,26 @@ def assert_as_accurate_as_pytorch(
 
 def _error(value: Tensor, exact: Tensor) -> float:
     return ((value.float() - exact).norm() / exact.norm()).item()
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie alike and hold the same bits."""
+    assert a.stride() == b.stride()
+    return torch.equal(a.view(ANY[a.dtype]), b.view(ANY[b.dtype]))
+
+
+def of_parts(
+    name: str, tile: tuning.Config, parts: Sequence[int], call: Callable[[], Tensor | Sequence[Tensor]]
+) -> list[list[Tensor]]:
+    """Outputs with each number of parts and equal tiles."""
+    found = []
+    for count in parts:
+        with tuning.override(name, tile | {"PARTS": count}):
+            outputs = call()
+        found.append([outputs] if isinstance(outputs, torch.Tensor) else list(outputs))
+    return found
+
+
+def turned(x: Tensor, transposed: bool) -> Tensor:
+    """x, stored with dimensions 1 and 2 exchanged if ``transposed``."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2) if transposed else x

@@ -6,15 +6,13 @@ import sys
 import pytest
 import torch
 
-from kernel_accuracy import DEVICE, Draw
+from kernel_accuracy import DEVICE, TILE, Draw, of_parts, same_bits, turned
 from processes import compiling_environment
 from scalefold.kernels import tuning
 from scalefold.kernels.ops import gated_output, linear, triangle
 from scalefold.tune.candidates import CANDIDATES
 
-TILE = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 TALL = TILE | {"BLOCK_M": 64}
-ANY = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 @pytest.fixture
@@ -31,25 +29,6 @@ def grids(monkeypatch):
 
         monkeypatch.setattr(module, "launch", launch)
     return found
-
-
-def same_bits(a, b):
-    assert a.stride() == b.stride()
-    return torch.equal(a.view(ANY[a.dtype]), b.view(ANY[b.dtype]))
-
-
-def of_parts(name, tile, parts, call):
-    """Outputs with each number of parts and equal tiles."""
-    found = []
-    for count in parts:
-        with tuning.override(name, tile | {"PARTS": count}):
-            outputs = call()
-        found.append([outputs] if isinstance(outputs, torch.Tensor) else list(outputs))
-    return found
-
-
-def turned(x, transposed):
-    return x.transpose(1, 2).contiguous().transpose(1, 2) if transposed else x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -249,7 +228,8 @@ from scalefold.tune import programs
 from scalefold.tune.candidates import CANDIDATES
 programs.start_worker([8], [], 90, "sm_90")
 cases = programs._worker_cases
-names = [f"{name}_columns" for name in ("norm_linear", "gated_output", "triangle_project", "transition")]
+names = ("norm_linear", "norm_linear_backward", "gated_output", "triangle_project", "transition")
+names = [f"{name}_columns" for name in names]
 found = [p for n in range(len(cases)) for p in programs.find_problems(cases, n) if p.kernel in names]
 problems = {problem.key: problem for problem in found}
 for (kernel, key), problem in problems.items():
@@ -269,6 +249,10 @@ def test_a_search_finds_and_compiles_parts_where_a_rank_has_an_eighth_of_the_row
     assert sorted(done.stdout.splitlines()) == [
         "gated_output_columns c=128 dtype=bfloat16 n=128 rows=8192",
         "gated_output_columns c=256 dtype=bfloat16 n=256 rows=4096",
+        "norm_linear_backward_columns c=128 dtype=bfloat16 n=128 rows=8192",
+        "norm_linear_backward_columns c=128 dtype=bfloat16 n=512 rows=8192",
+        "norm_linear_backward_columns c=256 dtype=bfloat16 n=1024 rows=4096",
+        "norm_linear_backward_columns c=256 dtype=bfloat16 n=64 rows=4096",
         "norm_linear_columns c=256 dtype=bfloat16 n=1024 rows=4096",
         "norm_linear_columns c=256 dtype=bfloat16 n=64 rows=4096",
         "transition_columns c=128 dtype=bfloat16 n=512 rows=8192",

@@ -187,7 +187,7 @@ def weight_gradient_factors(n, c, rows, form):
 @pytest.mark.parametrize(("n", "c", "transposed"), [(1024, 256, (False, True)), (32, 256, (False, False))])
 def test_weight_gradients_in_gluon_are_exact_over_any_number_of_rows(scripts, n, c, transposed, rows, form):
     """Less than a slot, one range and many, and a last one with a single row; memory is poisoned in between."""
-    from scalefold.kernels import weight_gradient
+    from scalefold.kernels.gradients import weight_gradient
     from scalefold.kernels.hopper import gradients
     from scalefold.kernels.rows import sum_all
     from scalefold.tune.sound import bits

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from scalefold.kernels import tuning, weight_gradient
+from scalefold.kernels import tuning
+from scalefold.kernels.gradients import weight_gradient
+from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.rows import sum_all
-from scalefold.kernels.weight_gradient import Product, weight_partials
 
 TILES = {"LIBRARY": 0, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 

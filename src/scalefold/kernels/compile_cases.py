@@ -54,7 +54,7 @@ def in_parts(parts: int, tile: Sequence[int], call: Callable[[], None]) -> None:
     """A call with parts of the columns in the grid, whatever the tables say."""
     config = {"PARTS": parts, **tuning.tile_config(tile)}
     with ExitStack() as stack:
-        for name in ("norm_linear", "gated_output", "triangle_project", "transition"):
+        for name in ("norm_linear", "norm_linear_backward", "gated_output", "triangle_project", "transition"):
             stack.enter_context(tuning.override(f"{name}_columns", config))
         call()
 

@@ -259,7 +259,8 @@ def sum_all(partials: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         p[0] if p.shape[0] == 1 and p.dtype == dtype else torch.empty(p.shape[1], dtype=dtype, device=p.device)
         for p in partials
     ]
-    work = [(p, out) for p, out in zip(partials, outs, strict=True) if p.shape[0] > 1 or p.dtype != dtype]
+    both = zip(partials, outs, strict=True)
+    work = [(p, out) for p, out in both if p.shape[1] and (p.shape[0] > 1 or p.dtype != dtype)]
     if not work:
         return outs
     given, results = zip(*work, strict=True)

@@ -7,9 +7,9 @@ The lists hold what has won or come close on some GPU at some shape; a kernel wi
 import itertools
 from collections.abc import Callable, Iterable
 
+from scalefold.kernels.gradients.weight_gradient import NARROWEST
 from scalefold.kernels.hopper.attention import forward_default, keys_default, rows_default
 from scalefold.kernels.tuning import NARROWEST_PART, Config, Fields, tile_config
-from scalefold.kernels.weight_gradient import NARROWEST
 
 Tile = tuple[int, int, int, int]  # rows, columns, warps, stages
 PARTS = (2, 4, 8)  # of the output columns
@@ -52,6 +52,12 @@ RECOMPUTED_WEIGHTS: tuple[Tile, ...] = (
 COLUMNS: tuple[Tile, ...] = (
     *((64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 128, 8, 2), (128, 32, 8, 3)),
     *((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+)
+INPUT_GRADIENT_COLUMNS: tuple[Tile, ...] = (
+    *((64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 64, 8, 3), (64, 64, 8, 4)),
+    *((64, 128, 4, 2), (64, 128, 4, 3), (64, 128, 8, 2), (64, 128, 8, 3), (64, 128, 8, 4)),
+    *((128, 64, 4, 3), (128, 64, 4, 4), (128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4)),
+    *((128, 128, 8, 2), (128, 128, 8, 3)),
 )
 WEIGHT_GRADIENT: tuple[Tile, ...] = (
     *((64, 128, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (32, 64, 4, 4), (128, 64, 8, 2), (32, 128, 8, 4)),
@@ -96,6 +102,11 @@ def _own_columns(widths: int) -> Callable[[Fields], list[tuple[int, Tile]]]:
 def _gated_output_columns(fields: Fields) -> list[tuple[int, Tile]]:
     """Blocks of what is summed over, which every part reads as a whole: many narrow parts would read too much."""
     return [(parts, tile) for parts in PARTS if int(fields["n"]) // parts >= 2 * NARROWEST_PART for tile in COLUMNS]
+
+
+def _input_gradient_columns(fields: Fields) -> list[tuple[int, Tile]]:
+    """Blocks of what is summed over, and parts of the channels of x; lower tiles would read the weight too often."""
+    return [(parts, tile) for parts in (2, 4) if int(fields["c"]) // parts >= 32 for tile in INPUT_GRADIENT_COLUMNS]
 
 
 def _transition_update(fields: Fields) -> list[Config]:
@@ -241,6 +252,7 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "layer_norm_backward": _layer_norm,
     "layer_norm_forward": _layer_norm,
     "norm_linear_backward": _tiles(NORM_LINEAR_BACKWARD),
+    "norm_linear_backward_columns": _parts(_input_gradient_columns),
     "norm_linear_columns": _parts(_own_columns(1)),
     "norm_linear_forward": _tiles(NORM_LINEAR_FORWARD),
     "norm_linear_hopper": _row_programs,

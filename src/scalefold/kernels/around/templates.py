@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.instructions import to_fp32
 from scalefold.kernels.rows import dot, sum_all, width_obstacle
-from scalefold.kernels.weight_gradient import Product, weight_partials
 
 NUM_PROGRAMS = 264  # for gradients of weights: two per multiprocessor of an H200
 

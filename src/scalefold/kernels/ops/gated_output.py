@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import sigmoid, to_fp32
@@ -29,7 +30,6 @@ from scalefold.kernels.rows import (
     sum_all,
     width_obstacle,
 )
-from scalefold.kernels.weight_gradient import Product, weight_partials
 
 tuning.register_tiles("gated_output_forward", {64: (128, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 8, 3)})
 tuning.register_parts("gated_output_columns")

@@ -13,6 +13,7 @@ from scalefold.kernels.rows import (
     Norm,
     launch,
     launch_with_sums,
+    load_per_row,
     normalise,
     normalise_gradient,
     scale_and_shift,
@@ -55,9 +56,13 @@ def _forward_kernel(x, norm, out, extent, C: tl.constexpr, BLOCK_C: tl.constexpr
 
 @triton.jit
 def _backward_kernel(
-    x, d, weight, through, dx, partials, extent, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr
-):
-    """Tile of rows: gradient of x, plus what came ``through`` a residual connection (None: there was none)."""
+    x, d, weight, bias, row_mask, through, dx, normed, partials, extent,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Tile of rows: gradient of x, plus what came ``through`` a residual connection (None: there was none).
+
+    ``normed``: gets the layer norm, times ``row_mask`` if there is one; None: nobody wants it.
+    """
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     tile, keep = _load_row_tile(x, rows, extent, C, BLOCK_C)
@@ -67,6 +72,13 @@ def _backward_kernel(
     tl.store(own + columns, tl.sum(gradient * hat, 0), mask=columns < C)
     tl.store(own + C + columns, tl.sum(gradient, 0), mask=columns < C)
     scale = tl.load(weight + columns, mask=columns < C, other=0.0).to(tl.float32)
+    if normed is not None:
+        shift = tl.load(bias + columns, mask=columns < C, other=0.0).to(tl.float32)
+        value = scale_and_shift(hat, scale, shift, normed.pointer.dtype.element_ty)
+        if row_mask is not None:
+            kept = load_per_row(row_mask, rows, extent)[:, None]
+            value = (value.to(tl.float32) * kept).to(normed.pointer.dtype.element_ty)
+        tl.store(normed.pointer + tile_offsets(normed, rows, columns, extent), value, mask=keep)
     result = normalise_gradient(gradient * scale[None, :], hat, rstd, C)
     if through is not None:
         result += _load_row_tile(through, rows, extent, C, BLOCK_C)[0]
@@ -90,15 +102,27 @@ def _sizes(x: Tensor) -> dict[str, int]:
     return {"C": x.shape[-1], "BLOCK_C": tuning.power_of_two(x.shape[-1])}
 
 
-def norm_gradient(d: Tensor, x: Tensor, weight: Tensor, through: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def norm_gradient(
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    through: Tensor | None = None,
+    normed: Tensor | None = None,
+    bias: Tensor | None = None,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Gradient of x: [*, c] for the gradient d of its layer norm, plus ``through``; in the memory order of x.
 
     Also returns partial sums [tiles, 2 c] of the gradients of the norm's weight and bias, for ``rows.sum_all``.
+    ``normed``: [*, c], gets the layer norm itself, which needs its ``bias``, times row_mask: [*].
     """
     dx = torch.empty_like(x)
-    tensors = {"x": x, "d": d, "dx": dx, "through": through}
+    mask = None if normed is None or row_mask is None else row_mask[..., None]
+    tensors = {"x": x, "d": d, "dx": dx, "through": through, "normed": normed, "row_mask": mask}
     config, num_sums = _config("layer_norm_backward", x), 2 * x.shape[-1]
-    partials = launch_with_sums(_backward_kernel, config, tensors, num_sums, masked=True, weight=weight, **_sizes(x))
+    partials = launch_with_sums(
+        _backward_kernel, config, tensors, num_sums, masked=True, weight=weight, bias=bias, **_sizes(x)
+    )
     return dx, partials
 
 

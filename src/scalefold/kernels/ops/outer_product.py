@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, row_ranges
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.ops.linear import masked_projections
 from scalefold.kernels.rows import Affine, dot, layout_obstacle, sum_all, width_obstacle
-from scalefold.kernels.weight_gradient import NUM_PROGRAMS, row_ranges
 
 KEEP_FROM_SEQUENCES = 512  # 2 S N^2 c^2 FLOP against 4 N^2 c^2 bytes: storing wins well above S ~ 200
 SCALE_ROWS = 64  # pairs per program of the scaling; 16 KiB at 128 channels

@@ -30,6 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.around.aside import Gradients
+from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, Product, row_ranges, weight_partials
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
@@ -55,7 +56,6 @@ from scalefold.kernels.rows import (
     weight_blocks,
     width_obstacle,
 )
-from scalefold.kernels.weight_gradient import NUM_PROGRAMS, Product, row_ranges, weight_partials
 
 tuning.register_tiles("transition_forward", {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)})
 tuning.register_parts("transition_columns")

@@ -17,11 +17,12 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.gradients.input_gradient import input_gradient
+from scalefold.kernels.gradients.weight_gradient import Product, projected_partials, weight_partials
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper import triangle_product as products
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, sigmoid
-from scalefold.kernels.ops.linear import input_gradient
 from scalefold.kernels.rows import (
     Affine,
     Norm,
@@ -38,7 +39,6 @@ from scalefold.kernels.rows import (
     sum_all,
     width_obstacle,
 )
-from scalefold.kernels.weight_gradient import Product, projected_partials, weight_partials
 
 for _name, _default in {
     "triangle_project_forward": {64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 32, 8, 2)},
@@ -286,12 +286,12 @@ class _Output(torch.autograd.Function):
 
         def gradients() -> tuple[Tensor, ...]:
             weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
-            z_sum, x_sum, d_weight_z, d_weight_g = sum_all([z_sums, x_sums, *weight_sums], weight_z.dtype)
-            *d_norm_in, d_bias_g = z_sum.split([c, c, c])
-            *d_norm_out, d_bias_z = x_sum.split([cx, cx, c])
-            return *d_norm_in, *d_norm_out, d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
+            sums = sum_all([*z_sums, *x_sums, *weight_sums], weight_z.dtype)
+            d_norm_in, d_bias_g, d_norm_out, d_bias_z, d_weight_z, d_weight_g = sums
+            d_norms = *d_norm_in.chunk(2), *d_norm_out.chunk(2)
+            return *d_norms, d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
 
-        read = [projected, normed_x, normed_z, x_sums, z_sums]
+        read = [projected, normed_x, normed_z, *x_sums, *z_sums]
         return dz, dx.permute(0, 3, 1, 2), *aside.gradients(given, read, gradients), None
 
 

@@ -1,5 +1,5 @@
 """Weight gradients of row-wise linears for Hopper in Gluon; twins: products of the library and ``_copied_kernel`` of
-``kernels.weight_gradient``.
+``kernels.gradients.weight_gradient``.
 
 dW[n, c] = sum over rows of d[row, n] * a[row, c]. A program has one tile of one gradient and a range of rows; its
 consumers have half of the tile's lines each. Both operands come as they lie, rows first: the tensor cores read either
