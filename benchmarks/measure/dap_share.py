@@ -15,7 +15,7 @@ of one GPU, for comparison. Appends to
 * with ``--profile R``, ``dap_share_kernels.csv``: every kernel of the share by name.
 
 Where ``step_breakdown.csv`` beside it has steps of two GPUs at DAP 2, computing and gaps are compared with theirs.
-Before timing, exchanges are compared with plain indexing, and two steps from the same state and seed must give the same
+Before timing, exchanges are compared with plain indexing, and steps from the same state and seed must give the same
 finite values, bit for bit. Exit status 1 if not.
 """
 
@@ -68,6 +68,7 @@ from spans import Span, against_two_gpus, breakdown, summed_ms
 from step_time import enliven
 
 SEED = 11
+SAME = 10  # steps from one state
 LONGEST = 40  # kernels that are printed
 SHOWN = ("total_ms", "calls", "mean_us", "parts", "kernel")
 OF_BREAKDOWN = ("computing_ms", "exchange_alone_ms", "gaps_ms", "kernels", "exchanges", "direct_ms", "barrier_ms")
@@ -191,14 +192,15 @@ def measure(size: int, arguments: argparse.Namespace, csv: Path | None) -> list[
 
 
 def same_values(share: Share, passes: int) -> bool:
-    """Whether two steps from the same state and seed give the same finite values."""
+    """Whether steps from the same state and seed give the same finite values."""
     found = []
-    for _ in range(2):
+    for _ in range(SAME):
         torch.manual_seed(SEED)
         with preserved(share.step.optimizer):
             found.append(share.call(passes)().clone())
-    good = bool(torch.isfinite(found[0]).all()) and torch.equal(*found)
-    print(f"DAP {share.size}: loss {found[0][0]:.4f}, {'twice the same' if good else 'NOT TWICE THE SAME'}", flush=True)
+    good = bool(torch.isfinite(found[0]).all()) and all(torch.equal(found[0], other) for other in found[1:])
+    words = f"{SAME} times the same" if good else "NOT ALWAYS THE SAME"
+    print(f"DAP {share.size}: loss {found[0][0]:.4f}, {words}", flush=True)
     return good
 
 
