@@ -38,7 +38,7 @@ def launch_early(on: bool) -> None:
 
 def program(kernel: Any) -> Any:
     """A jitted function that is launched, ``kernel[grid](...)``, and not called by others."""
-    if not INTERPRETED.value:
+    if not INTERPRETED:
         kernel.run = lambda *arguments, **named: type(kernel).run(
             kernel, *arguments, launch_pdl=_early[0] and tuning.capability() >= EARLY_FROM, **named
         )
