@@ -34,7 +34,7 @@ from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, Product, r
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
-from scalefold.kernels.instructions import program, to_fp32, wait_for_predecessors
+from scalefold.kernels.instructions import to_fp32
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.ops.transition import layers
 from scalefold.kernels.rows import (
@@ -62,14 +62,12 @@ tuning.register_tiles("transition_weights", {64: (64, 64, 4, 2), 128: (64, 64, 4
 tuning.register_tiles("transition_backward", {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)})
 
 
-@program
 @triton.jit
 def _forward_kernel(
     x, norm, weight_1, bias_1, weight_2, bias_2, out, extent,
     HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: norm, both linears block by block of the hidden layer, residual. The weights come as blocks."""
-    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     normed = load_normed(x, norm, rows, extent, C)
@@ -84,7 +82,6 @@ def _forward_kernel(
     store_tile(out, acc, rows, c, extent)
 
 
-@program
 @triton.jit
 def _backward_kernel(
     x, norm, weight_1, bias_1, weight_2, d_out, hidden_rows, d_hidden_out, normed_out, dx, partials, extent,
@@ -97,7 +94,6 @@ def _backward_kernel(
     the hidden layer is read, and neither x nor anything of its norm is looked at. ``d_hidden_out`` lies as the hidden
     layer does, so that one set of strides takes registers. Without STORED neither is stored, nor sums for bias 1.
     """
-    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     d = load_tile(d_out, rows, c, extent)
@@ -131,7 +127,6 @@ def _backward_kernel(
         store_tile(dx, gradient, rows, c, extent)
 
 
-@program
 @triton.jit
 def _weights_kernel(
     normed, d_out, weight_1, bias_1, weight_2, partials, num_rows, rows_per_split,
@@ -142,7 +137,6 @@ def _weights_kernel(
     The hidden layer and its gradient come as [BLOCK_N, rows], the left operands of the products. Everything is read by
     descriptors, as zeros past the rows.
     """
-    wait_for_predecessors()
     first = tl.program_id(0) * BLOCK_N
     n, c = first + tl.arange(0, BLOCK_N), tl.arange(0, C)
     start = tl.program_id(1) * rows_per_split

@@ -19,7 +19,6 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.ops.elementwise import in_order
 from scalefold.kernels.ops.layer_norm import norm_gradient
 from scalefold.kernels.rows import (
@@ -41,14 +40,12 @@ for _name in ("transition_update", "transition_backward_update"):
     tuning.register(_name, lambda fields, capability: {"PARTS": 2, **tuning.tile_config((64, 64, 4, 3))})
 
 
-@program
 @triton.jit
 def _hidden_kernel(
     x, norm, weight, bias, hidden, extent,
     HIDDEN: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows, part of the hidden channels: relu(W1 LN(x) + b1). The weight comes as blocks [BLOCK_N, C]."""
-    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(x, norm, rows, extent, C)
     for block in range(0, HIDDEN // PARTS, BLOCK_N):
@@ -59,7 +56,6 @@ def _hidden_kernel(
         store_tile(hidden, tl.maximum(acc, 0.0), rows, n, extent)
 
 
-@program
 @triton.jit
 def _hidden_gradient_kernel(
     x, norm, weight_1, bias_1, weight_2, d_out, hidden_rows, d_hidden_rows, normed_out, partials, extent,
@@ -70,7 +66,6 @@ def _hidden_gradient_kernel(
     The first part also stores the norm and the sums for bias 2: partials[tile] has C of these, then HIDDEN. Weights
     come as blocks [BLOCK_N, C] and [C, BLOCK_N].
     """
-    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     own = partials + tl.program_id(0).to(tl.int64) * (C + HIDDEN)
@@ -91,7 +86,6 @@ def _hidden_gradient_kernel(
         store_column_sums(own + C, d_hidden, n, None)
 
 
-@program
 @triton.jit
 def _update_kernel(
     x, hidden, weight, bias, out, extent,
@@ -102,7 +96,6 @@ def _update_kernel(
     The weight comes as blocks [C / PARTS, BLOCK_N]. Without x: the product alone, with W1 in blocks
     [BLOCK_N, C / PARTS].
     """
-    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * (C // PARTS)
     c = first + tl.arange(0, C // PARTS)
