@@ -37,7 +37,6 @@ def recomputed_transitions():
     tiles = {"RECOMPUTED": 1, **tuning.tile_config((64, 64, 8, 2))}
     with (
         tuning.override("transition_backward", tiles),
-        tuning.override("transition_backward_columns", {"PARTS": 1}),
         tuning.override("transition_hopper_gradient", {"HOPPER": 0}),
     ):
         yield

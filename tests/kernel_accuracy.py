@@ -1,7 +1,7 @@
 """How kernel tests judge: error against fp32 at most twice PyTorch's own error at the same precision."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,14 +16,9 @@ ANY = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 LIBRARY_TILES = {"LIBRARY": 1, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 
 
-@contextmanager
-def transition_backward(config: tuning.Config | None) -> Iterator[None]:
+def transition_backward(config: tuning.Config | None) -> AbstractContextManager[None]:
     """Launch parameters of the backward of transitions, which name its form; None: what the tables say."""
-    if config is None:
-        yield
-        return
-    with tuning.override("transition_backward", config), tuning.override("transition_backward_columns", {"PARTS": 1}):
-        yield
+    return tuning.override("transition_backward", config) if config else nullcontext()
 
 
 class Draw:

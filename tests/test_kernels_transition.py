@@ -1,6 +1,4 @@
-"""Triton transition against its plain definition; backward in all forms: fused, by products of the library, layers."""
-
-from contextlib import ExitStack, contextmanager
+"""Triton transition against its plain definition; backward in both forms, fused and with products of the library."""
 
 import pytest
 import torch
@@ -8,7 +6,6 @@ import torch
 from kernel_accuracy import DTYPES, LIBRARY_TILES, Draw, assert_as_accurate_as_pytorch, transition_backward
 from scalefold.kernels import reference, tuning
 from scalefold.kernels.ops import transition
-from scalefold.tune.candidates import CANDIDATES
 
 SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
 RECOMPUTED_TILES = {"RECOMPUTED": 1, **SMALL_TILES}
@@ -35,63 +32,10 @@ def test_transition_is_as_accurate_as_pytorch(shape, factor, dtype, transposed):
 @pytest.mark.parametrize(("shape", "factor"), [((1, 3, 19, 32), 4), ((2, 5, 7, 16), 2), ((1, 1, 1, 64), 4)], ids=str)
 def test_a_transition_layer_by_layer_is_as_accurate_as_pytorch(shape, factor, dtype, transposed, parts, monkeypatch):
     monkeypatch.setattr(tuning, "LEAST_SHARED_WEIGHT", 0)
-    for form in ("_forward_kernel", "_backward_kernel"):  # it must take the others
-        monkeypatch.setattr(transition, form, None)
+    monkeypatch.setattr(transition, "_forward_kernel", None)  # it must take the other form
     hidden, update = ({"PARTS": count, **SMALL_TILES} for count in parts)
-    both = tuning.override("transition_columns", hidden), tuning.override("transition_update", update)
-    with both[0], both[1], gradients_in_layers(hidden, update):
+    with tuning.override("transition_columns", hidden), tuning.override("transition_update", update):
         check(shape, factor, dtype, transposed)
-
-
-@contextmanager
-def gradients_in_layers(columns, update):
-    """Launch parameters of the backward's two launches, whatever the tables say."""
-    with ExitStack() as stack:
-        for name, config in (("columns", columns), ("update", update)):
-            stack.enter_context(tuning.override(f"transition_backward_{name}", config))
-        yield
-
-
-def gradients_of(shape, factor, dtype, transposed):
-    """A call that makes the gradients of x, turned or not, and of all parameters, for a d_out in the plain order."""
-    draw, c = Draw(sum(shape)), shape[-1]
-    x = draw(*shape)
-    if transposed:
-        x = x.transpose(1, 2).contiguous().transpose(1, 2)
-    linears = [draw.weight(factor * c, c), draw(factor * c), draw.weight(c, factor * c), draw(c)]
-    leaves = [leaf.to(dtype).requires_grad_() for leaf in (x, *draw.norm(c), *linears)]
-    y, d_out = transition.transition(*leaves), draw(*shape).to(dtype)
-    return lambda: torch.autograd.grad(y, leaves, d_out, retain_graph=True)
-
-
-def assert_near_and_repeated(call, fused, dtype):
-    found, again = call(), call()
-    assert all(map(torch.equal, found, again))
-    for own, other in zip(found, fused, strict=True):
-        assert own.stride() == other.stride()
-        error = (own.float() - other.float()).norm() / other.float().norm()
-        assert error < (2**-7 if dtype == torch.bfloat16 else 2e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(
-    ("shape", "factor", "parts", "update"),
-    [
-        ((1, 3, 19, 32), 4, 2, {"PARTS": 2, **SMALL_TILES}),  # a ragged tile
-        ((2, 4, 8, 16), 4, 4, {"PARTS": 8, **SMALL_TILES, "BLOCK_N": 128}),  # more parts and columns than there are
-        ((1, 5, 7, 16), 2, 8, {"LIBRARY": 1}),
-    ],
-    ids=str,
-)
-def test_gradients_in_layers_are_those_of_the_fused_form(shape, factor, parts, update, dtype, transposed, monkeypatch):
-    monkeypatch.setattr(tuning, "LEAST_SHARED_WEIGHT", 0)
-    call = gradients_of(shape, factor, dtype, transposed)
-    with transition_backward(SMALL_TILES):
-        fused = call()
-    monkeypatch.setattr(transition, "_backward_kernel", None)
-    with gradients_in_layers({"PARTS": parts, **SMALL_TILES}, update):
-        assert_near_and_repeated(call, fused, dtype)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -173,19 +117,3 @@ def test_a_zero_last_layer_leaves_the_input_as_it_is():
 def test_full_shapes_are_as_accurate_as_pytorch(shape, factor, config):
     with transition_backward(config):
         check(shape, factor, torch.bfloat16)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("shape", "factor", "transposed"), [((1, 128, 32, 256), 4, False), ((1, 32, 256, 128), 4, True)], ids=str
-)
-def test_all_candidates_of_gradients_in_layers_are_near_the_fused_form(shape, factor, transposed):
-    call, fields = gradients_of(shape, factor, torch.bfloat16, transposed), {"n": factor * shape[-1]}
-    with transition_backward(FULL_TILES):
-        fused = call()
-    columns = CANDIDATES["transition_backward_columns"](fields)[1:]
-    updates = CANDIDATES["transition_backward_update"](fields)
-    assert len(columns) > 5
-    for pair in [(config, updates[0]) for config in columns] + [(columns[0], config) for config in updates]:
-        with gradients_in_layers(*pair):
-            assert_near_and_repeated(call, fused, torch.bfloat16)

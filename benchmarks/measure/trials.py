@@ -43,7 +43,7 @@ def transition_forms(c: int, backward: bool) -> dict[str, Form]:
     names = ("transition_hopper", "transition_hopper_gradient", "transition_hopper_hidden", *parts)
     triton: Form = dict.fromkeys(names, TRITON_FORM)
     if c == 128:
-        triton |= {"transition_backward": _tiles(False, 128, 64, 8, 3), "transition_backward_columns": {"PARTS": 1}}
+        triton["transition_backward"] = _tiles(False, 128, 64, 8, 3)
     forms = {"Triton": triton, "Gluon forward": triton | {"transition_hopper": GLUON}}
     if backward:
         forms["Gluon backward"] = triton | {"transition_hopper_gradient": GLUON}

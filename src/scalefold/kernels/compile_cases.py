@@ -54,8 +54,7 @@ def in_parts(parts: int, tile: Sequence[int], call: Callable[[], None]) -> None:
     """A call with parts of the columns in the grid, whatever the tables say."""
     config = {"PARTS": parts, **tuning.tile_config(tile)}
     with ExitStack() as stack:
-        names = ("norm_linear", "norm_linear_backward", "gated_output", "triangle_project", "transition")
-        for name in (*names, "transition_backward"):
+        for name in ("norm_linear", "norm_linear_backward", "gated_output", "triangle_project", "transition"):
             stack.enter_context(tuning.override(f"{name}_columns", config))
         call()
 
@@ -125,7 +124,7 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("project_bias_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: projections(few, 256, [128] * 4 + [8]))),
         ("gated_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: gated(few, 256, 8, 32))),
         ("triangle_project_parts", lambda: in_parts(4, (64, 64, 4, 2), lambda: triangle_project(pairs, 128))),
-        ("transition_parts", lambda: in_parts(4, (64, 32, 4, 2), lambda: transitions(few, 256, 4))),
+        ("transition_parts", lambda: in_parts(4, (64, 128, 4, 2), lambda: transitions(few, 256, 4))),
         ("transition_msa", lambda: transitions(msa, 256, 4)),
         ("transition_pair", lambda: transitions(pair, 128, 4)),
         ("transition_extra", lambda: transitions(extra, 64, 4)),

@@ -46,10 +46,6 @@ TRANSITION_FUSED: tuple[Tile, ...] = (
 TRANSITION_BY_LIBRARY: tuple[Tile, ...] = (
     *((64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 32, 8, 2), (128, 64, 8, 2)),
 )
-TRANSITION_HIDDEN: tuple[Tile, ...] = (
-    *((64, 32, 4, 1), (64, 32, 4, 2), (64, 32, 4, 3), (64, 32, 8, 2), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 2)),
-    *((64, 128, 4, 1), (64, 128, 8, 1), (128, 32, 8, 1), (128, 32, 8, 2), (128, 64, 8, 1), (128, 128, 8, 1)),
-)
 RECOMPUTED_WEIGHTS: tuple[Tile, ...] = (
     *((32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 3)),
 )
@@ -113,18 +109,8 @@ def _input_gradient_columns(fields: Fields) -> list[tuple[int, Tile]]:
     return [(parts, tile) for parts in (2, 4) if int(fields["c"]) // parts >= 32 for tile in INPUT_GRADIENT_COLUMNS]
 
 
-def _hidden_columns(fields: Fields) -> list[tuple[int, Tile]]:
-    """Blocks of a part of the hidden channels."""
-    found = [(parts, tile) for parts in PARTS for tile in TRANSITION_HIDDEN]
-    return [(parts, tile) for parts, tile in found if tile[1] <= int(fields["n"]) // parts]
-
-
 def _transition_update(fields: Fields) -> list[Config]:
     return [{"PARTS": parts, **tile_config(tile)} for parts in (2, 4) for tile in COLUMNS]
-
-
-def _transition_backward_update(fields: Fields) -> list[Config]:
-    return [*_transition_update(fields), {"LIBRARY": 1}]
 
 
 def _transition_backward(fields: Fields) -> list[Config]:
@@ -283,8 +269,6 @@ CANDIDATES: dict[str, Callable[[Fields], list[Config]]] = {
     "point_errors_frames": _point_errors,
     "point_errors_points": _point_errors,
     "transition_backward": _transition_backward,
-    "transition_backward_columns": _parts(_hidden_columns),
-    "transition_backward_update": _transition_backward_update,
     "transition_columns": _parts(_own_columns(1)),
     "transition_forward": _tiles(TRANSITION_FORWARD),
     "transition_hopper": _row_programs,

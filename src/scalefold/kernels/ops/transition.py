@@ -1,9 +1,9 @@
 """Transition in Triton, forward and backward: x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15).
 
 One kernel forward, in which the hidden layer never leaves the chip (on compute capability 9.0 one of
-``kernels.hopper`` may take its place). Saved: x. Where rows are few, either direction may run layer by layer instead,
-with parts of the columns in the grid (``layers``; ``transition_columns`` and ``transition_backward_columns`` say so).
-Else the backward has two forms; the launch parameter ``LIBRARY`` says which one to take:
+``kernels.hopper`` may take its place). Where rows are few, two: the hidden layer, then its product, each with a second
+dimension of the grid over parts of its output columns, because a program per tile of rows reads all of both weights.
+Saved: x. The backward has two forms; the launch parameter ``LIBRARY`` says which one to take:
 
 - fused (0 or absent): one kernel computes the hidden layer again, block by block, together with its gradient, those of
   the biases and that of x, residual included; it stores the hidden layer, its gradient and the norm for the weight
@@ -35,8 +35,8 @@ from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import to_fp32
+from scalefold.kernels.ops.elementwise import in_order
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
-from scalefold.kernels.ops.transition import layers
 from scalefold.kernels.rows import (
     Affine,
     Norm,
@@ -58,6 +58,8 @@ from scalefold.kernels.rows import (
 )
 
 tuning.register_tiles("transition_forward", {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)})
+tuning.register_parts("transition_columns")
+tuning.register("transition_update", lambda fields, capability: {"PARTS": 2, **tuning.tile_config((64, 64, 4, 3))})
 tuning.register_tiles("transition_weights", {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)})
 tuning.register_tiles("transition_backward", {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)})
 
@@ -78,6 +80,43 @@ def _forward_kernel(
         hidden += tl.load(bias_1 + n).to(tl.float32)[None, :]
         acc = dot(tl.maximum(hidden, 0.0).to(normed.dtype), tl.trans(weight_2.load([0, first])), acc)
     acc += load_vector(bias_2, C)[None, :]
+    acc += load_tile(x, rows, c, extent).to(tl.float32)
+    store_tile(out, acc, rows, c, extent)
+
+
+@triton.jit
+def _hidden_kernel(
+    x, norm, weight, bias, hidden, extent,
+    HIDDEN: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of rows, part of the hidden channels: relu(W1 LN(x) + b1). The weight comes as blocks [BLOCK_N, C]."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    normed = load_normed(x, norm, rows, extent, C)
+    for block in range(0, HIDDEN // PARTS, BLOCK_N):
+        first = tl.program_id(1) * (HIDDEN // PARTS) + block
+        n = first + tl.arange(0, BLOCK_N)
+        acc = dot(normed, tl.trans(weight.load([first, 0])), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        acc += tl.load(bias + n).to(tl.float32)[None, :]
+        store_tile(hidden, tl.maximum(acc, 0.0), rows, n, extent)
+
+
+@triton.jit
+def _update_kernel(
+    x, hidden, weight, bias, out, extent,
+    HIDDEN: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Tile of rows, part of the channels: x + W2 hidden + b2, by blocks of BLOCK_N hidden channels.
+
+    The weight comes as blocks [C / PARTS, BLOCK_N].
+    """
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(1) * (C // PARTS)
+    c = first + tl.arange(0, C // PARTS)
+    acc = tl.zeros([BLOCK_M, C // PARTS], tl.float32)
+    for k in range(0, HIDDEN, BLOCK_N):
+        tile = load_tile(hidden, rows, k + tl.arange(0, BLOCK_N), extent)
+        acc = dot(tile, tl.trans(weight.load([first, k])), acc)
+    acc += tl.load(bias + c).to(tl.float32)[None, :]
     acc += load_tile(x, rows, c, extent).to(tl.float32)
     store_tile(out, acc, rows, c, extent)
 
@@ -165,6 +204,23 @@ def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[
     return weight_blocks(weight_1, (block, c)), weight_blocks(weight_2, (c, block))
 
 
+def _in_layers(x: Tensor, norm: Norm, parameters: Sequence[Tensor], out: Tensor, config: tuning.Config) -> None:
+    """Transition of x: [*, c] to ``out``, in its memory order, by both linears; config: of the first launch."""
+    weight_1, bias_1, weight_2, bias_2 = parameters
+    (hidden, c), count = weight_1.shape, x.shape[:-1].numel()
+    between = in_order(memory_order(x), x.new_empty(count, hidden), x.shape)
+    launch(
+        _hidden_kernel, config, {"x": x, "hidden": between}, norm=norm, bias=bias_1,
+        weight=weight_blocks(weight_1, (config["BLOCK_N"], c)), HIDDEN=hidden, C=c,
+    )  # fmt: skip
+    own = tuning.lookup("transition_update", **tuning.row_fields(count, x.dtype, c=c, n=hidden))
+    parts, block = max(1, min(own["PARTS"], c // tuning.NARROWEST_PART)), min(own["BLOCK_N"], hidden)
+    launch(
+        _update_kernel, {**own, "PARTS": parts, "BLOCK_N": block}, {"x": x, "hidden": between, "out": out}, bias=bias_2,
+        weight=weight_blocks(weight_2, (c // parts, block)), HIDDEN=hidden, C=c,
+    )  # fmt: skip
+
+
 class _Transition(torch.autograd.Function):
     """Arguments: those of ``transition``."""
 
@@ -179,7 +235,7 @@ class _Transition(torch.autograd.Function):
             return out
         config = tuning.chosen_parts("transition_columns", "transition_forward", x, hidden, hidden)
         if config["PARTS"] > 1:
-            layers.forward(x, norm, (weight_1, bias_1, weight_2, bias_2), out, config)
+            _in_layers(x, norm, (weight_1, bias_1, weight_2, bias_2), out, config)
             return out
         del config["PARTS"]
         blocks = _blocks(weight_1, weight_2, config)
@@ -195,20 +251,13 @@ class _Transition(torch.autograd.Function):
         x, *parameters = ctx.saved_tensors
         norm_weight, norm_bias, weight_1, bias_1, weight_2, _ = parameters
         width, c = weight_1.shape
-        config = tuning.chosen_parts("transition_backward_columns", "transition_backward", x, width, width)
+        config = tuning.chosen_tiles("transition_backward", x, width, width)
         by_library, recomputed = bool(config.pop("LIBRARY", 0)), bool(config.pop("RECOMPUTED", 0))
         order, places = memory_order(x), tuple(range(x.dim() - 1))
         x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
         if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
             dx, gradients = _by_gluon(x, d_out, parameters)
             return dx.movedim(places, order), *gradients
-        if config["PARTS"] > 1:
-            norm, linear = Norm(norm_weight, norm_bias), (weight_1, bias_1)
-            dx, *rows, norm_sums, bias_sums = layers.backward(x, d_out, norm, linear, weight_2, config)
-            normed, hidden, d_hidden = rows
-            gradients = _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), parameters)
-            return dx.movedim(places, order), *gradients
-        del config["PARTS"]
         if recomputed and hopper.is_dense(d_out):
             dx, gradients = _recomputed(x, d_out, parameters, config)
             return dx.movedim(places, order), *gradients
