@@ -15,6 +15,7 @@ import triton.language as tl
 from hopper_programs import C, empty, every_program
 from processes import compiling_environment
 from scalefold.kernels import choice, tuning
+from scalefold.kernels.gradients import input_gradient
 from scalefold.kernels.hopper import choice as hopper_choice
 from scalefold.kernels.hopper import gated_attention, rows, triangle_product
 from scalefold.kernels.ops import linear, outer_product, transition, triangle
@@ -213,8 +214,9 @@ def launched(monkeypatch, shape):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: calls.append(f"Gluon {name}"))
     monkeypatch.setattr(linear, "launch", lambda program, *_, **__: calls.append(program.fn.__name__))
     monkeypatch.setattr(triangle, "launch", lambda program, *_, **__: calls.append(program.fn.__name__))
-    for module in (linear, triangle):
+    for module in (input_gradient, triangle):
         monkeypatch.setattr(module, "launch_with_sums", lambda *_, **__: empty(4, 8))
+    for module in (linear, triangle):
         monkeypatch.setattr(module, "weight_partials", lambda products: [])
         monkeypatch.setattr(module, "sum_all", lambda *_: pytest.skip("gradients of parameters are not wanted"))
     monkeypatch.setattr(triangle, "projected_partials", lambda *_: [])
