@@ -5,6 +5,8 @@ The libraries are stood in for by small modules with their signatures.
 
 import contextlib
 import csv
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -180,3 +182,12 @@ def test_libraries_that_are_not_there_are_named(script, monkeypatch, capsys) -> 
     monkeypatch.setattr(rivals, "MODULES", {"cuequivariance": "json", "fast_trimul": "not_there_at_all"})
     assert list(rivals.libraries()) == ["cuequivariance"]
     assert "without fast_trimul: No module named 'not_there_at_all'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["compile_targets", "compile_hopper", "hopper_attention"])
+def test_scripts_that_compile_leave_the_environment_of_whoever_imports_them(repository, monkeypatch, name) -> None:
+    monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    __import__(name)
+    assert os.environ["TRITON_INTERPRET"] == "1"

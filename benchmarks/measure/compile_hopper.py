@@ -20,7 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # must be settled before triton is imported
+if "triton" not in sys.modules:  # with it, it is settled
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 from triton import knobs

@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # must be settled before triton is imported
+if "triton" not in sys.modules:  # with it, it is settled
+    os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
