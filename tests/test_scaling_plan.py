@@ -34,13 +34,13 @@ def test_a_plan_of_2080_gpus_names_the_source_of_every_number():
     found = plan(EOS)
     assert EOS.dp_size == 256
     assert all(quantity.source for quantity in found.quantities.values())
-    assert found.value("step time") == 114.0
+    assert found.value("step time") == 102.0
     assert "estimated" in found.quantities["step time"].source
-    assert found.value("throughput") == pytest.approx(256 / 0.114)
+    assert found.value("throughput") == pytest.approx(256 / 0.102)
     assert found.value("iterations") == pytest.approx(520.0)
-    assert found.value("workers needed") == 11
+    assert found.value("workers needed") == 12
     starved = plan(replace(EOS, num_workers=2))
-    assert any("11 loader workers per replica" in text for text in starved.warnings)
+    assert any("12 loader workers per replica" in text for text in starved.warnings)
     assert found.fits is True
 
 
