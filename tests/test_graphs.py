@@ -1,6 +1,8 @@
 """The captured training step, the one that every run on a GPU uses, against the eager one."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from scalefold.data.configured import feature_settings
 from scalefold.data.features.features import BatchShape, FeatureSettings, buffer_bytes, copy_samples, feature_views
 from scalefold.data.loading.loader import Batch
 from scalefold.data.made.synthetic import synthetic_batch
-from scalefold.kernels.table import use_operations
+from scalefold.kernels.table import REFERENCE, use_operations
 from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.ranks import Ranks
+from scalefold.step import build
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
 from scalefold.step.graphs import GraphedTrainStep, TrainStep
 from scalefold.step.optimizer import Optimizer
+from scalefold.step.reducer import GradientReducer
 
 PASSES = 4
 SIZES = FeatureSettings(train_sequence_crop_size=16, max_msa_clusters=6, max_extra_msa=8, num_recycling_iters=2)
@@ -47,6 +51,18 @@ def built(config: Config) -> tuple[AlphaFold, Optimizer, TrainStep]:
     use_operations(model, ops)
     optimizer = build_optimizer(config, model, ranks, ops)
     return model, optimizer, build_step(config, model, optimizer, ranks)
+
+
+@pytest.mark.parametrize("dap_size", [1, 2, 4, 8])
+def test_the_chain_comes_first_where_four_ranks_or_more_share_a_sample(tmp_path, monkeypatch, dap_size) -> None:
+    sharing = (f"parallel.ranks_per_node={dap_size}", f"parallel.dap_size={dap_size}")
+    config = gpu_config(tmp_path, *sharing)
+    monkeypatch.setattr(build, "Side", lambda device: None)
+    ranks = Ranks(RankLayout(dap_size, dap_size), 0, 0, torch.device("cuda", 0))
+    optimizer = cast(Optimizer, SimpleNamespace(ops=REFERENCE))
+    step = build_step(config, cast(AlphaFold, None), optimizer, ranks, cast(GradientReducer, object()))
+    assert isinstance(step, GraphedTrainStep)
+    assert step.chain_first == (dap_size >= 4)
 
 
 def gpu_config(tmp_path: Path, *overrides: str) -> Config:
