@@ -57,40 +57,24 @@ class Paddings:
         return x[:, :rows, :columns]
 
 
-class ShardRows(nn.Module):
-    """full -> rows (dimension 1)."""
+class Shard(nn.Module):
+    """full -> rows (``dim`` 1) or columns (2)."""
 
-    def __init__(self, group: Group, paddings: Paddings) -> None:
+    def __init__(self, group: Group, dim: int, paddings: Paddings) -> None:
         super().__init__()
-        self.group, self.paddings = group, paddings
+        self.group, self.dim, self.paddings = group, dim, paddings
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, I, J, ...] -> [B, I / P, J, ...], both padded to multiples of P."""
-        return scatter(self.paddings.pad(x, self.group.size), 1, self.group)
+        """[B, I, J, ...], padded to multiples of P -> this rank's P-th along ``dim``."""
+        return scatter(self.paddings.pad(x, self.group.size), self.dim, self.group)
 
 
-class ShardColumns(ShardRows):
-    """full -> columns (dimension 2)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, I, J, ...] -> [B, I, J / P, ...], both padded to multiples of P."""
-        return scatter(self.paddings.pad(x, self.group.size), 2, self.group)
-
-
-class GatherRows(ShardRows):
-    """rows -> full, for work that all ranks repeat."""
+class GatherSame(Shard):
+    """rows or columns -> full, for work that all ranks repeat."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, I / P, J, ...] -> [B, I, J, ...] without padding."""
-        return self.paddings.cut(gather_same(x, 1, self.group))
-
-
-class GatherAllColumns(ShardRows):
-    """columns -> full, for work that all ranks repeat."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, I, J / P, ...] -> [B, I, J, ...] without padding."""
-        return self.paddings.cut(gather_same(x, 2, self.group))
+        """The whole tensor [B, I, J, ...] on every rank, without padding."""
+        return self.paddings.cut(gather_same(x, self.dim, self.group))
 
 
 class GatherShared(nn.Module):
@@ -180,14 +164,14 @@ def _points(group: Group) -> dict[str, nn.Module]:
     paddings = Paddings()
     of_msa, of_pairs, of_bias = {}, {}, {}
     return {
-        "shard_rows": ShardRows(group, paddings),
-        "shard_columns": ShardColumns(group, paddings),
-        "gather_rows": GatherRows(group, paddings),
-        "gather_all_columns": GatherAllColumns(group, paddings),
-        "gather_bias": GatherShared(group, dim=1),
+        "shard_rows": Shard(group, 1, paddings),
+        "shard_columns": Shard(group, 2, paddings),
+        "gather_rows": GatherSame(group, 1, paddings),
+        "gather_all_columns": GatherSame(group, 2, paddings),
+        "gather_bias": GatherShared(group, 1),
         "begin_gather_bias": BeginGather(group, 2, of_bias),
         "end_gather_bias": EndGather(group, 2, of_bias),
-        "gather_columns": GatherShared(group, dim=2),
+        "gather_columns": GatherShared(group, 2),
         "rows_to_columns": Exchange(group, split_dim=2, concat_dim=1),
         "columns_to_rows": Exchange(group, split_dim=1, concat_dim=2),
         "begin_columns_to_rows": BeginExchange(group, 1, 2, of_msa),
