@@ -5,6 +5,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def compiling_environment() -> dict[str, str]:
-    """The environment of a process that compiles Triton kernels, where tests interpret them."""
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def compiling_environment(cache: Path | None = None) -> dict[str, str]:
+    """The environment of a process that compiles Triton kernels, where tests interpret them; ``cache``: to there."""
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return own if cache is None else own | {"TRITON_CACHE_DIR": str(cache)}
 
 
 def run_ranks(

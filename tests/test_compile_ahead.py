@@ -120,8 +120,7 @@ def run_python(text: str, cache: Path) -> list[str]:
 
 
 def started(text: str, cache: Path) -> "subprocess.CompletedProcess[str]":
-    environment = compiling_environment()
-    environment["TRITON_CACHE_DIR"] = str(cache)
+    environment = compiling_environment(cache)
     return subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
 
 

@@ -29,8 +29,7 @@ CASES = {  # 9.0 is tuned, and has Gluon
 @pytest.mark.parametrize("case", ["gated_pair", pytest.param("attention_triangle", marks=pytest.mark.long)])
 def test_kernels_compile_for_all_generations_without_a_gpu(repository, case, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
-    environment = compiling_environment()
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = compiling_environment(tmp_path)
     command = [sys.executable, "benchmarks/measure/compile_targets.py", "--only", case]
     finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
@@ -64,11 +63,8 @@ for launch in launches:
 
 def test_lanes_that_add_up_scores_of_the_global_attention_hold_equal_copies(repository, tmp_path):
     """None contracts its own product into the sum of two lanes' (``instructions.rounded_product``)."""
-    environment = compiling_environment()
-    places = {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(repository / "benchmarks" / "measure")}
+    environment = compiling_environment(tmp_path) | {"PYTHONPATH": str(repository / "benchmarks" / "measure")}
     command = [sys.executable, "-c", CONTRACTED]
-    finished = subprocess.run(
-        command, cwd=repository, env=environment | places, capture_output=True, text=True, check=False
-    )
+    finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert sorted(finished.stdout.splitlines()) == ["attend_columns 0", "attend_columns_backward 0"]

@@ -15,8 +15,7 @@ pytest.importorskip("triton")
 @pytest.fixture
 def machine_code(repository: Path, tmp_path: Path):
     """Run the script in a process of its own: the interpreter, in which kernel tests run, compiles nothing."""
-    environment = compiling_environment()
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    environment = compiling_environment(tmp_path / "cache")
 
     def run(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, "benchmarks/measure/machine_code.py", *map(str, arguments)]

@@ -242,8 +242,7 @@ for (kernel, key), problem in problems.items():
 
 @pytest.mark.long
 def test_a_search_finds_and_compiles_parts_where_a_rank_has_an_eighth_of_the_rows(tmp_path):
-    environment = compiling_environment()
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = compiling_environment(tmp_path)
     done = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [

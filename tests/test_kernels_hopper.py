@@ -366,8 +366,7 @@ def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialize
     repository, tmp_path, case, pass_, config
 ):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
-    environment = compiling_environment()
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = compiling_environment(tmp_path)
     command = [sys.executable, "benchmarks/measure/compile_hopper.py", "--only", case, "--passes", pass_, "--first"]
     finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stdout + finished.stderr

@@ -344,9 +344,9 @@ for launch in launches:
 @pytest.mark.long
 def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialized(repository, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
-    environment = compiling_environment()
+    environment = compiling_environment(tmp_path)
     path = os.pathsep.join([str(repository / "benchmarks" / "measure"), environment.get("PYTHONPATH", "")])
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+    environment["PYTHONPATH"] = path
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_operands", *["hopper_product"] * 4, "hopper_output", "hopper_output"]

@@ -166,9 +166,9 @@ print(len(faults(3)), len(faults(2)), len(faults(1)))
 
 def without_interpreter(repository, tmp_path) -> dict[str, str]:
     """Environment of a process that compiles; the interpreter, in which kernel tests run, cannot be switched off."""
-    environment = compiling_environment()
+    environment = compiling_environment(tmp_path / "cache")
     path = os.pathsep.join([str(repository / "benchmarks" / "measure"), environment.get("PYTHONPATH", "")])
-    return environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": path}
+    return environment | {"PYTHONPATH": path}
 
 
 def test_the_compiler_s_fault_is_found_in_a_kernel_that_has_it(repository, tmp_path):

@@ -164,8 +164,7 @@ def test_a_program_is_read_without_a_gpu_and_one_that_does_not_compile_says_why(
     A process that compiles sees no GPU, and yet chooses what is not searched as the GPU's own table says.
     """
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
-    environment = compiling_environment()
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = compiling_environment(tmp_path)
     tuning.save("a_gpu", {"layer_norm_forward": {"c=128 dtype=bfloat16 rows=65536": {"BLOCK_M": 32, "num_warps": 2}}})
     command = [sys.executable, "-c", COMPILED, str(tmp_path), str(target)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -188,8 +187,7 @@ programs.compile_all_cases(2)
 
 @pytest.mark.long
 def test_operations_are_compiled_by_several_processes_of_one_that_sees_no_gpu(tmp_path):
-    environment = compiling_environment()
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment = compiling_environment(tmp_path)
     done = subprocess.run([sys.executable, "-c", CASES], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = len(list(tmp_path.glob("*/*.cubin")))
