@@ -31,7 +31,10 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
     ),
     "model": (DEEP, {"kernels.table", "config", "data.residues", "data.batch_keys", "errors"}),
     "parallel": ({"torch", "mpi4py"}, {"config", "errors"}),
-    "parallel.dap": ({"torch", "triton"}, {"config", "errors", "parallel", "kernels.around.aside"}),
+    "parallel.dap": (
+        {"torch", "triton"},
+        {"config", "errors", "parallel", "kernels.around.aside", "kernels.instructions"},
+    ),
     "data.residues": (NUMBERS, set()),
     "data.batch_keys": (set(), set()),
     "data.raw": ({"numpy", "gemmi"}, {"data.residues", "errors", "textfile"}),

@@ -11,8 +11,10 @@ log = logging.getLogger(__name__)
 _explained: set[tuple[str, str]] = set()
 
 
-def operations(name: str) -> Operations:
+def operations(name: str, early: bool = False) -> Operations:
     """The table ``reference``, ``triton``, or ``auto``: Triton where it can be imported, else the plain definitions.
+
+    early: the process launches Triton's programs while those before them end (``instructions``), where the GPU can.
 
     Raises:
         ImportError: ``triton`` is asked for by name and missing.
@@ -20,12 +22,14 @@ def operations(name: str) -> Operations:
     if name == "reference":
         return REFERENCE
     try:
+        from scalefold.kernels.instructions import launch_early
         from scalefold.kernels.triton_ops import TRITON
     except ImportError as error:
         if name == "triton":
             raise
         log.warning("kernels: plain PyTorch operations, because Triton cannot be imported: %s", error)
         return REFERENCE
+    launch_early(early)
     return TRITON
 
 

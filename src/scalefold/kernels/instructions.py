@@ -1,21 +1,61 @@
-"""Arithmetic in as few instructions as the chip has for it, where the compiler takes several times as many.
+"""How programs follow each other, and arithmetic in as few instructions as the chip has for it.
 
-Many kernels here wait for instructions and barriers more than for memory (docs/performance.md). The first line of each
-function says its plain meaning, which is also what the interpreter runs.
+A ``program`` begins with ``wait_for_predecessors``. Where it is launched early (programmatic dependent launch, from
+compute capability 9.0 on), it comes to the multiprocessors as soon as the programs of the kernel before it in its
+stream have ended, while what they wrote is still on its way, and waits for that. A program that did not wait would read
+what is not written yet, and could end before its predecessor, so that the kernel after it would run too early as well.
+Kernels of others are launched when all before them has ended.
+
+The compiler takes several times as many instructions as the chip needs for some arithmetic, and many kernels here wait
+for instructions and barriers more than for memory (docs/performance.md). The first line of each such function says its
+plain meaning, which is also what the interpreter runs.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 import os
+from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
+
+from scalefold.kernels import tuning
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 SIGMOID = tl.constexpr(  # -log2(e) x; 2^; + 1; 1 /
     "mul.f32 $0, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 $0, $0; add.f32 $0, $0, 0f3F800000; rcp.approx.ftz.f32 $0, $0;"
 )
 TO_FP32 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+EARLY_FROM = 90  # compute capability
+_early = [False]
+
+
+def launch_early(on: bool) -> None:
+    """Whether programs of this process are launched early from now on, where the GPU can."""
+    _early[0] = on
+
+
+def program(kernel: Any) -> Any:
+    """A jitted function that is launched, ``kernel[grid](...)``, and not called by others."""
+    if not INTERPRETED.value:
+        kernel.run = lambda *arguments, **named: type(kernel).run(
+            kernel, *arguments, launch_pdl=_early[0] and tuning.capability() >= EARLY_FROM, **named
+        )
+    return kernel
+
+
+@tl.core.builtin
+def _is_early(_semantic: Any = None):
+    """Whether the launch that is compiled for is an early one."""
+    return tl.constexpr(bool(_semantic.builder.options.launch_pdl))
+
+
+@triton.jit
+def wait_for_predecessors():
+    """Until all that earlier kernels of the stream have written is there; the first statement of every program."""
+    if not INTERPRETED and _is_early():
+        cuda.gdc_wait()
 
 
 @triton.jit

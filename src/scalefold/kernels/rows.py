@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import to_fp32, to_product_layout
+from scalefold.kernels.instructions import program, to_fp32, to_product_layout, wait_for_predecessors
 from scalefold.kernels.reference import LAYER_NORM_EPS
 
 EPS = tl.constexpr(LAYER_NORM_EPS)
@@ -234,12 +234,14 @@ def _sum_block(
     tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < N)
 
 
+@program
 @triton.jit
 def _sum_kernel(
     partials, outs, nums, strides, COUNT: tl.constexpr, SIZES: tl.constexpr, FIRST_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program: one block of columns of one of several matrices of partial sums, each with tiles of its own."""
+    wait_for_predecessors()
     block = tl.program_id(0)
     for i in tl.static_range(COUNT):
         if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
@@ -259,15 +261,13 @@ def sum_all(partials: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         p[0] if p.shape[0] == 1 and p.dtype == dtype else torch.empty(p.shape[1], dtype=dtype, device=p.device)
         for p in partials
     ]
-    both = zip(partials, outs, strict=True)
-    work = [(p, out) for p, out in both if p.shape[1] and (p.shape[0] > 1 or p.dtype != dtype)]
+    work = [x for x in zip(partials, outs, strict=True) if x[0].shape[1] and (len(x[0]) > 1 or x[0].dtype != dtype)]
     if not work:
         return outs
     given, results = zip(*work, strict=True)
     rows = tuple(min(1024, triton.next_power_of_2(p.shape[0])) for p in given)
-    blocks = tuple(
-        min(max(16, triton.next_power_of_2(p.shape[1])), SUM_TILE // r) for p, r in zip(given, rows, strict=True)
-    )
+    widths = (max(16, triton.next_power_of_2(p.shape[1])) for p in given)
+    blocks = tuple(min(width, SUM_TILE // r) for width, r in zip(widths, rows, strict=True))
     sizes = tuple(p.shape[1] for p in given)
     counts = [triton.cdiv(n, block) for n, block in zip(sizes, blocks, strict=True)]
     first = tuple(sum(counts[:n]) for n in range(len(counts) + 1))

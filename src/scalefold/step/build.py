@@ -23,7 +23,12 @@ from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatLayout, FlatParameters
 from scalefold.step.reducer import GradientReducer
 
-CHAIN_FIRST = 4  # DAP size from which on kernels leave so much of a GPU idle that those aside find room without a turn
+FINE_SHARES = 4  # DAP size
+
+
+def shares_finely(config: Config) -> bool:
+    """Whether a rank's kernels are so short that their beginnings count, and leave room for what goes on aside."""
+    return config.parallel.dap_size >= FINE_SHARES
 
 
 def choose_operations(config: Config, ranks: Ranks) -> Operations:
@@ -32,7 +37,7 @@ def choose_operations(config: Config, ranks: Ranks) -> Operations:
     if wanted == "triton" and ranks.device.type == "cpu":
         raise ConfigError("execution.kernels: triton needs a CUDA device; use auto or reference")
     on_device = wanted != "reference" and ranks.device.type == "cuda"
-    return operations(wanted if on_device else "reference")
+    return operations(wanted if on_device else "reference", shares_finely(config))
 
 
 def connect_replica(config: Config, ranks: Ranks) -> Group | None:
@@ -122,8 +127,8 @@ def build_step(
 
     graphed = config.execution.cuda_graphs and ranks.device.type == "cuda"
     group = ranks.train_group if ranks.layout.num_train_ranks > 1 else None
-    chain_first = config.parallel.dap_size >= CHAIN_FIRST
-    return (partial(GraphedTrainStep, compiles_each=fused, chain_first=chain_first) if graphed else TrainStep)(
+    options = {"compiles_each": fused, "chain_first": shares_finely(config)}
+    return (partial(GraphedTrainStep, **options) if graphed else TrainStep)(
         objective,
         optimizer,
         reducer or GradientReducer(optimizer.flat, group),

@@ -34,7 +34,7 @@ from scalefold.kernels.around.features import (
     pair_features,
     template_features,
 )
-from scalefold.kernels.instructions import to_fp32
+from scalefold.kernels.instructions import program, to_fp32, wait_for_predecessors
 from scalefold.kernels.rows import dot, normalise, sum_all
 
 WIDEST, WIDEST_FEATURES = 256, 255  # channels; features with biases, whose places are noted in 8 bits
@@ -82,12 +82,14 @@ def _places(outer, inner, width, c, C: tl.constexpr):
     return (outer.to(tl.int64) * width + inner)[:, None] * C + c[None, :]
 
 
+@program
 @triton.jit
 def _forward_kernel(
     given, weights, previous, out, tiles, width,
     FEATURES: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: features times weights [C, K], plus the layer norm of what the previous pass found."""
+    wait_for_predecessors()
     outer, inner, exists = _tile(tl.program_id(0), tiles, width, BLOCK_M)
     c, k = tl.arange(0, BLOCK_C), tl.arange(0, K)
     features = FEATURES(given, outer, inner, exists, k).to(weights.dtype.element_ty)
@@ -103,12 +105,14 @@ def _forward_kernel(
     tl.store(out + _places(outer, inner, width, c, C), acc.to(out.dtype.element_ty), mask=keep)
 
 
+@program
 @triton.jit
 def _norm_kernel(
     previous, d, partials, num_tiles, per_program, tiles, width,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Range of tiles of rows with a norm -> partials[range, 2 C]: gradients of its weight and bias."""
+    wait_for_predecessors()
     first = tl.program_id(0) * per_program
     c = tl.arange(0, BLOCK_C)
     scale = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -125,6 +129,7 @@ def _norm_kernel(
     tl.store(partials + C, tl.sum(shift, 0), mask=c < C)
 
 
+@program
 @triton.jit
 def _backward_kernel(
     given, d, partials, num_tiles, per_program, tiles, width, TOTAL: tl.constexpr,
@@ -135,6 +140,7 @@ def _backward_kernel(
 
     FIRST: columns at which weights begin, and where the last one ends.
     """
+    wait_for_predecessors()
     first = tl.program_id(0) * per_program
     n, k = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, K)
     acc = tl.zeros([BLOCK_N, K], tl.float32)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 TARGETS, LETTERS = tl.constexpr(22), tl.constexpr(49)  # features of a residue, and of a letter of the alignment
 GLYCINE, CA, CB = tl.constexpr(7), tl.constexpr(1), tl.constexpr(3)
@@ -110,9 +111,11 @@ def _beta(aatype, i, atoms, exists):
     return (i * atoms + tl.where(is_glycine, CA, CB)) * 3
 
 
+@program
 @triton.jit
 def _pairs_kernel(residue_index, aatype, positions, edges, ones, num_pairs, n, atoms, largest):
     """ones [B, N, N]: of clipped offsets of residue numbers, and of binned distances of the previous pass."""
+    wait_for_predecessors()
     pair, i, j, exists = _pair(num_pairs, n)
     offset = tl.load(residue_index + i, mask=exists, other=0) - tl.load(residue_index + j, mask=exists, other=0)
     offset = tl.minimum(tl.maximum(offset, -largest), largest).to(tl.int32) + largest
@@ -129,9 +132,11 @@ def _class(aatype, residue, exists):
     return tl.where(kind < TEMPLATE_CLASSES, kind, -1)
 
 
+@program
 @triton.jit
 def _templates_kernel(aatype, pseudo_beta, beta_mask, atom_mask, edges, ones, num_pairs, n, atoms):
     """ones [B, T, N, N]: those of ``model.templates.template_pair_features``; masks are zeros and ones."""
+    wait_for_predecessors()
     pair, i, j, exists = _pair(num_pairs, n)
     mask = exists
     for atom in tl.static_range(3):

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.rows import sum_all, width_obstacle
 
 MOST_CLASSES = 64
@@ -56,12 +57,14 @@ def _weight(pointer, c, N: tl.constexpr, C: tl.constexpr, BLOCK_N: tl.constexpr)
     return tl.load(pointer + k[:, None] * C + c[None, :], mask=(k < N)[:, None], other=0.0)
 
 
+@program
 @triton.jit
 def _forward_kernel(
     x, weight, bias, out, num_rows, n, SYMMETRIC: tl.constexpr, N: tl.constexpr, C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows. x: [rows, C], bf16; weight [N, C], bias [N], out [rows, N]: fp32."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     k, c = tl.arange(0, BLOCK_N), tl.arange(0, C)
     tile = _load(x, rows, num_rows, c, C)
@@ -80,12 +83,14 @@ def _forward_kernel(
     tl.store(places, acc + shift[None, :], mask=(rows < num_rows)[:, None] & (k < N)[None, :])
 
 
+@program
 @triton.jit
 def _backward_kernel(
     x, weight, d, dx, partials, num_rows, n, rows_per_program, SYMMETRIC: tl.constexpr, N: tl.constexpr,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Range of rows: gradient of x, and partials[range]: those of the weight [N, C] and the bias [N]."""
+    wait_for_predecessors()
     start = tl.program_id(0) * rows_per_program
     k, c = tl.arange(0, BLOCK_N), tl.arange(0, C)
     d_weight = tl.zeros([BLOCK_N, C], tl.float32)

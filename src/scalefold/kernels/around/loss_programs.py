@@ -8,6 +8,8 @@ Arguments in groups are those of ``losses``; all is fp32.
 import triton
 import triton.language as tl
 
+from scalefold.kernels.instructions import program, wait_for_predecessors
+
 CHI, TORSIONS = tl.constexpr(3), tl.constexpr(7)  # first of the torsions that belong to side chains; all of them
 
 
@@ -138,6 +140,7 @@ def _presence_error(presence, index, exists):
     return x, seen, tl.load(presence.exists + index, mask=exists, other=0.0)
 
 
+@program
 @triton.jit
 def sums_kernel(
     torsions, pairs, sequences, confidence, presence, constants, edges, bins, sums, n, num_torsions,
@@ -149,6 +152,7 @@ def sums_kernel(
     FIRST: first program of the confidence, torsions, presence, sequences, pairs, and their number. CLASSES and BLOCKS:
     of confidence, sequences, pairs.
     """
+    wait_for_predecessors()
     program = tl.program_id(0)
     own = sums + 4 * program
     if program < FIRST[1]:
@@ -206,10 +210,12 @@ def _total(sums, start, stop, SUMMED: tl.constexpr):
     return tl.sum(total, 0)
 
 
+@program
 @triton.jit
 def values_kernel(sums, resolution, constants, values, factors, FIRST: tl.constexpr, SUMMED: tl.constexpr):
     """The only program: values [torsions, pairs, sequences, confidence, presence], and what one unit of each masked sum
     adds to them: factors [torsions, lengths, pairs, sequences, confidence, presence]."""
+    wait_for_predecessors()
     angstrom = tl.load(resolution)
     gate = tl.where((angstrom >= constants.first_angstrom) & (angstrom <= constants.last_angstrom), 1.0, 0.0)
     factor = constants.chi_weight / (constants.torsion_eps + _total(sums + 1, FIRST[1], FIRST[2], SUMMED))
@@ -232,6 +238,7 @@ def values_kernel(sums, resolution, constants, values, factors, FIRST: tl.conste
     tl.store(values + 4, factor * _total(sums, FIRST[2], FIRST[3], SUMMED))
 
 
+@program
 @triton.jit
 def gradients_kernel(
     torsions, pairs, sequences, confidence, presence, constants, edges, bins, d_values, factors, d_angles,
@@ -239,6 +246,7 @@ def gradients_kernel(
     FIRST: tl.constexpr, CLASSES: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, ELEMENTS: tl.constexpr,
 ):  # fmt: skip
     """The programs of ``sums_kernel``: gradients of all logits and angles; a term that gets none gives exact zeros."""
+    wait_for_predecessors()
     program = tl.program_id(0)
     if program < FIRST[1]:
         rows = program * ROWS + tl.arange(0, ROWS)

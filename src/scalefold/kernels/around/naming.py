@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.reference import ATOMS, FIRST_AMBIGUOUS, LAST_AMBIGUOUS, NAMING_EPS
 
 OPTIONS = {"BLOCK": 512, "num_warps": 4}
@@ -29,9 +30,11 @@ def _distance(positions, own, others, inside):
     return tl.sqrt(total + EPS)
 
 
+@program
 @triton.jit
 def _misfit_kernel(predicted, truth, alternative, exists, ambiguous, use, n, BLOCK: tl.constexpr):
     """Program (residue, sample): 1 if the alternative names fit better, else 0."""
+    wait_for_predecessors()
     atoms = n * SLOTS
     sample = tl.program_id(1).to(tl.int64) * atoms
     predicted, truth, alternative = predicted + sample * 3, truth + sample * 3, alternative + sample * 3

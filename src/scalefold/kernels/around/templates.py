@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
-from scalefold.kernels.instructions import to_fp32
+from scalefold.kernels.instructions import program, to_fp32, wait_for_predecessors
 from scalefold.kernels.rows import dot, sum_all, width_obstacle
 
 NUM_PROGRAMS = 264  # for gradients of weights: two per multiprocessor of an H200
@@ -84,12 +84,14 @@ def _any(mask, b, T: tl.constexpr):
     return tl.where(most > 0.0, 1.0, 0.0)
 
 
+@program
 @triton.jit
 def _forward_kernel(
     z, t_, weights, mask, out, num_rows, scale, inf,
     T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, C_Z: tl.constexpr, C_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Program (block of pairs, sample). z, out: [B, rows, C_Z]; t_: [B, T, rows, C_T]; mask: [B, T]."""
+    wait_for_predecessors()
     rows, b = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     tile = _load(z, b, rows, num_rows, C_Z)
     query = _projected(tile, _matrix(weights.q, H * D, C_Z), H * D) * scale
@@ -122,6 +124,7 @@ def _query_and_gradient(
     return query, d_result * _any(mask, b, T)
 
 
+@program
 @triton.jit
 def _input_gradient_kernel(
     z, t_, weights, mask, d, d_z, d_t, d_q, results, statistics, sums, num_rows, scale, inf,
@@ -133,6 +136,7 @@ def _input_gradient_kernel(
     of every head the largest logit, one over the sum of weights and the mean gradient of the logits: statistics fp32
     [3, B, rows, H]; sums of d over the tile: [B, tiles, C_Z].
     """
+    wait_for_predecessors()
     rows, b = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M), tl.program_id(1)
     query, d_result = _query_and_gradient(z, d, weights, mask, b, rows, num_rows, scale, T, H * D, C_Z)
     w_k, w_v = _matrix(weights.k, H * D, C_T), _matrix(weights.v, H * D, C_T)
@@ -175,12 +179,14 @@ def _input_gradient_kernel(
     tl.store(own_sums + tl.arange(0, C_Z), tl.sum(through, 0) * _any(mask, b, T))
 
 
+@program
 @triton.jit
 def _weight_gradient_kernel(
     z, t_, weights, mask, d, statistics, partials, num_rows, tiles, batch, per_program, scale, inf,
     T: tl.constexpr, H: tl.constexpr, D: tl.constexpr, C_Z: tl.constexpr, C_T: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Range of tiles (``tiles`` of each sample) -> partials[range]: gradients of the weights of keys and of values."""
+    wait_for_predecessors()
     first = tl.program_id(0) * per_program
     d_k = tl.zeros([H * D, C_T], tl.float32)
     d_v = tl.zeros([H * D, C_T], tl.float32)

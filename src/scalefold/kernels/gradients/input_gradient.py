@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scalefold.kernels import tuning
-from scalefold.kernels.instructions import complete, to_fp32
+from scalefold.kernels.instructions import complete, program, to_fp32, wait_for_predecessors
 from scalefold.kernels.ops.elementwise import in_order
 from scalefold.kernels.ops.layer_norm import norm_gradient
 from scalefold.kernels.rows import (
@@ -107,6 +107,7 @@ def _store_narrow_sums(sums, d, keep, NARROW: tl.constexpr):
     tl.store(sums + n, tl.sum(value, 0), mask=n < NARROW)
 
 
+@program
 @triton.jit
 def _input_gradient_kernel(
     x, norm, weights, ds, narrow_weight, narrow_d, row_mask, through, dx, normed, partials, extent,
@@ -120,6 +121,7 @@ def _input_gradient_kernel(
     of the narrow one, and where nothing is as wide as to need the norm in memory (normed: None), the product that is
     the gradient of the narrow weight.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     acc = tl.zeros([BLOCK_M, C], tl.float32)
@@ -155,6 +157,7 @@ def _input_gradient_kernel(
     store_tile(dx, gradient, rows, c, extent)
 
 
+@program
 @triton.jit
 def _normed_gradient_kernel(
     weights, ds, narrow_weight, narrow_d, row_mask, d_normed, partials, extent,
@@ -167,6 +170,7 @@ def _normed_gradient_kernel(
     one each program adds up its share of the columns, of tiles that it reads again for this alone: the loop over all
     projections stays one, and the tiles in it feed nothing but products (see ``_add_products``).
     """
+    wait_for_predecessors()
     OWN: tl.constexpr = C // PARTS
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * OWN + tl.arange(0, OWN)

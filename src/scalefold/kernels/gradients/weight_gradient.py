@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from scalefold.kernels import tuning
 from scalefold.kernels.hopper import choice
 from scalefold.kernels.hopper import gradients as gluon
-from scalefold.kernels.instructions import complete, sigmoid, to_fp32
+from scalefold.kernels.instructions import complete, program, sigmoid, to_fp32, wait_for_predecessors
 from scalefold.kernels.rows import (
     Affine,
     Extent,
@@ -104,6 +104,7 @@ def _accumulate(
     return acc
 
 
+@program
 @triton.jit
 def _kernel(
     ds, operands, dims, num_rows, partials, rows_per_split,
@@ -112,6 +113,7 @@ def _kernel(
     EVEN: tl.constexpr,
 ):  # fmt: skip
     """Program (block of columns over all products, range of rows) -> partials[range, TOTAL * C]."""
+    wait_for_predecessors()
     block = tl.program_id(0)
     start = tl.program_id(1) * rows_per_split
     end = tl.minimum(start + rows_per_split, num_rows)
@@ -129,6 +131,7 @@ def _kernel(
             tl.store(partials + FIRST_COLUMNS[i] * C + offsets, acc, mask=(n < WIDTHS[i])[:, None])
 
 
+@program
 @triton.jit
 def _copied_kernel(
     d0, d1, d2, d3, narrow, a0, a1, a2, a3, partials, num_rows, rows_per_split,
@@ -139,6 +142,7 @@ def _copied_kernel(
 
     They read zeros past the rows, and past the columns of the narrow one, whose block is as large as the others.
     """
+    wait_for_predecessors()
     ds, operands = (d0, d1, d2, d3), (a0, a1, a2, a3)
     block = tl.program_id(0)
     start = tl.program_id(1) * rows_per_split
@@ -340,6 +344,7 @@ def _add_projected(
     return sum_value, sum_gate
 
 
+@program
 @triton.jit
 def _projected_kernel(
     normed, mask, linears, d_a, d_b, partials, extent, num_rows, rows_per_split,
@@ -348,6 +353,7 @@ def _projected_kernel(
     """Program (block of channels of both operands, range of rows) -> partials[range]: gradients of the four weights
     [4 WIDTH, C] and biases [4 WIDTH]. The norm [rows, C] and d [WIDTH, rows] are read by descriptors.
     """
+    wait_for_predecessors()
     blocks: tl.constexpr = WIDTH // BLOCK_N
     block = tl.program_id(0)
     start = tl.program_id(1) * rows_per_split

@@ -36,6 +36,7 @@ from scalefold.kernels.hopper.pieces import (
     row_of,
     tiles_for,
 )
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 REGISTERS = gl.constexpr(240)  # per thread of a consumer: with less, products of 256 keys wait for one another
 
@@ -217,6 +218,7 @@ def _attend(shared, GROUP: gl.constexpr, SCALE: gl.constexpr, SAVE: gl.constexpr
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["rows", "per_program", "groups"])
 def hopper_forward(
     q_desc, k_desc, v_desc, o_desc, bias, bias_strides, mask, statistics, rows, per_program, groups,
@@ -225,6 +227,7 @@ def hopper_forward(
     """q, k, v, o: descriptors of [B, S, N, H, D], k and v of all keys; bias: [B, H, N, N] with strides (B, H, N) or
     None.
     """
+    wait_for_predecessors()
     place = place_of(rows, groups, per_program, CONSUMERS * PART)
     KEYS: gl.constexpr = k_desc.block_type.shape[2]
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -42,6 +42,7 @@ from scalefold.kernels.hopper.row_pieces import (
     send,
     wait_until_sent,
 )
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 HIDDEN = gl.constexpr(hopper.HIDDEN_BLOCK)
 
@@ -157,6 +158,7 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["blocks", "tiles"])
 def hopper_transition(
     x, weight_1, weight_2, out, norm, biases, blocks, tiles,
@@ -166,6 +168,7 @@ def hopper_transition(
 
     biases: of both linears. At least STAGES blocks.
     """
+    wait_for_predecessors()
     ring = new_ring(x, X_STAGES)
     weights = Weights(
         tiles_for(weight_1, STAGES), tiles_for(weight_2, STAGES), initialised(STAGES, 1), initialised(STAGES, CONSUMERS)
@@ -328,6 +331,7 @@ def _differentiate(shared, SIDE: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["blocks", "tiles"])
 def hopper_transition_gradient(
     x, d_out, weight_1, weight_2, hidden, d_hidden, normed, d_normed, norm, bias, partials, blocks, tiles,
@@ -338,6 +342,7 @@ def hopper_transition_gradient(
 
     bias: of the hidden layer. partials: [tiles, C + HIDDEN * blocks] fp32, sums of d_out and d_hidden.
     """
+    wait_for_predecessors()
     rings = (new_ring(x, 1), new_ring(d_out, 1))
     COUNT: gl.constexpr = 2 * PAIRS
     pairs = Pairs(tiles_for(weight_1, COUNT), one_arrival(COUNT), initialised(COUNT, CONSUMERS))

@@ -40,6 +40,7 @@ from scalefold.kernels.hopper.row_pieces import (
     start_product,
     wait_until_sent,
 )
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 OPERAND_STAGES = gl.constexpr(1)  # tiles of z per consumer
 STAGED = gl.constexpr(2)  # blocks of operands per consumer on their way to memory
@@ -95,11 +96,13 @@ def _project(shared, SIDE: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_operands(
     z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, norm, biases, mask, dims, tiles
 ):  # fmt: skip
     """Descriptors of z [64 tiles, C], weights [C, C] and operands a, b [C, 64 tiles]; biases in the weights' order."""
+    wait_for_predecessors()
     ring = new_ring(z, OPERAND_STAGES)
     weights = tiles_for(weight_a, 4)
     staged = tiles_for(out_a, CONSUMERS * STAGED)
@@ -229,12 +232,14 @@ def _finish(acc, tile, out, norm, bias, i, j, num_j):
     send(out, i, j * C, tile)
 
 
+@program
 @gluon.jit(do_not_specialize=["tiles_i", "tiles"])
 def hopper_outer_product(z, a, b, weight, out, norm, bias, sequences, num_j, tiles_i, tiles):
     """Descriptors of z and out [I, J * C], a [CO * sequences, I], b [sequences, J * CO] and weight [C, CO * CO].
 
     norm: [I, J] fp32, dense; bias: [C].
     """
+    wait_for_predecessors()
     channels = Channels(
         tiles_for(a, STAGES), tiles_for(weight, STAGES), initialised(STAGES, 1), initialised(STAGES, CONSUMERS)
     )

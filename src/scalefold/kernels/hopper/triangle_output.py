@@ -33,6 +33,7 @@ from scalefold.kernels.hopper.row_pieces import (
     to_fp32,
     wait_until_sent,
 )
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 Z_STAGES = gl.constexpr(2)  # tiles of z per consumer, at least 2: one is held until the next tile is there
 WEIGHTS, SCALES, VECTORS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)  # barriers of what comes once
@@ -194,6 +195,7 @@ def _update(shared, SIDE: gl.constexpr, BACKWARD: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["tiles", "period"])
 def hopper_output(
     z, x, d_out, weight_value, weight_gate, scales, out, norms, biases, dropout, dims, tiles, period
@@ -205,6 +207,7 @@ def hopper_output(
     all i share, or dropout, a view [64 tiles, C], or both None. Every program has a tile: none may end while the copy
     engine still brings it something.
     """
+    wait_for_predecessors()
     BACKWARD: gl.constexpr = d_out is not None
     SHARED: gl.constexpr = scales is not None
     SLOTS: gl.constexpr = 1 if SHARED else 2  # for x, BACKWARD for d_out, per consumer: scales take the others' room

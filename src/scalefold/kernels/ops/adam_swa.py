@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scalefold.kernels.instructions import program, wait_for_predecessors
+
 BLOCK = 1024
 NORM_PROGRAMS = 1056  # eight per multiprocessor of an H200
 
@@ -34,12 +36,14 @@ def _update(
         tl.store(copy + index, p.to(copy.dtype.element_ty), mask=keep)
 
 
+@program
 @triton.jit
 def _adam_swa_kernel(
     param, grad, exp_avg, exp_avg_sq, averaged, copy, scalars, n, weight_1, beta_2, weight_2, eps, swa_weight,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Full blocks take no mask: with one, accesses of a length that 16 does not divide would be 4 bytes wide."""
+    wait_for_predecessors()
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = start + tl.arange(0, BLOCK)
     if start + BLOCK <= n:
@@ -79,8 +83,10 @@ def adam_swa(
     )  # fmt: skip
 
 
+@program
 @triton.jit
 def _square_kernel(values, partials, n, BLOCK: tl.constexpr):
+    wait_for_predecessors()
     total = tl.zeros([BLOCK], tl.float32)
     full = n // BLOCK * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, full, tl.num_programs(0) * BLOCK):
@@ -93,8 +99,10 @@ def _square_kernel(values, partials, n, BLOCK: tl.constexpr):
     tl.store(partials + tl.program_id(0), tl.sum(total, 0))
 
 
+@program
 @triton.jit
 def _total_kernel(partials, out, n, BLOCK: tl.constexpr):
+    wait_for_predecessors()
     index = tl.arange(0, BLOCK)
     tl.store(out, tl.sum(tl.load(partials + index, mask=index < n, other=0.0), 0))
 

@@ -11,7 +11,7 @@ import math
 import triton
 import triton.language as tl
 
-from scalefold.kernels.instructions import INTERPRETED, to_fp32, to_product_layout
+from scalefold.kernels.instructions import INTERPRETED, program, to_fp32, to_product_layout, wait_for_predecessors
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -175,6 +175,7 @@ def _store_statistics(lse, rest, offset, offs_q, n, maximum, total):
     tl.store(rest + offset + offs_q, tl.exp2((value - maximum) - log_total), mask=offs_q < n)
 
 
+@program
 @triton.jit(do_not_specialize=["rows", "n", "rows_per_program"])
 def forward_rows(
     q, k, v, mask, bias, o, lse, rest, rows, n, heads, rows_per_program, inf_log2,
@@ -183,6 +184,7 @@ def forward_rows(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Short rows in STEPS unrolled key tiles; the bias of all of them stays in registers while rows pass by."""
+    wait_for_predecessors()
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
@@ -222,6 +224,7 @@ def forward_rows(
             _store_statistics(lse, rest, ((b * rows + s) * heads + h) * n, offs_q, n, maximum, total)
 
 
+@program
 @triton.jit(do_not_specialize=["rows", "n"])
 def forward_tiled(
     q, k, v, mask, bias, o, lse, rest, rows, n, heads, inf_log2,
@@ -230,6 +233,7 @@ def forward_tiled(
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows of any length in key tiles with a running maximum; one row and query tile per program."""
+    wait_for_predecessors()
     offs_q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = (tl.program_id(2) // heads).to(tl.int64)
     h = tl.program_id(2) % heads
@@ -258,6 +262,7 @@ def forward_tiled(
         _store_statistics(lse, rest, ((b * rows + s) * heads + h) * n, offs_q, n, maximum, total)
 
 
+@program
 @triton.jit(do_not_specialize=["rows", "n"])
 def backward_rows(
     q, k, v, mask, o, do, lse, rest, dq, dk, dv, rows, n, heads, inf_log2,
@@ -269,6 +274,7 @@ def backward_rows(
 
     With several chunks (n > BLOCK_Q) dk and dv are fp32 partial sums, one slice c per chunk.
     """
+    wait_for_predecessors()
     chunk = tl.program_id(1)
     offs_q = chunk * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = tl.program_id(2).to(tl.int64)
@@ -304,6 +310,7 @@ def backward_rows(
     _store_rows(_of_row(dq, b, s, h, ALIGN), offs_q, dq.strides[2], n, dq_sum * SCALE, D, BLOCK_D, EVEN)
 
 
+@program
 @triton.jit(do_not_specialize=["rows", "n"])
 def backward_keys(
     q, k, v, mask, bias, o, do, lse, rest, ds, dk, dv, rows, n, heads, inf_log2,
@@ -316,6 +323,7 @@ def backward_keys(
     Scores, ds and bias are [keys, queries]: weights and their gradients are then left operands where they are, in
     registers.
     """
+    wait_for_predecessors()
     tiles = tl.cdiv(n, BLOCK_K)
     offs_k = (tl.program_id(0) % tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
     b = tl.program_id(2).to(tl.int64)
@@ -352,6 +360,7 @@ def backward_keys(
     _store_rows(_of_row(dv, b, s, h, ALIGN), offs_k, dv.strides[2], n, dv_sum, D, BLOCK_D, EVEN)
 
 
+@program
 @triton.jit(do_not_specialize=["rows", "n"])
 def backward_queries(
     k, ds, dq, partial, rows, n, heads,
@@ -364,6 +373,7 @@ def backward_queries(
     With several tiles of keys (n > BLOCK_K) dq are fp32 partial sums, one slice c per tile. The sums of gradients of
     scores lie along queries, or ALONG_KEYS.
     """
+    wait_for_predecessors()
     tiles = tl.cdiv(n, BLOCK_Q)
     offs_q = (tl.program_id(0) % tiles) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     part = tl.program_id(0) // tiles

@@ -10,14 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.rows import memory_order
 
 BLOCK = 1024
 TILE = (32, 64)  # of a copy: along the dimension that is dense before, and the one that is dense afterwards
 
 
+@program
 @triton.jit
 def _threshold_kernel(values, n, rate, kept, BLOCK: tl.constexpr):
+    wait_for_predecessors()
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(values + index, mask=index < n, other=0.0)
     tl.store(values + index, tl.where(value >= rate, kept, 0.0), mask=index < n)
@@ -40,6 +43,7 @@ def dropout_masks(shapes: Sequence[Sequence[int]], rate: float, device: torch.de
     return [part.view(tuple(shape)) for part, shape in zip(values.split(sizes), shapes, strict=True)]
 
 
+@program
 @triton.jit
 def _transpose_kernel(
     x, out, num_before, num_after, batch_stride, after_stride, out_batch_stride, out_before_stride,
@@ -48,6 +52,7 @@ def _transpose_kernel(
     """Program (tile, batch) of x, whose dimension ``before`` is dense; in ``out`` it is ``after``: both are read and
     written in whole lines.
     """
+    wait_for_predecessors()
     tiles = tl.cdiv(num_after, BLOCK_AFTER)
     x += tl.program_id(1).to(tl.int64) * batch_stride
     out += tl.program_id(1).to(tl.int64) * out_batch_stride

@@ -18,7 +18,7 @@ from scalefold.kernels.around import aside
 from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
-from scalefold.kernels.instructions import sigmoid, to_fp32
+from scalefold.kernels.instructions import program, sigmoid, to_fp32, wait_for_predecessors
 from scalefold.kernels.rows import (
     Affine,
     dot,
@@ -54,6 +54,7 @@ def _load_update_gradient(d, dropout, rows, columns, extent):
     return tile
 
 
+@program
 @triton.jit
 def _forward_kernel(
     x, o, gate, linear, dropout, out, extent,
@@ -63,6 +64,7 @@ def _forward_kernel(
 
     Each of PARTS programs gates the whole tile again, all of them from the cache.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C // PARTS)
     if PARTS > 1:
@@ -80,6 +82,7 @@ def _forward_kernel(
     store_tile(out, acc, rows, c, extent)
 
 
+@program
 @triton.jit
 def _input_gradient_kernel(
     d, o, gate, weight, dropout, d_o, d_gate, update_out, gated_out, partials, extent,
@@ -87,6 +90,7 @@ def _input_gradient_kernel(
 ):  # fmt: skip
     """Tile of rows: gradients of o and gate; the operands of the weight gradient (update_out None: it is d itself);
     sums of the bias gradient at partials[tile]."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     update = _load_update_gradient(d, dropout, rows, c, extent)

@@ -10,7 +10,7 @@ otherwise than ``instructions.sigmoid``, which would change the bits of runs.
 import triton
 import triton.language as tl
 
-from scalefold.kernels.instructions import rounded_product
+from scalefold.kernels.instructions import program, rounded_product, wait_for_predecessors
 from scalefold.kernels.rows import load_vector, normalise, normalise_gradient, scale_and_shift
 
 
@@ -36,12 +36,14 @@ def _column_tile(start, last, rows_s, n, BLOCK_S: tl.constexpr, BLOCK_R: tl.cons
     return s, column, row, (s < last) & (column < n)
 
 
+@program
 @triton.jit(do_not_specialize=["rows_s", "n", "rows_per_program"])
 def project_columns(
     m, mask, norm, weight_kv, kv, partial, rows_s, n, rows_per_program,
     C: tl.constexpr, KV: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys and values, and partial sums over sequences of keep * LN(m): fp32 [chunks, B, n, C]."""
+    wait_for_predecessors()
     b = tl.program_id(2)
     channels = tl.arange(0, C)
     scale, offset = load_vector(norm.weight, C), load_vector(norm.bias, C)
@@ -95,12 +97,14 @@ def _scores(keys, q, keep, s, rows_s, inf_log2):
     return tl.where((s < rows_s)[:, None], logits, float("-inf"))
 
 
+@program
 @triton.jit(do_not_specialize=["rows_s", "n", "chunks"])
 def attend_columns(
     partial, mask, weight_q, kv, mean, q, o, statistics, rows_s, n, chunks, inf_log2, eps, scale_log2,
     C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One column: mean, query and softmax over all sequences. statistics: fp32 [B, n, 3, H] (lse, rest, 1/count)."""
+    wait_for_predecessors()
     column = tl.program_id(0)
     b = column // n
     mask += b.to(tl.int64) * rows_s * n + column % n
@@ -143,12 +147,14 @@ def attend_columns(
     tl.store(statistics + heads + 2 * H, tl.zeros([H], tl.float32) + reciprocal)
 
 
+@program
 @triton.jit(do_not_specialize=["rows", "rows_s", "n"])
 def gate_rows(
     m, norm, gate, output, o, out, rows, rows_s, n,
     C: tl.constexpr, HD: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out = m + W_o (sigmoid(W_g LN(m) + b_g) * o) + b_o for a tile of rows (b, s, n)."""
+    wait_for_predecessors()
     channels = tl.arange(0, C)
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = row < rows
@@ -164,6 +170,7 @@ def gate_rows(
     tl.store(out + where, update.to(out.dtype.element_ty), mask=exists[:, None])
 
 
+@program
 @triton.jit(do_not_specialize=["rows_s", "n", "rows_per_program"])
 def gate_columns_backward(
     m, norm, gate, weight_o, o, d_out, partial, weight_sums, rows_s, n, rows_per_program,
@@ -173,6 +180,7 @@ def gate_columns_backward(
 
     weight_sums: fp32 [programs, C * HD + HD * C + C + HD] for W_o, W_g, b_o, b_g.
     """
+    wait_for_predecessors()
     channels, width = tl.arange(0, C), tl.arange(0, HD)
     scale, offset, shift = load_vector(norm.weight, C), load_vector(norm.bias, C), load_vector(gate.bias, HD)
     gate_weight, output_weight = _matrix(gate.weight, HD, C), _matrix(weight_o, C, HD)
@@ -217,12 +225,14 @@ def _attended_tile(o, column, exists, HD: tl.constexpr):
     return tl.load(o + where, mask=exists[:, None], other=0.0).to(tl.float32)
 
 
+@program
 @triton.jit(do_not_specialize=["rows_s", "n", "chunks"])
 def attend_columns_backward(
     partial, mask, weight_q, kv, q, o, statistics, d_kv, d_q, d_mean, rows_s, n, chunks, inf_log2, scale, scale_log2,
     C: tl.constexpr, H: tl.constexpr, D: tl.constexpr, KV: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One column: gradients of keys and values, of the query, and of the sum under the mean (fp32 [B, n, C])."""
+    wait_for_predecessors()
     column = tl.program_id(0)
     mask += (column // n).to(tl.int64) * rows_s * n + column % n
     kv += column.to(tl.int64) * rows_s * KV
@@ -258,6 +268,7 @@ def attend_columns_backward(
     tl.store(d_mean + column * C + tl.arange(0, C), d_average * reciprocal)
 
 
+@program
 @triton.jit(do_not_specialize=["rows", "rows_s", "n"])
 def rows_backward(
     m, mask, norm, gate, weight_o, weight_kv, o, d_out, d_kv, d_mean, d_m, weight_sums, rows, rows_s, n,
@@ -267,6 +278,7 @@ def rows_backward(
 
     weight_sums: fp32 [programs, KV * C + 2 * C] for W_kv, norm weight and bias.
     """
+    wait_for_predecessors()
     channels, pair = tl.arange(0, C), tl.arange(0, KV)
     scale, offset, shift = load_vector(norm.weight, C), load_vector(norm.bias, C), load_vector(gate.bias, HD)
     storage = m.dtype.element_ty

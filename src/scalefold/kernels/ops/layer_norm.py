@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.rows import (
     Norm,
     launch,
@@ -41,9 +42,11 @@ def _load_row_tile(view, rows, extent, C: tl.constexpr, BLOCK_C: tl.constexpr):
     return tl.load(view.pointer + tile_offsets(view, rows, columns, extent), mask=keep, other=0.0).to(tl.float32), keep
 
 
+@program
 @triton.jit
 def _forward_kernel(x, norm, out, extent, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr):
     """Tile of rows; BLOCK_C is C rounded up."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     tile, keep = _load_row_tile(x, rows, extent, C, BLOCK_C)
@@ -54,6 +57,7 @@ def _forward_kernel(x, norm, out, extent, C: tl.constexpr, BLOCK_C: tl.constexpr
     tl.store(pointers, scale_and_shift(hat, scale, shift, out.pointer.dtype.element_ty), mask=keep)
 
 
+@program
 @triton.jit
 def _backward_kernel(
     x, d, weight, bias, row_mask, through, dx, normed, partials, extent,
@@ -63,6 +67,7 @@ def _backward_kernel(
 
     ``normed``: gets the layer norm, times ``row_mask`` if there is one; None: nobody wants it.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     tile, keep = _load_row_tile(x, rows, extent, C, BLOCK_C)

@@ -21,6 +21,7 @@ from scalefold.kernels.gradients.input_gradient import NARROW_WIDTH, input_gradi
 from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.ops.elementwise import dense, in_order, in_rows_of
 from scalefold.kernels.rows import (
     SECTOR,
@@ -49,6 +50,7 @@ tuning.register_tiles("norm_linear_forward", {64: (64, 64, 4, 3), 128: (64, 128,
 tuning.register_parts("norm_linear_columns")
 
 
+@program
 @triton.jit
 def _forward_kernel(
     x, norm, blocks, linear, out, segment_stride, narrow, narrow_out, row_mask, extent, bias_start,
@@ -61,6 +63,7 @@ def _forward_kernel(
     ``blocks``: the weight for the copy engine, instead of ``linear.weight``. ACROSS: tiles lie so, and the narrow
     output is stored in whole sectors.
     """
+    wait_for_predecessors()
     rows = tile_rows(extent, BLOCK_M, ACROSS)
     normed = load_normed(x, norm, rows, extent, C, IN_REGISTERS=True)
     c = tl.arange(0, C)

@@ -21,6 +21,7 @@ from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, row_ranges
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.ops.linear import masked_projections
 from scalefold.kernels.rows import Affine, dot, layout_obstacle, sum_all, width_obstacle
 
@@ -37,12 +38,14 @@ def _outer_offsets(k, j, num_j, CO: tl.constexpr):
     return j.to(tl.int64)[:, None] * CO + channel[None, :]
 
 
+@program
 @triton.jit
 def _forward_kernel(
     z, outer, norm, weight, bias, out, num_j,
     K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of j, i): z + (outer W^T + bias) / norm. z, out: [I, J, C]; weight: [C, K]; norm: [I, J]."""
+    wait_for_predecessors()
     i = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
@@ -61,9 +64,11 @@ def _forward_kernel(
     tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=inside)
 
 
+@program
 @triton.jit
 def _scale_kernel(d, norm, scaled, partials, count, C: tl.constexpr, BLOCK_M: tl.constexpr):
     """Tile of pairs: scaled = d / norm in the type of d, read by both gradient kernels; partials[tile]: its sum."""
+    wait_for_predecessors()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     offsets, inside = rows[:, None] * C + c[None, :], (rows < count)[:, None]
@@ -79,12 +84,14 @@ def _load_pairs(scaled, i, j, c, num_j, C: tl.constexpr):
     return tl.load(scaled + (i * num_j + j)[:, None] * C + c[None, :], mask=(j < num_j)[:, None], other=0.0)
 
 
+@program
 @triton.jit
 def _outer_gradient_kernel(
     scaled, weight, d_outer, num_j,
     K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of j, i): d_outer = scaled W, in the layout of outer."""
+    wait_for_predecessors()
     i = tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
@@ -97,12 +104,14 @@ def _outer_gradient_kernel(
         tl.store(d_outer + offsets, acc.to(d_outer.dtype.element_ty), mask=(j < num_j)[:, None])
 
 
+@program
 @triton.jit
 def _weight_gradient_kernel(
     scaled, outer, partials, num_i, num_j, rows_per_split,
     K: tl.constexpr, CO: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (block of (c, d), range of i) -> partials[range, C * K]."""
+    wait_for_predecessors()
     k = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, C)
     start = tl.program_id(1) * rows_per_split

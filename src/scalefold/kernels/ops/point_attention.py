@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.rows import View, sum_partials
 
 LONGEST = 2048  # residues: a row of scores stays in registers
@@ -52,12 +53,14 @@ def _pack_one(channels, points, packed, b, i, h, n, D: tl.constexpr, C: tl.const
     tl.store(own_packed + i * packed.strides[1] + c * packed.strides[3], value, mask=exists & (c < C))
 
 
+@program
 @triton.jit
 def _pack_kernel(
     channels, points, packed, n, COUNT: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Program (block of residues, head, sample) of each of COUNT tensors."""
+    wait_for_predecessors()
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     h, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     for t in tl.static_range(COUNT):
@@ -70,12 +73,14 @@ def _component(packed, c, at, n):
     return tl.load(packed + c * n + at, mask=at < n, other=0.0)
 
 
+@program
 @triton.jit
 def _forward_kernel(
     q, k, bias, point_weights, mask, weights, n, scale, inf,
     D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, block of i, sample): weights [B, H, n, n]. q, k: [B, H, C, n]; BLOCK_N is n rounded up."""
+    wait_for_predecessors()
     h, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     head = b * tl.num_programs(0) + h
     q += head * C * n
@@ -125,6 +130,7 @@ def _own_gradient(
     return weighted
 
 
+@program
 @triton.jit
 def _rows_kernel(
     q, k, point_weights, weights, d_weights, d_q, partials, n, scale,
@@ -134,6 +140,7 @@ def _rows_kernel(
 
     partials: [B, blocks of i, H], the share of each program in the gradient of the point weights.
     """
+    wait_for_predecessors()
     h = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + h
     i = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -151,12 +158,14 @@ def _rows_kernel(
     tl.store(partials + program, tl.sum(tl.sum(weighted, 1), 0) * (-0.5 * SQRT_3))
 
 
+@program
 @triton.jit
 def _columns_kernel(
     q, k, point_weights, d_bias, d_k, n, scale,
     D: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (head, block of j, sample): gradient of k. d_bias: [B, H, n, n], from the rows kernel."""
+    wait_for_predecessors()
     h = tl.program_id(0)
     head = tl.program_id(2).to(tl.int64) * tl.num_programs(0) + h
     j = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

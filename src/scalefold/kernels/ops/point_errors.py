@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.reference import POINT_ERROR_EPS
 
 EPS = tl.constexpr(POINT_ERROR_EPS)
@@ -87,12 +88,14 @@ def _slope(u, v, w, clamp, clamp_weight):
     return (clamp_weight * tl.where(error <= clamp, 1.0, 0.0) + (1.0 - clamp_weight)) / error
 
 
+@program
 @triton.jit
 def _forward_kernel(
     rotation, translation, target_rotation, target_translation, frames_mask, points, target_points, points_mask,
     clamp_weights, sums, num_frames, num_points, repeat, clamp, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (block of frames, item): their masked sums over all points."""
+    wait_for_predecessors()
     item = tl.program_id(1).to(tl.int64)
     truth = item // repeat
     frame = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -114,6 +117,7 @@ def _forward_kernel(
     tl.store(sums + item * num_frames + frame, tl.sum(total, 1) * keep, mask=is_frame)
 
 
+@program
 @triton.jit
 def _frames_backward_kernel(
     d, rotation, translation, target_rotation, target_translation, frames_mask, points, target_points, points_mask,
@@ -121,6 +125,7 @@ def _frames_backward_kernel(
     BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (block of frames, item): gradients of their rotations and translations."""
+    wait_for_predecessors()
     item = tl.program_id(1).to(tl.int64)
     truth = item // repeat
     frame = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
@@ -158,12 +163,14 @@ def _frames_backward_kernel(
     _store_vectors(d_rotation, index * 3 + 2, x, y, z, is_frame)
 
 
+@program
 @triton.jit
 def _points_backward_kernel(
     d, rotation, translation, target_rotation, target_translation, frames_mask, points, target_points, points_mask,
     clamp_weights, d_points, num_frames, num_points, repeat, clamp, BLOCK_F: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Program (block of points, item): their gradients, summed over all frames."""
+    wait_for_predecessors()
     item = tl.program_id(1).to(tl.int64)
     truth = item // repeat
     point = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)

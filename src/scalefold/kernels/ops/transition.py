@@ -34,7 +34,7 @@ from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, Product, r
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
-from scalefold.kernels.instructions import to_fp32
+from scalefold.kernels.instructions import program, to_fp32, wait_for_predecessors
 from scalefold.kernels.ops.elementwise import in_order
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
 from scalefold.kernels.rows import (
@@ -57,6 +57,8 @@ from scalefold.kernels.rows import (
     width_obstacle,
 )
 
+Two = tuple[Tensor, Tensor]
+
 tuning.register_tiles("transition_forward", {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)})
 tuning.register_parts("transition_columns")
 tuning.register("transition_update", lambda fields, capability: {"PARTS": 2, **tuning.tile_config((64, 64, 4, 3))})
@@ -64,12 +66,14 @@ tuning.register_tiles("transition_weights", {64: (64, 64, 4, 2), 128: (64, 64, 4
 tuning.register_tiles("transition_backward", {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)})
 
 
+@program
 @triton.jit
 def _forward_kernel(
     x, norm, weight_1, bias_1, weight_2, bias_2, out, extent,
     HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows: norm, both linears block by block of the hidden layer, residual. The weights come as blocks."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     normed = load_normed(x, norm, rows, extent, C)
@@ -84,12 +88,14 @@ def _forward_kernel(
     store_tile(out, acc, rows, c, extent)
 
 
+@program
 @triton.jit
 def _hidden_kernel(
     x, norm, weight, bias, hidden, extent,
     HIDDEN: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows, part of the hidden channels: relu(W1 LN(x) + b1). The weight comes as blocks [BLOCK_N, C]."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(x, norm, rows, extent, C)
     for block in range(0, HIDDEN // PARTS, BLOCK_N):
@@ -100,6 +106,7 @@ def _hidden_kernel(
         store_tile(hidden, tl.maximum(acc, 0.0), rows, n, extent)
 
 
+@program
 @triton.jit
 def _update_kernel(
     x, hidden, weight, bias, out, extent,
@@ -109,6 +116,7 @@ def _update_kernel(
 
     The weight comes as blocks [C / PARTS, BLOCK_N].
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * (C // PARTS)
     c = first + tl.arange(0, C // PARTS)
@@ -121,6 +129,7 @@ def _update_kernel(
     store_tile(out, acc, rows, c, extent)
 
 
+@program
 @triton.jit
 def _backward_kernel(
     x, norm, weight_1, bias_1, weight_2, d_out, hidden_rows, d_hidden_out, normed_out, dx, partials, extent,
@@ -133,6 +142,7 @@ def _backward_kernel(
     the hidden layer is read, and neither x nor anything of its norm is looked at. ``d_hidden_out`` lies as the hidden
     layer does, so that one set of strides takes registers. Without STORED neither is stored, nor sums for bias 1.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
     d = load_tile(d_out, rows, c, extent)
@@ -166,6 +176,7 @@ def _backward_kernel(
         store_tile(dx, gradient, rows, c, extent)
 
 
+@program
 @triton.jit
 def _weights_kernel(
     normed, d_out, weight_1, bias_1, weight_2, partials, num_rows, rows_per_split,
@@ -176,6 +187,7 @@ def _weights_kernel(
     The hidden layer and its gradient come as [BLOCK_N, rows], the left operands of the products. Everything is read by
     descriptors, as zeros past the rows.
     """
+    wait_for_predecessors()
     first = tl.program_id(0) * BLOCK_N
     n, c = first + tl.arange(0, BLOCK_N), tl.arange(0, C)
     start = tl.program_id(1) * rows_per_split
@@ -227,9 +239,7 @@ class _Transition(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-        out = torch.empty_like(x)
-        hidden, c = weight_1.shape
-        norm = Norm(norm_weight, norm_bias)
+        out, (hidden, c), norm = torch.empty_like(x), weight_1.shape, Norm(norm_weight, norm_bias)
         if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))):
             hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out)
             return out
@@ -280,40 +290,34 @@ class _Transition(torch.autograd.Function):
         if by_library:
             d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
             dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
-        gradients = _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), parameters)
+        gradients = _stored_gradients((norm_sums, bias_sums), (normed, d_out), (hidden, d_hidden), parameters)
         return dx.movedim(places, order), *gradients
 
 
-def _stored_gradients(
-    norm_sums: Tensor,
-    bias_sums: Tensor,
-    rows: tuple[Tensor, Tensor],
-    hidden_rows: tuple[Tensor, Tensor],
-    parameters: Sequence[Tensor],
-) -> Gradients:
-    """Gradients of all parameters from rows of the norm and d_out, of the hidden layer and its gradient."""
+def _stored_gradients(sums: Two, rows: Two, hidden_rows: Two, parameters: Sequence[Tensor]) -> Gradients:
+    """Gradients of all parameters: sums for norm and biases; rows of norm and d_out, of hidden layer and its own."""
     (normed, d_out), (hidden, d_hidden), (_, _, weight_1, _, weight_2, _) = rows, hidden_rows, parameters
 
     def gradients() -> tuple[Tensor, ...]:
         weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
-        d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([norm_sums, bias_sums, *weight_sums], weight_1.dtype)
+        d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([*sums, *weight_sums], weight_1.dtype)
         d_bias_2, d_bias_1 = d_bias.split(weight_1.shape[::-1])
         return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
 
-    return aside.gradients(parameters, [norm_sums, bias_sums, *rows, *hidden_rows], gradients)
+    return aside.gradients(parameters, [*sums, *rows, *hidden_rows], gradients)
 
 
 def _by_gluon(x: Tensor, d_out: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Gradients]:
     """The backward around the program of ``kernels.hopper``: gradient of x: [*, c], and those of all parameters."""
     norm_weight, norm_bias, weight_1, bias_1, weight_2, _ = parameters
     norm, linear = Norm(norm_weight, norm_bias), Affine(weight_1, bias_1)
-    program, obstacle = hopper.transition_gradient, gluon.hidden_obstacle(x, weight_1.shape[0])
+    form, obstacle = hopper.transition_gradient, gluon.hidden_obstacle(x, weight_1.shape[0])
     if x.shape[-1] == hopper.MSA_CHANNELS and chosen("transition's gradient in narrow blocks", obstacle):
-        program = gluon.transition_hidden
-    *rows, bias_sums = program(x, d_out, norm, linear, weight_2)
+        form = gluon.transition_hidden
+    *rows, bias_sums = form(x, d_out, norm, linear, weight_2)
     hidden, d_hidden, normed, d_normed = (matrix.view(*x.shape[:-1], matrix.shape[1]) for matrix in rows)
     dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
-    return dx, _stored_gradients(norm_sums, bias_sums, (normed, d_out), (hidden, d_hidden), parameters)
+    return dx, _stored_gradients((norm_sums, bias_sums), (normed, d_out), (hidden, d_hidden), parameters)
 
 
 def _recomputed(
@@ -329,14 +333,14 @@ def _recomputed(
     if chosen("input gradient of a transition", obstacle):
         dx, normed, sums = gluon.transition_input(x, d_out, norm, linear, weight_2)
     else:
-        dx, normed, sums = _recomputed_input(x, d_out, norm, weight_1, bias_1, weight_2, config)
+        dx, normed, sums = _recomputed_input(x, d_out, norm, linear, weight_2, config)
 
     def gradients() -> tuple[Tensor, ...]:
         obstacle = gluon.transition_obstacle(gluon.TRANSITION_NAMES[1], normed, d_out, (weight_1, weight_2))
         if chosen("weight gradients of a transition", obstacle):
             partials = gluon.transition_weights(normed, d_out, linear, weight_2)
         else:
-            partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), weight_1, bias_1, weight_2)
+            partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), linear, weight_2)
         d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([*sums.split([2 * c, c], 1), *partials], dtype)
         return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
 
@@ -344,10 +348,10 @@ def _recomputed(
 
 
 def _recomputed_input(
-    x: Tensor, d_out: Tensor, norm: Norm, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, config: tuning.Config
+    x: Tensor, d_out: Tensor, norm: Norm, linear: Affine, weight_2: Tensor, config: tuning.Config
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of x: [*, c], its layer norm, and partial sums [tiles, 3 c]; see ``_recomputed``."""
-    width, c = weight_1.shape
+    (weight_1, bias_1), (c, width) = linear, weight_2.shape
     dx, normed, blocks = torch.empty_like(x), x.new_empty(x.shape), _blocks(weight_1, weight_2, config)
     tensors = {"x": x, "d_out": d_out, "hidden_rows": normed, "normed_out": normed, "dx": dx}
     sums = launch_with_sums(
@@ -357,11 +361,9 @@ def _recomputed_input(
     return dx, normed, sums
 
 
-def _weight_partials(
-    normed: Tensor, d_out: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor
-) -> tuple[Tensor, ...]:
+def _weight_partials(normed: Tensor, d_out: Tensor, linear: Affine, weight_2: Tensor) -> tuple[Tensor, ...]:
     """Partial gradients [ranges, *] of weight 1, weight 2 and bias 1 from rows [rows, c] of norm and gradient."""
-    (num_rows, c), width = normed.shape, weight_1.shape[0]
+    (num_rows, c), (weight_1, bias_1), width = normed.shape, linear, weight_2.shape[1]
     config = tuning.chosen_tiles("transition_weights", normed, width, width)
     rows = [TensorDescriptor.from_tensor(matrix, [config["BLOCK_M"], c]) for matrix in (normed, d_out)]
     blocks, num_blocks = _blocks(weight_1, weight_2, config), width // config["BLOCK_N"]

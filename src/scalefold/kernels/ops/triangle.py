@@ -22,7 +22,7 @@ from scalefold.kernels.gradients.weight_gradient import Product, projected_parti
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper import triangle_product as products
 from scalefold.kernels.hopper.choice import chosen
-from scalefold.kernels.instructions import complete, sigmoid
+from scalefold.kernels.instructions import complete, program, sigmoid, wait_for_predecessors
 from scalefold.kernels.rows import (
     Affine,
     Norm,
@@ -58,6 +58,7 @@ def _projected(normed, linear, n, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
     return acc + tl.load(linear.bias + n).to(tl.float32)[None, :], block
 
 
+@program
 @triton.jit
 def _project_forward_kernel(
     z, mask, norm, linears, outs, extent,
@@ -67,6 +68,7 @@ def _project_forward_kernel(
 
     Each of PARTS programs makes the norm again: of two the first has a and the second b, of more each a part of one.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C, IN_REGISTERS=True)
     keep = load_per_row(mask, rows, extent)
@@ -83,6 +85,7 @@ def _project_forward_kernel(
                 store_tile(outs[side], product, rows, n, extent)
 
 
+@program
 @triton.jit
 def _project_backward_kernel(
     z, mask, norm, linears, through, ds, projected, dz, normed_out, partials, extent,
@@ -93,6 +96,7 @@ def _project_backward_kernel(
 
     Without ``projected`` these gradients are not stored, nor their sums: ``projected_partials`` finds them itself.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C)
     keep = load_per_row(mask, rows, extent)
@@ -123,12 +127,14 @@ def _project_backward_kernel(
     store_tile(dz, gradient, rows, c, extent)
 
 
+@program
 @triton.jit
 def _output_forward_kernel(
     z, x, norm_in, norm_out, linear_z, linear_g, dropout, out, extent,
     C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: both norms once, then gate * value, dropout and residual per block of channels."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in, rows, extent, C)
     normed_x = load_normed(x, norm_out, rows, extent, CX)
@@ -143,12 +149,14 @@ def _output_forward_kernel(
         store_tile(out, update, rows, n, extent)
 
 
+@program
 @triton.jit
 def _output_gradient_kernel(
     z, x, norm_in, norm_out, linear_z, linear_g, dropout, d_out, projected, extent,
     C: tl.constexpr, CX: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: value and gate again, and their gradients, stored as [rows, 2 C]."""
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed_z = load_normed(z, norm_in, rows, extent, C)
     normed_x = load_normed(x, norm_out, rows, extent, CX)

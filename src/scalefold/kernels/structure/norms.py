@@ -8,6 +8,7 @@ Rows are residues of all samples, fp32 [rows, C], dense; BLOCK_C is C rounded up
 import triton
 import triton.language as tl
 
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.rows import normalise, normalise_gradient
 from scalefold.kernels.structure.frames import (
     length_of,
@@ -39,6 +40,7 @@ def _back_to_row(d, linear, k, C: tl.constexpr, BLOCK_C: tl.constexpr):
     return d[:, None] * weight[None, :]
 
 
+@program
 @triton.jit
 def norm_kernel(
     s, update, dropout, norm, linear, quaternion, translation, before, out, moves, new_quaternion, new_translation,
@@ -48,6 +50,7 @@ def norm_kernel(
 
     With ``linear`` [6, C], the backbone update: its outputs are ``moves`` [rows, 6], which move the frames.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     keep = (rows < num_rows)[:, None] & (columns < C)[None, :]
@@ -79,6 +82,7 @@ def norm_kernel(
         store_quaternion(new_quaternion, rows, (w / length, x / length, y / length, z / length), exists)
 
 
+@program
 @triton.jit
 def norm_backward_kernel(
     before, d_out, through, beside, dropout, norm, linear, quaternion, moves, d_quaternion, d_translation, d_carried,
@@ -89,6 +93,7 @@ def norm_backward_kernel(
     With ``linear``: d_carried, the gradient of the next frames' translations, gets that of this iteration's added, and
     d_moves is stored. Quaternions carry no gradient from one iteration to the next. partials[tile]: sums for the norm.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_C)
     keep = (rows < num_rows)[:, None] & (columns < C)[None, :]

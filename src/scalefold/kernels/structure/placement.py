@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.structure.frames import (
     added,
     load_matrix,
@@ -107,6 +108,7 @@ def _store_group(chained, groups, index, backbone, origin, rotation, translation
     store_matrix(groups, index, product(backbone, rotation), moved, exists)
 
 
+@program
 @triton.jit
 def _groups_kernel(
     quaternions, translations, unnormalised, aatype, tables, frames, groups, chained, angles, num_rows, n,
@@ -116,6 +118,7 @@ def _groups_kernel(
 
     chained: the groups as the backbone sees them.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = rows < num_rows
     kind = _kind(aatype, rows, exists, n, num_iterations)
@@ -141,9 +144,11 @@ def _groups_kernel(
         _store_group(chained, groups, rows * GROUPS + g, backbone, origin, rotation, translation, exists)
 
 
+@program
 @triton.jit
 def _atoms_kernel(groups, aatype, tables, positions, num_atoms, n, num_iterations, BLOCK: tl.constexpr):
     """Tile of atoms [rows, 14]: their places in their groups' frames, zero for those that the residue lacks."""
+    wait_for_predecessors()
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_atoms
     rows, slot = index // ATOMS, index % ATOMS
@@ -157,11 +162,13 @@ def _atoms_kernel(groups, aatype, tables, positions, num_atoms, n, num_iteration
     store_vector(positions, index, (x * mask, y * mask, z * mask), exists)
 
 
+@program
 @triton.jit
 def _atoms_backward_kernel(
     d_positions, d_groups, aatype, tables, d_frames, num_groups, n, num_iterations, BLOCK: tl.constexpr
 ):
     """Tile of groups [rows, 8]: d_frames [rows, 8, 4, 4] is d_groups plus what the group's atoms hand back."""
+    wait_for_predecessors()
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_groups
     rows, g = index // GROUPS, index % GROUPS
@@ -226,6 +233,7 @@ def _back_to_backbone(d_matrices, rows, g, backbone, rotation, place, d_backbone
     return product(transposed(backbone), d_rotation), turn_back(backbone, d_place), d_backbone, d_origin
 
 
+@program
 @triton.jit
 def _groups_backward_kernel(
     quaternions, unnormalised, aatype, tables, chained, d_matrices, d_frames, d_angles, d_unnormalised,
@@ -235,6 +243,7 @@ def _groups_backward_kernel(
 
     d_matrices: of all groups; d_frames, d_angles, d_unnormalised: of the other outputs.
     """
+    wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = rows < num_rows
     kind = _kind(aatype, rows, exists, n, num_iterations)

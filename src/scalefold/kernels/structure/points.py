@@ -12,6 +12,7 @@ o_pair [H, c_z], which the product writes itself. A program holds BLOCK_M residu
 import triton
 import triton.language as tl
 
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.structure.frames import (
     load_quaternion,
     load_vector,
@@ -53,6 +54,7 @@ def _store_places(pointer, x_at, step, vector, keep):
     tl.store(pointer + x_at + 2 * step, vector[2], mask=keep)
 
 
+@program
 @triton.jit
 def place_kernel(
     projected, quaternion, translation, q, k, values, n,
@@ -60,6 +62,7 @@ def place_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Projections of s -> q, k, values; points go to the global frame. BLOCK_*: columns of a group rounded up."""
+    wait_for_predecessors()
     C: tl.constexpr = D + 3 * PQ
     i, exists, row = _residues(n, BLOCK_M)
     own = projected + row * (3 * H * (D + 2 * PQ + PV))
@@ -84,6 +87,7 @@ def place_kernel(
     _store_places(values, (row * H + h) * (D + 3 * PV) + D + 3 * (p - PQ), 1, placed, keep & (p >= PQ))
 
 
+@program
 @triton.jit
 def place_backward_kernel(
     d_q, d_k, d_values, quaternion, d_translation, d_projected, n,
@@ -91,6 +95,7 @@ def place_backward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the projections; d_translation is added to."""
+    wait_for_predecessors()
     C: tl.constexpr = D + 3 * PQ
     i, exists, row = _residues(n, BLOCK_M)
     own = d_projected + row * (3 * H * (D + 2 * PQ + PV))
@@ -122,6 +127,7 @@ def place_backward_kernel(
     store_vector(d_translation, row, (tx, ty, tz), exists)
 
 
+@program
 @triton.jit
 def features_kernel(
     attended, quaternion, translation, features, n, F,
@@ -129,6 +135,7 @@ def features_kernel(
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """attended [rows, H, D + 3 P_v] -> the first H (D + 4 P_v) of F features."""
+    wait_for_predecessors()
     _, exists, row = _residues(n, BLOCK_M)
     own = features + row * F
     j = tl.arange(0, BLOCK_D)[None, :]
@@ -145,6 +152,7 @@ def features_kernel(
     tl.store(own + H * (D + 3 * PV) + j, tl.sqrt(x * x + y * y + z * z + LENGTH_EPS), mask=keep)
 
 
+@program
 @triton.jit
 def features_backward_kernel(
     d_features, features, quaternion, d_translation, d_attended, n, F,
@@ -152,6 +160,7 @@ def features_backward_kernel(
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Gradient of ``attended``; d_translation is added to."""
+    wait_for_predecessors()
     _, exists, row = _residues(n, BLOCK_M)
     own, d_own = features + row * F, d_features + row * F
     j = tl.arange(0, BLOCK_D)[None, :]

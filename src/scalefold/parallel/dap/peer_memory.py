@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scalefold.kernels.instructions import program, wait_for_predecessors
+
 LANE = 8  # elements that a thread moves at once; lengths of runs must be multiples
 _LANE = tl.constexpr(LANE)
 LANES = 512  # per program
@@ -27,6 +29,7 @@ def _offsets(unit, first, BLOCK, SIZE: tl.constexpr):
     return unit.to(tl.int64)[:, None] * _LANE + tl.arange(0, _LANE)[None, :]
 
 
+@program
 @triton.jit
 def _send_parts(
     sources, targets, rank, source_block, target_block, count, result, SIZE: tl.constexpr, TENSORS: tl.constexpr,
@@ -37,6 +40,7 @@ def _send_parts(
     A peer holds the results of all tensors, each of ``result`` elements, behind each other. Parts that cross a wire are
     on their way first.
     """
+    wait_for_predecessors()
     unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
     keep = (unit < count)[:, None]
     peer = (tl.program_id(1) + rank + 1) % SIZE
@@ -53,11 +57,13 @@ def _send_parts(
                     tl.store(targets[p] + n * result + target, values, mask=keep)
 
 
+@program
 @triton.jit
 def _copy_parts(
     sources, out, rank, source_block, out_block, count, SIZE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
     """Program (units, peer): this rank's part of the peer's tensor, or all of it, to the peer's place in ``out``."""
+    wait_for_predecessors()
     unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
     keep = (unit < count)[:, None]
     peer = tl.program_id(1)
@@ -71,9 +77,11 @@ def _copy_parts(
             tl.store(out + target, tl.load(sources[p] + source, mask=keep), mask=keep)
 
 
+@program
 @triton.jit
 def _sum_parts(sources, out, rank, source_block, count, SIZE: tl.constexpr, LANES: tl.constexpr):
     """Program (units): sum of this rank's part of every peer's tensor, in fp32 and in rank order."""
+    wait_for_predecessors()
     unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
     keep = (unit < count)[:, None]
     source = _offsets(unit, rank, source_block, SIZE)

@@ -43,6 +43,7 @@ from scalefold.kernels.hopper.row_pieces import (
     wait_until_sent,
 )
 from scalefold.kernels.hopper.transition import column_sums, store_sums
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 
 @gluon.jit
@@ -147,6 +148,7 @@ def _differentiate(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr, BY_ROW: gl.
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_gated_gradient(
     d, o, gate, weight, update_out, gated_out, d_o, d_gate, dropout, partials, dims, tiles,
@@ -159,6 +161,7 @@ def hopper_gated_gradient(
     of the update's gradient. SLOTS: of the ring, per consumer, at least those of a tile; the number of programs is a
     multiple of C / HALF.
     """
+    wait_for_predecessors()
     PARTS: gl.constexpr = weight.block_type.shape[0] // HALF
     part = gl.program_id(0) % PARTS
     walk = Walk(gl.program_id(0) // PARTS, gl.num_programs(0) // PARTS, tiles, dims[1] // LINES, dims)

@@ -42,6 +42,7 @@ from scalefold.kernels.hopper.row_pieces import (
     slot_of,
     wait_until_sent,
 )
+from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.rows import SECTOR
 
 STAGES = gl.constexpr(2)  # tiles of pairs per consumer
@@ -123,6 +124,7 @@ def _close(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_gated_output(x, o, gate, weight, out, bias, dropout, dims, tiles, ACROSS: gl.constexpr):
     """Descriptors of x, o, gate and out [64 tiles, C] and weight [C, C]; bias: [C].
@@ -130,6 +132,7 @@ def hopper_gated_output(x, o, gate, weight, out, bias, dropout, dims, tiles, ACR
     dropout: a view [64 tiles, C] of fp32 scales, the same along level 1 if tiles lie ACROSS, else along level 2, or
     None.
     """
+    wait_for_predecessors()
     walk = new_walk(dims, tiles)
     x_ring, o_ring = new_ring(x, STAGES), new_ring(o, STAGES)
     gates = tiles_for(gate, CONSUMERS * STAGES)
@@ -234,9 +237,11 @@ def _close_wide(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_wide_gated_output(x, o, gate, weight, out, bias, dropout, dims, tiles, ACROSS: gl.constexpr):
     """The same for C = 2 HALF: x, o, gate and out in blocks of HALF channels, weight in blocks of COLUMNS."""
+    wait_for_predecessors()
     walk = new_walk(dims, tiles)
     ring = new_ring(x, SLOTS)
     weights = tiles_for(weight, 2 * HALF // COLUMNS)

@@ -41,6 +41,7 @@ from scalefold.kernels.hopper.row_pieces import (
     standardised,
     wait_until_sent,
 )
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 DEPTH = gl.constexpr(64)  # channels of a left operand
 STAGED = gl.constexpr(2)  # results per consumer on their way to memory
@@ -148,6 +149,7 @@ def _project_narrow(out, left, weight, walk, tile, NARROW: gl.constexpr, ACROSS:
     gl.store(out.pointer + offsets, acc.to(gl.bfloat16), mask=(n < NARROW)[None, :])
 
 
+@program
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_projections(
     x, weight, narrow_weight, out, norm, bias, narrow_out, dims, tiles,
@@ -157,6 +159,7 @@ def hopper_projections(
 
     bias: [C], of the last projection. narrow_out: a view [64 tiles, NARROW]. ACROSS: tiles of x and out lie so.
     """
+    wait_for_predecessors()
     walk = new_walk(dims, tiles)
     ring = new_ring(x, 1)
     weights = tiles_for(weight, COUNT)
@@ -264,12 +267,14 @@ def _project_wide(shared, SIDE: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["biased", "blocks", "tiles"])
 def hopper_wide_projections(x, weight, out, norm, bias, biased, blocks, tiles):
     """Descriptors of x [64 tiles, C], weight [COLUMNS * blocks, C] and out [COLUMNS * blocks / C * 64 tiles, C].
 
     bias: of the blocks from ``biased`` on; ``blocks``: even.
     """
+    wait_for_predecessors()
     ring = new_ring(x, 1)
     weights = Blocks(tiles_for(weight, BLOCKS), one_arrival(BLOCKS), initialised(BLOCKS, CONSUMERS))
     staged = tiles_for(out, CONSUMERS * STAGED)

@@ -32,6 +32,7 @@ from scalefold.kernels.hopper.pieces import (
     row_of,
     tiles_for,
 )
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))  # of one value per query or key, in registers
 
@@ -225,6 +226,7 @@ def _differentiate(
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["rows", "groups"])
 def hopper_keys(
     q_desc, do_desc, o_desc, k_desc, v_desc, dk_desc, dv_desc, ds_desc,
@@ -234,6 +236,7 @@ def hopper_keys(
     """Descriptors of [B, S, N, H, D] and, ds, of [B * S * H, N keys, N queries]; bias: [B, H, N, N] with strides
     (B, H, N).
     """
+    wait_for_predecessors()
     place = place_among(rows, groups)
     BLOCK_Q: gl.constexpr = q_desc.block_type.shape[2]
     STEPS: gl.constexpr = KEYS // BLOCK_Q

@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from scalefold.kernels.hopper.gradients.attention_keys import LINE, fetch_row, place_among
 from scalefold.kernels.hopper.pieces import CONSUMERS, PART, flat, group_barrier, new_barriers, tiles_for
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 RESULTS = gl.constexpr(3)  # gradients of queries, keys and values
 
@@ -107,12 +108,14 @@ def _differentiate(shared, GROUP: gl.constexpr, SCALE: gl.constexpr, STAGES: gl.
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["rows", "groups"])
 def hopper_rows(
     q_desc, do_desc, o_desc, k_desc, v_desc, dq_desc, dk_desc, dv_desc, mask, statistics, rows, groups,
     SCALE: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of [B, S, N, H, D] in tiles of PART lines; N at most CONSUMERS * PART."""
+    wait_for_predecessors()
     place = place_among(rows, groups)
     DENSE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART, PART], gl.bfloat16)

@@ -34,6 +34,7 @@ from scalefold.kernels.hopper.row_pieces import (
     wait_until_sent,
 )
 from scalefold.kernels.hopper.transition import store_sums
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 NARROW = gl.constexpr(hopper.HIDDEN_BLOCK // 2)
 SLOTS = gl.constexpr(5)  # for blocks of the weights
@@ -166,11 +167,13 @@ def _differentiate(shared, SIDE: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["count", "tiles"])
 def hopper_transition_hidden(
     x, d_out, weight_1, weight_2, hidden, d_hidden, normed, d_normed, norm, bias, partials, count, tiles
 ):  # fmt: skip
     """``hopper_transition_gradient`` with ``count`` blocks of NARROW hidden channels, at least SLOTS // 2."""
+    wait_for_predecessors()
     rings = (new_ring(x, 1), new_ring(d_out, 1))
     blocks = Blocks(tiles_for(weight_1, SLOTS), one_arrival(SLOTS), initialised(SLOTS, CONSUMERS))
     staged = tiles_for(hidden, 2 * CONSUMERS)

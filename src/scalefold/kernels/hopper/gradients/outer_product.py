@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import ROWS, one_arrival, operand_layout, product_layout
 from scalefold.kernels.hopper.triangle import PAIRED, by_pair
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 STAGES = gl.constexpr(6)  # values of j on their way to the gradient of a
 PAIR_STAGES = gl.constexpr(4)  # pairs of them on their way to that of the weight
@@ -112,6 +113,7 @@ def _sum_operand(shared, SIDE: gl.constexpr):
     gl.store(partials + (line + rows + row) * SEQUENCES + column, acc_1)
 
 
+@program
 @gluon.jit(do_not_specialize=["row_step", "column_step", "count", "per_range"])
 def hopper_outer_operand(scaled, b, weight, partials, rows, row_step, column_step, count, per_range):
     """Gradient of a [sequences, rows, CO] -> partials [ranges, CO, rows, sequences] fp32; CO is that of b.
@@ -120,6 +122,7 @@ def hopper_outer_operand(scaled, b, weight, partials, rows, row_step, column_ste
     ``count`` begins at [j * row_step + row, j * column_step]; of b [sequences, count * CO], in blocks of one j; and of
     the weight [channels of z, CO * CO], in blocks of PAIRED channels of a.
     """
+    wait_for_predecessors()
     slots = _new_slots(scaled, b, STAGES, 1)
     weights = tiles_for(weight, CONSUMERS)
     there = one_arrival(1).index(0)
@@ -194,6 +197,7 @@ def _sum_weight(shared, SIDE: gl.constexpr):
     gl.store(partials + C * CO * CO + offsets - CO, acc_1, mask=(line >= CO) & (z < C))
 
 
+@program
 @gluon.jit(do_not_specialize=["sequences", "pairs", "per_range"])
 def hopper_outer_weight(scaled, a, b, partials, sequences, pairs, per_range):
     """Gradient of the weight -> partials [PAIRED * tiles of i * ranges, channels of z, CO * CO] fp32.
@@ -201,6 +205,7 @@ def hopper_outer_weight(scaled, a, b, partials, sequences, pairs, per_range):
     Program (group of channels of a, tile of i, range of pairs of j). Descriptors of scaled gradients [I, J * C], in
     blocks of one j; a [CO * sequences, I]; b [sequences, J * CO], in blocks of PAIRED values of j.
     """
+    wait_for_predecessors()
     slots = _new_slots(scaled, b, PAIR_STAGES, PAIRED)
     channels = tiles_for(a, CONSUMERS)
     there = one_arrival(1).index(0)

@@ -37,6 +37,7 @@ from scalefold.kernels.hopper.row_pieces import (
     wait_until_sent,
 )
 from scalefold.kernels.hopper.transition import HIDDEN, Weights, leave_block
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 STAGES = gl.constexpr(4)  # blocks of weights, or tiles of rows, on their way
 
@@ -133,6 +134,7 @@ def _differentiate(shared, SIDE: gl.constexpr):
     tma.store_wait(0)
 
 
+@program
 @gluon.jit(do_not_specialize=["blocks", "tiles"])
 def hopper_transition_input(x, d_out, weight_1, weight_2, dx, normed, norm, bias, partials, blocks, tiles):
     """Descriptors of x, d_out, dx and normed [64 tiles, C] and weights [hidden, C] and [C, hidden] in ``blocks``.
@@ -140,6 +142,7 @@ def hopper_transition_input(x, d_out, weight_1, weight_2, dx, normed, norm, bias
     bias: of the hidden layer; partials: [tiles, 3 C] fp32, sums for the norm's weight and bias and the last bias. At
     least STAGES blocks.
     """
+    wait_for_predecessors()
     rings = (new_ring(x, 1), new_ring(d_out, 1))
     weights = Weights(
         tiles_for(weight_1, STAGES), tiles_for(weight_2, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS)
@@ -231,12 +234,14 @@ def _sum_weights(shared, SIDE: gl.constexpr):
     gl.store(partials + 2 * width * C + own, total)
 
 
+@program
 @gluon.jit(do_not_specialize=["tiles", "per_range"])
 def hopper_transition_weights(normed, d_out, weight_1, weight_2, bias, partials, width, tiles, per_range):
     """Program (2 ROWS hidden channels, range of tiles of rows) -> partials[range]: gradients of weight 1, weight 2 and
     bias 1. Descriptors of the norm and d_out [64 tiles, C], weights [width, C] and [C, width] in blocks [C, C], C being
     2 ROWS.
     """
+    wait_for_predecessors()
     slots = Slots(
         tiles_for(normed, STAGES), tiles_for(d_out, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS)
     )

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import one_arrival, product_layout
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 BEHIND = gl.constexpr(1)  # products that a consumer leaves unfinished when the next ones begin
 
@@ -98,6 +99,7 @@ def _sum_rows(shared, SIDE: gl.constexpr, COUNT: gl.constexpr, TRANSPOSED: gl.co
                 gl.store(partials + line * c + column, acc)
 
 
+@program
 @gluon.jit(do_not_specialize=["num_rows", "per_range"])
 def hopper_weight_gradients(
     d0, d1, d2, d3, a0, a1, a2, a3, partials, width, c, num_rows, per_range,
@@ -109,6 +111,7 @@ def hopper_weight_gradients(
     [rows of a slot, columns of a tile]; per_range: rows of a range, in whole slots. Bits of TRANSPOSED: gradients
     that are stored as [c, width].
     """
+    wait_for_predecessors()
     slots = Slots(tiles_for(d0, STAGES), tiles_for(a0, STAGES), one_arrival(STAGES), initialised(STAGES, CONSUMERS))
     publish()
     LINES: gl.constexpr = d0.block_type.shape[1]

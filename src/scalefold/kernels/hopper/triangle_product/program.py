@@ -34,6 +34,7 @@ from scalefold.kernels.hopper.row_pieces import (
     send_at,
     wait_until_sent,
 )
+from scalefold.kernels.instructions import program, wait_for_predecessors
 
 LENGTH = gl.constexpr(256)  # of a side of all matrices
 CHUNK = gl.constexpr(64)  # values of k of a block
@@ -198,6 +199,7 @@ def _multiply(
     tma.store_wait(0)
 
 
+@program
 @gluon.jit
 def hopper_product(
     y, x, second, out, second_out,
@@ -208,6 +210,7 @@ def hopper_product(
     Program (part of a channel, channel): parts are TILES tiles of m. The second product, if there is one, reads y as if
     KEPT_ACROSS, which it then is not.
     """
+    wait_for_predecessors()
     PAIRED: gl.constexpr = second is not None
     COUNT: gl.constexpr = (2 if PAIRED else 1) * TILES // CONSUMERS
     gl.static_assert(not PAIRED or not KEPT_ACROSS, "a second product reads y the other way around")
