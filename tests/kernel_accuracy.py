@@ -1,10 +1,11 @@
 """How kernel tests judge: error against fp32 at most twice PyTorch's own error at the same precision."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from scalefold.kernels import tuning
 
@@ -88,6 +89,16 @@ def of_parts(
             outputs = call()
         found.append([outputs] if isinstance(outputs, torch.Tensor) else list(outputs))
     return found
+
+
+def count_launched(candidates: Sequence[tuning.Config], check: Callable[[tuning.Config], None]) -> int:
+    """How many candidates were checked: those that the GPU has shared memory for, as a search leaves the others out."""
+    count = 0
+    for config in candidates:
+        with suppress(OutOfResources):
+            check(config)
+            count += 1
+    return count
 
 
 def turned(x: Tensor, transposed: bool) -> Tensor:

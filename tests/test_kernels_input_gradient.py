@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from kernel_accuracy import DTYPES, TILE, Draw, assert_as_accurate_as_pytorch, of_parts, same_bits, turned
+from kernel_accuracy import (
+    DTYPES,
+    TILE,
+    Draw,
+    assert_as_accurate_as_pytorch,
+    count_launched,
+    of_parts,
+    same_bits,
+    turned,
+)
 from scalefold.kernels import reference, tuning
 from scalefold.kernels.gradients import input_gradient
 from scalefold.kernels.ops import linear, outer_product, triangle
@@ -159,15 +168,16 @@ def test_all_candidates_of_input_gradients_in_parts_agree_and_repeat(shape, widt
     leaves = [leaf.requires_grad_() for leaf in (x, *parameters, *(bias for bias in biases if bias is not None))]
     outputs = linear.layer_norm_linear(*leaves[:3], leaves[3 : 3 + len(widths)], biases)
     given = [draw(*out.shape).bfloat16() for out in outputs]
-    candidates = CANDIDATES[name]({"c": c})[1:]
-    for config in candidates:
-        one, parts, again = of_parts(
-            name,
-            config,
-            (1, config["PARTS"], config["PARTS"]),
-            lambda: torch.autograd.grad(outputs, leaves, given, retain_graph=True),
-        )
-        assert gradient_grids[-3:] == [1, config["PARTS"], config["PARTS"]]
+
+    def call():
+        return torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+
+    (one,) = of_parts(name, {}, (1,), call)
+
+    def check(config):
+        parts, again = of_parts(name, config, (config["PARTS"],) * 2, call)
+        assert gradient_grids[-2:] == [config["PARTS"]] * 2
         assert_within_rounding(parts, one, config)
         assert all(map(same_bits, parts, again)), config
-    assert len(candidates) > 5
+
+    assert count_launched(CANDIDATES[name]({"c": c})[1:], check) > 5
