@@ -1,18 +1,24 @@
-"""compute-sanitizer's racecheck over every kernel: accesses to shared memory that no barrier orders.
+"""compute-sanitizer over every kernel: races in shared memory, or accesses to memory that is nobody's.
 
-    python benchmarks/measure/racecheck.py             # shapes of DAP 8, then DAP 1, with the launch parameters shipped
-    python benchmarks/measure/racecheck.py --dap 8 --only layer_norm_linear --minutes 2
+    python benchmarks/measure/sanitize.py              # shapes of DAP 8, then DAP 1, with the launch parameters shipped
+    python benchmarks/measure/sanitize.py --dap 8 --only layer_norm_linear --minutes 2
+    python benchmarks/measure/sanitize.py --tool memcheck
 
 Every operation runs once, forward and backward, under the sanitizer, in several processes at a time, because that
-takes far longer than the kernels do; a pool of processes compiles them first. What asynchronous products and the copy
-engine do to shared memory it may not see: ``rings.py`` looks for that. Nor does it follow the barriers on which copies
-arrive: of every program that splits its warps around them, libraries' own ones included, it reports each hand-over.
-Those are listed and not counted; that their results repeat bit for bit is asked by ``reproducibility.py``. Prints
-hazards by kernel; exit status 1 if others have some, or if not every case was reached.
+takes far longer than the kernels do; a pool of processes compiles them first. Prints faults by kernel; exit status 1 if
+there are some, or if not every case was reached.
+
+``racecheck``: accesses to shared memory that no barrier orders. What asynchronous products and the copy engine do to it
+it may not see: ``compile_targets.py --rings`` looks for that. Nor does it follow the barriers on which copies arrive:
+of every program that splits its warps around them, libraries' own ones included, it reports each hand-over. Those are
+listed and not counted; that their results repeat bit for bit is asked by ``reproducibility.py``.
+
+``memcheck``: every tensor is an allocation of its own, so that reading or writing just behind it is found.
 """
 
 import argparse
 import collections
+import os
 import re
 import shutil
 import subprocess
@@ -33,8 +39,15 @@ from scalefold.tune.operation_cases import Case, training_cases
 from scalefold.tune.programs import run_once
 
 DAPS = (8, 1)
-OPTIONS = ("--tool", "racecheck", "--print-limit", "0")
+TOOLS = {
+    "racecheck": ("--print-limit", "0"),
+    "memcheck": ("--print-limit", "100", "--report-api-errors", "no"),
+}
+ENDS = {"racecheck": "RACECHECK SUMMARY", "memcheck": "ERROR SUMMARY"}
+NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 ACCESS = re.compile(r"(Error|Warning): .*?\b(Write|Read) access at (?:void )?([\w:]+)")
+INVALID = re.compile(r"(Invalid __\w+__ \w+|Misaligned \w+|Device.* error)")
+PLACE = re.compile(r"={5,}\s+at (?:void )?([\w:]+)")
 HANDS_OVER = re.compile(r"hopper_|nvjet_")  # programs whose warps wait for copies, ours and those of cuBLAS
 HAZARDS = re.compile(r"\[(\d+) hazards?\]")
 
@@ -56,6 +69,19 @@ def hazards(lines: Iterable[str]) -> dict[tuple[str, str], int]:
     return dict(found)
 
 
+def invalid_accesses(lines: Iterable[str]) -> dict[tuple[str, str], int]:
+    """Accesses in a memcheck report by (kernel, what), one per thread that made them."""
+    found: dict[tuple[str, str], int] = collections.defaultdict(int)
+    what = None
+    for line in lines:
+        if access := INVALID.search(line):
+            what = access[1]
+        elif what is not None and (place := PLACE.search(line)):
+            found[place[1], what] += 1
+            what = None
+    return dict(found)
+
+
 def chosen_cases(daps: list[int], only: list[str], process: int = 0, processes: int = 1) -> dict[str, Case]:
     """Cases by name, in the order in which they run; those of one process of several."""
     cases = {f"dap {dap} {case.name}": case for dap in daps for case in training_cases(dap)}
@@ -71,10 +97,10 @@ def launch(cases: dict[str, Case]) -> None:
         print(f"ran {name}", flush=True)
 
 
-def run(command: list[str], deadline: float) -> list[str]:
+def run(command: list[str], deadline: float, environment: dict[str, str]) -> list[str]:
     """Cases that a command has run until it ended or the deadline came; the rest of its output is shown."""
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment)
         try:
             process.wait(max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -89,15 +115,18 @@ def run(command: list[str], deadline: float) -> list[str]:
     return ran
 
 
-def watched(deadline: float, command: list[str], report: Path) -> tuple[list[str], list[str]]:
+def watched(
+    deadline: float, environment: dict[str, str], command: list[str], report: Path
+) -> tuple[list[str], list[str]]:
     """Cases that one process under the sanitizer has run, and the lines of its report."""
-    reached = run([command[0], "--log-file", str(report), *command[1:]], deadline)
+    reached = run([command[0], "--log-file", str(report), *command[1:]], deadline, environment)
     return reached, report.read_text(errors="replace").splitlines() if report.exists() else []
 
 
 def main() -> int:
     """Launch, watch and summarise; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tool", choices=TOOLS, default="racecheck", help="of the sanitizer")
     parser.add_argument("--dap", type=int, nargs="+", default=list(DAPS), help="training shares, in this order")
     parser.add_argument("--only", nargs="+", default=[], help="cases whose name contains one of these")
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit of everything")
@@ -117,35 +146,39 @@ def main() -> int:
     own += ["--only", *arguments.only] if arguments.only else []
 
     with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(arguments.processes) as pool:
-        commands = [[sanitizer, *OPTIONS, *own, "--launch", str(number)] for number in range(arguments.processes)]
+        options = [sanitizer, "--tool", arguments.tool, *TOOLS[arguments.tool]]
+        commands = [[*options, *own, "--launch", str(number)] for number in range(arguments.processes)]
         reports = [Path(name) / f"report{number}" for number in range(arguments.processes)]
-        parts = list(pool.map(partial(watched, deadline), commands, reports))
+        environment = NO_CACHE if arguments.tool == "memcheck" else {}
+        parts = list(pool.map(partial(watched, deadline, environment), commands, reports))
     wanted = chosen_cases(arguments.dap, arguments.only)
-    return summarise(list(wanted), [case for cases, _ in parts for case in cases], [lines for _, lines in parts])
+    reached, reports = [case for cases, _ in parts for case in cases], [lines for _, lines in parts]
+    return summarise(arguments.tool, list(wanted), reached, reports)
 
 
-def summarise(wanted: list[str], reached: list[str], reports: list[list[str]]) -> int:
+def summarise(tool: str, wanted: list[str], reached: list[str], reports: list[list[str]]) -> int:
     """Print what was found; the exit status."""
-    found = hazards(line for lines in reports for line in lines)
+    races = tool == "racecheck"
+    found = (hazards if races else invalid_accesses)(line for lines in reports for line in lines)
     rows: list[dict[str, object]] = [
         {
             "kernel": kernel,
-            "severity": severity,
-            "hazards": count,
-            "judged": "no" if HANDS_OVER.match(kernel) else "yes",
+            "what": what,
+            "faults": count,
+            "judged": "no" if races and HANDS_OVER.match(kernel) else "yes",
         }
-        for (kernel, severity), count in found.items()
+        for (kernel, what), count in found.items()
     ]
     judged = [row for row in rows if row["judged"] == "yes"]
     print_table(rows)
-    unfinished = [lines for lines in reports if not any("RACECHECK SUMMARY" in line for line in lines)]
+    unfinished = [lines for lines in reports if not any(ENDS[tool] in line for line in lines)]
     for lines in unfinished:
         print("\n".join(["the sanitizer did not finish:", *lines[-20:]]))
     missed = [case for case in wanted if case not in reached]
     if missed:
         print(f"NOT reached: {', '.join(missed)}")
-    count = sum(int(str(row["hazards"])) for row in judged)
-    print(f"{len(reached)} of {len(wanted)} cases, {count} hazards in {len(judged)} kernels")
+    count = sum(int(str(row["faults"])) for row in judged)
+    print(f"{len(reached)} of {len(wanted)} cases, {count} faults in {len(judged)} lines")
     return int(bool(judged) or bool(missed) or bool(unfinished))
 
 
