@@ -60,9 +60,9 @@ bench-data: setup  ## prepare real or generated chains and measure samples per s
 bench-gpu: setup  ## measure a step on this machine's GPUs, side by side, and judge every line (TORCH=torch==2.11.0 STORE=folder)
 	$(BIN)/python benchmarks/measure/gates.py $(STORE)
 
-rings: setup  ## the long ring: compiled kernels (races at every share, keys, machine code) and scripts (no GPU, minutes)
+rings: setup  ## the long ring: compiled kernels (faults at every share, keys, machine code) and scripts (no GPU, minutes)
 	$(BIN)/python -m pytest -q $(SPREAD) -m "long and not gpu"
-	$(BIN)/python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
+	$(BIN)/python benchmarks/measure/compile_targets.py --faults --dap 1 2 4 8 --evaluation 320 704
 
 test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo
 	$(PYTHON) tests/installation.py

@@ -19,7 +19,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from scalefold.config import Config, load_config
-from scalefold.kernels import ahead, triton_ops
+from scalefold.kernels import triton_ops
+from scalefold.kernels.compiled import ahead
 from scalefold.run import compile_ahead
 
 found: dict[str, set[str]] = {}

@@ -21,7 +21,7 @@ FEW = ["execution.kernels=triton", "data.val_max_sequence_length=16", "data.eval
 COMPILE = """
 import torch
 from scalefold.kernels.choice import operations
-from scalefold.kernels.ahead import compiling_for
+from scalefold.kernels.compiled.ahead import compiling_for
 ops, device = operations("triton"), torch.device("meta")
 with compiling_for(90) as count:
     CALL
@@ -37,7 +37,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from scalefold.kernels import triton_ops
 from scalefold.kernels.choice import operations
-from scalefold.kernels.ahead import counting
+from scalefold.kernels.compiled.ahead import counting
 class Driver:
     get_current_device = lambda self: 0
     get_current_stream = lambda self, device: 0
@@ -77,7 +77,7 @@ BY_TWO = """
 import os, signal, sys, triton.knobs
 from pathlib import Path
 import torch
-from scalefold.kernels import ahead
+from scalefold.kernels.compiled import ahead
 from scalefold.kernels.choice import operations
 ops, device = operations("triton"), torch.device("meta")
 parent, compile_it = os.getpid(), ahead.Wanted.compile

@@ -1,20 +1,21 @@
 """Compile every Triton kernel for compute capability 8.0, 9.0 and 10.0 without a GPU; list what ptxas made of it.
 
     python benchmarks/measure/compile_targets.py [--targets 80 90 100] [--only NAME] [--modules M ...] [--csv out.csv]
-    python benchmarks/measure/compile_targets.py --rings           # races only, for 9.0, at the shapes of DAP 1
-    python benchmarks/measure/compile_targets.py --rings --dap 1 2 4 8 --evaluation 320 704
+    python benchmarks/measure/compile_targets.py --faults          # those only, for 9.0, at the shapes of DAP 1
+    python benchmarks/measure/compile_targets.py --faults --dap 1 2 4 8 --evaluation 320 704
 
 Each kernel module names representative calls (``compile_cases``, see ``scalefold.kernels.tuning``); ``--dap`` and
 ``--evaluation`` take every operation at the shapes of those shares and lengths instead. They run on meta tensors; each
 launch is recorded instead of executed and compiled with the launch parameters of the target. Exit status 1 if a kernel
-does not compile, if its shared or tensor memory exceeds what a program may use there, or if it races (``rings.py``,
-which does not know the products of 10.0); ``--rings`` looks for races alone and compiles no further than that needs.
+does not compile, if its shared or tensor memory exceeds what a program may use there, or if the compiler or assembler
+made it wrong (``scalefold.kernels.compiled``, which does not know the products of 10.0).
 """
 
 import argparse
 import contextlib
 import csv
 import importlib
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -38,9 +39,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from scalefold.kernels import triton_ops, tuning
+from scalefold.kernels.compiled import faults
+from scalefold.processors import processors
 from scalefold.tune import operation_cases
 from scalefold.tune.programs import SHARED_LIMIT, TENSOR_COLUMNS, tensor_columns
-from scalefold.tune.sound.rings import ring_faults, unguarded_refills
 
 SHARED_PER_SM = {target: limit + 1024 for target, limit in SHARED_LIMIT.items()}
 REGISTERS_PER_SM, WARPS_PER_SM = 65536, 64
@@ -77,14 +79,7 @@ class Report:
     tcgen05: int
     mma: int
     options: str
-    races: str
-
-
-class _Reached(Exception):
-    """Compilation came as far as it was wanted; ``text``: the program at that point."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
+    faults: str
 
 
 @contextlib.contextmanager
@@ -124,38 +119,6 @@ def compile_launch(launch: Launch, target: int) -> Any:
     return triton.compile(source, target=gpu, options=options)
 
 
-def gpu_dialect(launch: Launch, target: int) -> str:
-    """The kernel in Triton's GPU dialect, as ``rings.ring_faults`` reads it; no machine code is made."""
-    gpu = GPUTarget("cuda", target, 32)
-    source, options = source_of(launch, gpu)
-    try:
-        with _compiling_up_to("ttgir", type(make_backend(gpu))):
-            return triton.compile(source, target=gpu, options=options).asm["ttgir"]  # it was in the cache
-    except _Reached as reached:
-        return reached.text
-
-
-@contextlib.contextmanager
-def _compiling_up_to(stage: str, backend: Any) -> Iterator[None]:
-    """Raise _Reached after a stage of the compiler."""
-    original = backend.add_stages
-
-    def add_stages(self: Any, stages: dict[str, Callable], *arguments: Any) -> None:
-        original(self, stages, *arguments)
-        last = stages[stage]
-
-        def stop(module: Any, metadata: dict) -> None:
-            raise _Reached(str(last(module, metadata)))
-
-        stages[stage] = stop
-
-    backend.add_stages = add_stages
-    try:
-        yield
-    finally:
-        backend.add_stages = original
-
-
 def ptxas_usage(ptx: str, target: int) -> tuple[int, int]:
     """Registers per thread and bytes of spill stores plus loads, from ``ptxas -v``."""
     name = f"sm_{target}a" if target >= 90 else f"sm_{target}"
@@ -193,13 +156,13 @@ def report(case: str, launch: Launch, target: int) -> Report:
         tcgen05=len(re.findall(r"tcgen05\.mma\.", ptx)),
         mma=len(re.findall(r"mma\.sync\.aligned\.m", ptx)),
         options=" ".join(f"{k}={v}" for k, v in constants.items() if isinstance(v, int | str)),
-        races="; ".join(compiled_races(compiled)),
+        faults="; ".join(faults_of(compiled)),
     )
 
 
-def compiled_races(compiled: Any) -> list[str]:
-    """Races of a compiled kernel, one line each; none where the target has no asynchronous products."""
-    return ring_faults(compiled.asm["ttgir"]) + unguarded_refills(compiled.asm["ptx"], compiled.metadata.num_warps)
+def faults_of(compiled: Any) -> list[str]:
+    """What makes results of a compiled kernel wrong, one line each."""
+    return faults(compiled.asm["ttgir"], compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.num_warps)
 
 
 ROOMS = (
@@ -271,17 +234,34 @@ def _is_constant(value: object) -> bool:
     return value is None or isinstance(value, int | float | str)
 
 
-def print_races(cases: list[tuple[str, Callable[[], None]]], target: int) -> int:
-    """Judge every different kernel of the cases and name those that race; exit status 1 if any does, or none ran."""
-    judged = racing = 0
-    for name, launches in different_launches(cases, target, lambda launch: identity(launch, target)):
+def faults_of_case(place: int) -> dict[str, list[str]]:
+    """By identity of every different kernel of a case: a line for each fault."""
+    (name, call), target = _shared["cases"][place], _shared["target"]
+    found = {}
+    for _, launches in different_launches([(name, call)], target, lambda launch: identity(launch, target)):
         for launch in launches:
-            found = ring_faults(gpu_dialect(launch, target))
-            judged, racing = judged + 1, racing + bool(found)
-            for fault in found:
-                print(f"{name}: {launch.kernel.fn.__name__}: {fault}", flush=True)
-    print(f"{judged} kernels of {len(cases)} cases for {target / 10}: {racing} race")
-    return int(racing > 0 or not judged)
+            own = faults_of(compile_launch(launch, target))
+            found[identity(launch, target)] = [f"{name}: {launch.kernel.fn.__name__}: {fault}" for fault in own]
+    return found
+
+
+_shared: dict[str, Any] = {}  # with the processes that judge: cases hold functions, which cannot be sent
+
+
+def print_faults(cases: list[tuple[str, Callable[[], None]]], target: int, workers: int) -> int:
+    """Judge every different kernel of the cases and name faulty ones; exit status 1 if there are some, or none ran."""
+    _shared.update(cases=cases, target=target)
+    judged: dict[str, list[str]] = {}
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        for done, found in enumerate(pool.imap(faults_of_case, range(len(cases))), 1):
+            for line in (line for key, lines in found.items() if key not in judged for line in lines):
+                print(line, flush=True)
+            judged |= found
+            if done * 10 // len(cases) > (done - 1) * 10 // len(cases):
+                print(f"{done} of {len(cases)} cases", flush=True)
+    faulty = sum(bool(lines) for lines in judged.values())
+    print(f"{len(judged)} kernels of {len(cases)} cases for {target / 10}: {faulty} faulty")
+    return int(faulty > 0 or not judged)
 
 
 def main() -> int:
@@ -291,20 +271,20 @@ def main() -> int:
     parser.add_argument("--modules", nargs="+", help="modules with kernels (default: all)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--csv", type=Path, help="also write the table here")
-    parser.add_argument("--rings", action="store_true", help="only look for races, for 9.0 (--dap: default 1)")
+    parser.add_argument("--faults", action="store_true", help="only look for faults, for 9.0 (--dap: default 1)")
     parser.add_argument("--dap", type=int, nargs="+", help="every operation at these training shares")
     parser.add_argument("--evaluation", type=int, nargs="+", default=[], metavar="LENGTH", help="chains, forward only")
     arguments = parser.parse_args()
-    daps = arguments.dap or ([1] if arguments.rings and not arguments.modules else [])
+    daps = arguments.dap or ([1] if arguments.faults and not arguments.modules else [])
     cases = shape_cases(daps, arguments.evaluation) or all_cases(arguments.modules)
     cases = [case for case in cases if arguments.only in case[0]]
-    if arguments.rings:
-        return print_races(cases, 90)
+    if arguments.faults:
+        return print_faults(cases, 90, processors())
     return print_reports(cases, arguments.targets, arguments.csv)
 
 
 def print_reports(cases: list[tuple[str, Callable[[], None]]], targets: list[int], table: Path | None) -> int:
-    """One line per kernel, also as a CSV file; exit status 1 if one is too large or races, or there is none."""
+    """One line per kernel, also as a CSV file; exit status 1 if one is too large or faulty, or there is none."""
     rows = []
     bad = False
     print(
@@ -313,12 +293,12 @@ def print_reports(cases: list[tuple[str, Callable[[], None]]], targets: list[int
     for row in reports(cases, targets):
         rows.append(row)
         too_large = row.shared_kib * 1024 > SHARED_LIMIT[row.target] or row.tensor_columns > TENSOR_COLUMNS
-        bad |= too_large or bool(row.races)
+        bad |= too_large or bool(row.faults)
         print(
             f"{row.case:28}{row.kernel:26}{row.target:6} {row.warps:5} {row.registers:4} {row.spill_bytes:5}"
             f" {row.shared_kib:9.1f} {row.tensor_columns:5} {row.programs_per_sm:7} {row.wgmma:6} {row.tcgen05:8}"
             f" {row.mma:4}  {row.grid}  {row.options}{'  TOO LARGE' if too_large else ''}"
-            f"{'  RACES: ' + row.races if row.races else ''}",
+            f"{'  FAULTS: ' + row.faults if row.faults else ''}",
             flush=True,
         )
     if table and rows:

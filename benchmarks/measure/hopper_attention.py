@@ -47,7 +47,8 @@ from hopper_cases import (
     run_forward,
     too_large,
 )
-from scalefold.kernels import ahead, tuning
+from scalefold.kernels import tuning
+from scalefold.kernels.compiled import ahead
 from scalefold.tune.sound.bits import Difference, repeat
 
 WORKERS = 12  # that compile

@@ -15,17 +15,14 @@ import argparse
 import collections
 import hashlib
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import triton.knobs
-
 from common import append_rows, print_table, read_rows
 from compile_targets import Launch, compile_launch, different_launches, identity, shape_cases
+from scalefold.kernels.compiled.machine_code import disassembled
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
@@ -33,16 +30,6 @@ PLACES = re.compile(r"c\[0x0\]\[[^]]*\]|(?<=BRA )(?:!?U?P\d, )?0x[0-9a-f]+|(?<=B
 KEY = ("case", "kernel", "turn")
 SIZES = ("registers", "stack", "shared", "instructions", "global_reads", "global_writes")
 GLOBAL_READS, GLOBAL_WRITES = ("LDG", "LDGSTS", "UTMALDG"), ("STG", "UTMASTG", "ATOMG", "RED")
-
-
-def disassembled(cubin: bytes) -> str:
-    """Instructions and resource usage of a compiled kernel, as text."""
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run([tool, "-sass", "-res-usage", file.name], check=True, capture_output=True, text=True)
-    return done.stdout
 
 
 def operation(instruction: str) -> str:

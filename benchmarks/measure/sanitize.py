@@ -9,7 +9,7 @@ takes far longer than the kernels do; a pool of processes compiles them first. P
 there are some, or if not every case was reached.
 
 ``racecheck``: accesses to shared memory that no barrier orders. What asynchronous products and the copy engine do to it
-it may not see: ``compile_targets.py --rings`` looks for that. Nor does it follow the barriers on which copies arrive:
+it may not see: ``compile_targets.py --faults`` looks for that. Nor does it follow the barriers on which copies arrive:
 of every program that splits its warps around them, libraries' own ones included, it reports each hand-over. Those are
 listed and not counted; that their results repeat bit for bit is asked by ``reproducibility.py``.
 

@@ -22,6 +22,10 @@ class ConfigError(ScaleFoldError):
     """A configuration file has an unknown key, a wrong type or an impossible combination."""
 
 
+class KernelError(ScaleFoldError):
+    """A compiler made a kernel whose results would be wrong."""
+
+
 class DataError(ScaleFoldError):
     """A raw file, a store or a sample is missing, malformed or inconsistent."""
 

@@ -65,7 +65,7 @@ def compile_kernels(
     out.mkdir(parents=True, exist_ok=True)
     os.environ["TRITON_CACHE_DIR"] = str(out.resolve())
     try:
-        from scalefold.kernels.ahead import compile_wanted, compiling_for, only_recorded
+        from scalefold.kernels.compiled.ahead import compile_wanted, compiling_for, only_recorded
     except ImportError as error:
         raise ConfigError(f"Triton cannot be imported: {error}") from None
     start = time.monotonic()

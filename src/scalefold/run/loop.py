@@ -128,7 +128,7 @@ def counted_kernels(run: Run) -> Iterator[None]:
     if run.training.optimizer.ops.name != "triton":
         yield
         return
-    from scalefold.kernels.ahead import counting
+    from scalefold.kernels.compiled.ahead import counting
 
     with counting() as count:
         yield

@@ -8,6 +8,7 @@ whose seed and offset every replay reads anew, so seeding before a step has the 
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -137,6 +138,11 @@ class GraphedTrainStep(TrainStep):
         self._values: dict[int, Tensor] = {}
         self._pool = None
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        """One for all captures: libraries keep working memory for every stream that they have been called on."""
+        return torch.cuda.Stream(priority=-1 if self.chain_first else 0)
+
     def warm_up(self, batch: Batch, passes: int, progress: Callable[[str], None]) -> None:
         """Compile, warm up and capture the graph of every number of passes; state is put back."""
         self._input = batch.empty_like(self.micro_batch_size)
@@ -144,8 +150,7 @@ class GraphedTrainStep(TrainStep):
         self._pool = torch.cuda.graph_pool_handle()
         with preserved(self.optimizer):
             self.optimizer.prepare(1)  # steps outside a graph divide by the bias corrections
-            stream = torch.cuda.Stream(priority=-1 if self.chain_first else 0)
-            total = num_parts(batch, self.micro_batch_size) * self.accumulation
+            stream, total = self._stream, num_parts(batch, self.micro_batch_size) * self.accumulation
             compiling = range(passes, 0, -1) if self.compiles_each else (passes,)
             for r in compiling:  # before the first capture, whose memory they could not use
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")

@@ -10,26 +10,23 @@ import io
 import math
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton.knobs
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import triton_ops, tuning
-from scalefold.kernels.ahead import compile_wanted, compiling_for, only_recorded
+from scalefold.kernels.compiled import faults
+from scalefold.kernels.compiled.ahead import compile_wanted, compiling_for, only_recorded
+from scalefold.kernels.compiled.machine_code import disassembled
 from scalefold.kernels.table import REFERENCE
 from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, on_device, outputs_of, training_cases
-from scalefold.tune.sound.rings import ring_faults, unguarded_refills
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of one program (CUDA programming guide)
 TENSOR_COLUMNS = 512  # of tensor memory in a multiprocessor of 10.0 (PTX manual); Triton refuses to load more
@@ -242,10 +239,10 @@ def _bytes_of(value: object) -> int:
 
 def _figures(launches: list[_Launch]) -> Program:
     own = [launch for launch in launches if launch.own]
-    racing = [launch.kernel.name for launch in launches if races(*_texts(launch.kernel))]
+    wrong = {launch.kernel.name: found for launch in launches if (found := _faults(*_outputs(launch.kernel)))}
     shared = max((launch.kernel.metadata.shared for launch in own), default=0)
     usage = [_machine_code_usage(launch.kernel.asm["cubin"]) for launch in own]
-    error = f"races in {', '.join(racing)}" if racing else ""
+    error = "; ".join(f"{name}: {found[0]}" for name, found in wrong.items())
     if own and shared > SHARED_LIMIT[own[0].kernel.metadata.target.arch]:
         error = f"shared memory: {shared} bytes"
     if (columns := max((tensor_columns(launch.kernel) for launch in own), default=0)) > TENSOR_COLUMNS:
@@ -265,23 +262,15 @@ def tensor_columns(kernel: Any) -> int:
     return getattr(kernel.metadata, "tmem_size", None) or 0
 
 
-def _texts(kernel: Any) -> tuple[str, str, int]:
-    return kernel.asm["ttgir"], kernel.asm["ptx"], kernel.metadata.num_warps
+def _outputs(kernel: Any) -> tuple[str, str, bytes, int]:
+    return kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.num_warps
 
 
-@functools.cache
-def races(ttgir: str, ptx: str, num_warps: int) -> bool:
-    """Whether a compiled kernel may overwrite what an unfinished product reads."""
-    return bool(ring_faults(ttgir) or unguarded_refills(ptx, num_warps))
+_faults = functools.cache(faults)
 
 
 @functools.cache
 def _machine_code_usage(cubin: bytes) -> tuple[int, int]:
     """Registers per thread and bytes per thread in local memory, where spilled registers go."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", disassembled(cubin))
     return max(int(registers) for registers, _ in found), sum(int(stack) for _, stack in found)

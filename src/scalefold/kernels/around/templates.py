@@ -211,11 +211,13 @@ def _weight_gradient_kernel(
 
 
 def _sizes(z: Tensor, t: Tensor, weights: Sequence[Tensor], heads: int) -> dict[str, int]:
-    width, block = weights[0].shape[0] // heads, 64 if z.element_size() == 2 else 16
+    inner = weights[0].shape[0]
+    # tiles of 16 rows use no products of warp groups, which CUDA 12.8 assembles wrong at other widths (machine_code.py)
+    block = 64 if z.element_size() == 2 and inner == t.shape[-1] == 64 else 16
     return {
         "T": t.shape[1],
         "H": heads,
-        "D": width,
+        "D": inner // heads,
         "C_Z": z.shape[-1],
         "C_T": t.shape[-1],
         "BLOCK_M": block,

@@ -75,7 +75,7 @@ def _add_products(
     SUMMED: column sums of d are stored in ``sums``, from projection FIRST on, once the product is complete: the
     compiler gives a tile that feeds a product and something else a ring with one slot too few, and refills the slot
     that an unfinished product still reads (triton-lang/triton#6691; fewer stages or more warps only hide it).
-    ``complete`` may go once ``benchmarks/measure/compile_targets.py --rings`` is clean without it in every supported
+    ``complete`` may go once ``benchmarks/measure/compile_targets.py --faults`` is clean without it in every supported
     release.
     """
     for start in range(FIRST * WIDTH, LAST * WIDTH, BLOCK_N):

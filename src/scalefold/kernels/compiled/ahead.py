@@ -30,7 +30,10 @@ from triton.runtime.cache import triton_key
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from scalefold.errors import KernelError
 from scalefold.kernels import tuning
+from scalefold.kernels.choice import explain
+from scalefold.kernels.compiled import faults
 
 PARTS = 10  # lines of progress
 
@@ -56,20 +59,46 @@ class Count:
         return f"kernels: {self.hits} from the cache, {self.misses} compiled in {self.seconds:.0f} s"
 
 
+def refuse_faults(metadata: dict[str, Any], group: dict[str, str]) -> None:
+    """Look through a kernel that Triton has just compiled; group: its files by name.
+
+    Raises:
+        KernelError: its results would be wrong. It is taken out of the cache, so that it never runs.
+    """
+    files = {Path(name).suffix: Path(path) for name, path in group.items()}
+    if ".cubin" not in files:
+        return
+    ttgir, ptx = (files[kind].read_text() if kind in files else "" for kind in (".ttgir", ".ptx"))
+    try:
+        found = faults(ttgir, ptx, files[".cubin"].read_bytes(), metadata["num_warps"])
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # no disassembler: Triton brings one
+        return explain("compiled, but not looked through for faults of compilers", str(error))
+    if found:
+        files[".json"].unlink()
+        raise KernelError(
+            f"kernel {metadata['name']}: {found[0]}: its results would be wrong. That is a fault of Triton's compiler "
+            f"or of the assembler; newer ones may be right (TRITON_PTXAS_PATH=/path/to/ptxas, from CUDA 12.9 on), and "
+            f"execution.kernels: reference does without"
+        )
+
+
 @contextmanager
 def counting() -> Iterator[Count]:
-    """Count the kernels that Triton looks up inside."""
+    """Count the kernels that Triton looks up inside, and refuse those that it compiles wrong (``refuse_faults``)."""
     count, before = Count(), triton.knobs.compilation.listener
 
-    def listen(*, metadata_group: dict[str, str], times: Any, cache_hit: bool, **named: Any) -> None:
+    def listen(
+        *, metadata: dict[str, Any], metadata_group: dict[str, str], times: Any, cache_hit: bool, **named: Any
+    ) -> None:
         if cache_hit:
             count.hits += 1
         else:
+            refuse_faults(metadata, metadata_group)
             count.misses += 1
             count.seconds += times.total / 1e6
         count.folders |= {Path(path).parent.name for path in metadata_group.values()}
         if before is not None:
-            before(metadata_group=metadata_group, times=times, cache_hit=cache_hit, **named)
+            before(metadata=metadata, metadata_group=metadata_group, times=times, cache_hit=cache_hit, **named)
 
     triton.knobs.compilation.listener = listen
     try:

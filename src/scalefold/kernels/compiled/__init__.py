@@ -1,0 +1,17 @@
+"""Kernels as compilers make them: compiled ahead of a run, and looked through for what compilers make wrong.
+
+No GPU is needed: ``rings`` reads a kernel in Triton's GPU dialect, ``machine_code`` its instructions.
+"""
+
+from scalefold.kernels.compiled.machine_code import disassembled, unwritten_reads
+from scalefold.kernels.compiled.rings import ring_faults, unguarded_refills
+
+
+def races(ttgir: str, ptx: str, num_warps: int) -> list[str]:
+    """Copies that may overwrite what an unfinished product reads, one line each."""
+    return ring_faults(ttgir) + unguarded_refills(ptx, num_warps)
+
+
+def faults(ttgir: str, ptx: str, cubin: bytes, num_warps: int) -> list[str]:
+    """Everything that makes results of a compiled kernel wrong, one line each."""
+    return races(ttgir, ptx, num_warps) + unwritten_reads(disassembled(cubin))
