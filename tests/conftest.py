@@ -31,6 +31,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_kernels_are_looked_through() -> Iterator[None]:
+    """Where a GPU runs them: one that a compiler made wrong fails the test that asks for it, whatever its numbers."""
+    if not torch.cuda.is_available() or not importlib.util.find_spec("triton"):
+        yield
+        return
+    from scalefold.kernels.compiled.ahead import counting
+
+    with counting():
+        yield
+
+
 OWN_WORK_S = 600.0
 
 

@@ -72,14 +72,23 @@ def refuse_faults(metadata: dict[str, Any], group: dict[str, str]) -> None:
     try:
         found = faults(ttgir, ptx, files[".cubin"].read_bytes(), metadata["num_warps"])
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # no disassembler: Triton brings one
-        return explain("compiled, but not looked through for faults of compilers", str(error))
+        explain("compiled, but not looked through for faults of compilers", str(error))
+        return
     if found:
         files[".json"].unlink()
         raise KernelError(
             f"kernel {metadata['name']}: {found[0]}: its results would be wrong. That is a fault of Triton's compiler "
-            f"or of the assembler; newer ones may be right (TRITON_PTXAS_PATH=/path/to/ptxas, from CUDA 12.9 on), and "
+            f"or of its assembler. A newer assembler may be right (TRITON_PTXAS_PATH={_newer_assembler()}), and "
             f"execution.kernels: reference does without"
         )
+
+
+def _newer_assembler() -> str:
+    """That of newer GPUs, which Triton brings as well and which knows the older ones; else where to look."""
+    try:
+        return triton.knobs.nvidia.ptxas_blackwell.path
+    except (AttributeError, RuntimeError):
+        return "/path/to/ptxas, from CUDA 12.9 on"
 
 
 @contextmanager
