@@ -11,6 +11,8 @@ TEST_WORKERS ?= 2
 SPREAD := --dist worksteal -n $(TEST_WORKERS)
 # ranks wait for each other, or for a timeout, most of the time
 SPREAD_RANKS := --dist worksteal -n $(shell expr $(TEST_WORKERS) + 1)
+# the same on every machine: a GPU is for test-gpu, kernels run in the interpreter
+NO_GPU := CUDA_VISIBLE_DEVICES=
 REHEARSED := tests/test_kills.py tests/test_benchmarks_gpu_runs.py::test_two_ranks_are_launched_judged_and_tabulated
 export OMP_NUM_THREADS ?= 1
 
@@ -30,29 +32,29 @@ demo: setup  ## generate tiny proteins, prepare, train to the target, check the 
 	$(BIN)/scalefold demo
 
 test: setup  ## CPU tests
-	$(BIN)/python -m pytest -q $(SPREAD) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser and not faults and not long"
+	$(NO_GPU) $(BIN)/python -m pytest -q $(SPREAD) -m "not gpu and not multi_gpu and not slurm and not distributed and not browser and not faults and not long"
 	$(MAKE) test-distributed
 
 test-distributed: setup  ## multi-process CPU tests
-	$(BIN)/python -m pytest -q $(SPREAD_RANKS) -m "distributed and not gpu and not multi_gpu and not faults and not long"
+	$(NO_GPU) $(BIN)/python -m pytest -q $(SPREAD_RANKS) -m "distributed and not gpu and not multi_gpu and not faults and not long"
 
 faults: setup  ## rehearse every fault, kills at random and the judge of starts, write the table in docs/faults.md (CPU, minutes)
-	SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults $(REHEARSED)
+	$(NO_GPU) SCALEFOLD_WRITE_FAULTS=1 $(BIN)/python -m pytest -q tests/faults $(REHEARSED)
 
 test-slurm: setup  ## tests on a real Slurm that is installed and started for them (Debian, root)
-	$(BIN)/python -m pytest -q -m slurm
+	$(NO_GPU) $(BIN)/python -m pytest -q -m slurm
 
 test-browser: setup  ## reports in a real browser that is installed for them (Debian, root)
-	$(BIN)/python -m pytest -q -m browser
+	$(NO_GPU) $(BIN)/python -m pytest -q -m browser
 
 test-gpu: setup  ## tests that need one or more CUDA devices
 	$(BIN)/python -m pytest -q -m "gpu or multi_gpu"
 
 equivalence: setup  ## compare everything with the reference's numbers, rewrite the table in docs/equivalence.md
-	PYTHONPATH=tests $(BIN)/python -m parity.table
+	$(NO_GPU) PYTHONPATH=tests $(BIN)/python -m parity.table
 
 mutations: setup  ## plant defects in a copy of the source and show that tests catch all of them
-	PYTHONPATH=tests $(BIN)/python -m parity.mutations
+	$(NO_GPU) PYTHONPATH=tests $(BIN)/python -m parity.mutations
 
 bench-data: setup  ## prepare real or generated chains and measure samples per second on one core
 	$(BIN)/python benchmarks/measure/data_pipeline.py
@@ -61,7 +63,7 @@ bench-gpu: setup  ## measure a step on this machine's GPUs, side by side, and ju
 	$(BIN)/python benchmarks/measure/gates.py $(STORE)
 
 rings: setup  ## the long ring: compiled kernels (faults at every share, keys, machine code) and scripts (no GPU, minutes)
-	$(BIN)/python -m pytest -q $(SPREAD) -m "long and not gpu"
+	$(NO_GPU) $(BIN)/python -m pytest -q $(SPREAD) -m "long and not gpu"
 	$(BIN)/python benchmarks/measure/compile_targets.py --faults --dap 1 2 4 8 --evaluation 320 704
 
 test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo

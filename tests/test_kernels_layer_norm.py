@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
+from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import reference, rows
 from scalefold.kernels.ops import layer_norm
 
@@ -26,8 +26,9 @@ def test_layer_norm_is_as_accurate_as_pytorch(shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_transposed_view_keeps_its_memory_order(dtype):
     check((2, 5, 7, 32), dtype, transposed=True)
-    x = torch.randn(2, 5, 7, 32).transpose(1, 2)
-    assert layer_norm.layer_norm(x, torch.ones(32), torch.zeros(32)).stride() == x.stride()
+    x = torch.randn(2, 5, 7, 32, device=DEVICE).transpose(1, 2)
+    weight, bias = torch.ones(32, device=DEVICE), torch.zeros(32, device=DEVICE)
+    assert layer_norm.layer_norm(x, weight, bias).stride() == x.stride()
 
 
 @pytest.mark.parametrize("num_partials", [1, 5, 130])

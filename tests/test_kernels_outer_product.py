@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
+from kernel_accuracy import DEVICE, DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import reference
 from scalefold.kernels.ops import outer_product
 
@@ -51,13 +51,13 @@ def test_update_is_as_accurate_as_pytorch(sizes, dtype, keep_from, monkeypatch):
 
 
 def test_the_channel_of_a_is_the_slow_index_of_the_weight():
-    a, b = torch.zeros(1, 1, 2, 16), torch.zeros(1, 1, 2, 16)
-    a[..., 3], b[..., 5] = 2.0, 7.0
-    weight = torch.zeros(16, 256)
-    weight[1, 3 * 16 + 5] = 1.0
-    z = outer_product.outer_product_update(
-        torch.zeros(1, 2, 2, 16), a, b, torch.full((1, 2, 2), 2.0), weight, torch.zeros(16)
+    z, a, b, weight, bias = (
+        torch.zeros(shape, device=DEVICE) for shape in ((1, 2, 2, 16), (1, 1, 2, 16), (1, 1, 2, 16), (16, 256), (16,))
     )
+    a[..., 3], b[..., 5] = 2.0, 7.0
+    weight[1, 3 * 16 + 5] = 1.0
+    num_rows = torch.full((1, 2, 2), 2.0, device=DEVICE)
+    z = outer_product.outer_product_update(z, a, b, num_rows, weight, bias)
     assert (z[..., 1] == 7.0).all()
     assert z.sum() == 4 * 7.0
 

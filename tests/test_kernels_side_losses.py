@@ -114,7 +114,9 @@ def test_a_letter_that_is_no_class_makes_its_term_nan() -> None:
 
 def test_an_unknown_resolution_counts_neither_confidence_nor_presence() -> None:
     outputs, features = sample(1, 5)
-    values = loss.side_losses(outputs, features | {"resolution": torch.tensor([torch.nan])}, triton_ops.TRITON)
+    values = loss.side_losses(
+        outputs, features | {"resolution": torch.full_like(features["resolution"], torch.nan)}, triton_ops.TRITON
+    )
     assert values["plddt_loss"] == values["experimentally_resolved"] == 0.0
 
 

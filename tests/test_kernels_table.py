@@ -8,7 +8,7 @@ import logging
 import pytest
 import torch
 
-from kernel_accuracy import Draw
+from kernel_accuracy import DEVICE, Draw
 from scalefold.kernels import choice, reference, triton_ops
 from scalefold.kernels.choice import operations
 from scalefold.kernels.table import REFERENCE, Operations
@@ -40,8 +40,8 @@ def test_the_table_is_found_by_name():
 
 def test_fp32_products_go_to_the_plain_definition_with_one_line_of_explanation(caplog):
     choice._explained.clear()
-    x, weight = torch.randn(2, 3, 16), torch.randn(32, 16)
-    norm = (torch.ones(16), torch.zeros(16))
+    x, weight = torch.randn(2, 3, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE)
+    norm = (torch.ones(16, device=DEVICE), torch.zeros(16, device=DEVICE))
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             _, out = triton_ops.TRITON.layer_norm_linear(x, *norm, [weight], [None])

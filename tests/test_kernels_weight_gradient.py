@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernel_accuracy import count_launched
+from kernel_accuracy import DEVICE, count_launched
 from scalefold.kernels import tuning
 from scalefold.kernels.gradients import weight_gradient
 from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
@@ -13,7 +13,7 @@ TILES = {"LIBRARY": 0, "BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages
 
 
 def draw(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
 
 
 def gradients(products):
