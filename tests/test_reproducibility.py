@@ -33,6 +33,24 @@ REPORT = """\
 ========= RACECHECK SUMMARY: 2 hazards displayed (1 error, 1 warning)
 """
 
+INVALID = """\
+========= COMPUTE-SANITIZER
+========= Invalid __shared__ read of size 512 bytes
+=========     at _input_gradient_kernel+0x5a30 in templates.py:169
+=========     by thread (32,0,0) in block (4,0,0)
+=========     Access to 0x8200 is out of bounds
+=========     Saved host backtrace up to driver entry point at kernel launch time
+=========         Host Frame: launch [0x2a5d] in __triton_launcher.so
+=========
+========= Invalid __shared__ read of size 512 bytes
+=========     at _input_gradient_kernel+0x5a30 in templates.py:169
+=========
+========= Invalid __global__ write of size 4 bytes
+=========     at void copy<float>(T1 *)+0x70 in copy.cu:7
+=========
+========= ERROR SUMMARY: 3 errors
+"""
+
 
 @pytest.fixture
 def script(repository, monkeypatch):
@@ -184,7 +202,7 @@ def test_the_script_runs_on_two_ranks_of_the_cpu(repository):
 
 
 def test_hazards_of_a_report_are_summed_by_kernel(script):
-    found = script("racecheck").hazards(REPORT.splitlines())
+    found = script("sanitize").hazards(REPORT.splitlines())
     assert found == {("_input_gradient_kernel", "error"): 512, ("reduce", "warning"): 1}
 
 
@@ -199,11 +217,21 @@ def test_hazards_of_a_report_are_summed_by_kernel(script):
     ids=["clean", "not reached", "hazards", "no report"],
 )
 def test_only_whole_reports_without_hazards_are_a_success(script, reached, reports, status):
-    assert script("racecheck").summarise(["a", "b"], reached, reports) == status
+    assert script("sanitize").summarise("racecheck", ["a", "b"], reached, reports) == status
+
+
+def test_accesses_to_memory_that_is_nobody_s_are_counted_by_kernel(script):
+    sanitize, report = script("sanitize"), INVALID.splitlines()
+    expected = {("_input_gradient_kernel", "Invalid __shared__ read"): 2, ("copy", "Invalid __global__ write"): 1}
+    assert sanitize.invalid_accesses(report) == expected
+    clean = ["========= ERROR SUMMARY: 0 errors"]
+    assert sanitize.summarise("memcheck", ["a"], ["a"], [clean]) == 0
+    assert sanitize.summarise("memcheck", ["a"], ["a"], [report]) == 1
+    assert sanitize.summarise("memcheck", ["a"], ["a"], [clean[:0]]) == 1
 
 
 def test_processes_under_the_sanitizer_share_all_cases(script):
-    race = script("racecheck")
+    race = script("sanitize")
     parts = [list(race.chosen_cases([8], [], number, 3)) for number in range(3)]
     assert all(parts)
     assert sorted(name for part in parts for name in part) == sorted(race.chosen_cases([8], []))

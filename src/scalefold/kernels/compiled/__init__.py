@@ -7,11 +7,6 @@ from scalefold.kernels.compiled.machine_code import disassembled, unwritten_read
 from scalefold.kernels.compiled.rings import ring_faults, unguarded_refills
 
 
-def races(ttgir: str, ptx: str, num_warps: int) -> list[str]:
-    """Copies that may overwrite what an unfinished product reads, one line each."""
-    return ring_faults(ttgir) + unguarded_refills(ptx, num_warps)
-
-
 def faults(ttgir: str, ptx: str, cubin: bytes, num_warps: int) -> list[str]:
     """Everything that makes results of a compiled kernel wrong, one line each."""
-    return races(ttgir, ptx, num_warps) + unwritten_reads(disassembled(cubin))
+    return ring_faults(ttgir) + unguarded_refills(ptx, num_warps) + unwritten_reads(disassembled(cubin))

@@ -68,7 +68,7 @@ def refuse_faults(metadata: dict[str, Any], group: dict[str, str]) -> None:
     files = {Path(name).suffix: Path(path) for name, path in group.items()}
     if ".cubin" not in files:
         return
-    ttgir, ptx = (files[kind].read_text() if kind in files else "" for kind in (".ttgir", ".ptx"))
+    ttgir, ptx = (files[kind].read_text(encoding="utf-8") if kind in files else "" for kind in (".ttgir", ".ptx"))
     try:
         found = faults(ttgir, ptx, files[".cubin"].read_bytes(), metadata["num_warps"])
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # no disassembler: Triton brings one
