@@ -65,6 +65,7 @@ bench-gpu: setup  ## measure a step on this machine's GPUs, side by side, and ju
 rings: setup  ## the long ring: compiled kernels (faults at every share, keys, machine code) and scripts (no GPU, minutes)
 	$(NO_GPU) $(BIN)/python -m pytest -q $(SPREAD) -m "long and not gpu"
 	$(BIN)/python benchmarks/measure/compile_targets.py --faults --dap 1 2 4 8 --evaluation 320 704
+	$(BIN)/python benchmarks/measure/compile_targets.py --faults --targets 100
 
 test-install:  ## what a fresh machine would install, from the package index alone: resolver matrix, installation, short demo
 	$(PYTHON) tests/installation.py

@@ -1,7 +1,7 @@
 """Compile every Triton kernel for compute capability 8.0, 9.0 and 10.0 without a GPU; list what ptxas made of it.
 
     python benchmarks/measure/compile_targets.py [--targets 80 90 100] [--only NAME] [--modules M ...] [--csv out.csv]
-    python benchmarks/measure/compile_targets.py --faults          # those only, for 9.0, at the shapes of DAP 1
+    python benchmarks/measure/compile_targets.py --faults          # those only, for 9.0, at the shapes of DAP 1 too
     python benchmarks/measure/compile_targets.py --faults --dap 1 2 4 8 --evaluation 320 704
 
 Each kernel module names representative calls (``compile_cases``, see ``scalefold.kernels.tuning``); ``--dap`` and
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -234,9 +235,9 @@ def _is_constant(value: object) -> bool:
     return value is None or isinstance(value, int | float | str)
 
 
-def faults_of_case(place: int) -> dict[str, list[str]]:
+def faults_of_case(place: int, target: int) -> dict[str, list[str]]:
     """By identity of every different kernel of a case: a line for each fault."""
-    (name, call), target = _shared["cases"][place], _shared["target"]
+    name, call = _cases[place]
     found = {}
     for _, launches in different_launches([(name, call)], target, lambda launch: identity(launch, target)):
         for launch in launches:
@@ -245,15 +246,18 @@ def faults_of_case(place: int) -> dict[str, list[str]]:
     return found
 
 
-_shared: dict[str, Any] = {}  # with the processes that judge: cases hold functions, which cannot be sent
+_cases: list[tuple[str, Callable[[], None]]] = []  # of the processes that judge: functions cannot be sent to them
 
 
 def print_faults(cases: list[tuple[str, Callable[[], None]]], target: int, workers: int) -> int:
-    """Judge every different kernel of the cases and name faulty ones; exit status 1 if there are some, or none ran."""
-    _shared.update(cases=cases, target=target)
+    """Judge every different kernel of the cases and name faulty ones; exit status 1 if there are some, or none ran.
+
+    BrokenProcessPool: the compiler has ended a process.
+    """
+    _cases[:] = cases
     judged: dict[str, list[str]] = {}
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        for done, found in enumerate(pool.imap(faults_of_case, range(len(cases))), 1):
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+        for done, found in enumerate(pool.map(faults_of_case, range(len(cases)), [target] * len(cases)), 1):
             for line in (line for key, lines in found.items() if key not in judged for line in lines):
                 print(line, flush=True)
             judged |= found
@@ -267,20 +271,21 @@ def print_faults(cases: list[tuple[str, Callable[[], None]]], target: int, worke
 def main() -> int:
     """Print one line per kernel; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", type=int, nargs="+", default=list(SHARED_LIMIT), choices=list(SHARED_LIMIT))
+    parser.add_argument("--targets", type=int, nargs="+", choices=list(SHARED_LIMIT), help="default: all; of faults 90")
     parser.add_argument("--modules", nargs="+", help="modules with kernels (default: all)")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--csv", type=Path, help="also write the table here")
-    parser.add_argument("--faults", action="store_true", help="only look for faults, for 9.0 (--dap: default 1)")
+    parser.add_argument("--faults", action="store_true", help="only look for faults, of modules and of shares")
     parser.add_argument("--dap", type=int, nargs="+", help="every operation at these training shares")
     parser.add_argument("--evaluation", type=int, nargs="+", default=[], metavar="LENGTH", help="chains, forward only")
     arguments = parser.parse_args()
     daps = arguments.dap or ([1] if arguments.faults and not arguments.modules else [])
-    cases = shape_cases(daps, arguments.evaluation) or all_cases(arguments.modules)
+    shapes = shape_cases(daps, arguments.evaluation)
+    cases = shapes + (all_cases(arguments.modules) if arguments.faults or not shapes else [])
     cases = [case for case in cases if arguments.only in case[0]]
     if arguments.faults:
-        return print_faults(cases, 90, processors())
-    return print_reports(cases, arguments.targets, arguments.csv)
+        return max(print_faults(cases, target, processors()) for target in arguments.targets or [90])
+    return print_reports(cases, arguments.targets or list(SHARED_LIMIT), arguments.csv)
 
 
 def print_reports(cases: list[tuple[str, Callable[[], None]]], targets: list[int], table: Path | None) -> int:

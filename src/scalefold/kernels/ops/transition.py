@@ -295,7 +295,7 @@ class _Transition(torch.autograd.Function):
 
 
 def _stored_gradients(sums: Two, rows: Two, hidden_rows: Two, parameters: Sequence[Tensor]) -> Gradients:
-    """Gradients of all parameters: sums for norm and biases; rows of norm and d_out, of hidden layer and its own."""
+    """Gradients of all parameters from sums for norm, biases; from rows of norm, d_out, hidden layer, its gradient."""
     (normed, d_out), (hidden, d_hidden), (_, _, weight_1, _, weight_2, _) = rows, hidden_rows, parameters
 
     def gradients() -> tuple[Tensor, ...]:

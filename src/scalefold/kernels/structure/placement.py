@@ -39,6 +39,7 @@ CHAINED = tl.constexpr(5)  # the first group that hangs on the one before it
 EPS = tl.constexpr(1e-8)  # least squared length of an angle's vector
 RESIDUES = {"BLOCK": 32, "num_warps": 1}
 ELEMENTS = {"BLOCK": 128, "num_warps": 4}  # atoms or groups
+UNFUSED_FROM = 100  # compute capability for which Triton 3.7.1 ends at multiplications and additions in one (LLVM)
 
 
 class Tables(NamedTuple):
@@ -321,7 +322,7 @@ class _Placement(torch.autograd.Function):
         )
         _groups_backward_kernel[_grid(rows, RESIDUES)](
             q, unnormalised, aatype, tables, chained, d_matrices, d_frames, d_angles, d_unnormalised, d_q, d_t, d_out,
-            rows, n, num_iterations, ctx.scale, **RESIDUES,
+            rows, n, num_iterations, ctx.scale, enable_fp_fusion=tuning.capability() < UNFUSED_FROM, **RESIDUES,
         )  # fmt: skip
         return None, None, None, d_q, d_t, d_out
 
