@@ -25,6 +25,13 @@ def compiling_environment(cache: Path | None = None) -> dict[str, str]:
     return own if cache is None else own | {"TRITON_CACHE_DIR": str(cache)}
 
 
+def script_environment(repository: Path, cache: Path) -> dict[str, str]:
+    """That of a process which compiles, to ``cache``, and imports scripts of measurement."""
+    own = compiling_environment(cache)
+    scripts = str(repository / "benchmarks" / "measure")
+    return own | {"PYTHONPATH": os.pathsep.join([scripts, own.get("PYTHONPATH", "")])}
+
+
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 600, join: bool = True
 ) -> list[Any]:

@@ -1,13 +1,12 @@
 """Kernels that an assembler makes wrong are found in their machine code, and refused where they are compiled."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from processes import compiling_environment
+from processes import script_environment
 
 pytest.importorskip("triton")
 
@@ -78,11 +77,12 @@ def test_functions_are_judged_one_by_one():
 
 
 @pytest.fixture
-def compiled(tmp_path: Path) -> dict[str, str]:
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Files of a kernel in Triton's cache."""
     files = {f"kernel.{kind}": tmp_path / f"kernel.{kind}" for kind in ("json", "ttgir", "ptx", "cubin")}
     for file in files.values():
         file.write_text("")
+    monkeypatch.setattr(ahead, "disassembled", lambda cubin: "")
     return {name: str(file) for name, file in files.items()}
 
 
@@ -101,10 +101,10 @@ def test_a_kernel_without_faults_stays(compiled, monkeypatch):
 
 
 def test_without_a_disassembler_kernels_run_and_the_log_says_so(compiled, monkeypatch, caplog):
-    def missing(*outputs):
+    def missing(cubin):
         raise RuntimeError("Cannot find cuobjdump")
 
-    monkeypatch.setattr(ahead, "faults", missing)
+    monkeypatch.setattr(ahead, "disassembled", missing)
     with caplog.at_level("INFO", "scalefold"):
         ahead.refuse_faults({"name": "summed", "num_warps": 4}, compiled)
     assert "not looked through for faults of compilers: Cannot find cuobjdump" in caplog.text
@@ -147,10 +147,9 @@ print(count.hits, count.misses)
 
 def compiled_templates(repository: Path, tmp_path: Path, shapes: list[tuple[int, int, int]]) -> list[str]:
     """Lines that ``TEMPLATES`` prints."""
-    environment = compiling_environment(tmp_path / "cache")
-    path = os.pathsep.join([str(repository / "benchmarks" / "measure"), environment.get("PYTHONPATH", "")])
+    environment = script_environment(repository, tmp_path / "cache")
     command = [sys.executable, "-c", f"SHAPES = {shapes}\n{TEMPLATES}"]
-    done = subprocess.run(command, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

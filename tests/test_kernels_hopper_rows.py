@@ -4,7 +4,6 @@ Triton's interpreter cannot run Gluon; what the programs compute is tested in ``
 """
 
 import logging
-import os
 import subprocess
 import sys
 
@@ -13,7 +12,7 @@ import torch
 import triton.language as tl
 
 from hopper_programs import C, empty, every_program
-from processes import compiling_environment
+from processes import script_environment
 from scalefold.kernels import choice, tuning
 from scalefold.kernels.gradients import input_gradient
 from scalefold.kernels.hopper import choice as hopper_choice
@@ -344,9 +343,7 @@ for launch in launches:
 @pytest.mark.long
 def test_the_programs_compile_without_a_gpu_and_their_products_are_not_serialized(repository, tmp_path):
     """In a process of its own: the interpreter, in which kernel tests run, cannot be switched off later."""
-    environment = compiling_environment(tmp_path)
-    path = os.pathsep.join([str(repository / "benchmarks" / "measure"), environment.get("PYTHONPATH", "")])
-    environment["PYTHONPATH"] = path
+    environment = script_environment(repository, tmp_path)
     finished = subprocess.run([sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     programs = ["hopper_operands", *["hopper_product"] * 4, "hopper_output", "hopper_output"]

@@ -1,12 +1,11 @@
 """No compiled kernel refills a buffer in shared memory that an unfinished product still reads (rings.py)."""
 
-import os
 import subprocess
 import sys
 
 import pytest
 
-from processes import compiling_environment
+from processes import script_environment
 
 pytest.importorskip("triton")
 
@@ -164,19 +163,12 @@ print(len(faults(3)), len(faults(2)), len(faults(1)))
 '''
 
 
-def without_interpreter(repository, tmp_path) -> dict[str, str]:
-    """Environment of a process that compiles; the interpreter, in which kernel tests run, cannot be switched off."""
-    environment = compiling_environment(tmp_path / "cache")
-    path = os.pathsep.join([str(repository / "benchmarks" / "measure"), environment.get("PYTHONPATH", "")])
-    return environment | {"PYTHONPATH": path}
-
-
 def test_the_compiler_s_fault_is_found_in_a_kernel_that_has_it(repository, tmp_path):
     """It may be repaired some day: then the limit in ``linear._add_products`` may go, and this test with it."""
     (tmp_path / "kernel.py").write_text(KERNEL)
     finished = subprocess.run(
         [sys.executable, str(tmp_path / "kernel.py")],
-        env=without_interpreter(repository, tmp_path),
+        env=script_environment(repository, tmp_path / "cache"),
         capture_output=True,
         text=True,
         check=False,
@@ -193,7 +185,7 @@ def test_no_shipped_projection_is_compiled_wrong_at_the_shapes_of_one_gpu(reposi
     finished = subprocess.run(
         [sys.executable, "benchmarks/measure/compile_targets.py", "--faults", "--only", "linear 1x256x256"],
         cwd=repository,
-        env=without_interpreter(repository, tmp_path),
+        env=script_environment(repository, tmp_path / "cache"),
         capture_output=True,
         text=True,
         check=False,

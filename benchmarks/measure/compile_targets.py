@@ -41,6 +41,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from scalefold.kernels import triton_ops, tuning
 from scalefold.kernels.compiled import faults
+from scalefold.kernels.compiled.machine_code import disassembled
 from scalefold.processors import processors
 from scalefold.tune import operation_cases
 from scalefold.tune.programs import SHARED_LIMIT, TENSOR_COLUMNS, tensor_columns
@@ -163,7 +164,8 @@ def report(case: str, launch: Launch, target: int) -> Report:
 
 def faults_of(compiled: Any) -> list[str]:
     """What makes results of a compiled kernel wrong, one line each."""
-    return faults(compiled.asm["ttgir"], compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.num_warps)
+    outputs = compiled.asm["ttgir"], compiled.asm["ptx"], disassembled(compiled.asm["cubin"])
+    return faults(*outputs, compiled.metadata.num_warps)
 
 
 ROOMS = (

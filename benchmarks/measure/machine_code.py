@@ -22,10 +22,9 @@ from typing import Any
 
 from common import append_rows, print_table, read_rows
 from compile_targets import Launch, compile_launch, different_launches, identity, shape_cases
-from scalefold.kernels.compiled.machine_code import disassembled
+from scalefold.kernels.compiled.machine_code import disassembled, resource_usage
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", re.MULTILINE)
-USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 PLACES = re.compile(r"c\[0x0\]\[[^]]*\]|(?<=BRA )(?:!?U?P\d, )?0x[0-9a-f]+|(?<=BSSY B\d, )0x[0-9a-f]+")
 KEY = ("case", "kernel", "turn")
 SIZES = ("registers", "stack", "shared", "instructions", "global_reads", "global_writes")
@@ -42,10 +41,9 @@ def described(compiled: Any) -> dict[str, object]:
     """Columns of one compiled kernel; see the module."""
     text = disassembled(compiled.asm["cubin"])
     instructions = [match[1] for match in INSTRUCTION.finditer(text)]
-    usage = USAGE.search(text)
-    if not instructions or usage is None:
+    if not instructions:
         raise ValueError(f"no machine code in what cuobjdump prints of {compiled.metadata.name}")
-    counts = collections.Counter(map(operation, instructions))
+    (registers, stack), counts = resource_usage(text), collections.Counter(map(operation, instructions))
     del counts["NOP"]  # they fill up the last block
     placeless = "\n".join(PLACES.sub("_", instruction) for instruction in instructions)
 
@@ -53,8 +51,8 @@ def described(compiled: Any) -> dict[str, object]:
         return sum(count for name, count in counts.items() if name.split(".")[0] in kinds)
 
     return {
-        "registers": usage[1],
-        "stack": usage[2],
+        "registers": registers,
+        "stack": stack,
         "shared": compiled.metadata.shared,
         "instructions": counts.total(),
         "global_reads": total(GLOBAL_READS),

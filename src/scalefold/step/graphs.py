@@ -150,14 +150,14 @@ class GraphedTrainStep(TrainStep):
         self._pool = torch.cuda.graph_pool_handle()
         with preserved(self.optimizer):
             self.optimizer.prepare(1)  # steps outside a graph divide by the bias corrections
-            stream, total = self._stream, num_parts(batch, self.micro_batch_size) * self.accumulation
+            total = num_parts(batch, self.micro_batch_size) * self.accumulation
             compiling = range(passes, 0, -1) if self.compiles_each else (passes,)
             for r in compiling:  # before the first capture, whose memory they could not use
                 progress(f"compiling {passes - r + 1}/{passes}: a step with {r} passes")
-                self._run_uncaptured(r, total, stream)
+                self._run_uncaptured(r, total)
             for r in range(passes, 0, -1):
                 progress(f"capturing {passes - r + 1}/{passes}: a step with {r} passes")
-                self._capture(r, total, stream)
+                self._capture(r, total)
         self.warm = True
 
     def close(self) -> None:
@@ -185,24 +185,24 @@ class GraphedTrainStep(TrainStep):
         if self._update_graph is not None:
             self._update_graph.replay()
 
-    def _run_uncaptured(self, passes: int, total: int, stream: torch.cuda.Stream) -> None:
+    def _run_uncaptured(self, passes: int, total: int) -> None:
         """Steps outside any graph: compile kernels, create library handles, fill caches."""
         assert self._input is not None
         whole, features = total == 1, self._input.features
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 self._forward_backward(features, passes, total, accumulate=not whole, communicate=whole)
                 self._reduce_and_apply(whole)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
 
-    def _capture(self, passes: int, total: int, stream: torch.cuda.Stream) -> None:
+    def _capture(self, passes: int, total: int) -> None:
         """Graph of a whole step; where an update needs several parts, of one part, and one more for the update."""
         assert self._input is not None
         whole, features = total == 1, self._input.features
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             self._values[passes] = self._forward_backward(
                 features, passes, total, accumulate=not whole, communicate=whole
             )
@@ -212,7 +212,7 @@ class GraphedTrainStep(TrainStep):
         if not whole and self._update_graph is None:
             self._update_graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(
-                self._update_graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                self._update_graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):
                 self._reduce_and_apply(whole)
 

@@ -9,7 +9,6 @@ import functools
 import io
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from scalefold.kernels import triton_ops, tuning
 from scalefold.kernels.compiled import faults
 from scalefold.kernels.compiled.ahead import compile_wanted, compiling_for, only_recorded
-from scalefold.kernels.compiled.machine_code import disassembled
+from scalefold.kernels.compiled.machine_code import disassembled, resource_usage
 from scalefold.kernels.table import REFERENCE
 from scalefold.tune.operation_cases import Case, Inputs, evaluation_cases, on_device, outputs_of, training_cases
 
@@ -239,10 +238,10 @@ def _bytes_of(value: object) -> int:
 
 def _figures(launches: list[_Launch]) -> Program:
     own = [launch for launch in launches if launch.own]
-    wrong = {launch.kernel.name: found for launch in launches if (found := _faults(*_outputs(launch.kernel)))}
+    wrong = {launch.kernel.name: found[0] for launch in launches if (found := _examined(launch.kernel)[0])}
     shared = max((launch.kernel.metadata.shared for launch in own), default=0)
-    usage = [_machine_code_usage(launch.kernel.asm["cubin"]) for launch in own]
-    error = "; ".join(f"{name}: {found[0]}" for name, found in wrong.items())
+    usage = [_examined(launch.kernel)[1:] for launch in own]
+    error = "; ".join(f"{name}: {fault}" for name, fault in wrong.items())
     if own and shared > SHARED_LIMIT[own[0].kernel.metadata.target.arch]:
         error = f"shared memory: {shared} bytes"
     if (columns := max((tensor_columns(launch.kernel) for launch in own), default=0)) > TENSOR_COLUMNS:
@@ -262,15 +261,12 @@ def tensor_columns(kernel: Any) -> int:
     return getattr(kernel.metadata, "tmem_size", None) or 0
 
 
-def _outputs(kernel: Any) -> tuple[str, str, bytes, int]:
-    return kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.num_warps
-
-
-_faults = functools.cache(faults)
+def _examined(kernel: Any) -> tuple[list[str], int, int]:
+    """Faults of a compiled kernel, its registers, and its bytes in local memory."""
+    return _read(kernel.asm["ttgir"], kernel.asm["ptx"], kernel.asm["cubin"], kernel.metadata.num_warps)
 
 
 @functools.cache
-def _machine_code_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes per thread in local memory, where spilled registers go."""
-    found = re.findall(r"REG:(\d+) STACK:(\d+)", disassembled(cubin))
-    return max(int(registers) for registers, _ in found), sum(int(stack) for _, stack in found)
+def _read(ttgir: str, ptx: str, cubin: bytes, num_warps: int) -> tuple[list[str], int, int]:
+    listing = disassembled(cubin)
+    return faults(ttgir, ptx, listing, num_warps), *resource_usage(listing)

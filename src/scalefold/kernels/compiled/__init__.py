@@ -3,10 +3,10 @@
 No GPU is needed: ``rings`` reads a kernel in Triton's GPU dialect, ``machine_code`` its instructions.
 """
 
-from scalefold.kernels.compiled.machine_code import disassembled, unwritten_reads
+from scalefold.kernels.compiled.machine_code import unwritten_reads
 from scalefold.kernels.compiled.rings import ring_faults, unguarded_refills
 
 
-def faults(ttgir: str, ptx: str, cubin: bytes, num_warps: int) -> list[str]:
-    """Everything that makes results of a compiled kernel wrong, one line each."""
-    return ring_faults(ttgir) + unguarded_refills(ptx, num_warps) + unwritten_reads(disassembled(cubin))
+def faults(ttgir: str, ptx: str, listing: str, num_warps: int) -> list[str]:
+    """Everything that makes results of a compiled kernel wrong, one line each; listing: of ``disassembled``."""
+    return ring_faults(ttgir) + unguarded_refills(ptx, num_warps) + unwritten_reads(listing)

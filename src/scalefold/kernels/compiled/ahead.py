@@ -34,6 +34,7 @@ from scalefold.errors import KernelError
 from scalefold.kernels import tuning
 from scalefold.kernels.choice import explain
 from scalefold.kernels.compiled import faults
+from scalefold.kernels.compiled.machine_code import disassembled
 
 PARTS = 10  # lines of progress
 
@@ -68,13 +69,13 @@ def refuse_faults(metadata: dict[str, Any], group: dict[str, str]) -> None:
     files = {Path(name).suffix: Path(path) for name, path in group.items()}
     if ".cubin" not in files:
         return
-    ttgir, ptx = (files[kind].read_text(encoding="utf-8") if kind in files else "" for kind in (".ttgir", ".ptx"))
     try:
-        found = faults(ttgir, ptx, files[".cubin"].read_bytes(), metadata["num_warps"])
+        listing = disassembled(files[".cubin"].read_bytes())
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # no disassembler: Triton brings one
         explain("compiled, but not looked through for faults of compilers", str(error))
         return
-    if found:
+    ttgir, ptx = (files[kind].read_text(encoding="utf-8") if kind in files else "" for kind in (".ttgir", ".ptx"))
+    if found := faults(ttgir, ptx, listing, metadata["num_warps"]):
         files[".json"].unlink()
         raise KernelError(
             f"kernel {metadata['name']}: {found[0]}: its results would be wrong. That is a fault of Triton's compiler "

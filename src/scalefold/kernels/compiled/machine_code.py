@@ -17,6 +17,7 @@ import triton.knobs
 
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@\S+)\s+)?(\S+)\s*(.*?)\s*;", re.MULTILINE)
 FUNCTION = re.compile(r"^\s*Function : ", re.MULTILINE)
+USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 REGISTER = re.compile(r"\bUR(\d+)\b")
 ADDRESS = re.compile(r"\b0x[0-9a-f]+\b")
 CONDITION = re.compile(r"!?U?P\d|\S*DIV\b")
@@ -67,6 +68,18 @@ def disassembled(cubin: bytes) -> str:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-res-usage", file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def resource_usage(text: str) -> tuple[int, int]:
+    """Registers per thread and bytes per thread in local memory, where spilled registers go; text: of ``disassembled``.
+
+    Raises:
+        ValueError: it is not the text of a kernel.
+    """
+    found = USAGE.findall(text)
+    if not found:
+        raise ValueError("no resource usage in what the disassembler prints")
+    return max(int(registers) for registers, _ in found), sum(int(stack) for _, stack in found)
 
 
 def unwritten_reads(text: str) -> list[str]:
