@@ -79,6 +79,26 @@ def test_what_goes_on_beside_other_work_meets_a_barrier_only_where_no_other_exch
     assert met == ["barrier"] * 2  # the second rank has met nobody since
 
 
+def test_several_go_on_beside_other_work_and_each_is_waited_for_by_itself():
+    """The first is read while the second, which its sender's work holds up, is under way; the next exchange joins."""
+    rank, (x, late) = group_of(1)[0], tensors(2, (1, 8, 64, 64), torch.float32)
+    gathered, gather_is_there = rank.begin_all_gather(x, 1, Lasts.SHORT)
+    late = late + x
+    if DEVICE != "cpu":
+        torch.cuda._sleep(10**6)
+    late += x
+    (moved,), moved_is_there = rank.begin_all_to_all([late], 1, 2, Lasts.SHORT)
+    gather_is_there()
+    torch.testing.assert_close(gathered, x, rtol=0, atol=0)
+    assert len(rank._beside) == (2 if DEVICE != "cpu" else 0)
+    met, last = rank._met, rank.all_gather(x, 1, Lasts.SHORT)
+    assert rank._beside == []
+    moved_is_there()
+    assert rank._met == met + 1
+    torch.testing.assert_close(moved, late, rtol=0, atol=0)
+    torch.testing.assert_close(last, x, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("lasts", [Lasts.STEP, Lasts.LONG])
 def test_the_next_exchange_waits_for_one_beside_other_work(lasts):
     """What is gathered, and what is summed, comes late; so does work in between, which nothing waits for."""
@@ -95,7 +115,7 @@ def test_the_next_exchange_waits_for_one_beside_other_work(lasts):
         if n == 2:
             wait()
         next_one = rank.all_gather(other, 0, lasts)
-        assert rank._beside is None
+        assert rank._beside == []
         torch.testing.assert_close(out, late, rtol=0, atol=0)
         torch.testing.assert_close(next_one, other, rtol=0, atol=0)
 

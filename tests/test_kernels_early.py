@@ -82,7 +82,8 @@ def test_programs_are_launched_early_where_that_is_wanted_and_the_gpu_can(compil
     assert kernel.launches == [{"grid": (2,), "num_warps": 4, "launch_pdl": expected}]
 
 
-def test_interpreted_programs_are_what_they_were():
+def test_interpreted_programs_are_what_they_were(monkeypatch):
+    monkeypatch.setattr(instructions, "INTERPRETED", tl.constexpr(True))
     kernel = Jitted()
     assert vars(instructions.program(kernel)) == {"launches": []}
 

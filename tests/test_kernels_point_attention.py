@@ -84,7 +84,8 @@ def test_odd_widths_and_transposed_pair_inputs_are_accepted():
 
 
 @pytest.mark.parametrize("block", [1, 4])
-def test_the_number_of_rows_per_program_does_not_change_a_bit(block):
+def test_the_number_of_rows_per_program_does_not_change_results(block):
+    """Not by a bit where programs are interpreted; compiled, sums inside a program come in another order."""
     leaves, mask = make_leaves(1, 11, 2), torch.ones(1, 11, device=DEVICE)
     mask[0, 2] = 0.0
 
@@ -100,7 +101,9 @@ def test_the_number_of_rows_per_program_does_not_change_a_bit(block):
     ):
         found = run()
     for name, own, other in zip(RESULTS[:-1], found, expected, strict=False):
-        assert torch.equal(own, other), name
+        if DEVICE == "cpu":
+            assert torch.equal(own, other), name
+        assert (own - other).norm() <= RELATIVE * other.norm().clamp_min(1.0), name
     torch.testing.assert_close(found[-1], expected[-1], rtol=RELATIVE, atol=0.0)  # one partial sum per program
 
 

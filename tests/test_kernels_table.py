@@ -25,11 +25,8 @@ def test_every_operation_keeps_the_signature_of_its_definition():
 def test_what_the_model_defines_sends_the_caller_there_and_one_line_says_why(caplog):
     choice._explained.clear()
     with caplog.at_level(logging.INFO):
-        empty = torch.ones(1, 0)
-        assert (
-            triton_ops.TRITON.embed_extra(empty, empty, empty, linears=[(torch.ones(4, 25).bfloat16(), torch.ones(4))])
-            is None
-        )
+        empty, weight, bias = (torch.ones(*shape, device=DEVICE) for shape in ((1, 0), (4, 25), (4,)))
+        assert triton_ops.TRITON.embed_extra(empty, empty, empty, linears=[(weight.bfloat16(), bias)]) is None
     assert [record.message for record in caplog.records] == ["kernels: plain PyTorch embed_extra: an argument is empty"]
 
 

@@ -20,14 +20,17 @@ point (attribute name)    tensors                                         layout
                           attention around the ending node
 ``columns_to_rows``       template: z after the attention around the      columns -> rows
                           ending node
-``begin_pair_to_rows``    z after row attention of the MSA, to the outer  columns -> rows, while columns of
-``end_pair_to_rows``      product, which adds to it                       the MSA are attended to
+``begin_pair_to_rows``    z once row attention of the MSA has its bias,   columns -> rows, while the MSA
+``end_pair_to_rows``      to the outer product, which adds to it          is attended to
 ``begin_columns_to_rows`` m after the outer product, to the end of a      columns -> rows, while the
 ``end_columns_to_rows``   block, where the next one takes it              pair updates go on
 ``rows_to_channels``      operands (a, b), [B, c, I, J] each, of a        rows (dimension 2) -> channels
                           triangle multiplication                         (dimension 1)
 ``channels_to_rows``      its product x [B, c, I, J]                      channels -> rows (dimension 2)
 ========================  ==============================================  =====================================
+
+Among two ranks a triangle multiplication along outgoing edges has another pair of points: a and x stay rows, and b goes
+from rows to full; ranks use it differently.
 
 The outer product needs no exchange of its own result: its operand a is this rank's columns of m, which are its rows
 of z. Dropout masks are shared along the sharded dimension by construction ([B, 1, N, c] on row shards; the transpose
@@ -119,13 +122,11 @@ class EvoformerBlock(nn.Module):
         self.msa_att_col = column_attention(c_m, width, heads)
         self.core = EvoformerBlockCore(c_m, c_z, config)
         self.rows_to_columns = nn.Identity()
-        self.begin_pair_to_rows = nn.Identity()
         self.end_pair_to_rows = nn.Identity()
 
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], rows; z: [B, N, N, c_z], columns -> the same."""
         m, z = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row)
-        z = self.begin_pair_to_rows(z)
         m = self.rows_to_columns(m)
         m = self.msa_att_col(m, masks.msa_down)
         z = self.end_pair_to_rows(z)

@@ -26,18 +26,20 @@ class MSARowAttentionWithPairBias(nn.Module):
         self.mha = AttentionProjections(c_m, c_m, c_hidden, num_heads)
         self.begin_gather_bias = nn.Identity()
         self.end_gather_bias = nn.Identity()
+        self.begin_pair_to_rows = nn.Identity()
 
     def forward(self, m: Tensor, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """m + dropout(update), and z as it is. m: [B, S, N, c_m]; z: [B, I, J, c_z]; mask: [B, S, N] -> m, z.
 
-        Whoever needs z afterwards takes the returned one: its gradients then meet in one operation.
+        Whoever needs z afterwards takes the returned one, behind ``end_pair_to_rows``: its gradients then meet in one
+        operation.
         ``dropout``: a mask drawn ahead, or None to draw it here.
         """
         ops, mha, norm = self.ops, self.mha, self.layer_norm_m
         z, bias = ops.layer_norm_linear(
             z, self.layer_norm_z.weight, self.layer_norm_z.bias, (self.linear_z.weight,), (None,)
         )
-        bias = self.begin_gather_bias(bias)
+        bias, z = self.begin_gather_bias(bias), self.begin_pair_to_rows(z)
         m, q, k, v, gate = ops.layer_norm_linear(
             m,
             norm.weight,

@@ -324,7 +324,10 @@ def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def begin_gather(x: Tensor, dim: int, group: Group, flights: Flights) -> Tensor:
-    """First half of ``gather_shared``: a tensor that only ``end_gather`` may read; no exchange comes in between."""
+    """First half of ``gather_shared``: a tensor that only ``end_gather`` may read.
+
+    In between no exchange comes but such as go on beside other work too.
+    """
     return _OverlappedGather.apply(x, True, dim, group, flights)
 
 

@@ -23,7 +23,7 @@ Measured beside NCCL by ``benchmarks/measure/symmetric_exchange.py``.
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,7 +121,7 @@ class DirectExchanges:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
         self.arrivals = arrivals
         self._stream: torch.cuda.Stream | None = None  # of what goes on beside other work
-        self._beside: tuple[Any, Sequence[Tensor]] | None = None  # the event at its end, and what it still reads
+        self._beside: list[tuple[Any, Sequence[Tensor]]] = []  # of each the event at its end, and what it still reads
         self._turn = 0
         self._met = 0  # barriers of exchanges so far
 
@@ -140,7 +140,7 @@ class DirectExchanges:
 
     def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]:
         """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense."""
-        outs, wait = self._all_to_all(xs, split_dim, concat_dim, lasts, nullcontext())
+        outs, wait = self._all_to_all(xs, split_dim, concat_dim, lasts, self._in_line())
         wait()
         return outs
 
@@ -160,7 +160,6 @@ class DirectExchanges:
         lasts: Lasts,
         launching: AbstractContextManager[object],
     ) -> tuple[list[Tensor], Callable[[], None]]:
-        self._join()
         shape = list(xs[0].shape)
         shape[split_dim] //= self.size
         part = shape.copy()
@@ -179,20 +178,20 @@ class DirectExchanges:
 
             return arrived, wait
         outs = [x.new_empty(shape) for x in xs]
-        for staged, out in zip(self._staged(xs), outs, strict=True):
-            copy_parts(staged, out, self.rank, split_block, concat_block)
+        with self._in_line():
+            for staged, out in zip(self._staged(xs), outs, strict=True):
+                copy_parts(staged, out, self.rank, split_block, concat_block)
         return outs, lambda: None
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor:
         """The ranks' tensors behind each other along ``dim``; dense, where it can be in the memory order of x."""
-        return self._all_gather(x, dim, lasts, nullcontext())
+        return self._all_gather(x, dim, lasts, self._in_line())
 
     def begin_all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> tuple[Tensor, Callable[[], None]]:
         """The same beside other work, and what to call before anybody reads it."""
-        return self._all_gather(x, dim, lasts, self._aside([x])), self._join
+        return self._all_gather(x, dim, lasts, self._aside([x])), self._waiting()
 
     def _all_gather(self, x: Tensor, dim: int, lasts: Lasts, launching: AbstractContextManager[object]) -> Tensor:
-        self._join()
         order = _order(x, dim)
         x, dim = x.permute(order), order.index(dim)
         shape = list(x.shape)
@@ -214,14 +213,13 @@ class DirectExchanges:
 
         Dense, where it can be in the memory order of x.
         """
-        return self._reduce_scatter(x, dim, nullcontext())
+        return self._reduce_scatter(x, dim, self._in_line())
 
     def begin_reduce_scatter(self, x: Tensor, dim: int) -> tuple[Tensor, Callable[[], None]]:
         """The same beside other work, and what to call before anybody reads it."""
-        return self._reduce_scatter(x, dim, self._aside([x])), self._join
+        return self._reduce_scatter(x, dim, self._aside([x])), self._waiting()
 
     def _reduce_scatter(self, x: Tensor, dim: int, launching: AbstractContextManager[object]) -> Tensor:
-        self._join()
         order = _order(x, dim, self.size)
         shape = [x.shape[n] // (self.size if n == dim else 1) for n in order]
         out = x.new_empty(shape)
@@ -231,10 +229,16 @@ class DirectExchanges:
         return _in_place(out, order)
 
     @contextmanager
-    def _aside(self, xs: Sequence[Tensor]) -> Iterator[None]:
-        """Launch an exchange of xs on a stream beside the current one. The next exchange waits for it first: all ranks
-        meet in one order, and what was sent before a barrier has arrived behind it.
+    def _in_line(self) -> Iterator[None]:
+        """Launch an exchange on the current stream, after those beside it: all ranks meet in one order, and what was
+        sent before a barrier has arrived behind it.
         """
+        self._join()
+        yield
+
+    @contextmanager
+    def _aside(self, xs: Sequence[Tensor]) -> Iterator[None]:
+        """Launch an exchange of xs on a stream beside the current one, where they follow each other."""
         if not xs[0].is_cuda:
             yield
             return
@@ -242,13 +246,20 @@ class DirectExchanges:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
-        self._beside = self._stream.record_event(), xs
+        self._beside.append((self._stream.record_event(), xs))
 
     def _join(self) -> None:
-        """The current stream waits for an exchange beside it."""
-        if self._beside is not None:
-            torch.cuda.current_stream().wait_event(self._beside[0])
-            self._beside = None
+        """The current stream waits for the exchanges beside it."""
+        if self._beside:
+            torch.cuda.current_stream().wait_event(self._beside[-1][0])
+            self._beside.clear()
+
+    def _waiting(self) -> Callable[[], None]:
+        """What waits for the exchange that was just launched, not for those that follow it beside other work."""
+        if not self._beside:
+            return lambda: None
+        event, _ = self._beside[-1]
+        return lambda: torch.cuda.current_stream().wait_event(event)
 
     def _place(self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts) -> int | None:
         """Where results of ``shape`` arrive; None where they last longer or there is no room for them."""

@@ -2,9 +2,10 @@
 
 The layouts and points are listed in ``model/evoformer.py``. Compared with the published scheme, triangle
 multiplications are sharded by channel (all-to-all of the projected operands, whole products for 1/P of the channels,
-all-to-all of the result) instead of gathering an operand, and every gather whose result feeds different work has a
-reduce-scatter as backward instead of an all-reduce and a slice. Three exchanges of a block run beside other work, in
-both directions: that of the MSA at its end, the gather of row attention's bias, and the pairs' way to rows.
+all-to-all of the result) instead of gathering an operand, but that along outgoing edges among two ranks: there gathering
+b moves a third less. Every gather whose result feeds different work has a reduce-scatter as backward instead of an
+all-reduce and a slice. Three exchanges of a block run beside other work, in both directions: that of the MSA at its end,
+the gather of row attention's bias, and the pairs' way to rows.
 
 Lengths that P does not divide are padded at a stack's entry: masks with zeros, so padding never reaches real
 positions, and cut off at its exit.
@@ -30,6 +31,7 @@ from scalefold.parallel.dap.collectives import (
 )
 
 SHARDED_PARAMETERS = "_stack.blocks."
+FEW = 2  # ranks among which one whole operand is less than three P-ths of a tensor, each less its own P-th
 
 
 class Paddings:
@@ -129,6 +131,15 @@ class ExchangeAll(Exchange):
         return exchange_all(xs, self.split_dim, self.concat_dim, self.group)
 
 
+class GatherSecond(GatherShared):
+    """Operands (a, b) of a product of rows of a with all rows of b, slices along ``dim``: b -> full."""
+
+    def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """a as it is, and the whole b on every rank."""
+        a, b = x
+        return a, super().forward(b)
+
+
 class BeginExchange(Exchange):
     """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
 
@@ -154,8 +165,11 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
     if group is None:
         return
     model.register_forward_pre_hook(lambda *_: group.begin())
+    points = _points(group)
+    outgoing = points | {"rows_to_channels": GatherSecond(group, 2), "channels_to_rows": nn.Identity()}
     for module in model.modules():
-        for name, point in _points(group).items():
+        gathers = group.size == FEW and getattr(module, "outgoing", False)
+        for name, point in (outgoing if gathers else points).items():
             if isinstance(getattr(module, name, None), nn.Identity):
                 setattr(module, name, point)
 
