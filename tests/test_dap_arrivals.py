@@ -38,7 +38,7 @@ def group_of(size: int) -> list[DirectExchanges]:
     """All ranks in one process; their results may be read once all of them have written."""
     arrived = [memory(KEPT + PASSING) for _ in range(size)]
     return [
-        DirectExchanges(rank, size, [], {torch.float32: [], torch.bfloat16: []}, lambda turn: None, arrivals)
+        DirectExchanges(rank, size, [], {torch.float32: [], torch.bfloat16: []}, lambda: None, arrivals)
         for rank, arrivals in enumerate(Arrivals(own, arrived, KEPT, lambda: None) for own in arrived)
     ]
 
@@ -203,7 +203,7 @@ def compared(rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kep
     apply_dap(model, group)
     expected = steps(model, batch)
 
-    def barrier(turn: int = 0) -> None:
+    def barrier() -> None:
         dist.barrier()
 
     views = {torch.float32: [[own.view(torch.float32) for own in stage] for stage in memories]}

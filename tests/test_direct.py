@@ -20,6 +20,7 @@ from scalefold.kernels import triton_ops
 from scalefold.parallel.dap import collectives, direct
 from scalefold.parallel.dap.collectives import Lasts
 from scalefold.parallel.dap.direct import STAGES, DirectExchanges
+from scalefold.parallel.dap.peer_memory import meet
 from scalefold.step.graphs import TrainStep
 from scalefold.step.optimizer import Optimizer
 from scalefold.step.parameters import FlatParameters
@@ -41,7 +42,7 @@ class OneProcess:
             dtype: [[stages[peer][turn].view(dtype) for peer in range(size)] for turn in range(STAGES)]
             for dtype in (torch.bfloat16, torch.float32)
         }
-        self.ranks = [DirectExchanges(rank, size, stages[rank], views, lambda turn: None) for rank in range(size)]
+        self.ranks = [DirectExchanges(rank, size, stages[rank], views, lambda: None) for rank in range(size)]
 
     def run(self, name: str, xs: list, *how: int | Lasts) -> list:
         """The exchange on every rank; first all of them stage (and read too early), then all read."""
@@ -49,6 +50,22 @@ class OneProcess:
             getattr(rank, name)(x, *how)
             rank._turn = (rank._turn - 1) % STAGES
         return [getattr(rank, name)(x, *how) for rank, x in zip(self.ranks, xs, strict=True)]
+
+
+@pytest.mark.parametrize("before", [0, 6, 2**31 - 1])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_a_rank_at_a_barrier_tells_all_and_goes_on_when_all_have_come_as_far(size, before):
+    """The others have come already, and one is a barrier ahead; numbers begin again after the largest."""
+    number, rank = (before + 1 + 2**31) % 2**32 - 2**31, size - 1
+    memories = torch.full((size, size), before, dtype=torch.int32, device=DEVICE)
+    memories[rank, :rank] = number
+    memories[rank, 0] += rank > 0  # the first rank
+    places = torch.tensor([memory[rank:].data_ptr() for memory in memories], device=DEVICE)
+    count = torch.full((1,), before, dtype=torch.int32, device=DEVICE)
+    meet(memories[rank], places, count)
+    assert count.item() == number
+    assert memories[:, rank].tolist() == [number] * size
+    assert (memories[:rank, :rank] == before).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -173,7 +190,7 @@ def recorded_steps(monkeypatch: pytest.MonkeyPatch, counts: dict[int, int]) -> d
     done: list[int | str] = []
     stages = [torch.zeros(BYTES, dtype=torch.uint8, device=DEVICE) for _ in range(STAGES)]
     views = {torch.float32: [[stage.view(torch.float32)] for stage in stages]}
-    exchanges = DirectExchanges(0, 1, stages, views, done.append)
+    exchanges = DirectExchanges(0, 1, stages, views, lambda: done.append((exchanges._turn - 1) % STAGES))
     monkeypatch.setattr(dist, "all_reduce", lambda *args, **kwargs: done.append("sum"))
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 1)
     layer = torch.nn.Linear(8, 8, device=DEVICE)

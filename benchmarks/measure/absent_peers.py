@@ -2,7 +2,7 @@
 
 Every peer is taken to hold what this rank holds, and nobody is waited for. So shapes, bytes and launches are those of a
 rank of a real group, and values are not. Exchanges over mapped memory are the package's own, with this rank's memory in
-the place of every peer's; the barrier is a kernel that does not wait. What goes through the library (sums of gradients)
+the place of every peer's; at the barrier it finds them there. What goes through the library (sums of gradients)
 is one kernel of the same bytes on a stream of its own, as NCCL's would be.
 """
 
@@ -10,12 +10,11 @@ is one kernel of the same bytes on a stream of its own, as NCCL's would be.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from scalefold.config import RankLayout
@@ -29,7 +28,7 @@ from scalefold.parallel.dap.direct import (
     Arrivals,
     DirectExchanges,
 )
-from scalefold.parallel.dap.peer_memory import LANE, copy_parts, sum_parts
+from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meet, sum_parts
 from scalefold.parallel.ranks import Ranks
 
 RANK = 0  # the one that is there
@@ -113,12 +112,6 @@ def _sum(x: Tensor, out: Tensor, size: int) -> None:
         torch.mul(x.view(-1)[: out.numel()].view_as(out), size, out=out)
 
 
-@triton.jit
-def _barrier_kernel_alone(flag):
-    """In the place of the barrier among GPUs: writes a flag, waits for none."""
-    tl.store(flag, 1)
-
-
 class DirectAlone(DirectExchanges):
     """What this rank would write to its peers, part by part, goes to where theirs would arrive here."""
 
@@ -132,11 +125,10 @@ def direct_alone(size: int, device: torch.device) -> DirectExchanges:
     """The package's exchanges over mapped memory, this rank's memory being every peer's."""
     stages = [torch.zeros(STAGE_BYTES, dtype=torch.uint8, device=device) for _ in range(STAGES)]
     views = {dtype: [[stage.view(dtype)] * size for stage in stages] for dtype in DTYPES}
-    flags = torch.zeros(STAGES, dtype=torch.int32, device=device)
-
-    def barrier(turn: int = 0) -> None:
-        _barrier_kernel_alone[(1,)](flags[turn:])
-
+    numbers = torch.zeros(size, dtype=torch.int32, device=device)
+    places = torch.tensor([number.data_ptr() for number in numbers], dtype=torch.int64, device=device)
+    count = torch.zeros(1, dtype=torch.int32, device=device)
+    barrier = partial(meet, numbers, places, count) if device.type == "cuda" else lambda: None  # nobody to wait for
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
     memory = torch.empty(kept + passing, dtype=torch.uint8, device=device)
     return DirectAlone(RANK, size, stages, views, barrier, Arrivals(memory, [memory] * size, kept, barrier))

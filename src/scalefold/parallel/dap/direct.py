@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from torch import Tensor
 
 from scalefold.kernels.around import aside
 from scalefold.parallel.dap.collectives import Group, Lasts
-from scalefold.parallel.dap.peer_memory import LANE, copy_parts, send_parts, sum_parts
+from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meet, send_parts, sum_parts
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class DirectExchanges:
         rank, size: place in the group and its size.
         stages: this rank's stages, uint8 of equal length.
         views: per dtype and stage, every rank's stage as this rank sees it, rank order.
-        barrier: returns once all ranks of the group are there (on the device: what follows in the stream waits).
+        barrier: as that of ``arrivals``.
         arrivals: where results arrive that need not last; None: everything goes by stages.
     """
 
@@ -115,7 +116,7 @@ class DirectExchanges:
         size: int,
         stages: Sequence[Tensor],
         views: dict[torch.dtype, list[list[Tensor]]],
-        barrier: Callable[[int], None],
+        barrier: Callable[[], None],
         arrivals: Arrivals | None = None,
     ) -> None:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
@@ -296,7 +297,7 @@ class DirectExchanges:
         for x, place in zip(xs, places, strict=True):
             self.stages[turn].view(dtype)[place].view(x.shape).copy_(x)
         self._met += 1
-        self.barrier(turn)
+        self.barrier()
         return [[peer[place] for peer in self.views[dtype][turn]] for place in places]
 
 
@@ -357,5 +358,16 @@ def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
     memory, handle = shared(kept + passing)
     peers = [handle.get_buffer(peer, (kept + passing,), torch.uint8) for peer in range(size)]
-    arrivals = Arrivals(memory, peers, kept, lambda: handle.barrier(channel=0))
-    return DirectExchanges(rank, size, stages, views, lambda turn: handles[turn].barrier(channel=0), arrivals)
+    barrier = meeting(group, device)
+    return DirectExchanges(rank, size, stages, views, barrier, Arrivals(memory, peers, kept, barrier))
+
+
+def meeting(group: dist.ProcessGroup, device: torch.device) -> Callable[[], None]:
+    """The barrier of the ranks of ``group`` on their devices, taking part; RuntimeError where one cannot."""
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    numbers = symmetric_memory.empty(size, dtype=torch.int32, device=device).zero_()
+    torch.cuda.synchronize(device)  # nobody comes to the first barrier before all have agreed on the memory
+    handle = symmetric_memory.rendezvous(numbers, group)
+    addresses = [handle.get_buffer(peer, (size,), torch.int32)[rank:].data_ptr() for peer in range(size)]
+    places = torch.tensor(addresses, dtype=torch.int64, device=device)
+    return partial(meet, numbers, places, torch.zeros(1, dtype=torch.int32, device=device))

@@ -1,4 +1,5 @@
-"""Parts of tensors, written to where they belong in the memory of several GPUs, or read from there or summed.
+"""Parts of tensors, written to where they belong in the memory of several GPUs, or read from there or summed; and the
+barrier at which ranks meet on the device.
 
 Parts are described by runs: a dense tensor is a row of runs of equal length, and every SIZE-th belongs to one rank.
 That covers parts along any dimension: a run is the part's extent in that dimension and all behind it. What is read has
@@ -14,12 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scalefold.kernels.instructions import program, wait_for_predecessors
+from scalefold.kernels.instructions import INTERPRETED, program, wait_for_predecessors
 
 LANE = 8  # elements that a thread moves at once; lengths of runs must be multiples
 _LANE = tl.constexpr(LANE)
 LANES = 512  # per program
 NUM_WARPS = 16
+POST = tl.constexpr("st.release.sys.global.u32 [$1], $2; mov.u32 $0, $2;")
+AWAIT = tl.constexpr(
+    "{ .reg .pred behind; poll: ld.acquire.sys.global.u32 $0, [$1]; sub.s32 $0, $0, $2; setp.lt.s32 behind, $0, 0;"
+    " @behind bra poll; }"
+)
 
 
 @triton.jit
@@ -92,6 +98,51 @@ def _sum_parts(sources, out, rank, source_block, count, SIZE: tl.constexpr, LANE
     tl.store(out + target, total.to(out.dtype.element_ty), mask=keep)
 
 
+@triton.jit
+def _post(addresses, value):
+    """Store value (int32) at addresses; whoever reads it there sees what this GPU has written before."""
+    if INTERPRETED:
+        tl.store(addresses.to(tl.pointer_type(tl.int32)), value)
+    else:
+        tl.inline_asm_elementwise(POST, "=r,l,r", [addresses, value], tl.int32, False, 1)
+
+
+@triton.jit
+def _await(addresses, value):
+    """Until value (int32) or one behind it has been posted at addresses; numbers may begin again after the largest."""
+    if INTERPRETED:
+        while tl.min(tl.load(addresses.to(tl.pointer_type(tl.int32))) - value, 0) < 0:
+            pass
+    else:
+        tl.inline_asm_elementwise(AWAIT, "=&r,l,r", [addresses, value], tl.int32, False, 1)
+
+
+@program
+@triton.jit
+def _barrier_kernel(numbers, places, count, SIZE: tl.constexpr, LANES: tl.constexpr):
+    """Tell every rank that this one has come to the next barrier, then wait for all others to have come that far.
+
+    A lane per rank. Numbers only grow (around the end of their range), so a rank that is ahead is no harm.
+    """
+    wait_for_predecessors()
+    rank = tl.minimum(tl.arange(0, LANES), SIZE - 1)
+    number = tl.load(count) + 1
+    own = tl.zeros([LANES], tl.int32) + number
+    _post(tl.load(places + rank), own)
+    _await((numbers + rank).to(tl.int64), own)
+    tl.store(count, number)
+
+
+def meet(numbers: Tensor, places: Tensor, count: Tensor) -> None:
+    """A barrier: what follows in the stream comes after all that stands before it in those of all ranks.
+
+    numbers: [P] int32, how often each rank has come, as it writes into this rank's memory; places: [P] int64, addresses
+    at which this rank writes into everybody's, its own too; count: [1] int32, how often it has. All begin at 0.
+    """
+    size = numbers.numel()
+    _barrier_kernel[(1,)](numbers, places, count, SIZE=size, LANES=triton.next_power_of_2(size), num_warps=1)
+
+
 def send_parts(
     sources: Sequence[Tensor], targets: Sequence[Tensor], rank: int, whole: bool, source_block: int, target_block: int
 ) -> None:
@@ -130,7 +181,7 @@ def sum_parts(sources: Sequence[Tensor], out: Tensor, rank: int, source_block: i
 
 
 def compile_cases() -> list[tuple[str, Callable[[], None]]]:
-    """Exchanges of 8 MiB among two and eight ranks on meta tensors; see ``tuning``."""
+    """Exchanges of 8 MiB among two and eight ranks on meta tensors, with their barrier; see ``tuning``."""
     return [(f"peer_memory_{size}", lambda size=size: _meta_run(size)) for size in (2, 8)]
 
 
@@ -142,3 +193,5 @@ def _meta_run(size: int) -> None:
     for sent in (sources[:1], sources[:2]):
         send_parts(sent, sources, 1, whole=False, source_block=2048, target_block=4096)
     send_parts(sources[:1], sources, 1, whole=True, source_block=sources[0].numel(), target_block=2048)
+    numbers = torch.empty(size, dtype=torch.int32, device="meta")
+    meet(numbers, numbers.long(), numbers[:1])

@@ -2,10 +2,10 @@
 
 The layouts and points are listed in ``model/evoformer.py``. Compared with the published scheme, triangle
 multiplications are sharded by channel (all-to-all of the projected operands, whole products for 1/P of the channels,
-all-to-all of the result) instead of gathering an operand, but that along outgoing edges among two ranks: there gathering
-b moves a third less. Every gather whose result feeds different work has a reduce-scatter as backward instead of an
-all-reduce and a slice. Three exchanges of a block run beside other work, in both directions: that of the MSA at its end,
-the gather of row attention's bias, and the pairs' way to rows.
+all-to-all of the result) instead of gathering an operand, but that along outgoing edges among two ranks: there
+gathering b moves a third less. Every gather whose result feeds different work has a reduce-scatter as backward instead
+of an all-reduce and a slice. Three exchanges of a block run beside other work, in both directions: that of the MSA at
+its end, the gather of row attention's bias, and the pairs' way to rows.
 
 Lengths that P does not divide are padded at a stack's entry: masks with zeros, so padding never reaches real
 positions, and cut off at its exit.
