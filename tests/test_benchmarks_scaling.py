@@ -152,11 +152,14 @@ def test_norms_are_those_of_mean_gradients_and_are_judged_by_the_noise(script):
         gradient.fill_(1.0)
     count = 64 * 32
     assert module.module_norms(flat) == pytest.approx({"heads": count**0.5, "trunk_stack": 0.5 * count**0.5})
-    noise = module.rounding_noise(lambda seed: {"a": 1.0 + seed / 1000, "b": 2.0}, seeds=[0, 1])
-    assert noise == pytest.approx({"a": 0.001, "b": 0.0}, rel=2e-3)
-    rows = module.norm_rows({"a": 1.0015, "b": 2.0}, {"a": 1.0, "b": 2.0}, noise)
-    assert module.beyond(rows) == []
-    assert module.beyond(module.norm_rows({"a": 1.0025, "b": 2.1}, {"a": 1.0, "b": 2.0}, noise)) == ["a", "b"]
+    one_gpu = [{"a": 1.0 + seed / 1000, "b": 2.0} for seed in range(2)]
+    near = module.norm_rows([{"a": norms["a"] + 0.0015, "b": 2.0} for norms in one_gpu], one_gpu)
+    assert [row["noise"] for row in near] == ["9.99e-04", "0.00e+00"]
+    assert [(row["norm"], row["one_gpu"], row["roundings"]) for row in near] == [("1.002", "1.0005", 2), ("2", "2", 2)]
+    assert module.beyond(near) == []
+    assert module.beyond(module.norm_rows([{"a": 1.0025, "b": 2.1}, {"a": 1.0035, "b": 2.0}], one_gpu)) == ["a", "b"]
+    once = module.norm_rows([{"a": 1.0025, "b": 2.0}, one_gpu[1]], one_gpu)
+    assert module.beyond(once) == [], "one draw of several lies further away than it may on the average"
 
 
 @pytest.mark.long

@@ -1,14 +1,16 @@
 """Gradient norms by module beside what rounding alone does to them on one GPU; used by ``multi_gpu.py``.
 
 The noise of a module's norm is the root mean square of the relative difference between two roundings of the weights to
-bf16: before each is rounded, every weight moves by a random part of its last place. More than MARGIN times the noise is
-more than another rounding explains.
+bf16: before each is rounded, every weight moves by a random part of its last place. Several GPUs compute with the same
+roundings, and the root mean square of their relative differences from one GPU is set against that: more than MARGIN
+times the noise is more than another rounding explains. (One rounding alone would exceed it in one module of twenty by
+chance; rows of ``module_norms.csv`` say how many they are of.)
 """
 
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -42,11 +44,9 @@ def round_otherwise(flat: FlatParameters, seed: int) -> None:
     flat.refresh()
 
 
-def rounding_noise(norms_of: Callable[[int], Norms], seeds: Iterable[int] = SEEDS) -> dict[str, float]:
-    """Per module the root mean square of relative differences between any two of the seeds."""
-    found = [norms_of(seed) for seed in seeds]
-    pairs = list(itertools.combinations(found, 2))
-    return {m: math.sqrt(sum(relative(a[m], b[m]) ** 2 for a, b in pairs) / len(pairs)) for m in found[0]}
+def differences(pairs: Sequence[tuple[Norms, Norms]]) -> dict[str, float]:
+    """Per module the root mean square of relative differences."""
+    return {m: math.sqrt(sum(relative(a[m], b[m]) ** 2 for a, b in pairs) / len(pairs)) for m in pairs[0][0]}
 
 
 def relative(a: float, b: float) -> float:
@@ -54,13 +54,17 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / abs(b) if b else float(a != b)
 
 
-def norm_rows(own: Norms, one_gpu: Norms, noise: Norms) -> list[dict[str, object]]:
-    """A row per module: both norms, their relative difference, the noise, and how many times it that is."""
+def norm_rows(own: Sequence[Norms], one_gpu: Sequence[Norms]) -> list[dict[str, object]]:
+    """A row per module: mean norms, their relative difference, the noise, and how many times it that is.
+
+    own, one_gpu: norms by rounding, of the same roundings.
+    """
     rows: list[dict[str, object]] = []
-    for module, norm in own.items():
-        difference = relative(norm, one_gpu[module])
+    noise = differences(list(itertools.combinations(one_gpu, 2)))
+    for module, difference in differences(list(zip(own, one_gpu, strict=True))).items():
         times = difference / noise[module] if noise[module] else math.inf if difference else 0.0
-        facts = {"module": module, "norm": f"{norm:.6g}", "one_gpu": f"{one_gpu[module]:.6g}"}
+        norm, expected = (sum(norms[module] for norms in found) / len(found) for found in (own, one_gpu))
+        facts = {"module": module, "norm": f"{norm:.6g}", "one_gpu": f"{expected:.6g}", "roundings": len(own)}
         rows.append(
             {**facts, "difference": f"{difference:.2e}", "noise": f"{noise[module]:.2e}", "times": f"{times:.2f}"}
         )

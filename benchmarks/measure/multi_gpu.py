@@ -39,7 +39,7 @@ from common import (
     time_calls,
     time_queued,
 )
-from module_norms import MARGIN, Norms, beyond, module_norms, norm_rows, round_otherwise, rounding_noise
+from module_norms import MARGIN, SEEDS, Norms, beyond, module_norms, norm_rows, round_otherwise
 from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
@@ -213,8 +213,7 @@ def time_exchange(host: Host, call: Callable[[], object]) -> float:
 def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namespace, deadline: float) -> bool:
     """Check, time and take apart each layout; one GPU on its own comes first and is what the others must equal."""
     truth: dict[str, float] = {}
-    truth_norms: Norms = {}
-    noise: Norms = {}
+    truth_norms: list[Norms] = []
     good, longest_s = True, 0.0
     means: dict[Layout, dict[int, float]] = {}
     for gpus, dap in wanted:
@@ -223,15 +222,15 @@ def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namesp
             tell(host, f"gpus {gpus} dap {dap}: LEFT OUT, the time of --minutes is used up")
             continue
         step, batch, config = build(host, gpus, dap, arguments.set)
-        values, norms = first_values(step, batch)
+        values, _ = first_values(step, batch)
+        roundings = () if host.small else SEEDS  # small computes in fp32
+        norms = [first_values(step, batch, seed)[1] for seed in roundings]
         if not truth:
             truth, truth_norms = values, norms
-            if not host.small:  # which computes in fp32
-                noise = rounding_noise(lambda seed, step=step, batch=batch: first_values(step, batch, seed)[1])
         let_go(host)  # the eager step's memory is not the graphs'
         good &= agrees(host, values, truth, gpus, dap)
-        if gpus > 1 and noise:
-            keep_norms(host, (gpus, dap), norm_rows(norms, truth_norms, noise))
+        if gpus > 1 and norms:
+            keep_norms(host, (gpus, dap), norm_rows(norms, truth_norms))
         means[gpus, dap] = measure_steps(host, step, batch, config, (gpus, dap), arguments)
         del step, batch
         let_go(host)
