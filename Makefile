@@ -47,8 +47,9 @@ test-slurm: setup  ## tests on a real Slurm that is installed and started for th
 test-browser: setup  ## reports in a real browser that is installed for them (Debian, root)
 	$(NO_GPU) $(BIN)/python -m pytest -q -m browser
 
-test-gpu: setup  ## tests that need one or more CUDA devices
+test-gpu: setup  ## tests that need one or more CUDA devices, and those of kernels as a GPU compiles them (TEST_WORKERS=)
 	$(BIN)/python -m pytest -q -m "gpu or multi_gpu"
+	$(BIN)/python -m pytest -q $(SPREAD) -m "not gpu and not multi_gpu and not long" tests/test_kernels_*.py
 
 equivalence: setup  ## compare everything with the reference's numbers, rewrite the table in docs/equivalence.md
 	$(NO_GPU) PYTHONPATH=tests $(BIN)/python -m parity.table

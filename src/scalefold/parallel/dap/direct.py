@@ -108,6 +108,7 @@ class DirectExchanges:
         views: per dtype and stage, every rank's stage as this rank sees it, rank order.
         barrier: as that of ``arrivals``.
         arrivals: where results arrive that need not last; None: everything goes by stages.
+        mapping: what keeps the peers' memory mapped.
     """
 
     def __init__(
@@ -118,9 +119,10 @@ class DirectExchanges:
         views: dict[torch.dtype, list[list[Tensor]]],
         barrier: Callable[[], None],
         arrivals: Arrivals | None = None,
+        mapping: Sequence[object] = (),
     ) -> None:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
-        self.arrivals = arrivals
+        self.arrivals, self.mapping = arrivals, mapping
         self._stream: torch.cuda.Stream | None = None  # of what goes on beside other work
         self._beside: list[tuple[Any, Sequence[Tensor]]] = []  # of each the event at its end, and what it still reads
         self._turn = 0
@@ -342,32 +344,25 @@ def connect(group: Group, control: dist.ProcessGroup, device: torch.device) -> b
 def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
     """Exchanges over new memory that all ranks of ``group`` map, taking part; RuntimeError where one cannot."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    mapping: list[Any] = []
 
-    def shared(count: int) -> tuple[Tensor, Any]:
-        memory = symmetric_memory.empty(count, dtype=torch.uint8, device=device)
-        return memory, symmetric_memory.rendezvous(memory, group)
+    def shared(count: int) -> tuple[Tensor, list[Tensor]]:
+        """This rank's memory and every rank's as this rank sees it, all zeros before any rank goes on."""
+        memory = symmetric_memory.empty(count, dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize(device)
+        mapping.append(symmetric_memory.rendezvous(memory, group))
+        return memory, [mapping[-1].get_buffer(peer, (count,), torch.uint8) for peer in range(size)]
 
-    stages, handles = zip(*(shared(STAGE_BYTES) for _ in range(STAGES)), strict=True)
-    views = {
-        dtype: [
-            [handle.get_buffer(peer, (STAGE_BYTES // dtype.itemsize,), dtype) for peer in range(size)]
-            for handle in handles
-        ]
-        for dtype in DTYPES
-    }
+    stages, staged = zip(*(shared(STAGE_BYTES) for _ in range(STAGES)), strict=True)
+    views = {dtype: [[peer.view(dtype) for peer in peers] for peers in staged] for dtype in DTYPES}
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
-    memory, handle = shared(kept + passing)
-    peers = [handle.get_buffer(peer, (kept + passing,), torch.uint8) for peer in range(size)]
-    barrier = meeting(group, device)
-    return DirectExchanges(rank, size, stages, views, barrier, Arrivals(memory, peers, kept, barrier))
-
-
-def meeting(group: dist.ProcessGroup, device: torch.device) -> Callable[[], None]:
-    """The barrier of the ranks of ``group`` on their devices, taking part; RuntimeError where one cannot."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    numbers = symmetric_memory.empty(size, dtype=torch.int32, device=device).zero_()
-    torch.cuda.synchronize(device)  # nobody comes to the first barrier before all have agreed on the memory
-    handle = symmetric_memory.rendezvous(numbers, group)
-    addresses = [handle.get_buffer(peer, (size,), torch.int32)[rank:].data_ptr() for peer in range(size)]
-    places = torch.tensor(addresses, dtype=torch.int64, device=device)
-    return partial(meet, numbers, places, torch.zeros(1, dtype=torch.int32, device=device))
+    memory, peers = shared(kept + passing)
+    numbers, at_peers = shared(size * torch.int32.itemsize)
+    places = [peer.view(torch.int32)[rank:].data_ptr() for peer in at_peers]
+    barrier = partial(
+        meet,
+        numbers.view(torch.int32),
+        torch.tensor(places, dtype=torch.int64, device=device),
+        torch.zeros(1, dtype=torch.int32, device=device),
+    )
+    return DirectExchanges(rank, size, stages, views, barrier, Arrivals(memory, peers, kept, barrier), mapping)
