@@ -45,13 +45,15 @@ def totals(rows, direction):
     return sum(row["calls"] for row in own), sum(row["calls"] * row["mib_per_rank"] for row in own)
 
 
-def test_exchanges_per_block_are_as_documented_whatever_the_dap_size(script, base):
-    counted = {size: script("exchange_counts").count(base, size) for size in (2, 4)}
-    for rows in counted.values():
-        assert totals(rows, "forward")[0] == 12 + 12 + 8 + 4  # Evoformer, extra MSA, template block; ends of stacks
-        assert totals(rows, "backward")[0] == 12 + 12 + 8 + 4
+def test_exchanges_per_block_are_as_documented(script, base):
+    counted = {size: script("exchange_counts").count(base, size) for size in (2, 4, 8)}
+    blocks = 12 + 12 + 8  # of the Evoformer, the extra MSA, the templates
+    for size, rows in counted.items():
+        number = blocks - 3 * (size == 2) + 4  # a gather instead of two exchanges per outgoing triangle; ends of stacks
+        assert totals(rows, "forward")[0] == number
+        assert totals(rows, "backward")[0] == number
         assert {row["exchange"] for row in rows} == {"all_to_all", "all_gather", "reduce_scatter"}
-    assert totals(counted[4], "forward")[1] == pytest.approx(totals(counted[2], "forward")[1] / 2, rel=0.01)
+    assert totals(counted[8], "forward")[1] == pytest.approx(totals(counted[4], "forward")[1] / 2, rel=0.01)
 
 
 def test_counting_leaves_the_collectives_as_they_were(script):

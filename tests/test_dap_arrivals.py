@@ -1,6 +1,8 @@
 """Results that peers write straight to where they belong: places, how long they last, and a whole model's bits."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +24,7 @@ from scalefold.kernels.around import aside
 from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.dap.collectives import Group, Lasts
 from scalefold.parallel.dap.direct import ALIGNMENT, PASSING_TURNS, Arrivals, DirectExchanges
+from scalefold.parallel.dap.peer_memory import meet
 from scalefold.parallel.dap.points import apply_dap
 
 pytestmark = pytest.mark.skipif(
@@ -190,7 +193,36 @@ def steps(model: AlphaFold, batch: dict[str, Tensor]) -> list[np.ndarray]:
     return found
 
 
-def compared(rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kept: int) -> tuple[int, int, int]:
+def barrier_of(rank: int, numbers: Tensor) -> Callable[[], None]:
+    """That of ranks whose processes share numbers: [P, P] int32, a row of each rank's memory."""
+    places = torch.tensor([own[rank:].data_ptr() for own in numbers])
+    return partial(meet, numbers[rank], places, torch.zeros(1, dtype=torch.int32))
+
+
+def turns_seen(rank: int, numbers: Tensor, written: Tensor, turns: int) -> list[list[int]]:
+    """What all ranks had written when each of several barriers was behind this one; they come at unequal times."""
+    meet_all, seen = barrier_of(rank, numbers), []
+    for turn in range(turns):
+        time.sleep((7 * turn + 3 * rank) % 5 / 1000)
+        written[rank] = turn
+        meet_all()
+        seen.append(written.tolist())
+        meet_all()
+    return seen
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory of CPU processes")
+@pytest.mark.parametrize("size", [2, 4])
+def test_behind_a_barrier_stands_what_all_ranks_have_done_before_it(size):
+    numbers, written = (torch.zeros(shape, dtype=torch.int32).share_memory_() for shape in ((size, size), (size,)))
+    for seen in run_ranks(turns_seen, size, numbers, written, 20):
+        assert seen == [[turn] * size for turn in range(20)]
+
+
+def compared(
+    rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kept: int, numbers: Tensor
+) -> tuple[int, int, int]:
     """Values that differ between the library and direct exchanges, of how many, and exchanges that arrived."""
     config = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", OVERRIDES).config
     batch = dict(synthetic_batch(feature_settings(config), 1, num_passes=2, seed=3).features)
@@ -202,10 +234,7 @@ def compared(rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kep
         parameter.data += 0.1 * torch.randn_like(parameter)
     apply_dap(model, group)
     expected = steps(model, batch)
-
-    def barrier() -> None:
-        dist.barrier()
-
+    barrier = barrier_of(rank, numbers)
     views = {torch.float32: [[own.view(torch.float32) for own in stage] for stage in memories]}
     arrivals = Arrivals(arrived[rank], arrived, kept, barrier)
     own = [stage[rank] for stage in memories]
@@ -223,7 +252,8 @@ def test_a_model_computes_the_same_bits_where_results_arrive_directly():
     kept, passing = 1 << 25, largest * PASSING_TURNS
     memories = [[memory(1 << 20).share_memory_() for _ in range(2)] for _ in range(2)]
     arrived = [memory(kept + passing).share_memory_() for _ in range(2)]
-    for differing, count, direct in run_ranks(compared, 2, memories, arrived, kept):
+    numbers = torch.zeros(2, 2, dtype=torch.int32).share_memory_()
+    for differing, count, direct in run_ranks(compared, 2, memories, arrived, kept, numbers):
         assert (differing, count > 100, direct > 100) == (0, True, True)
 
 
