@@ -272,19 +272,20 @@ def kernel_table(largest: int = 12) -> str:
     rows = [row for row in read("dap_share_kernels") if (row["dap"], row["passes"]) == ("1", "1")]
     rows = [row for row in rows if (row["device"], row["commit"]) == (rows[-1]["device"], rows[-1]["commit"])]
     ours = sorted((row for row in rows if "::" not in row["kernel"]), key=lambda row: -float(row["total_ms"]))
-    whole = whole_share()
     cells = [
         [f"`{row['kernel']}`", f"{float(row['total_ms']):.1f}", row["calls"], f"{float(row['mean_us']):.0f}"]
         for row in ours[:largest]
     ]
-    busy = f"{float(whole['computing_ms']):.1f} of {float(whole['median_ms']):.1f}"
-    cells.append(["all", busy, whole["kernels"], ""])
+    if (whole := whole_share(rows[0]["device"], rows[0]["commit"])) is not None:
+        busy = f"{float(whole['computing_ms']):.1f} of {float(whole['median_ms']):.1f}"
+        cells.append(["all", busy, whole["kernels"], ""])
     return markdown([f"kernel ({card(rows[0])}, {rows[0]['commit']}, R = 1)", "ms", "calls", "µs each"], cells)
 
 
-def whole_share() -> Row:
-    """The newest step of one GPU with one pass that was taken apart."""
-    return [row for row in read("dap_share") if (row["dap"], row["passes"]) == ("1", "1")][-1]
+def whole_share(device: str, commit: str | None = None) -> Row | None:
+    """The newest step of one GPU with one pass that was taken apart on a card, at a commit if one is named."""
+    rows = [r for r in read("dap_share") if (r["dap"], r["passes"], r["device"]) == ("1", "1", device)]
+    return next((row for row in reversed(rows) if commit in (None, row["commit"])), None)
 
 
 # --- floor, budget, measured ------------------------------------------------------------------------------------------
@@ -300,8 +301,7 @@ def sub_layer_times(device: str) -> dict[str, tuple[Times, str]]:
     for row in read("small_kernels"):
         if (row["device"], row["variant"]) == (device, "ours"):
             found[row["part"]] = (float(row["us"]),), row["commit"]
-    whole = whole_share()
-    if whole["device"] == device:
+    if (whole := whole_share(device)) is not None:
         found[OPTIMIZER] = (1000 * float(whole["optimizer_ms"]),), whole["commit"]
     return found
 
