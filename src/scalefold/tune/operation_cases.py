@@ -187,13 +187,13 @@ def triangle_output(rows: Rows, c: int, calls: int, evaluate=False) -> Case:
     return Case("triangle_output", f"{label(rows)}x{c}", calls, build)
 
 
-def triangle_product(batch: int, c: int, n: int, outgoing: bool, calls: int) -> Case:
+def triangle_product(batch: int, c: int, rows: int, n: int, outgoing: bool, calls: int) -> Case:
     def build(dtype: torch.dtype = torch.bfloat16) -> Inputs:
         draw = Draw(True, dtype)
-        a, b = draw(batch, c, n, n), draw(batch, c, n, n)
+        a, b = draw(batch, c, rows, n), draw(batch, c, n, n)
         return Inputs(draw.leaves, lambda ops: ops.triangle_product(a, b, outgoing))
 
-    return Case("triangle_product", f"{batch}x{c}x{n}x{n}_{'outgoing' if outgoing else 'incoming'}", calls, build)
+    return Case("triangle_product", f"{batch}x{c}x{rows}x{n}_{'outgoing' if outgoing else 'incoming'}", calls, build)
 
 
 def outer_product_project(rows: Rows, c: int, calls: int, evaluate=False) -> Case:
@@ -304,6 +304,7 @@ def training_cases(dap: int) -> list[Case]:
     pair, msa, column = (1, N // dap, N), (1, MSA // dap, N), (1, N // dap, MSA)
     extra, template = (1, EXTRA // dap, N), (TEMPLATES, N // dap, N)
     heads = [128] * 4 + [4]
+    channels, rows = (128, N // 2) if dap == 2 else (128 // dap, N)  # two ranks share outgoing edges by rows
     return [
         projections(pair, 128, heads, PAIR_BLOCKS),
         projections(pair, 128, heads, PAIR_BLOCKS, transposed=True),
@@ -312,8 +313,8 @@ def training_cases(dap: int) -> list[Case]:
         gated_output(pair, 128, 4, 32, PAIR_BLOCKS, dropped=True),
         gated_output(pair, 128, 4, 32, PAIR_BLOCKS, dropped=True, transposed=True),
         triangle_project(pair, 128, 2 * PAIR_BLOCKS),
-        triangle_product(1, 128 // dap, N, True, PAIR_BLOCKS),
-        triangle_product(1, 128 // dap, N, False, PAIR_BLOCKS),
+        triangle_product(1, channels, rows, N, True, PAIR_BLOCKS),
+        triangle_product(1, 128 // dap, N, N, False, PAIR_BLOCKS),
         triangle_output(pair, 128, 2 * PAIR_BLOCKS),
         transition(pair, 128, 4, PAIR_BLOCKS),
         projections(msa, 256, [256] * 4, 48),
