@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +23,7 @@ from scalefold.kernels.around import aside
 from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.dap.collectives import Group, Lasts
 from scalefold.parallel.dap.direct import ALIGNMENT, PASSING_TURNS, Arrivals, DirectExchanges
-from scalefold.parallel.dap.peer_memory import meet
+from scalefold.parallel.dap.peer_memory import meeting
 from scalefold.parallel.dap.points import apply_dap
 
 pytestmark = pytest.mark.skipif(
@@ -195,8 +194,7 @@ def steps(model: AlphaFold, batch: dict[str, Tensor]) -> list[np.ndarray]:
 
 def barrier_of(rank: int, numbers: Tensor) -> Callable[[], None]:
     """That of ranks whose processes share numbers: [P, P] int32, a row of each rank's memory."""
-    places = torch.tensor([own[rank:].data_ptr() for own in numbers])
-    return partial(meet, numbers[rank], places, torch.zeros(1, dtype=torch.int32))
+    return meeting(numbers[rank], [own[rank:].data_ptr() for own in numbers])
 
 
 def turns_seen(rank: int, numbers: Tensor, written: Tensor, turns: int) -> list[list[int]]:

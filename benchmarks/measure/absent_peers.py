@@ -10,7 +10,6 @@ is one kernel of the same bytes on a stream of its own, as NCCL's would be.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from scalefold.parallel.dap.direct import (
     Arrivals,
     DirectExchanges,
 )
-from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meet, sum_parts
+from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meeting, sum_parts
 from scalefold.parallel.ranks import Ranks
 
 RANK = 0  # the one that is there
@@ -126,9 +125,7 @@ def direct_alone(size: int, device: torch.device) -> DirectExchanges:
     stages = [torch.zeros(STAGE_BYTES, dtype=torch.uint8, device=device) for _ in range(STAGES)]
     views = {dtype: [[stage.view(dtype)] * size for stage in stages] for dtype in DTYPES}
     numbers = torch.zeros(size, dtype=torch.int32, device=device)
-    places = torch.tensor([number.data_ptr() for number in numbers], dtype=torch.int64, device=device)
-    count = torch.zeros(1, dtype=torch.int32, device=device)
-    barrier = partial(meet, numbers, places, count) if device.type == "cuda" else lambda: None  # nobody to wait for
+    barrier = meeting(numbers, [number.data_ptr() for number in numbers])
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
     memory = torch.empty(kept + passing, dtype=torch.uint8, device=device)
     return DirectAlone(RANK, size, stages, views, barrier, Arrivals(memory, [memory] * size, kept, barrier))

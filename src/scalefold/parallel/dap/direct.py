@@ -25,7 +25,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from torch import Tensor
 
 from scalefold.kernels.around import aside
 from scalefold.parallel.dap.collectives import Group, Lasts
-from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meet, send_parts, sum_parts
+from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meeting, send_parts, sum_parts
 
 log = logging.getLogger(__name__)
 
@@ -358,11 +357,6 @@ def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
     memory, peers = shared(kept + passing)
     numbers, at_peers = shared(size * torch.int32.itemsize)
-    places = [peer.view(torch.int32)[rank:].data_ptr() for peer in at_peers]
-    barrier = partial(
-        meet,
-        numbers.view(torch.int32),
-        torch.tensor(places, dtype=torch.int64, device=device),
-        torch.zeros(1, dtype=torch.int32, device=device),
-    )
+    addresses = [peer.view(torch.int32)[rank:].data_ptr() for peer in at_peers]
+    barrier = meeting(numbers.view(torch.int32), addresses)
     return DirectExchanges(rank, size, stages, views, barrier, Arrivals(memory, peers, kept, barrier), mapping)

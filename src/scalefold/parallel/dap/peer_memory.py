@@ -9,6 +9,7 @@ been staged by its owners before; what is written may be read once all ranks hav
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import triton
@@ -141,6 +142,12 @@ def meet(numbers: Tensor, places: Tensor, count: Tensor) -> None:
     """
     size = numbers.numel()
     _barrier_kernel[(1,)](numbers, places, count, SIZE=size, LANES=triton.next_power_of_2(size), num_warps=1)
+
+
+def meeting(numbers: Tensor, addresses: Sequence[int]) -> Callable[[], None]:
+    """``meet`` from the first barrier on: numbers as there, zeros; addresses: ``places``, on the host."""
+    places = torch.tensor(addresses, dtype=torch.int64, device=numbers.device)
+    return partial(meet, numbers, places, numbers.new_zeros(1))
 
 
 def send_parts(
