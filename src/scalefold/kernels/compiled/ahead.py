@@ -78,8 +78,8 @@ def refuse_faults(metadata: dict[str, Any], group: dict[str, str]) -> None:
     if found := faults(ttgir, ptx, listing, metadata["num_warps"]):
         files[".json"].unlink()
         raise KernelError(
-            f"kernel {metadata['name']}: {found[0]}: its results would be wrong. That is a fault of Triton's compiler "
-            f"or of its assembler. A newer assembler may be right (TRITON_PTXAS_PATH={_newer_assembler()}), and "
+            f"kernel {metadata['name']}: {found[0]}: its results would be wrong. The program, Triton's compiler or "
+            f"its assembler is at fault. A newer assembler may be right (TRITON_PTXAS_PATH={_newer_assembler()}), and "
             f"execution.kernels: reference does without"
         )
 

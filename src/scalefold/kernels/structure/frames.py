@@ -18,6 +18,14 @@ def load_vector(pointer, row, exists):
 
 
 @triton.jit
+def load_vector_to_change(pointer, row, exists):
+    """``load_vector`` of numbers that the program adds to in place: afterwards all warps that hold them have them."""
+    vector = load_vector(pointer, row, exists)
+    tl.debug_barrier()
+    return vector
+
+
+@triton.jit
 def store_vector(pointer, row, vector, exists):
     """What ``load_vector`` loads."""
     tl.store(pointer + row * 3, vector[0], mask=exists)

@@ -14,6 +14,7 @@ from scalefold.kernels.structure.frames import (
     length_of,
     load_quaternion,
     load_vector,
+    load_vector_to_change,
     rotation_of,
     store_quaternion,
     store_vector,
@@ -107,7 +108,7 @@ def norm_backward_kernel(
         exists = rows < num_rows
         frame = load_quaternion(quaternion, rows, exists)
         tx, ty, tz = load_vector(d_translation, rows, exists)
-        ux, uy, uz = load_vector(d_carried, rows, exists)
+        ux, uy, uz = load_vector_to_change(d_carried, rows, exists)
         tx, ty, tz = tx + ux, ty + uy, tz + uz
         store_vector(d_carried, rows, (tx, ty, tz), exists)
         x, y, z = turn_back(rotation_of(frame), (tx, ty, tz))

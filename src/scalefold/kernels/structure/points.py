@@ -16,6 +16,7 @@ from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.structure.frames import (
     load_quaternion,
     load_vector,
+    load_vector_to_change,
     rotation_of,
     store_vector,
     turn,
@@ -106,7 +107,7 @@ def place_backward_kernel(
     tl.store(kv, tl.load(d_k + _component(h, c, i, n, C, H), mask=keep, other=0.0), mask=keep)
     tl.store(kv + D, tl.load(d_values + (row * H + h) * (D + 3 * PV) + c, mask=keep, other=0.0), mask=keep)
     rotation = rotation_of(load_quaternion(quaternion, row, exists))
-    tx, ty, tz = load_vector(d_translation, row, exists)
+    tx, ty, tz = load_vector_to_change(d_translation, row, exists)
     j = tl.arange(0, BLOCK_Q)[None, :]
     keep = exists & (j < H * PQ)
     x, y, z = _load_places(d_q, _component(j // PQ, D + 3 * (j % PQ), i, n, C, H), n, keep)
@@ -177,7 +178,7 @@ def features_backward_kernel(
     x, y, z = turn(rotation, (u + slope * x, v + slope * y, w + slope * z))
     places = (row * H + j // PV) * (D + 3 * PV) + D + 3 * (j % PV)
     _store_places(d_attended, places, 1, (x, y, z), keep)
-    tx, ty, tz = load_vector(d_translation, row, exists)
+    tx, ty, tz = load_vector_to_change(d_translation, row, exists)
     tx -= tl.sum(x, 1, keep_dims=True)
     ty -= tl.sum(y, 1, keep_dims=True)
     tz -= tl.sum(z, 1, keep_dims=True)
