@@ -137,15 +137,19 @@ def flat_of_a_bf16_and_an_fp32_layer():
 
 def test_another_rounding_moves_bf16_weights_by_one_place_at_most(script):
     flat = flat_of_a_bf16_and_an_fp32_layer()
-    before, (trunk,) = flat.master.clone(), [s for s in flat.segments if s.dtype is torch.bfloat16]
-    script("module_norms").round_otherwise(flat, 1)
-    place = slice(trunk.start, trunk.stop)
-    was, now = before[place].bfloat16().view(torch.int16), flat.master[place].bfloat16().view(torch.int16)
-    assert set((now - was).abs().tolist()) == {0, 1}
+    module, before = script("module_norms"), {name: view.clone() for name, view in flat.named_views(flat.master)}
+    weights = module.rounded_otherwise(flat, 1)
+    assert all(torch.equal(view, before[name]) for name, view in flat.named_views(flat.master))
+    was, now = (
+        before["trunk_stack.weight"].bfloat16().view(torch.int16),
+        weights["trunk_stack.weight"].view(torch.int16),
+    )
+    assert set((now - was).abs().unique().tolist()) == {0, 1}
     assert 0.1 < (now != was).float().mean() < 0.6
-    other = torch.ones_like(before, dtype=torch.bool)
-    other[place] = False
-    assert torch.equal(flat.master[other], before[other])
+    assert torch.equal(weights["heads.weight"], before["heads.weight"])
+    module.take_weights(flat, weights)
+    for name, view in flat.named_views(flat.master):
+        assert torch.equal(view, weights[name].float())
 
 
 def test_norms_are_those_of_mean_gradients_and_are_judged_by_the_noise(script):
@@ -159,6 +163,9 @@ def test_norms_are_those_of_mean_gradients_and_are_judged_by_the_noise(script):
     assert [row["noise"] for row in near] == ["9.99e-04", "0.00e+00"]
     assert [(row["norm"], row["one_gpu"], row["roundings"]) for row in near] == [("1.002", "1.0005", 2), ("2", "2", 2)]
     assert module.beyond(near) == []
+    assert {(row["error"], row["one_gpu_error"]) for row in near} == {("", "")}
+    exact = module.norm_rows([{"a": 1.1}] * 2, [{"a": 1.0}] * 2, [{"a": 2.0}, {"a": 1.0}])
+    assert [(row["error"], row["one_gpu_error"]) for row in exact] == [("3.26e-01", "3.54e-01")]
     assert module.beyond(module.norm_rows([{"a": 1.0025, "b": 2.1}, {"a": 1.0035, "b": 2.0}], one_gpu)) == ["a", "b"]
     once = module.norm_rows([{"a": 1.0025, "b": 2.0}, one_gpu[1]], one_gpu)
     assert module.beyond(once) == [], "one draw of several lies further away than it may on the average"

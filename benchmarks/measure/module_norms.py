@@ -2,9 +2,10 @@
 
 The noise of a module's norm is the root mean square of the relative difference between two roundings of the weights to
 bf16: before each is rounded, every weight moves by a random part of its last place. Several GPUs compute with the same
-roundings, and the root mean square of their relative differences from one GPU is set against that: more than MARGIN
+weights, and the root mean square of their relative differences from one GPU is set against that: more than MARGIN
 times the noise is more than another rounding explains. (One rounding alone would exceed it in one module of twenty by
-chance; rows of ``module_norms.csv`` say how many they are of.)
+chance; rows of ``module_norms.csv`` say how many they are of.) Where one GPU has also computed in fp32 with these
+weights, a row tells the root mean square of the relative error of both.
 """
 
 import itertools
@@ -18,9 +19,10 @@ from common import move_within_rounding
 from scalefold.step.parameters import FlatParameters
 from step_time import module_of
 
-SEEDS = range(1, 7)
+SEEDS = range(1, 13)
 MARGIN = 2.0
 Norms = Mapping[str, float]
+Weights = Mapping[str, torch.Tensor]
 
 
 @torch.no_grad()
@@ -35,12 +37,23 @@ def module_norms(flat: FlatParameters) -> dict[str, float]:
 
 
 @torch.no_grad()
-def round_otherwise(flat: FlatParameters, seed: int) -> None:
-    """Another rounding of the weights that compute in bf16; those that compute in fp32 stay."""
-    random = torch.Generator(flat.master.device).manual_seed(seed)
-    for segment in flat.segments:
-        if segment.dtype is torch.bfloat16:
-            move_within_rounding(flat.master[segment.start : segment.stop], random)
+def rounded_otherwise(flat: FlatParameters, seed: int) -> Weights:
+    """Weights as they compute after another rounding of those in bf16, on the host; those in fp32 stay."""
+    random, weights = torch.Generator(flat.master.device).manual_seed(seed), {}
+    for slot in flat.slots:
+        weight = flat.view(flat.master, slot).clone()
+        if flat.segment_of(slot).dtype is torch.bfloat16:
+            move_within_rounding(weight, random)
+            weight = weight.bfloat16()
+        weights[slot.name] = weight.cpu()
+    return weights
+
+
+@torch.no_grad()
+def take_weights(flat: FlatParameters, weights: Weights) -> None:
+    """Compute with these from now on."""
+    for name, view in flat.named_views(flat.master):
+        view.copy_(weights[name])
     flat.refresh()
 
 
@@ -54,20 +67,21 @@ def relative(a: float, b: float) -> float:
     return abs(a - b) / abs(b) if b else float(a != b)
 
 
-def norm_rows(own: Sequence[Norms], one_gpu: Sequence[Norms]) -> list[dict[str, object]]:
-    """A row per module: mean norms, their relative difference, the noise, and how many times it that is.
+def norm_rows(own: Sequence[Norms], one_gpu: Sequence[Norms], fp32: Sequence[Norms] = ()) -> list[dict[str, object]]:
+    """A row per module: mean norms, their relative difference, the noise, how many times it that is, and both errors.
 
-    own, one_gpu: norms by rounding, of the same roundings.
+    own, one_gpu, fp32: norms by rounding, of the same weights; without those in fp32 errors are empty.
     """
     rows: list[dict[str, object]] = []
+    errors = [differences(list(zip(found, fp32, strict=True))) if fp32 else {} for found in (own, one_gpu)]
     noise = differences(list(itertools.combinations(one_gpu, 2)))
     for module, difference in differences(list(zip(own, one_gpu, strict=True))).items():
         times = difference / noise[module] if noise[module] else math.inf if difference else 0.0
         norm, expected = (sum(norms[module] for norms in found) / len(found) for found in (own, one_gpu))
         facts = {"module": module, "norm": f"{norm:.6g}", "one_gpu": f"{expected:.6g}", "roundings": len(own)}
-        rows.append(
-            {**facts, "difference": f"{difference:.2e}", "noise": f"{noise[module]:.2e}", "times": f"{times:.2f}"}
-        )
+        judged = {"difference": f"{difference:.2e}", "noise": f"{noise[module]:.2e}", "times": f"{times:.2f}"}
+        both = (f"{error[module]:.2e}" if fp32 else "" for error in errors)
+        rows.append(facts | judged | dict(zip(("error", "one_gpu_error"), both, strict=True)))
     return rows
 
 

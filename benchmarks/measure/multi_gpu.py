@@ -19,7 +19,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from weakref import WeakSet
@@ -39,7 +39,17 @@ from common import (
     time_calls,
     time_queued,
 )
-from module_norms import MARGIN, SEEDS, Norms, beyond, module_norms, norm_rows, round_otherwise
+from module_norms import (
+    MARGIN,
+    SEEDS,
+    Norms,
+    Weights,
+    beyond,
+    module_norms,
+    norm_rows,
+    rounded_otherwise,
+    take_weights,
+)
 from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.loading.loader import Batch
@@ -117,6 +127,7 @@ def main() -> int:
     parser.add_argument("--skip-exchanges", action="store_true")
     parser.add_argument("--dap", type=int, nargs="*", help="axial sizes; default: all powers of two up to the GPUs")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin no layout that would end later")
+    parser.add_argument("--fp32", action="store_true", help="norms of modules against one GPU in fp32, too (a minute)")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU, to try the script")
     parser.add_argument("--out", type=Path, help="folder of the tables; default: benchmarks, nowhere with --small")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="configuration override")
@@ -214,6 +225,8 @@ def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namesp
     """Check, time and take apart each layout; one GPU on its own comes first and is what the others must equal."""
     truth: dict[str, float] = {}
     truth_norms: list[Norms] = []
+    exact_norms: list[Norms] = []
+    roundings: list[Weights] = []
     good, longest_s = True, 0.0
     means: dict[Layout, dict[int, float]] = {}
     for gpus, dap in wanted:
@@ -222,15 +235,16 @@ def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namesp
             tell(host, f"gpus {gpus} dap {dap}: LEFT OUT, the time of --minutes is used up")
             continue
         step, batch, config = build(host, gpus, dap, arguments.set)
-        values, _ = first_values(step, batch)
-        roundings = () if host.small else SEEDS  # small computes in fp32
-        norms = [first_values(step, batch, seed)[1] for seed in roundings]
+        if not roundings and not host.small:  # small computes in fp32
+            roundings = [rounded_otherwise(step.optimizer.flat, seed) for seed in SEEDS]
+        values, norms = first_values(step, batch, roundings)
         if not truth:
             truth, truth_norms = values, norms
+            exact_norms = norms_in_fp32(host, roundings) if arguments.fp32 else []
         let_go(host)  # the eager step's memory is not the graphs'
         good &= agrees(host, values, truth, gpus, dap)
         if gpus > 1 and norms:
-            keep_norms(host, (gpus, dap), norm_rows(norms, truth_norms))
+            keep_norms(host, (gpus, dap), norm_rows(norms, truth_norms, exact_norms))
         means[gpus, dap] = measure_steps(host, step, batch, config, (gpus, dap), arguments)
         del step, batch
         let_go(host)
@@ -316,18 +330,25 @@ def set_dropout(step: TrainStep, on: bool) -> None:
             module.dropout = rates.get(type(module).__name__, 0.25) if on else 0.0
 
 
-def first_values(step: TrainStep, batch: Batch, rounding: int | None = None) -> tuple[dict[str, float], Norms]:
-    """Loss, terms and gradient norm of one eager step, and the norms by module; weights are put back.
-
-    Args:
-        rounding: seed of another rounding of the weights.
-    """
+def first_values(
+    step: TrainStep, batch: Batch, roundings: Iterable[Weights] = ()
+) -> tuple[dict[str, float], list[Norms]]:
+    """Loss, terms and gradient norm of one eager step, and with other weights the norms by module; all is put back."""
+    norms, flat = [], step.optimizer.flat
     with preserved(step.optimizer):
-        if rounding is not None:
-            round_otherwise(step.optimizer.flat, rounding)
-        values = TrainStep.__call__(_Eager(step), batch, 1, 1)  # type: ignore[arg-type]
-        norms = module_norms(step.optimizer.flat)
-    return dict(zip(step.names, values.tolist(), strict=True)), norms
+        values = TrainStep.__call__(_Eager(step), batch, 1, 1).tolist()  # type: ignore[arg-type]
+        for weights in roundings:
+            take_weights(flat, weights)
+            TrainStep.__call__(_Eager(step), batch, 1, 1)  # type: ignore[arg-type]
+            norms.append(module_norms(flat))
+    return dict(zip(step.names, values, strict=True)), norms
+
+
+def norms_in_fp32(host: Host, roundings: Sequence[Weights]) -> list[Norms]:
+    """Norms by module of plain operations on one GPU in fp32."""
+    plain = ["precision=fp32", "kernels=reference", "activation_checkpointing=true"]
+    step, batch, _ = build(host, 1, 1, [f"execution.{setting}" for setting in plain])
+    return first_values(step, batch, roundings)[1]
 
 
 def keep_norms(host: Host, layout: Layout, rows: list[dict[str, object]]) -> None:
