@@ -49,7 +49,7 @@ def test_exchanges_per_block_are_as_documented(script, base):
     counted = {size: script("exchange_counts").count(base, size) for size in (2, 4, 8)}
     blocks = 12 + 12 + 8  # of the Evoformer, the extra MSA, the templates
     for size, rows in counted.items():
-        number = blocks - 3 * (size == 2) + 4  # a gather instead of two exchanges per outgoing triangle; ends of stacks
+        number = blocks - 6 * (size == 2) + 4  # one instead of two exchanges per triangle; ends of stacks
         assert totals(rows, "forward")[0] == number
         assert totals(rows, "backward")[0] == number
         assert {row["exchange"] for row in rows} == {"all_to_all", "all_gather", "reduce_scatter"}

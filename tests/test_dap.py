@@ -11,7 +11,9 @@ from scalefold.config import EvoformerConfig, ModelConfig, TemplateConfig
 from scalefold.errors import ConfigError
 from scalefold.model.evoformer import EvoformerStack, ExtraMSAStack
 from scalefold.model.templates import TemplatePairStack
+from scalefold.model.triangle import TriangleProduct
 from scalefold.parallel.dap.collectives import Group
+from scalefold.parallel.dap.halves import ProductOfTwo
 from scalefold.parallel.dap.points import apply_dap, check_shares, gradient_scale
 
 STACK = EvoformerConfig(
@@ -105,6 +107,29 @@ def test_sizes_that_do_not_divide_are_padded_without_a_trace(num_rows: int, num_
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("outgoing", [True, False])
+def test_two_ranks_compute_the_product_of_a_triangle_and_its_gradients_in_halves(outgoing: bool) -> None:
+    def operands() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(0)
+        return tuple(torch.randn(2, 3, 8, 8, dtype=torch.float64) for _ in range(3))
+
+    def share(rank: int) -> list[np.ndarray]:
+        a, b, d = (x[:, :, 4 * rank : 4 * rank + 4] for x in operands())
+        a, b = (x.clone().requires_grad_() for x in (a, b))
+        x = ProductOfTwo(Group(dist.group.WORLD), outgoing)(a, b)
+        x.backward(d)
+        return [t.numpy() for t in (x.detach(), a.grad, b.grad)]
+
+    a, b, d = operands()
+    a.requires_grad_()
+    b.requires_grad_()
+    x = TriangleProduct(outgoing)(a, b)
+    x.backward(d)
+    halves = zip(*run_ranks(share, 2), strict=True)
+    for (first, second), expected in zip(halves, (x.detach(), a.grad, b.grad), strict=True):
+        np.testing.assert_allclose(np.concatenate([first, second], 2), expected.numpy(), rtol=1e-13, atol=1e-13)
+
+
 def test_blocks_that_run_again_in_the_backward_give_the_same() -> None:
     whole = run_trunk(trunk().train(), 8, 16)
     for sharded in run_ranks(run_sharded, 2, 8, 16, True, True):

@@ -21,6 +21,7 @@ from scalefold.data.made.synthetic import synthetic_batch
 from scalefold.kernels import triton_ops
 from scalefold.kernels.around import aside
 from scalefold.model.alphafold import AlphaFold
+from scalefold.parallel.dap import peer_memory
 from scalefold.parallel.dap.collectives import Group, Lasts
 from scalefold.parallel.dap.direct import ALIGNMENT, PASSING_TURNS, Arrivals, DirectExchanges
 from scalefold.parallel.dap.peer_memory import meeting
@@ -30,6 +31,17 @@ pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="needs a GPU or Triton's interpreter"
 )
 KEPT, PASSING = 1 << 18, 1 << 21
+
+
+class Recorded:
+    """A kernel whose grids are noted."""
+
+    def __init__(self, kernel: Any, grids: list[tuple[int, ...]]) -> None:
+        self.kernel, self.grids = kernel, grids
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        self.grids.append(grid)
+        return self.kernel[grid]
 
 
 def memory(count: int) -> Tensor:
@@ -128,6 +140,26 @@ def test_other_strides_and_more_than_a_program_moves():
     outs = [rank.all_to_all([x], 2, 1, Lasts.STEP)[0] for rank, x in zip(ranks, turned, strict=True)]
     for rank, out in enumerate(outs):
         torch.testing.assert_close(out, torch.cat([x.chunk(2, 2)[rank] for x in turned], 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("columns", [96, 104, 8])
+def test_large_parts_leave_room_to_the_work_beside_them(columns, monkeypatch):
+    """Two programs take all units of a part in turns, the last ones of which may be fewer; short parts are as ever."""
+    launched = []
+    monkeypatch.setattr(peer_memory, "LANES_BESIDE", 32)
+    monkeypatch.setattr(peer_memory, "PROGRAMS_BESIDE", 2)
+    send = peer_memory._send_parts
+    monkeypatch.setattr(peer_memory, "_send_parts", Recorded(send, launched))
+    xs, ranks = tensors(2, (1, 8, 8, columns), torch.bfloat16), group_of(2)
+    moved = [rank.begin_all_to_all([x], 1, 2, Lasts.STEP) for rank, x in zip(ranks, xs, strict=True)]
+    gathered = [rank.begin_all_gather(x, 1, Lasts.STEP) for rank, x in zip(ranks, xs, strict=True)]
+    for rank, ((received,), wait) in enumerate(moved):
+        wait()
+        torch.testing.assert_close(received, torch.cat([x.chunk(2, 1)[rank] for x in xs], 2), rtol=0, atol=0)
+    for out, wait in gathered:
+        wait()
+        torch.testing.assert_close(out, torch.cat(xs, 1), rtol=0, atol=0)
+    assert launched == [(2 if columns > 8 else 1, 2, 1)] * 4
 
 
 def test_places_of_kept_results_are_given_away_when_a_step_begins_and_passing_ones_after_some_turns():

@@ -16,6 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 
 from common import move_within_rounding
+from scalefold.data.loading.loader import Batch
+from scalefold.step.graphs import TrainStep, preserved
 from scalefold.step.parameters import FlatParameters
 from step_time import module_of
 
@@ -55,6 +57,33 @@ def take_weights(flat: FlatParameters, weights: Weights) -> None:
     for name, view in flat.named_views(flat.master):
         view.copy_(weights[name])
     flat.refresh()
+
+
+def first_values(
+    step: TrainStep, batch: Batch, roundings: Iterable[Weights] = ()
+) -> tuple[dict[str, float], list[Norms]]:
+    """Loss, terms and gradient norm of one eager step, and with other weights the norms by module; all is put back."""
+    norms, flat = [], step.optimizer.flat
+    with preserved(step.optimizer):
+        values = TrainStep.__call__(_Eager(step), batch, 1, 1).tolist()  # type: ignore[arg-type]
+        for weights in roundings:
+            take_weights(flat, weights)
+            TrainStep.__call__(_Eager(step), batch, 1, 1)  # type: ignore[arg-type]
+            norms.append(module_norms(flat))
+    return dict(zip(step.names, values, strict=True)), norms
+
+
+class _Eager(TrainStep):
+    """The same step without graphs."""
+
+    def __init__(self, step: TrainStep) -> None:
+        super().__init__(step.objective, step.optimizer, step.reducer, step.micro_batch_size, 1, step.train_group)
+        self._names_of = step
+
+    def _forward_backward(self, *args, **kwargs) -> torch.Tensor:
+        values = super()._forward_backward(*args, **kwargs)
+        self._names_of.names = self.names
+        return values
 
 
 def differences(pairs: Sequence[tuple[Norms, Norms]]) -> dict[str, float]:

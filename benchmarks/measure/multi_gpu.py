@@ -45,10 +45,9 @@ from module_norms import (
     Norms,
     Weights,
     beyond,
-    module_norms,
+    first_values,
     norm_rows,
     rounded_otherwise,
-    take_weights,
 )
 from scalefold.config import Config, RankLayout, load_config
 from scalefold.data.configured import feature_settings
@@ -59,7 +58,7 @@ from scalefold.parallel.dap.points import apply_dap
 from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
-from scalefold.step.graphs import TrainStep, preserved
+from scalefold.step.graphs import TrainStep
 from spans import Span, breakdown, summary
 from step_time import enliven, row, without_dropout
 
@@ -330,20 +329,6 @@ def set_dropout(step: TrainStep, on: bool) -> None:
             module.dropout = rates.get(type(module).__name__, 0.25) if on else 0.0
 
 
-def first_values(
-    step: TrainStep, batch: Batch, roundings: Iterable[Weights] = ()
-) -> tuple[dict[str, float], list[Norms]]:
-    """Loss, terms and gradient norm of one eager step, and with other weights the norms by module; all is put back."""
-    norms, flat = [], step.optimizer.flat
-    with preserved(step.optimizer):
-        values = TrainStep.__call__(_Eager(step), batch, 1, 1).tolist()  # type: ignore[arg-type]
-        for weights in roundings:
-            take_weights(flat, weights)
-            TrainStep.__call__(_Eager(step), batch, 1, 1)  # type: ignore[arg-type]
-            norms.append(module_norms(flat))
-    return dict(zip(step.names, values, strict=True)), norms
-
-
 def norms_in_fp32(host: Host, roundings: Sequence[Weights]) -> list[Norms]:
     """Norms by module of plain operations on one GPU in fp32."""
     plain = ["precision=fp32", "kernels=reference", "activation_checkpointing=true"]
@@ -358,19 +343,6 @@ def keep_norms(host: Host, layout: Layout, rows: list[dict[str, object]]) -> Non
         append_rows(host.out / "module_norms.csv", [{**facts(), "gpus": gpus, "dap": dap, **row} for row in rows])
     far = ", ".join(beyond(rows)) or "none"
     tell(host, f"  of {len(rows)} modules, norms differ by more than {MARGIN} times another rounding's: {far}")
-
-
-class _Eager(TrainStep):
-    """The same step without graphs."""
-
-    def __init__(self, step: TrainStep) -> None:
-        super().__init__(step.objective, step.optimizer, step.reducer, step.micro_batch_size, 1, step.train_group)
-        self._names_of = step
-
-    def _forward_backward(self, *args, **kwargs) -> torch.Tensor:
-        values = super()._forward_backward(*args, **kwargs)
-        self._names_of.names = self.names
-        return values
 
 
 def agrees(host: Host, values: dict[str, float], truth: dict[str, float], gpus: int, dap: int) -> bool:

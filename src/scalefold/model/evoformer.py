@@ -29,8 +29,8 @@ point (attribute name)    tensors                                         layout
 ``channels_to_rows``      its product x [B, c, I, J]                      channels -> rows (dimension 2)
 ========================  ==============================================  =====================================
 
-Among two ranks a triangle multiplication along outgoing edges has another pair of points: a and x stay rows, and b goes
-from rows to full; ranks use it differently.
+Among two ranks a, b and x stay rows, and the product of a triangle multiplication itself is another one
+(``parallel/dap/halves.py``).
 
 The outer product needs no exchange of its own result: its operand a is this rank's columns of m, which are its rows
 of z. Dropout masks are shared along the sharded dimension by construction ([B, 1, N, c] on row shards; the transpose

@@ -11,6 +11,20 @@ from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, shar
 MASK_INF = 1e9
 
 
+class TriangleProduct(nn.Module):
+    """The sum over the third residue of a triangular multiplicative update."""
+
+    ops: Operations = REFERENCE
+
+    def __init__(self, outgoing: bool) -> None:
+        super().__init__()
+        self.outgoing = outgoing
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """x_ij = sum_k a_ik b_jk (outgoing) or sum_k a_ki b_kj (incoming). a, b: [B, c, I, J] -> [B, c, I, J]."""
+        return self.ops.triangle_product(a, b, self.outgoing)
+
+
 class TriangleMultiplication(nn.Module):
     """Triangular multiplicative update along "outgoing" or "incoming" edges (Supplement Algorithms 11 and 12)."""
 
@@ -18,7 +32,7 @@ class TriangleMultiplication(nn.Module):
 
     def __init__(self, c_z: int, c_hidden: int, outgoing: bool, dropout: float) -> None:
         super().__init__()
-        self.outgoing, self.dropout = outgoing, dropout
+        self.dropout = dropout
         self.linear_a_p = Linear(c_z, c_hidden)
         self.linear_a_g = Linear(c_z, c_hidden, init="gating")
         self.linear_b_p = Linear(c_z, c_hidden)
@@ -28,6 +42,7 @@ class TriangleMultiplication(nn.Module):
         self.layer_norm_in = LayerNorm(c_z)
         self.layer_norm_out = LayerNorm(c_hidden)
         self.rows_to_channels = nn.Identity()
+        self.product = TriangleProduct(outgoing)
         self.channels_to_rows = nn.Identity()
 
     def forward(self, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:
@@ -53,10 +68,10 @@ class TriangleMultiplication(nn.Module):
         if dropout is None:
             dropout = shared_row_dropout(self.ops, z, self.dropout, self.training)
         a, b = self.rows_to_channels((a, b))
-        x = self.ops.triangle_product(a, b, self.outgoing)
+        x = self.channels_to_rows(self.product(a, b))
         return self.ops.triangle_output(
             z,
-            self.channels_to_rows(x),
+            x,
             norm.weight,
             norm.bias,
             self.layer_norm_out.weight,

@@ -304,7 +304,6 @@ def training_cases(dap: int) -> list[Case]:
     pair, msa, column = (1, N // dap, N), (1, MSA // dap, N), (1, N // dap, MSA)
     extra, template = (1, EXTRA // dap, N), (TEMPLATES, N // dap, N)
     heads = [128] * 4 + [4]
-    channels, rows = (128, N // 2) if dap == 2 else (128 // dap, N)  # two ranks share outgoing edges by rows
     return [
         projections(pair, 128, heads, PAIR_BLOCKS),
         projections(pair, 128, heads, PAIR_BLOCKS, transposed=True),
@@ -313,8 +312,7 @@ def training_cases(dap: int) -> list[Case]:
         gated_output(pair, 128, 4, 32, PAIR_BLOCKS, dropped=True),
         gated_output(pair, 128, 4, 32, PAIR_BLOCKS, dropped=True, transposed=True),
         triangle_project(pair, 128, 2 * PAIR_BLOCKS),
-        triangle_product(1, channels, rows, N, True, PAIR_BLOCKS),
-        triangle_product(1, 128 // dap, N, N, False, PAIR_BLOCKS),
+        *(triangle_product(1, 128 // dap, N, N, outgoing, PAIR_BLOCKS) for outgoing in (True, False) if dap != 2),
         triangle_output(pair, 128, 2 * PAIR_BLOCKS),
         transition(pair, 128, 4, PAIR_BLOCKS),
         projections(msa, 256, [256] * 4, 48),

@@ -160,7 +160,7 @@ class DirectExchanges:
         split_dim: int,
         concat_dim: int,
         lasts: Lasts,
-        launching: AbstractContextManager[object],
+        launching: AbstractContextManager[bool],
     ) -> tuple[list[Tensor], Callable[[], None]]:
         shape = list(xs[0].shape)
         shape[split_dim] //= self.size
@@ -169,8 +169,8 @@ class DirectExchanges:
         split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
         place = self._place(xs, shape, lasts)
         if place is not None:
-            with launching:
-                arrived = self._sent(xs, shape, place, False, split_block, concat_block)
+            with launching as beside:
+                arrived = self._sent(xs, shape, place, False, split_block, concat_block, beside)
             met = self._met
 
             def wait() -> None:
@@ -193,7 +193,7 @@ class DirectExchanges:
         """The same beside other work, and what to call before anybody reads it."""
         return self._all_gather(x, dim, lasts, self._aside([x])), self._waiting()
 
-    def _all_gather(self, x: Tensor, dim: int, lasts: Lasts, launching: AbstractContextManager[object]) -> Tensor:
+    def _all_gather(self, x: Tensor, dim: int, lasts: Lasts, launching: AbstractContextManager[bool]) -> Tensor:
         order = _order(x, dim)
         x, dim = x.permute(order), order.index(dim)
         shape = list(x.shape)
@@ -205,8 +205,8 @@ class DirectExchanges:
             with launching:
                 copy_parts(self._staged([x])[0], out, None, x.numel(), block)
         else:
-            with launching:
-                (out,) = self._sent([x], shape, place, True, x.numel(), block)
+            with launching as beside:
+                (out,) = self._sent([x], shape, place, True, x.numel(), block, beside)
                 self._meet()
         return _in_place(out, order)
 
@@ -221,7 +221,7 @@ class DirectExchanges:
         """The same beside other work, and what to call before anybody reads it."""
         return self._reduce_scatter(x, dim, self._aside([x])), self._waiting()
 
-    def _reduce_scatter(self, x: Tensor, dim: int, launching: AbstractContextManager[object]) -> Tensor:
+    def _reduce_scatter(self, x: Tensor, dim: int, launching: AbstractContextManager[bool]) -> Tensor:
         order = _order(x, dim, self.size)
         shape = [x.shape[n] // (self.size if n == dim else 1) for n in order]
         out = x.new_empty(shape)
@@ -231,23 +231,23 @@ class DirectExchanges:
         return _in_place(out, order)
 
     @contextmanager
-    def _in_line(self) -> Iterator[None]:
+    def _in_line(self) -> Iterator[bool]:
         """Launch an exchange on the current stream, after those beside it: all ranks meet in one order, and what was
         sent before a barrier has arrived behind it.
         """
         self._join()
-        yield
+        yield False
 
     @contextmanager
-    def _aside(self, xs: Sequence[Tensor]) -> Iterator[None]:
+    def _aside(self, xs: Sequence[Tensor]) -> Iterator[bool]:
         """Launch an exchange of xs on a stream beside the current one, where they follow each other."""
         if not xs[0].is_cuda:
-            yield
+            yield True
             return
         self._stream = self._stream or torch.cuda.Stream(xs[0].device)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            yield
+            yield True
         self._beside.append((self._stream.record_event(), xs))
 
     def _join(self) -> None:
@@ -271,13 +271,20 @@ class DirectExchanges:
         return self.arrivals.place(count, keep=lasts is Lasts.STEP)
 
     def _sent(
-        self, xs: Sequence[Tensor], shape: list[int], place: int, whole: bool, split_block: int, concat_block: int
+        self,
+        xs: Sequence[Tensor],
+        shape: list[int],
+        place: int,
+        whole: bool,
+        split_block: int,
+        concat_block: int,
+        beside: bool,
     ) -> list[Tensor]:
         """Results of ``shape`` at ``place``, there once all ranks meet."""
         assert self.arrivals is not None
         dtype = xs[0].dtype
         targets = self._targets(self.arrivals, place, dtype, concat_block)
-        send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block)
+        send_parts([x.contiguous() for x in xs], targets, self.rank, whole, split_block, concat_block, beside)
         return self.arrivals.at(place, shape, dtype, len(xs))
 
     def _meet(self) -> None:

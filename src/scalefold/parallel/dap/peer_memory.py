@@ -22,6 +22,7 @@ LANE = 8  # elements that a thread moves at once; lengths of runs must be multip
 _LANE = tl.constexpr(LANE)
 LANES = 512  # per program
 NUM_WARPS = 16
+LANES_BESIDE, PROGRAMS_BESIDE = 2048, 32  # where other work goes on: as much on its way from fewer multiprocessors
 POST = tl.constexpr("st.release.sys.global.u32 [$1], $2; mov.u32 $0, $2;")
 AWAIT = tl.constexpr(
     "{ .reg .pred behind; poll: ld.acquire.sys.global.u32 $0, [$1]; sub.s32 $0, $0, $2; setp.lt.s32 behind, $0, 0;"
@@ -45,23 +46,24 @@ def _send_parts(
     """Program (units, peer, tensor): the peer's part of a source, or all of it, to this rank's place at the peer.
 
     A peer holds the results of all tensors, each of ``result`` elements, behind each other. Parts that cross a wire are
-    on their way first.
+    on their way first. A program takes every so many units again, as many programs as there are.
     """
     wait_for_predecessors()
-    unit = tl.program_id(0) * LANES + tl.arange(0, LANES)
-    keep = (unit < count)[:, None]
     peer = (tl.program_id(1) + rank + 1) % SIZE
-    if WHOLE:
-        source = _offsets(unit, 0, source_block, 1)
-    else:
-        source = _offsets(unit, peer, source_block, SIZE)
-    target = _offsets(unit, rank, target_block, SIZE)
-    for n in tl.static_range(TENSORS):
-        if tl.program_id(2) == n:
-            values = tl.load(sources[n] + source, mask=keep)
-            for p in tl.static_range(SIZE):
-                if peer == p:
-                    tl.store(targets[p] + n * result + target, values, mask=keep)
+    for first in range(tl.program_id(0) * LANES, count, tl.num_programs(0) * LANES):
+        unit = first + tl.arange(0, LANES)
+        keep = (unit < count)[:, None]
+        if WHOLE:
+            source = _offsets(unit, 0, source_block, 1)
+        else:
+            source = _offsets(unit, peer, source_block, SIZE)
+        target = _offsets(unit, rank, target_block, SIZE)
+        for n in tl.static_range(TENSORS):
+            if tl.program_id(2) == n:
+                values = tl.load(sources[n] + source, mask=keep)
+                for p in tl.static_range(SIZE):
+                    if peer == p:
+                        tl.store(targets[p] + n * result + target, values, mask=keep)
 
 
 @program
@@ -151,18 +153,27 @@ def meeting(numbers: Tensor, addresses: Sequence[int]) -> Callable[[], None]:
 
 
 def send_parts(
-    sources: Sequence[Tensor], targets: Sequence[Tensor], rank: int, whole: bool, source_block: int, target_block: int
+    sources: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    rank: int,
+    whole: bool,
+    source_block: int,
+    target_block: int,
+    beside: bool = False,
 ) -> None:
     """Every peer's part of each source (``whole``: all of it) to this rank's place in the results at that peer.
 
     sources: equal shapes, dense; targets: one per peer, long enough for the results of all sources behind each other;
-    source_block, target_block: elements of a run.
+    source_block, target_block: elements of a run; beside: other work goes on, to which large parts leave room.
     """
     size, count = len(targets), sources[0].numel() // LANE
     count = count if whole else count // size
-    _send_parts[(triton.cdiv(count, LANES), size, len(sources))](
+    lanes, programs = LANES, triton.cdiv(count, LANES)
+    if beside and count >= 2 * PROGRAMS_BESIDE * LANES_BESIDE:
+        lanes, programs = LANES_BESIDE, PROGRAMS_BESIDE
+    _send_parts[(programs, size, len(sources))](
         tuple(sources), tuple(targets), rank, source_block // LANE, target_block // LANE, count, size * count * LANE,
-        SIZE=size, TENSORS=len(sources), WHOLE=whole, LANES=LANES, num_warps=NUM_WARPS,
+        SIZE=size, TENSORS=len(sources), WHOLE=whole, LANES=lanes, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -199,6 +210,7 @@ def _meta_run(size: int) -> None:
     sum_parts(sources, torch.empty_like(sources[0][0]), 0, 2048)
     for sent in (sources[:1], sources[:2]):
         send_parts(sent, sources, 1, whole=False, source_block=2048, target_block=4096)
-    send_parts(sources[:1], sources, 1, whole=True, source_block=sources[0].numel(), target_block=2048)
+    for beside in (False, True):
+        send_parts(sources[:1], sources, 1, True, source_block=sources[0].numel(), target_block=2048, beside=beside)
     numbers = torch.empty(size, dtype=torch.int32, device="meta")
     meet(numbers, numbers.long(), numbers[:1])

@@ -2,10 +2,10 @@
 
 The layouts and points are listed in ``model/evoformer.py``. Compared with the published scheme, triangle
 multiplications are sharded by channel (all-to-all of the projected operands, whole products for 1/P of the channels,
-all-to-all of the result) instead of gathering an operand, but that along outgoing edges among two ranks: there
-gathering b moves a third less. Every gather whose result feeds different work has a reduce-scatter as backward instead
-of an all-reduce and a slice. Three exchanges of a block run beside other work, in both directions: that of the MSA at
-its end, the gather of row attention's bias, and the pairs' way to rows.
+all-to-all of the result) instead of gathering an operand; between two ranks they stay rows (``halves``), which moves a
+third less. Every gather whose result feeds different work has a reduce-scatter as backward instead of an all-reduce and
+a slice. Three exchanges of a block run beside other work, in both directions: that of the MSA at its end, the gather of
+row attention's bias, and the pairs' way to rows.
 
 Lengths that P does not divide are padded at a stack's entry: masks with zeros, so padding never reaches real
 positions, and cut off at its exit.
@@ -29,9 +29,9 @@ from scalefold.parallel.dap.collectives import (
     gather_shared,
     scatter,
 )
+from scalefold.parallel.dap.halves import TWO, ProductOfTwo
 
 SHARDED_PARAMETERS = "_stack.blocks."
-FEW = 2  # ranks among which one whole operand is less than three P-ths of a tensor, each less its own P-th
 
 
 class Paddings:
@@ -131,15 +131,6 @@ class ExchangeAll(Exchange):
         return exchange_all(xs, self.split_dim, self.concat_dim, self.group)
 
 
-class GatherSecond(GatherShared):
-    """Operands (a, b) of a product of rows of a with all rows of b, slices along ``dim``: b -> full."""
-
-    def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """a as it is, and the whole b on every rank."""
-        a, b = x
-        return a, super().forward(b)
-
-
 class BeginExchange(Exchange):
     """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
 
@@ -166,18 +157,19 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
         return
     model.register_forward_pre_hook(lambda *_: group.begin())
     points = _points(group)
-    outgoing = points | {"rows_to_channels": GatherSecond(group, 2), "channels_to_rows": nn.Identity()}
-    for module in model.modules():
-        gathers = group.size == FEW and getattr(module, "outgoing", False)
-        for name, point in (outgoing if gathers else points).items():
+    for module in list(model.modules()):
+        for name, point in points.items():
             if isinstance(getattr(module, name, None), nn.Identity):
                 setattr(module, name, point)
+        product = getattr(module, "product", None)
+        if group.size == TWO and isinstance(product, nn.Module):
+            module.product = ProductOfTwo(group, bool(product.outgoing))
 
 
 def _points(group: Group) -> dict[str, nn.Module]:
     paddings = Paddings()
     of_msa, of_pairs, of_bias = {}, {}, {}
-    return {
+    points = {
         "shard_rows": Shard(group, 1, paddings),
         "shard_columns": Shard(group, 2, paddings),
         "gather_rows": GatherSame(group, 1, paddings),
@@ -192,9 +184,11 @@ def _points(group: Group) -> dict[str, nn.Module]:
         "end_columns_to_rows": EndExchange(group, 1, 2, of_msa),
         "begin_pair_to_rows": BeginExchange(group, 1, 2, of_pairs),
         "end_pair_to_rows": EndExchange(group, 1, 2, of_pairs),
-        "rows_to_channels": ExchangeAll(group, split_dim=1, concat_dim=2),
-        "channels_to_rows": Exchange(group, split_dim=2, concat_dim=1),
     }
+    if group.size > TWO:
+        points["rows_to_channels"] = ExchangeAll(group, split_dim=1, concat_dim=2)
+        points["channels_to_rows"] = Exchange(group, split_dim=2, concat_dim=1)
+    return points
 
 
 def gradient_scale(name: str, dp_size: int, dap_size: int) -> float:
