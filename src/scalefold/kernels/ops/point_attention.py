@@ -149,6 +149,7 @@ def _rows_kernel(
     where = head * n * n + i[:, None] * n + j[None, :]
     p = tl.load(weights + where, mask=inside, other=0.0)
     d = tl.load(d_weights + where, mask=inside, other=0.0)
+    tl.debug_barrier()  # warps that hold the same elements of a small tile have them before one changes them
     d = p * (d - tl.sum(p * d, 1)[:, None]) * SQRT_THIRD
     tl.store(d_weights + where, d, mask=inside)
     first = head * C * n
