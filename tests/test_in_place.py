@@ -71,11 +71,12 @@ def faults(kernel, n, barrier, warps):
         kernel[(8,)](*empty, N=n, BARRIER=barrier, num_warps=warps)
     return unordered_accesses(compile_targets.compile_launch(launches[0], 90).asm["ttgir"])
 
-OTHERS = ((used, 128), (turned, 64), (counted, 8), (either, 1))
+OTHERS = ((used, 128), (turned, 64), (counted, 8))
 CALLS = [
-    *((added, n, barrier, warps) for n, barrier, warps in ((2, 0, 4), (2, 1, 4), (2, 0, 1), (128, 0, 4), (64, 0, 4))),
+    *((added, n, barrier, warps) for n, barrier, warps in ((2, 0, 4), (2, 1, 4), (2, 0, 1), (128, 0, 4))),
     *((kernel, n, 0, 4) for kernel, n in OTHERS),
     *((kernel, n, 1, 4) for kernel, n in OTHERS),
+    (either, 1, 0, 4),
 ]
 print(json.dumps({f"{c[0].__name__} {c[1:]}": faults(*c) for c in CALLS}))
 '''
@@ -86,7 +87,6 @@ EXPECTED = {
     "added (2, 1, 4)": [],
     "added (2, 0, 1)": [],
     "added (128, 0, 4)": [],
-    "added (64, 0, 4)": [READ],
     "used (128, 0, 4)": [READ],
     "used (128, 1, 4)": [],
     "turned (64, 0, 4)": [f"%y {STORED}"],
@@ -94,7 +94,6 @@ EXPECTED = {
     "counted (8, 0, 4)": [f"%x {STORED}"],
     "counted (8, 1, 4)": [],
     "either (1, 0, 4)": [],
-    "either (1, 1, 4)": [],
 }
 
 
@@ -111,6 +110,7 @@ def test_memory_that_several_warps_read_is_stored_behind_a_barrier(repository, t
     assert json.loads(output_of([str(tmp_path / "kernels.py")], repository, tmp_path)) == EXPECTED
 
 
+@pytest.mark.long
 def test_iterations_of_the_structure_module_change_frames_in_place_soundly(repository, tmp_path):
     """Where the fault was found: a warp that was late added an iteration's gradient of the frames twice."""
     command = ["benchmarks/measure/compile_targets.py", "--faults", "--modules", "iterations"]
