@@ -153,11 +153,11 @@ def test_large_parts_leave_room_to_the_work_beside_them(columns, monkeypatch):
     xs, ranks = tensors(2, (1, 8, 8, columns), torch.bfloat16), group_of(2)
     moved = [rank.begin_all_to_all([x], 1, 2, Lasts.STEP) for rank, x in zip(ranks, xs, strict=True)]
     gathered = [rank.begin_all_gather(x, 1, Lasts.STEP) for rank, x in zip(ranks, xs, strict=True)]
-    for rank, ((received,), wait) in enumerate(moved):
-        wait()
+    for _, wait in [*moved, *gathered]:
+        wait()  # of all ranks: here no barrier says that the others have sent
+    for rank, ((received,), _) in enumerate(moved):
         torch.testing.assert_close(received, torch.cat([x.chunk(2, 1)[rank] for x in xs], 2), rtol=0, atol=0)
-    for out, wait in gathered:
-        wait()
+    for out, _ in gathered:
         torch.testing.assert_close(out, torch.cat(xs, 1), rtol=0, atol=0)
     assert launched == [(2 if columns > 8 else 1, 2, 1)] * 4
 
