@@ -43,6 +43,18 @@ def compiled_kernels_are_looked_through() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def tables_read_anew() -> Iterator[None]:
+    """Launch parameters that other tests have looked up are not known here, nor those of this test afterwards."""
+    from scalefold.kernels import tuning
+
+    for read in (tuning.table, tuning._resolved):
+        read.cache_clear()
+    yield
+    for read in (tuning.table, tuning._resolved):
+        read.cache_clear()
+
+
 OWN_WORK_S = 600.0
 
 

@@ -13,7 +13,7 @@ from scalefold.kernels import tuning
 
 
 @pytest.fixture
-def script(repository, tmp_path, monkeypatch):
+def script(repository, tmp_path, monkeypatch, tables_read_anew):
     monkeypatch.syspath_prepend(str(repository / "benchmarks" / "measure"))
     tuning_live = importlib.import_module("tuning_live")
     monkeypatch.setattr(tuning, "TABLES", tmp_path)

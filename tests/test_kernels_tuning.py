@@ -9,14 +9,12 @@ FIELDS = {"n": 256, "dtype": "bfloat16"}
 
 
 @pytest.fixture
-def kernel(monkeypatch, tmp_path):
+def kernel(monkeypatch, tmp_path, tables_read_anew):
     """A registered kernel and an empty folder of tables."""
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
     monkeypatch.setattr(tuning, "_defaults", {})
     tuning.register("example", lambda fields, target: {"BLOCK": target})
-    yield "example"
-    tuning.table.cache_clear()
-    tuning._resolved.cache_clear()
+    return "example"
 
 
 def test_the_default_follows_the_assumed_capability(kernel):

@@ -19,13 +19,11 @@ from scalefold.tune.trials import Trial, config_text, parse_config
 
 
 @pytest.fixture
-def tables(tmp_path, monkeypatch):
+def tables(tmp_path, monkeypatch, tables_read_anew):
     """Choices and trials are written elsewhere."""
     monkeypatch.setattr(tuning, "TABLES", tmp_path / "tuned")
     (tmp_path / "tuned").mkdir()
-    yield tmp_path / "tuned"
-    tuning.table.cache_clear()
-    tuning._resolved.cache_clear()
+    return tmp_path / "tuned"
 
 
 def sought(forest=None, seed=0):

@@ -38,7 +38,7 @@ def problems_of(cases, n):
 
 
 @pytest.fixture
-def machine(tmp_path, monkeypatch):
+def machine(tmp_path, monkeypatch, tables_read_anew):
     """A machine with a recorded GPU and tables of its own; what it is called with is the device that it has."""
     device = Record(us_of)
     shutil.copytree(tuning.TABLES, tmp_path / "tuned", ignore=shutil.ignore_patterns("nvidia*"))
@@ -53,11 +53,7 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "Processes", lambda *state: Compiled())
     monkeypatch.setattr(command, "graph_microseconds", lambda call, replays, warm_up: 50.0)
     monkeypatch.chdir(tmp_path)
-    tuning.table.cache_clear()
-    tuning._resolved.cache_clear()
-    yield device
-    tuning.table.cache_clear()
-    tuning._resolved.cache_clear()
+    return device
 
 
 def request_for(out, **changed):

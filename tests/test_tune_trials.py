@@ -115,7 +115,7 @@ def test_without_a_gpu_one_line_says_so():
         tune(Request())
 
 
-def test_a_model_is_fitted_without_a_gpu(tmp_path, monkeypatch):
+def test_a_model_is_fitted_without_a_gpu(tmp_path, monkeypatch, tables_read_anew):
     pytest.importorskip("sklearn")
     monkeypatch.setattr(tuning, "TABLES", tmp_path)
     said = []
