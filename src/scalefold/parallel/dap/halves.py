@@ -37,7 +37,7 @@ class ProductOfTwo(nn.Module):
 
 
 class _Halves:
-    """Which half of a whole dimension belongs to whom, and what arrives of the other rank's."""
+    """Which half of a whole dimension of ``length`` belongs to whom, and products of which halves are exchanged."""
 
     def __init__(self, group: Group, length: int) -> None:
         half, own = length // TWO, group.rank
@@ -45,19 +45,26 @@ class _Halves:
         self.mine = slice(own * half, (own + 1) * half)
         self.others = slice(self.other * half, (self.other + 1) * half)
 
-    def send(self, part: Tensor) -> Flight:
-        """Exchange parts [C, ...] with the other rank beside what follows."""
-        return begin_all_gather(part, 0, self.group, Lasts.SHORT)
-
-    def receive(self, flight: Flight) -> Tensor:
-        """What the other rank sent."""
+    def with_rows_of_both(self, x: Tensor, y: Tensor, lasts: Lasts) -> tuple[Tensor, Tensor]:
+        """x y^T for this rank's x and both ranks' rows of y, all [C, I / 2, J]; and these rows [C, I, J]."""
+        flight, out = begin_all_gather(y, 1, self.group, lasts), torch.empty_like(x)
+        torch.bmm(x, _across(y), out=out[..., self.mine])
         flight.wait()
-        return flight.received.chunk(TWO)[self.other]
+        both = flight.received
+        torch.bmm(x, _across(both[:, self.others]), out=out[..., self.others])
+        return out, both
 
+    def begin_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Flight]:
+        """This rank's part of its own rows of the sum of both ranks' x^T y, and what ``end_sum`` waits for."""
+        part = _across(x[..., self.others]) @ y
+        flight = begin_all_gather(part, 0, self.group, Lasts.SHORT)
+        return _across(x[..., self.mine]) @ y, flight
 
-def _whole(x: Tensor, group: Group, lasts: Lasts) -> Flight:
-    """Rows [C, I / 2, J] of both ranks."""
-    return begin_all_gather(x, 1, group, lasts)
+    def end_sum(self, own: Tensor, flight: Flight) -> Tensor:
+        """With the other rank's part."""
+        flight.wait()
+        own += flight.received.chunk(TWO)[self.other]
+        return own
 
 
 def _across(x: Tensor) -> Tensor:
@@ -68,46 +75,31 @@ class _Outgoing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, group: Group) -> Tensor:
         shape, (a, b) = a.shape, (x.flatten(0, 1) for x in (a, b))
-        flight, halves, x = _whole(b, group, Lasts.by(ctx)), _Halves(group, a.shape[2]), torch.empty_like(a)
-        torch.bmm(a, _across(b), out=x[..., halves.mine])
-        flight.wait()
-        both = flight.received
-        torch.bmm(a, _across(both[:, halves.others]), out=x[..., halves.others])
+        ctx.halves = _Halves(group, a.shape[2])
+        x, both = ctx.halves.with_rows_of_both(a, b, Lasts.by(ctx))
         ctx.save_for_backward(a, both)
-        ctx.halves = halves
         return x.view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (a, both), halves, (given,) = ctx.saved_tensors, ctx.halves, grads
-        d = given.flatten(0, 1)
-        flight = halves.send(_across(d[..., halves.others]) @ a)
-        d_b, d_a = _across(d[..., halves.mine]) @ a, d @ both
-        d_b += halves.receive(flight)
-        return d_a.view(given.shape), d_b.view(given.shape), None
+        (a, both), shape, d = ctx.saved_tensors, grads[0].shape, grads[0].flatten(0, 1)
+        own, flight = ctx.halves.begin_sum(d, a)
+        d_a = d @ both
+        return d_a.view(shape), ctx.halves.end_sum(own, flight).view(shape), None
 
 
 class _Incoming(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, group: Group) -> Tensor:
         shape, (a, b) = a.shape, (x.flatten(0, 1) for x in (a, b))
-        halves = _Halves(group, a.shape[2])
-        flight = halves.send(_across(a[..., halves.others]) @ b)
-        x = _across(a[..., halves.mine]) @ b
-        x += halves.receive(flight)
+        ctx.halves = _Halves(group, a.shape[2])
         ctx.save_for_backward(a, b)
-        ctx.halves = halves
-        return x.view(shape)
+        return ctx.halves.end_sum(*ctx.halves.begin_sum(a, b)).view(shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (a, b), halves, (given,) = ctx.saved_tensors, ctx.halves, grads
-        d = given.flatten(0, 1)
-        flight, d_a = _whole(d, halves.group, Lasts.SHORT), torch.empty_like(a)
-        torch.bmm(b, _across(d), out=d_a[..., halves.mine])
-        flight.wait()
-        both = flight.received
-        torch.bmm(b, _across(both[:, halves.others]), out=d_a[..., halves.others])
-        return d_a.view(given.shape), (a @ both).view(given.shape), None
+        (a, b), shape, d = ctx.saved_tensors, grads[0].shape, grads[0].flatten(0, 1)
+        d_a, both = ctx.halves.with_rows_of_both(b, d, Lasts.SHORT)
+        return d_a.view(shape), (a @ both).view(shape), None
