@@ -13,7 +13,7 @@ from processes import compiling_environment
 from scalefold.config import load_config
 from scalefold.kernels import instructions, tuning
 from scalefold.kernels.choice import operations
-from scalefold.step.build import shares_finely
+from scalefold.step.build import launches_early, shares_finely
 
 ACCESS = re.compile(r"\b(?:ld|st|red|atom|cp)(?:\.\w+)*[.:]+(?:global|bulk|async)\b")
 
@@ -89,9 +89,11 @@ def test_interpreted_programs_are_what_they_were(monkeypatch):
 
 
 @pytest.mark.parametrize("dap_size", [1, 2, 4, 8])
-def test_it_is_wanted_where_four_ranks_or_more_share_a_sample(repository, dap_size):
+def test_it_is_wanted_where_ranks_share_a_sample(repository, dap_size):
     overrides = ["training.global_batch_size=1", f"parallel.gpus_per_node={dap_size}", f"parallel.dap_size={dap_size}"]
-    assert shares_finely(load_config(repository / "configs" / "base.yaml", overrides).config) == (dap_size >= 4)
+    config = load_config(repository / "configs" / "base.yaml", overrides).config
+    assert launches_early(config) == (dap_size > 1)
+    assert shares_finely(config) == (dap_size >= 4)
 
 
 def faults_of(ptx: str, early: bool) -> str | None:

@@ -97,11 +97,11 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     from scalefold.kernels.table import use_operations
     from scalefold.parallel.dap.collectives import Group
     from scalefold.parallel.dap.points import apply_dap
-    from scalefold.step.build import build_model, build_optimizer, build_step, shares_finely
+    from scalefold.step.build import build_model, build_optimizer, build_step, launches_early
 
     note("training step")
     ranks = _ranks(config)
-    ops, model = operations("triton", shares_finely(config)), build_model(config, 0, ranks)
+    ops, model = operations("triton", launches_early(config)), build_model(config, 0, ranks)
     use_operations(model, ops)
     apply_dap(model, None if ranks.dap_group is None else Group(ranks.dap_group))
     optimizer = build_optimizer(config, model, ranks, ops)
@@ -121,10 +121,10 @@ def run_evaluations(config: Config, note: Callable[[str], None]) -> None:
     from scalefold.data.made.synthetic import synthetic_batch
     from scalefold.eval.model import EvaluationModel
     from scalefold.kernels.choice import operations
-    from scalefold.step.build import shares_finely
+    from scalefold.step.build import launches_early
 
     settings, device = feature_settings(config), torch.device("meta")
-    model = EvaluationModel(config, device, operations("triton", shares_finely(config)))
+    model = EvaluationModel(config, device, operations("triton", launches_early(config)))
     longest = settings.padded_length(config.data.val_max_sequence_length)
     for length in range(longest, 0, -settings.eval_length_multiple):
         note(f"evaluation of {length} residues")

@@ -26,8 +26,13 @@ from scalefold.step.reducer import GradientReducer
 FINE_SHARES = 4  # DAP size
 
 
+def launches_early(config: Config) -> bool:
+    """Whether a rank's kernels are so short that their beginnings count."""
+    return config.parallel.dap_size > 1
+
+
 def shares_finely(config: Config) -> bool:
-    """Whether a rank's kernels are so short that their beginnings count, and leave room for what goes on aside."""
+    """Whether they are so short that they leave room for what goes on aside."""
     return config.parallel.dap_size >= FINE_SHARES
 
 
@@ -37,7 +42,7 @@ def choose_operations(config: Config, ranks: Ranks) -> Operations:
     if wanted == "triton" and ranks.device.type == "cpu":
         raise ConfigError("execution.kernels: triton needs a CUDA device; use auto or reference")
     on_device = wanted != "reference" and ranks.device.type == "cuda"
-    return operations(wanted if on_device else "reference", shares_finely(config))
+    return operations(wanted if on_device else "reference", launches_early(config))
 
 
 def connect_replica(config: Config, ranks: Ranks) -> Group | None:
