@@ -74,16 +74,20 @@ def launch_all(config: Config) -> None:
     from scalefold.kernels.choice import operations
     from scalefold.kernels.table import use_operations
     from scalefold.parallel.dap.collectives import Group
+    from scalefold.parallel.dap.direct import unconnected
     from scalefold.parallel.dap.points import apply_dap
-    from scalefold.step.build import build_model, build_optimizer, build_step
+    from scalefold.step.build import build_model, build_optimizer, build_step, launches_early
 
     driver.set_active(Driver())
     triton_ops.device_obstacle = lambda device: None
     device = torch.device("cpu")
     ranks = dataclasses.replace(compile_ahead._ranks(config), device=device)
-    ops, settings, model = operations("triton"), feature_settings(config), build_model(config, 0, ranks)
+    ops, settings = operations("triton", launches_early(config)), feature_settings(config)
+    model, group = build_model(config, 0, ranks), None if ranks.dap_group is None else Group(ranks.dap_group)
+    if group is not None:
+        group.direct = unconnected(group.rank, group.size, device)
     use_operations(model, ops)
-    apply_dap(model, None if ranks.dap_group is None else Group(ranks.dap_group))
+    apply_dap(model, group)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     batch = synthetic_batch(settings, config.local_batch_size, device=device)
     step.warm_up(batch, config.data.num_recycling_iters + 1, lambda text: None)

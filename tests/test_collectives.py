@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from processes import run_ranks
-from scalefold.parallel.dap.collectives import (
-    Group,
+from scalefold.parallel.dap.collectives import Group
+from scalefold.parallel.dap.exchanges import (
     begin_exchange,
     begin_gather,
     end_exchange,

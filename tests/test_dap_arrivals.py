@@ -18,12 +18,15 @@ from rank_tensors import tensors
 from scalefold.config import load_config
 from scalefold.data.configured import feature_settings
 from scalefold.data.made.synthetic import synthetic_batch
-from scalefold.kernels import triton_ops
+from scalefold.kernels import reference, triton_ops
 from scalefold.kernels.around import aside
+from scalefold.kernels.destination import Destination
+from scalefold.kernels.table import REFERENCE, Operations, use_operations
 from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.dap import peer_memory
+from scalefold.parallel.dap.arrivals import ALIGNMENT, PASSING_TURNS, Arrivals
 from scalefold.parallel.dap.collectives import Group, Lasts
-from scalefold.parallel.dap.direct import ALIGNMENT, PASSING_TURNS, Arrivals, DirectExchanges
+from scalefold.parallel.dap.direct import DirectExchanges
 from scalefold.parallel.dap.peer_memory import meeting
 from scalefold.parallel.dap.points import apply_dap
 
@@ -185,6 +188,42 @@ def test_where_there_is_no_room_results_go_by_stages():
     assert rank.all_gather(large[:8], 0, Lasts.STEP).untyped_storage().data_ptr() == storage_of(rank)
 
 
+@pytest.mark.parametrize("lasts", [Lasts.STEP, Lasts.SHORT])
+@pytest.mark.parametrize("size", [2, 4])
+def test_an_operand_may_be_written_to_where_it_belongs_or_be_sent_there(lasts, size):
+    """By all-to-all and by all-gather; no other result of the time has its place."""
+    shape = (1, 8, 4, 16)
+    xs, ranks, met = tensors(size, shape, torch.float32), group_of(size), []
+    wholes = [(1, 8 // size, 4 * size, 16), (1, 8, 4 * size, 16)]
+    for split, whole in zip((1, None), wholes, strict=True):
+        ahead = [rank.destination(x, whole, 2, lasts) for rank, x in zip(ranks, xs, strict=True)]
+        sent = [rank.destination(x, whole, 2, lasts) for rank, x in zip(ranks, xs, strict=True)]
+        for x, own in zip(xs, ahead, strict=True):
+            parts = [x] * size if split is None else x.chunk(size, split)
+            for to, part in zip(own.parts, parts, strict=True):
+                to.copy_(part)
+        outs = []
+        for rank, x, own in zip(ranks, xs, sent, strict=True):
+            if split is None:
+                outs.append(rank.begin_all_gather(x, 2, lasts, own.place)[0])
+            else:
+                outs.append(rank.all_to_all([x], split, 2, lasts, own.place)[0])
+        for n, (rank, own, out) in enumerate(zip(ranks, ahead, outs, strict=True)):
+            expected = torch.cat([x if split is None else x.chunk(size, split)[n] for x in xs], 2)
+            rank.arrivals.barrier = lambda: met.append("barrier")
+            assert torch.equal(rank.arrived(own), expected)
+            assert torch.equal(out, expected)
+            assert torch.equal(sent[n].received, expected)
+            rank.arrivals.barrier = lambda: None
+    assert met == ["barrier"] * 2 * size
+
+
+def test_where_there_is_no_room_nothing_can_be_written_ahead():
+    rank = group_of(1)[0]
+    large = torch.ones(KEPT // 4 + 8, 8, device=DEVICE)
+    assert rank.destination(large, large.shape, 0, Lasts.STEP) is None
+
+
 def storage_of(rank: DirectExchanges) -> int:
     assert rank.arrivals is not None
     return rank.arrivals.own.untyped_storage().data_ptr()
@@ -199,13 +238,45 @@ OVERRIDES = (
 
 
 class Counted(DirectExchanges):
-    """Counts what arrives directly."""
+    """Counts what arrives directly, and of it what its maker has written."""
 
-    arrived = 0
+    count, ahead = 0, 0
 
     def _sent(self, xs: Sequence[Tensor], *how: Any) -> list[Tensor]:
-        self.arrived += 1
+        self.count += 1
         return super()._sent(xs, *how)
+
+    def arrived(self, destination: Destination) -> Tensor:
+        self.ahead += 1
+        return super().arrived(destination)
+
+
+def gated_output_ahead(x: Tensor, *given: Any) -> Tensor:
+    """As a program that writes to where its result belongs, by halves of columns."""
+    out, destination = reference.gated_output(x, *given[:5]), given[5] if len(given) > 5 else None
+    return out if destination is None else _Written.apply(out, destination, out.chunk(2, 2))
+
+
+def triangle_project_ahead(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *arguments, destination = given
+    z, a, b = reference.triangle_project(*arguments)
+    return z, a, b if destination is None else _Written.apply(b, destination, [b, b])
+
+
+class _Written(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, destination: Destination, parts: list[Tensor]) -> Tensor:
+        for to, part in zip(destination.parts, parts, strict=True):
+            to.copy_(part)
+        destination.written = True
+        return torch.full_like(x, torch.nan)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0], None, None
+
+
+AHEAD = Operations("ahead", gated_output=gated_output_ahead, triangle_project=triangle_project_ahead)
 
 
 def steps(model: AlphaFold, batch: dict[str, Tensor]) -> list[np.ndarray]:
@@ -251,9 +322,11 @@ def test_behind_a_barrier_stands_what_all_ranks_have_done_before_it(size):
 
 
 def compared(
-    rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kept: int, numbers: Tensor
-) -> tuple[float, int, int]:
-    """Largest relative difference between direct exchanges and the library, of how many values; those that arrived."""
+    rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kept: int, numbers: Tensor, ops: Operations
+) -> tuple[float, int, int, int]:
+    """Largest relative difference between direct exchanges and the library, of how many values; those that arrived,
+    and of them those written ahead.
+    """
     config = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", OVERRIDES).config
     batch = dict(synthetic_batch(feature_settings(config), 1, num_passes=2, seed=3).features)
     assert dist.group.WORLD is not None
@@ -269,25 +342,32 @@ def compared(
     arrivals = Arrivals(arrived[rank], arrived, kept, barrier)
     own = [stage[rank] for stage in memories]
     group.direct = direct = Counted(rank, group.size, own, views, barrier, arrivals)
+    use_operations(model, ops)
     with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError("by the library")):
         found = steps(model, batch)
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if not np.array_equal(a, b)]
     largest = max((float(np.linalg.norm(b - a) / np.linalg.norm(a)) for a, b in pairs), default=0.0)
-    return largest, len(expected), direct.arrived
+    return largest, len(expected), direct.count, direct.ahead
 
 
 @pytest.mark.distributed
 @pytest.mark.skipif(DEVICE != "cpu", reason="memory of CPU processes")
-@pytest.mark.parametrize(("size", "rounding"), [(2, 0.0), pytest.param(4, 1e-5, marks=pytest.mark.long)])
-def test_a_model_computes_the_same_where_results_arrive_directly(size, rounding):
-    """Of two ranks to the bit; more are summed in another order by the library."""
+@pytest.mark.parametrize(
+    ("size", "rounding", "ops"),
+    [(2, 0.0, REFERENCE), (2, 1e-5, AHEAD), pytest.param(4, 1e-5, REFERENCE, marks=pytest.mark.long)],
+)
+def test_a_model_computes_the_same_where_results_arrive_directly(size, rounding, ops):
+    """Of two ranks to the bit; more are summed in another order by the library, and a triangle's product is another one
+    where its operand is written ahead.
+    """
     largest = 2 * 8 * 16 * 16 * 4  # operands of a triangle multiplication: two, fp32
     kept, passing = 1 << 25, largest * PASSING_TURNS
     memories = [[memory(1 << 20).share_memory_() for _ in range(size)] for _ in range(2)]
     arrived = [memory(kept + passing).share_memory_() for _ in range(size)]
     numbers = torch.zeros(size, size, dtype=torch.int32).share_memory_()
-    for difference, count, direct in run_ranks(compared, size, memories, arrived, kept, numbers):
+    for difference, count, direct, ahead in run_ranks(compared, size, memories, arrived, kept, numbers, ops):
         assert difference <= rounding
+        assert (ahead > 20) == (ops is AHEAD)
         assert min(count, direct) > 100
 
 

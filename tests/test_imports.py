@@ -29,11 +29,11 @@ RULES: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "triton", "numpy", "sklearn", "matplotlib"},
         {"config", "errors", "kernels", "model", "processors"},
     ),
-    "model": (DEEP, {"kernels.table", "config", "data.residues", "data.batch_keys", "errors"}),
+    "model": (DEEP, {"kernels.table", "kernels.destination", "config", "data.residues", "data.batch_keys", "errors"}),
     "parallel": ({"torch", "mpi4py"}, {"config", "errors"}),
     "parallel.dap": (
         {"torch", "triton"},
-        {"config", "errors", "parallel", "kernels.around.aside", "kernels.instructions"},
+        {"config", "errors", "parallel", "kernels.around.aside", "kernels.destination", "kernels.instructions"},
     ),
     "data.residues": (NUMBERS, set()),
     "data.batch_keys": (set(), set()),
@@ -97,12 +97,12 @@ MANY_ARGUMENTS = {
     "kernels/ops/point_attention.py::forward": 12,
     "kernels/ops/point_attention.py::invariant_point_attention": 11,
     "kernels/ops/triangle.py::triangle_output": 11,
-    "kernels/ops/triangle.py::triangle_project": 12,
+    "kernels/ops/triangle.py::triangle_project": 13,
     "kernels/reference.py::adam_swa": 11,
     "kernels/reference.py::global_attention": 14,
     "kernels/reference.py::invariant_point_attention": 11,
     "kernels/reference.py::triangle_output": 11,
-    "kernels/reference.py::triangle_project": 12,
+    "kernels/reference.py::triangle_project": 13,
 }
 LONG_PROGRAMS: dict[str, int] = {}
 STANDARD_LIBRARY = __import__("sys").stdlib_module_names

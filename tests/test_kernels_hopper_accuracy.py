@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hopper_programs import C, every_program, recomputed_transitions
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.ops import gated_output, linear, outer_product, transition, triangle
 
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -165,6 +166,59 @@ def test_gluon_is_as_exact_as_its_twin_and_repeats_its_bits(scripts, monkeypatch
         assert set(asked) == {None, *(reason for part, reason in TWINS.items() if part in name)}
         assert cases.too_large(own, other) == [], (own, other)
         assert bits.repeat(lambda: results(build, TRITON, torch.bfloat16), 20) == []
+
+
+def gated_to(destination, c, dropped):
+    """A gated output of a share of two ranks, with and without a destination, and its gradients."""
+    from scalefold.kernels.triton_ops import TRITON
+    from scalefold.tune import operation_cases as cases
+
+    draw = cases.Draw(True, torch.bfloat16)
+    shape = (1, 128, 256) if c == C else (1, 64, 256)
+    x, o, gate = (draw(*shape, c) for _ in range(3))
+    dropout = draw.dropout(1, 1, shape[2], c) if dropped else None
+    out = TRITON.gated_output(x, o.unflatten(-1, (c // 32, 32)), gate, draw.weight(c, c), draw(c), dropout, destination)
+    probe = cases.Draw(False, torch.bfloat16)(*out.shape)
+    return out.detach(), torch.autograd.grad(out, draw.leaves, probe)
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dropped", [True, False])
+@pytest.mark.parametrize("c", [C, 256])
+def test_a_gated_output_arrives_with_its_bits_in_both_places(scripts, c, dropped):
+    shape = (1, 128, 128, c) if c == C else (1, 64, 128, c)
+    parts = [torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
+    with every_program(1):
+        ahead = Destination(0, torch.empty(0), parts)
+        out, expected = gated_to(None, c, dropped)
+        placeholder, found = gated_to(ahead, c, dropped)
+    assert ahead.written
+    assert placeholder.shape == out.shape
+    assert torch.equal(torch.cat(parts, 2), out)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.gpu
+@on_hopper
+def test_an_operand_of_a_triangle_arrives_with_its_bits_in_two_places(scripts):
+    from scalefold.kernels.triton_ops import TRITON
+    from scalefold.tune import operation_cases as cases
+
+    shape, both = (1, 128, 256), [torch.full((1, C, 256, 256), torch.nan, device="cuda").bfloat16() for _ in range(2)]
+    parts = [whole[:, :, n * 128 : (n + 1) * 128] for n, whole in enumerate(both)]
+    draw = cases.Draw(False, torch.bfloat16)
+    z, norm = draw(*shape, C), draw.norm(C)
+    linears = [tensor for _ in range(4) for tensor in (draw.weight(C, C), draw(C))]
+    mask = (draw.dropout(1, 1, 256) > 0).bfloat16().expand(shape)
+    with every_program(1):
+        ahead = Destination(0, torch.empty(0), parts)
+        _, a, b = TRITON.triangle_project(z, mask, *norm, *linears)
+        _, own, _ = TRITON.triangle_project(z, mask, *norm, *linears, ahead)
+    assert ahead.written
+    assert torch.equal(own, a)
+    assert all(torch.equal(part, b) for part in parts)
+    assert all(whole.isnan().sum() == whole.numel() // 2 for whole in both)
 
 
 def weight_gradient_factors(n, c, rows, form):

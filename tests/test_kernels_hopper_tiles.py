@@ -163,12 +163,12 @@ def test_tiles_lie_across_where_a_line_s_rows_share_their_dropout(compiled, monk
     name = "hopper_gated_output" if c == C else "hopper_wide_gated_output"
     linear, out = Affine(empty(c, c), empty(c)), torch.empty_like(x)
     given, named, grid = launched(
-        monkeypatch, name, lambda: gated_attention.gated_output(x, x, x, dropout, linear, out)
+        monkeypatch, name, lambda: gated_attention.gated_output(x, x, x, dropout, linear, [out])
     )
     assert named["ACROSS"] == across
     assert [len(descriptor.shape) for descriptor in (*given[:3], given[4])] == [3 if across else 2] * 4
     tiles = x.shape[:-1].numel() // 64
-    assert (given[-1], grid[0]) == (tiles, min(tiles, 132))
+    assert (given[-2:], given[5], grid[0]) == ((tiles, 0), None, min(tiles, 132))
     given, named, grid = launched(
         monkeypatch,
         "hopper_gated_gradient",

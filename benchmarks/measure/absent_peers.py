@@ -8,7 +8,7 @@ is one kernel of the same bytes on a stream of its own, as NCCL's would be.
 
 # pyright: reportAssignmentType=false, reportCallIssue=false
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scalefold.config import RankLayout
+from scalefold.parallel.dap.arrivals import Arrivals
 from scalefold.parallel.dap.collectives import Group
 from scalefold.parallel.dap.direct import (
     DTYPES,
@@ -24,7 +25,6 @@ from scalefold.parallel.dap.direct import (
     PASSING_BYTES,
     STAGE_BYTES,
     STAGES,
-    Arrivals,
     DirectExchanges,
 )
 from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meeting, sum_parts
@@ -118,6 +118,10 @@ class DirectAlone(DirectExchanges):
         """Its own results, so shifted that part p of this rank's tensor lands in the place of peer p."""
         arrived = arrivals.own[place:].view(dtype)
         return [arrived[peer * concat_block :] for peer in range(self.size)]
+
+    def _own_parts(self, results: Sequence[Tensor], dim: int, count: int) -> list[Tensor]:
+        """Likewise: those of all peers in its own result."""
+        return [result.narrow(dim, peer * count, count) for peer, result in enumerate(results)]
 
 
 def direct_alone(size: int, device: torch.device) -> DirectExchanges:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from scalefold.kernels import tuning
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.ops import (
     adam_swa,
     elementwise,
@@ -44,10 +45,15 @@ def projections(shape: tuple[int, int, int], c: int, widths: Sequence[int], tran
     run_backward(linear.layer_norm_linear(x, *norm(c), weights, biases))
 
 
-def gated(shape: tuple[int, int, int], c: int, heads: int, width: int, transposed: bool = False) -> None:
+def gated(
+    shape: tuple[int, int, int], c: int, heads: int, width: int, transposed: bool = False, halves: bool = False
+) -> None:
+    """``halves``: of columns, each to a place of its own; else the result as x lies."""
     dropout = torch.empty(shape[0], 1, shape[2], c, device=META)
     x, o, gate = (leaf(*shape, *size, transposed=transposed) for size in ((c,), (heads, width), (heads * width,)))
-    run_backward(gated_output.gated_output(x, o, gate, leaf(c, heads * width), leaf(c), dropout))
+    parts = [torch.empty(*shape[:2], shape[2] // 2, c, dtype=x.dtype, device=META) for _ in range(2)]
+    ahead = Destination(0, torch.empty_like(x), parts) if halves else None
+    run_backward(gated_output.gated_output(x, o, gate, leaf(c, heads * width), leaf(c), dropout, ahead))
 
 
 def in_parts(parts: int, tile: Sequence[int], call: Callable[[], None]) -> None:
@@ -64,10 +70,13 @@ def transitions(shape: tuple[int, int, int], c: int, factor: int) -> None:
     run_backward(transition.transition(leaf(*shape, c), *norm(c), *weights))
 
 
-def triangle_project(shape: tuple[int, int, int], c: int) -> None:
+def triangle_project(shape: tuple[int, int, int], c: int, gathered: bool = False) -> None:
+    """``gathered``: b goes to two places."""
     parameters = [parameter for _ in range(4) for parameter in (leaf(c, c), leaf(c))]
     mask = torch.empty(shape, dtype=torch.bfloat16, device=META)
-    run_backward(triangle.triangle_project(leaf(*shape, c), mask, *norm(c), *parameters))
+    both = torch.empty(shape[0], c, 2 * shape[1], shape[2], dtype=torch.bfloat16, device=META)
+    ahead = Destination(0, both, both.chunk(2, 2)) if gathered else None
+    run_backward(triangle.triangle_project(leaf(*shape, c), mask, *norm(c), *parameters, destination=ahead))
 
 
 def triangle_output(shape: tuple[int, int, int], c: int) -> None:
@@ -119,6 +128,8 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("gated_msa", lambda: gated(msa, 256, 8, 32)),
         ("gated_pair", lambda: gated(pair, 128, 4, 32)),
         ("gated_ending", lambda: gated(pair, 128, 4, 32, transposed=True)),
+        ("msa_gated_by_halves", lambda: gated((1, 64, 256), 256, 8, 32, halves=True)),
+        ("pair_gated_by_halves", lambda: gated((1, 128, 256), 128, 4, 32, halves=True)),
         ("gated_extra", lambda: gated(extra, 64, 8, 8)),
         ("project_parts", lambda: in_parts(4, (128, 128, 8, 2), lambda: projections(few, 256, [256] * 4))),
         ("project_bias_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: projections(few, 256, [128] * 4 + [8]))),
@@ -130,6 +141,7 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("transition_extra", lambda: transitions(extra, 64, 4)),
         ("transition_template", lambda: transitions(template, 64, 2)),
         ("triangle_project_pair", lambda: triangle_project(pair, 128)),
+        ("triangle_project_gathered", lambda: triangle_project((1, 128, 256), 128, gathered=True)),
         ("triangle_project_template", lambda: triangle_project(template, 64)),
         ("triangle_product_outgoing", lambda: triangle_product(128, True)),
         ("triangle_product_incoming", lambda: triangle_product(128, False)),

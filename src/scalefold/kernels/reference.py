@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scalefold.kernels.destination import Destination
+
 LAYER_NORM_EPS = 1e-5
 POINT_ERROR_EPS = 1e-4  # under the root of a distance
 NAMING_EPS = 1e-10  # the same, and of a distance's error
@@ -59,10 +61,19 @@ def add_residual(x: Tensor, update: Tensor, dropout: Tensor | None) -> Tensor:
     return x + update if dropout is None else (x + update * dropout).to(x.dtype)
 
 
-def gated_output(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None) -> Tensor:
+def gated_output(
+    x: Tensor,
+    o: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout: Tensor | None,
+    destination: Destination | None = None,
+) -> Tensor:
     """x + dropout * (W (sigmoid(gate) * o) + b), the end of every gated attention.
 
     x: [*, c]; o: [*, H, D]; gate (logits): [*, H * D]; weight: [c, H * D]; bias: [c] -> [*, c].
+    destination: where the result may be written instead.
     """
     gated = torch.sigmoid(gate) * o.flatten(-2)
     return add_residual(x, F.linear(gated, weight, bias), dropout)
@@ -125,10 +136,12 @@ def triangle_project(
     bias_b: Tensor,
     weight_b_gate: Tensor,
     bias_b_gate: Tensor,
+    destination: Destination | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated, masked operands of the triangle multiplication, channels first (Supplement Algorithms 11, 12, lines 1-2).
 
     z: [B, I, J, c_z]; mask: [B, I, J]; weights: [c, c_z] -> z itself (see ``layer_norm_linear``), a, b: [B, c, I, J].
+    destination: where b may be written instead.
     """
     normed = layer_norm(z, norm_weight, norm_bias)
     keep = mask[..., None].to(z.dtype)

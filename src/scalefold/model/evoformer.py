@@ -44,7 +44,7 @@ import torch
 from torch import Tensor, nn
 
 from scalefold.config import EvoformerConfig
-from scalefold.model.layers import Linear, Transition, run_block, shared_row_dropout
+from scalefold.model.layers import Linear, Transition, destination, run_block, shared_row_dropout
 from scalefold.model.msa import (
     MSAColumnAttention,
     MSAColumnGlobalAttention,
@@ -104,7 +104,8 @@ class EvoformerBlockCore(nn.Module):
         m = self.begin_columns_to_rows(m)
         z = self.tri_mul_out(z, masks.pair_rows, dropout.tri_mul_out)
         z = self.tri_mul_in(z, masks.pair_rows, dropout.tri_mul_in)
-        z = self.tri_att_start(z, masks.pair_rows, dropout.tri_att_start)
+        ahead = destination(self.rows_to_columns, z)
+        z = self.tri_att_start(z, masks.pair_rows, dropout.tri_att_start, ahead)
         z = self.rows_to_columns(z)
         z = around_ending_node(self.tri_att_end, z, masks.pair_down, dropout.tri_att_end)
         z = self.pair_transition(z)
@@ -126,7 +127,8 @@ class EvoformerBlock(nn.Module):
 
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], rows; z: [B, N, N, c_z], columns -> the same."""
-        m, z = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row)
+        ahead = destination(self.rows_to_columns, m)
+        m, z = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row, ahead)
         m = self.rows_to_columns(m)
         m = self.msa_att_col(m, masks.msa_down)
         z = self.end_pair_to_rows(z)

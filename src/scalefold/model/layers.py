@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.table import REFERENCE, Operations
 
 Init = Literal["default", "relu", "glorot", "gating", "normal", "final"]
@@ -139,6 +140,12 @@ def one_hot(index: Tensor, num_classes: int, dtype: torch.dtype = torch.float32)
 @cache
 def _classes(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
+
+
+def destination(point: nn.Module, like: Tensor) -> Destination | None:
+    """Where ``point``, which comes next, has a tensor like this one written by whoever makes it; None: nowhere yet."""
+    wanted = getattr(point, "destination", None)
+    return None if wanted is None else wanted(like)
 
 
 def run_block(block: nn.Module, recompute: bool, *args):

@@ -5,6 +5,7 @@ Shapes are those of one process: with axial parallelism S or N is this rank's sh
 
 from torch import Tensor, nn
 
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.table import REFERENCE, Operations
 from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, shared_row_dropout
 
@@ -28,12 +29,14 @@ class MSARowAttentionWithPairBias(nn.Module):
         self.end_gather_bias = nn.Identity()
         self.begin_pair_to_rows = nn.Identity()
 
-    def forward(self, m: Tensor, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, m: Tensor, z: Tensor, mask: Tensor, dropout: Tensor | None = None, ahead: Destination | None = None
+    ) -> tuple[Tensor, Tensor]:
         """m + dropout(update), and z as it is. m: [B, S, N, c_m]; z: [B, I, J, c_z]; mask: [B, S, N] -> m, z.
 
         Whoever needs z afterwards takes the returned one, behind ``end_pair_to_rows``: its gradients then meet in one
         operation.
-        ``dropout``: a mask drawn ahead, or None to draw it here.
+        ``dropout``: a mask drawn ahead, or None to draw it here. ``ahead``: where m may be written instead.
         """
         ops, mha, norm = self.ops, self.mha, self.layer_norm_m
         z, bias = ops.layer_norm_linear(
@@ -51,7 +54,7 @@ class MSARowAttentionWithPairBias(nn.Module):
         o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)
         if dropout is None:
             dropout = shared_row_dropout(ops, m, self.dropout, self.training)
-        return ops.gated_output(m, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout), z
+        return ops.gated_output(m, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout, ahead), z
 
 
 class MSAColumnAttention(nn.Module):

@@ -5,8 +5,9 @@ z: [B, I, J, c_z]. With axial parallelism I is this rank's share, see ``model.ev
 
 from torch import Tensor, nn
 
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.table import REFERENCE, Operations
-from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, shared_row_dropout
+from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, destination, shared_row_dropout
 
 MASK_INF = 1e9
 
@@ -64,6 +65,7 @@ class TriangleMultiplication(nn.Module):
             self.linear_b_p.bias,
             self.linear_b_g.weight,
             self.linear_b_g.bias,
+            destination(self.product, z.new_empty(len(z), self.linear_b_p.out_features, *z.shape[1:3], device="meta")),
         )
         if dropout is None:
             dropout = shared_row_dropout(self.ops, z, self.dropout, self.training)
@@ -100,10 +102,12 @@ class TriangleAttention(nn.Module):
         self.mha = AttentionProjections(c_z, c_z, c_hidden, num_heads)
         self.gather_bias = nn.Identity()
 
-    def forward(self, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:
+    def forward(
+        self, z: Tensor, mask: Tensor, dropout: Tensor | None = None, ahead: Destination | None = None
+    ) -> Tensor:
         """z + dropout(update). z: [B, I, J, c_z]; mask: [B, I, J] -> [B, I, J, c_z].
 
-        ``dropout``: a mask drawn ahead, or None to draw it here.
+        ``dropout``: a mask drawn ahead, or None to draw it here. ``ahead``: where the result may be written instead.
         """
         ops, mha, norm = self.ops, self.mha, self.layer_norm
         z, q, k, v, gate, bias = ops.layer_norm_linear(
@@ -123,7 +127,7 @@ class TriangleAttention(nn.Module):
         o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)
         if dropout is None:
             dropout = shared_row_dropout(ops, z, self.dropout, self.training)
-        return ops.gated_output(z, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout)
+        return ops.gated_output(z, o, gate, mha.linear_o.weight, mha.linear_o.bias, dropout, ahead)
 
 
 def around_ending_node(attention: TriangleAttention, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:

@@ -1,8 +1,8 @@
 """Compile every kernel of a configuration without its GPU: a training step and an evaluation on tensors without data.
 
 Model, losses, optimizer and axial sharding are those of the run; only their tensors are on ``device="meta"`` and the
-process group answers by itself. What cannot be compiled here: Inductor's code (``execution.compile``), the exchanges
-by which the GPUs of a DAP group read each other's memory, CUDA graphs (captured anew at every start).
+process group answers by itself; the GPUs of a DAP group exchange as if they could map each other's memory. What cannot
+be compiled here: Inductor's code (``execution.compile``), CUDA graphs (captured anew at every start).
 """
 
 import importlib.metadata
@@ -96,6 +96,7 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     from scalefold.kernels.choice import operations
     from scalefold.kernels.table import use_operations
     from scalefold.parallel.dap.collectives import Group
+    from scalefold.parallel.dap.direct import unconnected
     from scalefold.parallel.dap.points import apply_dap
     from scalefold.step.build import build_model, build_optimizer, build_step, launches_early
 
@@ -103,7 +104,10 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     ranks = _ranks(config)
     ops, model = operations("triton", launches_early(config)), build_model(config, 0, ranks)
     use_operations(model, ops)
-    apply_dap(model, None if ranks.dap_group is None else Group(ranks.dap_group))
+    group = None if ranks.dap_group is None else Group(ranks.dap_group)
+    if group is not None and config.execution.dap_exchange != "library":
+        group.direct = unconnected(group.rank, group.size, ranks.device)
+    apply_dap(model, group)
     optimizer = build_optimizer(config, model, ranks, ops)
     step = build_step(config, model, optimizer, ranks)
     parts = min(2, config.local_batch_size // config.micro_batch_size)

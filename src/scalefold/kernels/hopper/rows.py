@@ -66,16 +66,19 @@ def operands_obstacle(z: Tensor, weights: Sequence[Tensor]) -> str | None:
     return _pair_obstacle(z, weights) or preference("triangle_hopper_operands", z)
 
 
-def operands(z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], outs: Sequence[Tensor]) -> None:
-    """Both operands of a triangle's product, outs: [1, c, I, J] each; see ``reference.triangle_project``.
+def operands(
+    z: Tensor, mask: Tensor, norm: Norm, linears: Sequence[Affine], out_a: Tensor, outs_b: Sequence[Tensor]
+) -> None:
+    """Both operands of a triangle's product, out_a: [1, c, I, J]; see ``reference.triangle_project``.
 
-    linears: a, a gate, b, b gate.
+    linears: a, a gate, b, b gate; outs_b: where b goes, one or two shaped as out_a, the c as far apart as they like.
     """
+    outs = [matrix(out.view(CHANNELS, -1), PART, PART) for out in (out_a, *outs_b)]
     views, dims, count = row_views({"z": z, "mask": mask[..., None]})
     hopper_operands[programs(z)](
         row_tiles(z, memory_order(z)), *(weight_tiles(linear.weight) for linear in linears),
-        *(matrix(out.view(CHANNELS, -1), PART, PART) for out in outs), norm, tuple(linear.bias for linear in linears),
-        views["mask"], dims, count // PART, num_warps=4,
+        *outs, *[None] * (2 - len(outs_b)), norm, tuple(linear.bias for linear in linears), views["mask"], dims,
+        count // PART, num_warps=4,
     )  # fmt: skip
 
 

@@ -71,8 +71,12 @@ def _gate_and_value(left, gate, value, biases, first: gl.constexpr):
 
 @gluon.jit
 def _project(shared, SIDE: gl.constexpr):
-    """A consumer: sigmoid(gate) * value * mask of both operands, turned on their way through shared memory."""
+    """A consumer: sigmoid(gate) * value * mask of both operands, turned on their way through shared memory.
+
+    A block that goes to two places has two copies on their way.
+    """
     mask, dims, norm, biases, outs, ring, weights, staged, there, tiles = shared
+    TWICE: gl.constexpr = outs[2] is not None
     C: gl.constexpr = weights.shape[1]
     LAYOUT: gl.constexpr = product_layout(COLUMNS)
     gl.static_assert(2 * C // COLUMNS % STAGED == 0, "the first block of a tile would meet the last one's buffer")
@@ -89,9 +93,11 @@ def _project(shared, SIDE: gl.constexpr):
             for first in gl.static_range(0, C, COLUMNS):
                 gate, value = _gate_and_value(left, gate_weight, value_weight, own_biases, first)
                 own = staged.index(SIDE * STAGED + (operand * C + first) // COLUMNS % STAGED)
-                wait_until_sent(STAGED - 1)
+                wait_until_sent(STAGED if TWICE and (operand == 1) == (first > 0) else STAGED - 1)
                 own.permute((1, 0)).store((gate * value * keep[:, None]).to(gl.bfloat16))
                 send(outs[operand], first, tile * ROWS, own)
+                if TWICE and operand == 1:
+                    tma.async_copy_shared_to_global(outs[2], (first, tile * ROWS), own)
         n += 1  # noqa: SIM113
     tma.store_wait(0)
 
@@ -99,9 +105,12 @@ def _project(shared, SIDE: gl.constexpr):
 @program
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_operands(
-    z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, norm, biases, mask, dims, tiles
+    z, weight_a, weight_a_gate, weight_b, weight_b_gate, out_a, out_b, also_b, norm, biases, mask, dims, tiles
 ):  # fmt: skip
-    """Descriptors of z [64 tiles, C], weights [C, C] and operands a, b [C, 64 tiles]; biases in the weights' order."""
+    """Descriptors of z [64 tiles, C], weights [C, C] and operands a, b [C, 64 tiles]; biases in the weights' order.
+
+    also_b: where b goes too, or None.
+    """
     wait_for_predecessors()
     ring = new_ring(z, OPERAND_STAGES)
     weights = tiles_for(weight_a, 4)
@@ -109,7 +118,7 @@ def hopper_operands(
     there = one_arrival(1).index(0)
     publish()
     weight_descriptors = (weight_a, weight_a_gate, weight_b, weight_b_gate)  # a launch takes no tuple of these
-    shared = (mask, dims, norm, biases, (out_a, out_b), ring, weights, staged, there, tiles)
+    shared = (mask, dims, norm, biases, (out_a, out_b, also_b), ring, weights, staged, there, tiles)
     gl.warp_specialize(
         [
             (_project, (shared, 0)),

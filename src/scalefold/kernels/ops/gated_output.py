@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
@@ -110,16 +111,21 @@ def _input_gradient_kernel(
 
 
 class _GatedOutput(torch.autograd.Function):
-    """Arguments: x, o flattened to [*, H * D], gate, weight, bias, dropout."""
+    """Arguments: x, o flattened to [*, H * D], gate, weight, bias, dropout, destination."""
 
     @staticmethod
-    def forward(ctx, x, o, gate, weight, bias, dropout):
+    def forward(ctx, x, o, gate, weight, bias, dropout, destination):
         ctx.save_for_backward(o, gate, weight, bias, dropout)
-        out = torch.empty_like(x)
         c, hd = weight.shape
         if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout)):
-            hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), out)
+            if destination is not None and hopper.fits_halves(x, dropout, destination.parts):
+                hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), destination.parts)
+                destination.written = True
+                return x.new_empty(()).expand(x.shape)
+            out = torch.empty_like(x)
+            hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), [out])
             return out
+        out = torch.empty_like(x)
         config = tuning.chosen_parts(
             "gated_output_columns", "gated_output_forward", x, min(c, hd), hd, max(c, hd), columns=c, blocked=False
         )
@@ -142,7 +148,7 @@ class _GatedOutput(torch.autograd.Function):
             d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
             return d_weight.view_as(weight), d_bias.to(bias.dtype)
 
-        return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None
+        return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None, None
 
 
 def _gradients(
@@ -166,6 +172,14 @@ def obstacle(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, *_: object) -> 
     return width_obstacle(*weight.shape) or layout_obstacle(x, o.flatten(-2), gate)
 
 
-def gated_output(x: Tensor, o: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, dropout: Tensor | None) -> Tensor:
+def gated_output(
+    x: Tensor,
+    o: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dropout: Tensor | None,
+    destination: Destination | None = None,
+) -> Tensor:
     """``reference.gated_output``; the result lies in the memory order of x."""
-    return _GatedOutput.apply(x, o.flatten(-2), gate, weight, bias, dropout)  # type: ignore[return-value]
+    return _GatedOutput.apply(x, o.flatten(-2), gate, weight, bias, dropout, destination)  # type: ignore[return-value]

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.gradients.input_gradient import input_gradient
 from scalefold.kernels.gradients.weight_gradient import Product, projected_partials, weight_partials
 from scalefold.kernels.hopper import rows as hopper
@@ -178,24 +179,30 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """Arguments: z, mask, norm weight, norm bias, four weights, four biases (a, a gate, b, b gate)."""
+    """Arguments: destination, z, mask, norm weight, norm bias, four weights, four biases (a, a gate, b, b gate)."""
 
     @staticmethod
-    def forward(ctx, z, mask, norm_weight, norm_bias, *parameters):
+    def forward(ctx, destination, z, mask, norm_weight, norm_bias, *parameters):
         weights, biases = parameters[:4], parameters[4:]
         ctx.save_for_backward(z, mask, norm_weight, norm_bias, *parameters)
         (batch, i, j, c), width = z.shape, weights[0].shape[0]
-        outs = tuple(z.new_empty(batch, width, i, j) for _ in range(2))
+        a = z.new_empty(batch, width, i, j)
         norm, linears = Norm(norm_weight, norm_bias), tuple(map(Affine, weights, biases))
         if chosen("operands of a triangle's product", hopper.operands_obstacle(z, weights)):
-            hopper.operands(z, mask, norm, linears, outs)
+            if destination is not None:
+                hopper.operands(z, mask, norm, linears, a, destination.parts)
+                destination.written, b = True, a.new_empty(()).expand(a.shape)
+            else:
+                b = torch.empty_like(a)
+                hopper.operands(z, mask, norm, linears, a, [b])
         else:
+            b = torch.empty_like(a)
             names = "triangle_project_columns", "triangle_project_forward"
             config = tuning.chosen_parts(*names, z, width, width, columns=2 * width)
-            tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, outs))}
+            tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, (a, b)))}
             launch(_project_forward_kernel, config, tensors, norm=norm, linears=linears, WIDTH=width, C=c)
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
-        return z.view_as(z), *outs
+        return z.view_as(z), a, b
 
     @staticmethod
     @once_differentiable
@@ -227,7 +234,7 @@ class _Project(torch.autograd.Function):
             return *norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
         given = [norm_weight, norm_bias, *weights, *biases]
-        return dz, None, *aside.gradients(given, [partials, normed, projected, mask, *ds], gradients)
+        return None, dz, None, *aside.gradients(given, [partials, normed, projected, mask, *ds], gradients)
 
 
 def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
@@ -351,11 +358,12 @@ def triangle_project(
     bias_b: Tensor,
     weight_b_gate: Tensor,
     bias_b_gate: Tensor,
+    destination: Destination | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.triangle_project``: one kernel forward, two and library products backward."""
     weights = (weight_a, weight_a_gate, weight_b, weight_b_gate)
     biases = (bias_a, bias_a_gate, bias_b, bias_b_gate)
-    return _Project.apply(z, mask, norm_weight, norm_bias, *weights, *biases)  # type: ignore[return-value]
+    return _Project.apply(destination, z, mask, norm_weight, norm_bias, *weights, *biases)  # type: ignore[return-value]
 
 
 def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:

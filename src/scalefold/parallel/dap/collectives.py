@@ -1,9 +1,7 @@
-"""Differentiable exchanges inside an axial-parallel group of P ranks.
+"""Exchanges inside an axial-parallel group of P ranks.
 
-Every exchange states what its backward must be, because that follows from how the result is used: a tensor that all
-ranks use for different work needs its gradients summed (reduce-scatter), one that all ranks use for the same work has
-the same gradient everywhere (slice). A group whose GPUs map each other's memory exchanges by ``direct``; all others,
-and shapes that are too odd for it, by the process group's library.
+A group whose GPUs map each other's memory exchanges by ``direct``; all others, and shapes that are too odd for it, by
+the process group's library. With gradients: ``exchanges``.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +12,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from scalefold.kernels.destination import Destination
 
 
 class Lasts(Enum):
@@ -36,7 +36,13 @@ class Direct(Protocol):
 
     def takes(self, xs: Sequence[Tensor], dim: int, other: int | None = None) -> bool: ...
 
-    def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]: ...
+    def destination(self, x: Tensor, shape: Sequence[int], dim: int, lasts: Lasts) -> Destination | None: ...
+
+    def arrived(self, destination: Destination) -> Tensor: ...
+
+    def all_to_all(
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
+    ) -> list[Tensor]: ...
 
     def begin_all_to_all(
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
@@ -44,7 +50,9 @@ class Direct(Protocol):
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor: ...
 
-    def begin_all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> tuple[Tensor, Callable[[], None]]: ...
+    def begin_all_gather(
+        self, x: Tensor, dim: int, lasts: Lasts, place: int | None = None
+    ) -> tuple[Tensor, Callable[[], None]]: ...
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor: ...
 
@@ -114,12 +122,22 @@ def reduce_scatter(x: Tensor, dim: int, group: Group) -> Tensor:
 
 
 def all_to_all(
-    xs: Sequence[Tensor], split_dim: int, concat_dim: int, group: Group, lasts: Lasts = Lasts.LONG
+    xs: Sequence[Tensor],
+    split_dim: int,
+    concat_dim: int,
+    group: Group,
+    lasts: Lasts = Lasts.LONG,
+    destination: Destination | None = None,
 ) -> list[Tensor]:
     """Split along one dimension, concatenate along another: the slices change axis. One exchange for all of ``xs``.
 
     xs: equally shaped, [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each.
+    destination: what ``exchange_destination`` set aside for the only one.
     """
+    if destination is not None and group.direct is not None:
+        if destination.written:
+            return [group.direct.arrived(destination)]
+        return group.direct.all_to_all(xs, split_dim, concat_dim, lasts, destination.place)
     dims, shape = xs[0].dim(), xs[0].shape
     split_dim, concat_dim, mapped = split_dim % dims, concat_dim % dims, group.direct
     size = group.size
@@ -160,9 +178,17 @@ def begin_all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group, l
     return Flight(received, parts, work.wait if work is not None else lambda: None)
 
 
-def begin_all_gather(x: Tensor, dim: int, group: Group, lasts: Lasts = Lasts.LONG) -> Flight:
-    """``all_gather`` of x; where it is direct, other work goes on until the flight's end."""
+def begin_all_gather(
+    x: Tensor, dim: int, group: Group, lasts: Lasts = Lasts.LONG, destination: Destination | None = None
+) -> Flight:
+    """``all_gather`` of x; where it is direct, other work goes on until the flight's end.
+
+    destination: what ``gather_destination`` set aside.
+    """
     dim, mapped = dim % x.dim(), group.direct
+    if destination is not None and mapped is not None:
+        out, wait = mapped.begin_all_gather(x, dim, lasts, destination.place)
+        return Flight(out, wait=wait)
     if mapped is not None and mapped.takes([x], dim):
         out, wait = mapped.begin_all_gather(x, dim, lasts)
         return Flight(out, wait=wait)
@@ -184,6 +210,32 @@ def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
     return flight.received if flight.sent is None else _joined(flight.received, concat_dim)
 
 
+def exchange_destination(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Destination | None:
+    """Where ``exchange`` of a tensor of this shape and type will have its result, dimensions >= 0; None: nowhere yet.
+
+    That exchange follows, whether its operand is written there or not.
+    """
+    mapped = group.direct
+    if mapped is None or not mapped.takes([x], split_dim, concat_dim):
+        return None
+    shape = list(x.shape)
+    shape[split_dim], shape[concat_dim] = _share(shape[split_dim], group.size), shape[concat_dim] * group.size
+    return mapped.destination(x, shape, concat_dim, _by_mode())
+
+
+def gather_destination(x: Tensor, dim: int, group: Group) -> Destination | None:
+    """The same for ``begin_all_gather``."""
+    mapped = group.direct
+    if mapped is None or not mapped.takes([x], dim):
+        return None
+    return mapped.destination(x, [n * group.size if d == dim else n for d, n in enumerate(x.shape)], dim, _by_mode())
+
+
+def _by_mode() -> Lasts:
+    """``Lasts.by`` for a function that is not called yet."""
+    return Lasts.STEP if torch.is_grad_enabled() else Lasts.SHORT
+
+
 def _parts(x: Tensor, split_dim: int, size: int) -> Tensor:
     """[.., n P at split_dim >= 0, ..] -> [P, .., n, ..], a view."""
     return x.unflatten(split_dim, (size, _share(x.shape[split_dim], size))).movedim(split_dim, 0)
@@ -198,162 +250,3 @@ def _share(length: int, size: int) -> int:
     if length % size:
         raise ValueError(f"a dimension of {length} cannot be shared by {size} ranks; stack entries must pad it")
     return length // size
-
-
-Flights = dict[str, Flight]  # what is under way, by direction
-
-
-class _Scatter(torch.autograd.Function):
-    """Slice forward, all-gather backward: the input is the same on every rank and feeds different work."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return local_part(x, dim, group)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return all_gather(grads[0], ctx.dim, ctx.group).contiguous(), None, None
-
-
-class _GatherSame(torch.autograd.Function):
-    """All-gather forward, slice backward: every rank does the same work with the result."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, group).contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return local_part(grads[0], ctx.dim, ctx.group), None, None
-
-
-class _GatherShared(_GatherSame):
-    """All-gather forward, reduce-scatter backward: every rank does different work with the result, in its block."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
-        ctx.dim, ctx.group = dim, group
-        return all_gather(x, dim, group, Lasts.by(ctx))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return reduce_scatter(grads[0], ctx.dim, ctx.group), None, None
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all forward, the inverse all-to-all backward, of one or several tensors that a block uses up."""
-
-    @staticmethod
-    def forward(ctx: Any, split_dim: int, concat_dim: int, group: Group, *xs: Tensor) -> tuple[Tensor, ...]:
-        ctx.dims, ctx.group = (split_dim, concat_dim), group
-        return tuple(all_to_all(xs, split_dim, concat_dim, group, Lasts.by(ctx)))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        split_dim, concat_dim = ctx.dims
-        return None, None, None, *all_to_all(grads, concat_dim, split_dim, ctx.group, Lasts.SHORT)
-
-
-class _Overlapped(torch.autograd.Function):
-    """One end of an exchange that goes on beside other work: begins it, or ends it.
-
-    The other end's backward undoes this one's: where the forward ends, the backward begins. ``flights`` holds what is
-    under way, forward and backward apart. Each begin replaces what was left there: a checkpoint that runs a block again
-    stops once it has what it needs, perhaps before the end of an exchange.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, begins: bool, dims: tuple[int, int], group: Group, flights: Flights) -> Tensor:
-        ctx.begins, ctx.dims, ctx.group, ctx.flights, ctx.shape = begins, dims, group, flights, x.shape
-        if begins:
-            flights["forward"] = begin_all_to_all(x, *dims, group, Lasts.by(ctx))
-            return flights["forward"].received
-        out = end_all_to_all(flights.pop("forward"), dims[1])
-        return out.view_as(out)  # what arrived by itself is x
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        split_dim, concat_dim = ctx.dims
-        if ctx.begins:
-            return end_all_to_all(ctx.flights.pop("backward"), split_dim), None, None, None, None
-        flight = begin_all_to_all(grads[0], concat_dim, split_dim, ctx.group, Lasts.SHORT)
-        ctx.flights["backward"] = flight
-        return flight.received.view(ctx.shape), None, None, None, None
-
-
-class _OverlappedGather(torch.autograd.Function):
-    """``_GatherShared`` that goes on beside other work, forward and backward: begins it, or ends it.
-
-    As in ``_Overlapped``, the other end's backward undoes this one's.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, begins: bool, dim: int, group: Group, flights: Flights) -> Tensor:
-        ctx.begins, ctx.dim, ctx.group, ctx.flights = begins, dim, group, flights
-        if begins:
-            flights["forward"] = begin_all_gather(x, dim, group, Lasts.by(ctx))
-            return flights["forward"].received
-        flights.pop("forward").wait()
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        if ctx.begins:
-            flight = ctx.flights.pop("backward")
-            flight.wait()
-            return flight.received, None, None, None, None
-        ctx.flights["backward"] = begin_reduce_scatter(grads[0], ctx.dim, ctx.group)
-        return grads[0], None, None, None, None  # shaped as what was gathered; the other end looks at the flight
-
-
-def scatter(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Full -> this rank's slice; gradients are gathered."""
-    return _Scatter.apply(x, dim, group)
-
-
-def gather_same(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Slices -> full, for work that all ranks repeat; the gradient is sliced."""
-    return _GatherSame.apply(x, dim, group)
-
-
-def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Slices -> full, for work that the ranks share; gradients are summed and sliced."""
-    return _GatherShared.apply(x, dim, group)
-
-
-def begin_gather(x: Tensor, dim: int, group: Group, flights: Flights) -> Tensor:
-    """First half of ``gather_shared``: a tensor that only ``end_gather`` may read.
-
-    In between no exchange comes but such as go on beside other work too.
-    """
-    return _OverlappedGather.apply(x, True, dim, group, flights)
-
-
-def end_gather(x: Tensor, dim: int, group: Group, flights: Flights) -> Tensor:
-    """Second half of ``gather_shared``."""
-    return _OverlappedGather.apply(x, False, dim, group, flights)
-
-
-def exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Tensor:
-    """Move the shards from ``concat_dim`` to ``split_dim``."""
-    return exchange_all((x,), split_dim, concat_dim, group)[0]
-
-
-def exchange_all(xs: tuple[Tensor, ...], split_dim: int, concat_dim: int, group: Group) -> tuple[Tensor, ...]:
-    """``exchange`` of equally shaped tensors in one go."""
-    return _Exchange.apply(split_dim, concat_dim, group, *xs)
-
-
-def begin_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:
-    """First half of ``exchange``: a tensor that only ``end_exchange`` may read, after whatever else can be done.
-
-    split_dim, concat_dim >= 0.
-    """
-    return _Overlapped.apply(x, True, (split_dim, concat_dim), group, flights)
-
-
-def end_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:
-    """Second half of ``exchange``."""
-    return _Overlapped.apply(x, False, (split_dim, concat_dim), group, flights)

@@ -24,7 +24,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +31,8 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from scalefold.kernels.around import aside
+from scalefold.kernels.destination import Destination
+from scalefold.parallel.dap.arrivals import Arrivals
 from scalefold.parallel.dap.collectives import Group, Lasts
 from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meeting, send_parts, sum_parts
 
@@ -42,60 +42,7 @@ STAGE_BYTES = 32 * 2**20  # the largest exchange of the benchmark's shapes has 1
 STAGES = 2
 KEPT_BYTES = 12 * 2**30  # of all ranks together: what the benchmark's model exchanges with gradients, and some room
 PASSING_BYTES = 2 * 2**30
-PASSING_TURNS = 16
-ALIGNMENT = 512
 DTYPES = (torch.bfloat16, torch.float32)
-
-
-@dataclass
-class Arrivals:
-    """Memory in which results of exchanges arrive, cut alike on all ranks.
-
-    own: this rank's memory; peers: every rank's one as this rank sees it, in rank order; all uint8 of equal length, the
-    first ``kept_bytes`` for results that a backward pass needs. barrier: returns once all ranks are there (on the
-    device: what follows in the stream waits).
-    """
-
-    own: Tensor
-    peers: Sequence[Tensor]
-    kept_bytes: int
-    barrier: Callable[[], None]
-    _kept: int = 0
-    _passing: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._passing = self.kept_bytes
-
-    def begin(self) -> None:
-        """Another step: no rank needs results of the one before."""
-        self.barrier()
-        self._kept, self._passing = 0, self.kept_bytes
-
-    def place(self, count: int, keep: bool) -> int | None:
-        """Where a result of ``count`` bytes goes; None where there is no room for it."""
-        count += -count % ALIGNMENT
-        if keep:
-            place, self._kept = self._kept, self._kept + count
-            if self._kept <= self.kept_bytes:
-                return place
-            self._kept = place
-            return None
-        end = self.own.numel()
-        if count * PASSING_TURNS > end - self.kept_bytes:
-            return None
-        place = self._passing if self._passing + count <= end else self.kept_bytes
-        middle = (self.kept_bytes + end) // 2
-        if (place < middle) != (self._passing - 1 < middle):  # into the other half
-            aside.join()  # what reads results on a second stream is not half a turn behind: peers write there again
-        self._passing = place + count
-        return place
-
-    def at(self, place: int, shape: Sequence[int], dtype: torch.dtype, number: int) -> list[Tensor]:
-        """``number`` tensors behind each other: of their own as autograd sees them, no views of each other."""
-        numel, first = math.prod(shape), (int(self.own.storage_offset()) + place) // dtype.itemsize
-        empty: Any = [self.own.new_empty(0, dtype=dtype) for _ in range(number)]
-        storage = self.own.untyped_storage()
-        return [out.set_(storage, first + n * numel, tuple(shape)) for n, out in enumerate(empty)]
 
 
 class DirectExchanges:
@@ -140,9 +87,32 @@ class DirectExchanges:
         fit = len(xs) * shape.numel() * dtype.itemsize <= self.stages[0].numel()
         return dtype in self.views and fit and inner % LANE == 0
 
-    def all_to_all(self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts) -> list[Tensor]:
-        """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense."""
-        outs, wait = self._all_to_all(xs, split_dim, concat_dim, lasts, self._in_line())
+    def destination(self, x: Tensor, shape: Sequence[int], dim: int, lasts: Lasts) -> Destination | None:
+        """Where a result of this shape, with all ranks' parts behind each other along ``dim``, will arrive; None
+        without room. x: an operand, whose type is the result's.
+        """
+        place = self._place([x], shape, lasts)
+        if place is None:
+            return None
+        assert self.arrivals is not None
+        (received,), count = self.arrivals.at(place, shape, x.dtype, 1), shape[dim] // self.size
+        results = [peer[place:].view(x.dtype)[: received.numel()].view(*shape) for peer in self.arrivals.peers]
+        return Destination(place, received, self._own_parts(results, dim, count))
+
+    def arrived(self, destination: Destination) -> Tensor:
+        """The result whose operands all ranks have written to their destinations."""
+        self._join()
+        self._meet()
+        return destination.received
+
+    def all_to_all(
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
+    ) -> list[Tensor]:
+        """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense.
+
+        place: of the results, where a ``destination`` has set one aside.
+        """
+        outs, wait = self._all_to_all(xs, split_dim, concat_dim, lasts, self._in_line(), place)
         wait()
         return outs
 
@@ -161,13 +131,14 @@ class DirectExchanges:
         concat_dim: int,
         lasts: Lasts,
         launching: AbstractContextManager[bool],
+        place: int | None = None,
     ) -> tuple[list[Tensor], Callable[[], None]]:
         shape = list(xs[0].shape)
         shape[split_dim] //= self.size
         part = shape.copy()
         shape[concat_dim] *= self.size
         split_block, concat_block = math.prod(part[split_dim:]), math.prod(part[concat_dim:])
-        place = self._place(xs, shape, lasts)
+        place = self._place(xs, shape, lasts) if place is None else place
         if place is not None:
             with launching as beside:
                 arrived = self._sent(xs, shape, place, False, split_block, concat_block, beside)
@@ -189,17 +160,21 @@ class DirectExchanges:
         """The ranks' tensors behind each other along ``dim``; dense, where it can be in the memory order of x."""
         return self._all_gather(x, dim, lasts, self._in_line())
 
-    def begin_all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> tuple[Tensor, Callable[[], None]]:
-        """The same beside other work, and what to call before anybody reads it."""
-        return self._all_gather(x, dim, lasts, self._aside([x])), self._waiting()
+    def begin_all_gather(
+        self, x: Tensor, dim: int, lasts: Lasts, place: int | None = None
+    ) -> tuple[Tensor, Callable[[], None]]:
+        """The same beside other work, and what to call before anybody reads it; place: as for ``all_to_all``."""
+        return self._all_gather(x, dim, lasts, self._aside([x]), place), self._waiting()
 
-    def _all_gather(self, x: Tensor, dim: int, lasts: Lasts, launching: AbstractContextManager[bool]) -> Tensor:
+    def _all_gather(
+        self, x: Tensor, dim: int, lasts: Lasts, launching: AbstractContextManager[bool], place: int | None = None
+    ) -> Tensor:
         order = _order(x, dim)
         x, dim = x.permute(order), order.index(dim)
         shape = list(x.shape)
         shape[dim] *= self.size
         block = math.prod(x.shape[dim:])
-        place = self._place([x], shape, lasts)
+        place = self._place([x], shape, lasts) if place is None else place
         if place is None:
             out = x.new_empty(shape)
             with launching:
@@ -263,7 +238,7 @@ class DirectExchanges:
         event, _ = self._beside[-1]
         return lambda: torch.cuda.current_stream().wait_event(event)
 
-    def _place(self, xs: Sequence[Tensor], shape: list[int], lasts: Lasts) -> int | None:
+    def _place(self, xs: Sequence[Tensor], shape: Sequence[int], lasts: Lasts) -> int | None:
         """Where results of ``shape`` arrive; None where they last longer or there is no room for them."""
         if self.arrivals is None or lasts is Lasts.LONG:
             return None
@@ -296,6 +271,10 @@ class DirectExchanges:
     def _targets(self, arrivals: Arrivals, place: int, dtype: torch.dtype, concat_block: int) -> list[Tensor]:
         """Of each peer the results at ``place``, in which this rank's parts are runs of ``concat_block`` elements."""
         return [peer[place:].view(dtype) for peer in arrivals.peers]
+
+    def _own_parts(self, results: Sequence[Tensor], dim: int, count: int) -> list[Tensor]:
+        """Of each peer's result this rank's part."""
+        return [result.narrow(dim, self.rank * count, count) for result in results]
 
     def _staged(self, xs: Sequence[Tensor]) -> list[list[Tensor]]:
         """Of each of the tensors every rank's one of this exchange, flat and readable from here."""
@@ -359,6 +338,23 @@ def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
         mapping.append(symmetric_memory.rendezvous(memory, group))
         return memory, [mapping[-1].get_buffer(peer, (count,), torch.uint8) for peer in range(size)]
 
+    return _over(shared, rank, size, mapping)
+
+
+def unconnected(rank: int, size: int, device: torch.device) -> DirectExchanges:
+    """Exchanges that launch what those of a group launch, and reach nobody: to compile it ahead, on "meta"."""
+
+    def shared(count: int) -> tuple[Tensor, list[Tensor]]:
+        own = torch.empty(count, dtype=torch.uint8, device=device)
+        return own, [own] * size
+
+    return _over(shared, rank, size)
+
+
+def _over(
+    shared: Callable[[int], tuple[Tensor, list[Tensor]]], rank: int, size: int, mapping: Sequence[object] = ()
+) -> DirectExchanges:
+    """Exchanges over what ``shared`` gives for so many bytes: this rank's memory, zeros, and every rank's."""
     stages, staged = zip(*(shared(STAGE_BYTES) for _ in range(STAGES)), strict=True)
     views = {dtype: [[peer.view(dtype) for peer in peers] for peers in staged] for dtype in DTYPES}
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size

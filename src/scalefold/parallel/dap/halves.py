@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scalefold.parallel.dap.collectives import Flight, Group, Lasts, begin_all_gather
+from scalefold.kernels.destination import Destination
+from scalefold.parallel.dap.collectives import Flight, Group, Lasts, begin_all_gather, gather_destination
 
 TWO = 2  # ranks
 
@@ -30,10 +31,19 @@ class ProductOfTwo(nn.Module):
     def __init__(self, group: Group, outgoing: bool) -> None:
         super().__init__()
         self.group, self.outgoing = group, outgoing
+        self._destination: Destination | None = None
+
+    def destination(self, b: Tensor) -> Destination | None:
+        """Where whoever makes a tensor like this b may write it; the product follows."""
+        self._destination = gather_destination(b, 2, self.group) if self.outgoing else None
+        return self._destination
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """a, b: [B, c, I / 2, J], this rank's rows -> those of the product, likewise."""
-        return (_Outgoing if self.outgoing else _Incoming).apply(a, b, self.group)
+        destination, self._destination = self._destination, None
+        if self.outgoing:
+            return _Outgoing.apply(a, b, self.group, destination)
+        return _Incoming.apply(a, b, self.group)
 
 
 class _Halves:
@@ -45,9 +55,15 @@ class _Halves:
         self.mine = slice(own * half, (own + 1) * half)
         self.others = slice(self.other * half, (self.other + 1) * half)
 
-    def with_rows_of_both(self, x: Tensor, y: Tensor, lasts: Lasts) -> tuple[Tensor, Tensor]:
+    def with_rows_of_both(
+        self, x: Tensor, y: Tensor, lasts: Lasts, destination: Destination | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x y^T for this rank's x and both ranks' rows of y, all [C, I / 2, J]; and these rows [C, I, J]."""
-        flight, out = begin_all_gather(y, 1, self.group, lasts), torch.empty_like(x)
+        if destination is not None and destination.written:
+            assert self.group.direct is not None
+            both = self.group.direct.arrived(destination).flatten(0, 1)
+            return x @ _across(both), both
+        flight, out = begin_all_gather(y, 1, self.group, lasts, destination), torch.empty_like(x)
         torch.bmm(x, _across(y), out=out[..., self.mine])
         flight.wait()
         both = flight.received
@@ -73,20 +89,20 @@ def _across(x: Tensor) -> Tensor:
 
 class _Outgoing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, group: Group, destination: Destination | None) -> Tensor:
         shape, (a, b) = a.shape, (x.flatten(0, 1) for x in (a, b))
         ctx.halves = _Halves(group, a.shape[2])
-        x, both = ctx.halves.with_rows_of_both(a, b, Lasts.by(ctx))
+        x, both = ctx.halves.with_rows_of_both(a, b, Lasts.by(ctx), destination)
         ctx.save_for_backward(a, both)
         return x.view(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         (a, both), shape, d = ctx.saved_tensors, grads[0].shape, grads[0].flatten(0, 1)
         own, flight = ctx.halves.begin_sum(d, a)
         d_a = d @ both
-        return d_a.view(shape), ctx.halves.end_sum(own, flight).view(shape), None
+        return d_a.view(shape), ctx.halves.end_sum(own, flight).view(shape), None, None
 
 
 class _Incoming(torch.autograd.Function):

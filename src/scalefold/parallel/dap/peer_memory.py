@@ -38,7 +38,7 @@ def _offsets(unit, first, BLOCK, SIZE: tl.constexpr):
 
 
 @program
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _send_parts(
     sources, targets, rank, source_block, target_block, count, result, SIZE: tl.constexpr, TENSORS: tl.constexpr,
     WHOLE: tl.constexpr, LANES: tl.constexpr,
@@ -67,7 +67,7 @@ def _send_parts(
 
 
 @program
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _copy_parts(
     sources, out, rank, source_block, out_block, count, SIZE: tl.constexpr, WHOLE: tl.constexpr, LANES: tl.constexpr
 ):  # fmt: skip
@@ -87,7 +87,7 @@ def _copy_parts(
 
 
 @program
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _sum_parts(sources, out, rank, source_block, count, SIZE: tl.constexpr, LANES: tl.constexpr):
     """Program (units): sum of this rank's part of every peer's tensor, in fp32 and in rank order."""
     wait_for_predecessors()

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from scalefold.config import ModelConfig
 from scalefold.errors import ConfigError
-from scalefold.parallel.dap.collectives import (
+from scalefold.kernels.destination import Destination
+from scalefold.parallel.dap.collectives import Group, exchange_destination
+from scalefold.parallel.dap.exchanges import (
     Flights,
-    Group,
     begin_exchange,
     begin_gather,
     end_exchange,
@@ -123,6 +124,23 @@ class Exchange(nn.Module):
         return exchange(x, self.split_dim, self.concat_dim, self.group)
 
 
+class ExchangeAhead(Exchange):
+    """An ``Exchange`` whose operand may be written to where it belongs by whoever makes it."""
+
+    _destination: Destination | None = None
+
+    def destination(self, x: Tensor) -> Destination | None:
+        """Where an operand like x goes between two ranks; that exchange comes next here."""
+        ahead = self.group.size == TWO
+        self._destination = exchange_destination(x, self.split_dim, self.concat_dim, self.group) if ahead else None
+        return self._destination
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same tensor, other axis sharded."""
+        destination, self._destination = self._destination, None
+        return exchange(x, self.split_dim, self.concat_dim, self.group, destination)
+
+
 class ExchangeAll(Exchange):
     """An ``Exchange`` of several equally shaped tensors in one go."""
 
@@ -178,7 +196,7 @@ def _points(group: Group) -> dict[str, nn.Module]:
         "begin_gather_bias": BeginGather(group, 2, of_bias),
         "end_gather_bias": EndGather(group, 2, of_bias),
         "gather_columns": GatherShared(group, 2),
-        "rows_to_columns": Exchange(group, split_dim=2, concat_dim=1),
+        "rows_to_columns": ExchangeAhead(group, split_dim=2, concat_dim=1),
         "columns_to_rows": Exchange(group, split_dim=1, concat_dim=2),
         "begin_columns_to_rows": BeginExchange(group, 1, 2, of_msa),
         "end_columns_to_rows": EndExchange(group, 1, 2, of_msa),

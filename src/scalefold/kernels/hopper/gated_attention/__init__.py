@@ -22,6 +22,7 @@ from scalefold.kernels.hopper.rows import (
     by_rows,
     dropout_obstacle,
     is_aligned,
+    is_dense,
     matrix,
     preference,
     program_obstacle,
@@ -122,17 +123,35 @@ def gated_output_obstacle(
     return preference(name, x, dropped=int(dropout is not None))
 
 
-def gated_output(x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, out: Tensor) -> None:
-    """``reference.gated_output`` of o: [*, c], before its heads are split; out: [*, c] lies as x does."""
-    order = memory_order(x)
+def fits_halves(x: Tensor, dropout: Tensor | None, outs: Sequence[Tensor]) -> bool:
+    """Whether ``gated_output`` can write its result to ``outs``, by halves of columns: two [1, I, J / 2, c]."""
+    if len(outs) != 2 or x.dim() != 4 or len(x) != 1 or not x.is_contiguous():
+        return False
+    lines = LINES if _scales(x, dropout) is Scales.OF_LINES else PART
+    return x.shape[2] % (2 * lines) == 0 and all(is_dense(out) and out.numel() * 2 == x.numel() for out in outs)
+
+
+def gated_output(
+    x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, outs: Sequence[Tensor]
+) -> None:
+    """``reference.gated_output`` of o: [*, c], before its heads are split.
+
+    outs: one [*, c] that lies as x does, or the two of ``fits_halves``.
+    """
+    order, half = memory_order(x), 0
     views, dims, count = row_views({"x": x, "dropout": dropout})
     inner = dims[1] if _scales(x, dropout) is Scales.OF_LINES else None
+    if len(outs) > 1:
+        half = x.shape[2] // 2
+        first, second = (_row_tiles(out, order, None if inner is None else half) for out in outs)
+    else:
+        first, second = _row_tiles(outs[0], order, inner), None
     program, block = hopper_gated_output, SQUARE
     if x.shape[-1] == MSA_CHANNELS:
         program, block = hopper_wide_gated_output, (MSA_CHANNELS, PART)
     program[programs(x, 1)](
         *(_row_tiles(tensor, order, inner) for tensor in (x, o, gate)), weight_tiles(linear.weight, *block),
-        _row_tiles(out, order, inner), linear.bias, views["dropout"], dims, count // PART,
+        first, second, linear.bias, views["dropout"], dims, count // PART, half,
         ACROSS=inner is not None, num_warps=4,
     )  # fmt: skip
 

@@ -11,7 +11,13 @@ level 2, a tile in order has one row of them.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 
 from scalefold.kernels import hopper
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, publish, tiles_for
@@ -73,6 +79,31 @@ def dropped(value, dropout, walk, tile, first, ACROSS: gl.constexpr, BY_ROW: gl.
 
 
 @gluon.jit
+def _send(outs, walk, half, tile, column, slot, ACROSS: gl.constexpr):
+    """Store a tile that all threads have just written; of two outs in that which has its lines along level 2.
+
+    half: of them the first that the second one has.
+    """
+    if outs[1] is None:
+        send_at(outs[0], corner(walk, tile, 0, column, ACROSS), slot)
+    else:
+        fence_async_shared()
+        group_barrier()
+        if ACROSS:
+            middle, inner = tile // walk.per_line * SECTOR, tile % walk.per_line * LINES
+            if inner < half:
+                tma.async_copy_shared_to_global(outs[0], (inner, middle, column), slot)
+            else:
+                tma.async_copy_shared_to_global(outs[1], (inner - half, middle, column), slot)
+        else:
+            middle, inner = tile * ROWS // (2 * half), tile * ROWS % (2 * half)
+            if inner < half:
+                tma.async_copy_shared_to_global(outs[0], (middle * half + inner, column), slot)
+            else:
+                tma.async_copy_shared_to_global(outs[1], (middle * half + inner - half, column), slot)
+
+
+@gluon.jit
 def _fetch(inputs, rings, weight_slot, there, walk, ACROSS: gl.constexpr):
     """The loader: the weight, then for both consumers in turn o and gate of a tile, and its x."""
     x, o, gate, weight = inputs
@@ -98,7 +129,7 @@ def _fetch(inputs, rings, weight_slot, there, walk, ACROSS: gl.constexpr):
 @gluon.jit
 def _close(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
     """A consumer. A slot of x goes back to the loader when the result in it has been sent, in the next tile."""
-    bias, dropout, out, rings, weight, there, walk = shared
+    bias, dropout, outs, half, rings, weight, there, walk = shared
     x_ring, o_ring, gates = rings
     C: gl.constexpr = weight.shape[0]
     mbarrier.wait(there, 0)
@@ -119,16 +150,18 @@ def _close(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
         value = dropped(acc + per_column(bias, 0, C), dropout, walk, tile, 0, ACROSS)
         group_barrier()
         x.store((before.to(gl.float32) + value).to(gl.bfloat16))
-        send_at(out, corner(walk, tile, 0, 0, ACROSS), x_ring.slots.index(slot))
+        _send(outs, walk, half, tile, 0, x_ring.slots.index(slot), ACROSS)
         n += 1  # noqa: SIM113
     tma.store_wait(0)
 
 
 @program
-@gluon.jit(do_not_specialize=["tiles"])
-def hopper_gated_output(x, o, gate, weight, out, bias, dropout, dims, tiles, ACROSS: gl.constexpr):
+@gluon.jit(do_not_specialize=["tiles", "half"])
+def hopper_gated_output(x, o, gate, weight, out, second, bias, dropout, dims, tiles, half, ACROSS: gl.constexpr):
     """Descriptors of x, o, gate and out [64 tiles, C] and weight [C, C]; bias: [C].
 
+    ``second`` None: out has all rows. Else rows are [1, I, J], and out has those whose j is less than ``half``, J / 2,
+    [1, I, half], second the others.
     dropout: a view [64 tiles, C] of fp32 scales, the same along level 1 if tiles lie ACROSS, else along level 2, or
     None.
     """
@@ -140,7 +173,7 @@ def hopper_gated_output(x, o, gate, weight, out, bias, dropout, dims, tiles, ACR
     there = one_arrival(1).index(0)
     publish()
     rings = (x_ring, o_ring, gates)
-    shared = (bias, dropout, out, rings, weight_slot, there, walk)
+    shared = (bias, dropout, (out, second), half, rings, weight_slot, there, walk)
     gl.warp_specialize(
         [
             (_close, (shared, 0, ACROSS)),
@@ -191,13 +224,13 @@ def _gated(o, gate, first: gl.constexpr):
 @gluon.jit
 def _finish_half(acc, slot, shared, tile, first: gl.constexpr, ACROSS: gl.constexpr):
     """x + dropout * (acc + bias) for HALF channels from ``first`` on, written over x and sent."""
-    bias, dropout, out, _ring, _weights, _there, walk = shared
+    bias, dropout, outs, half, _ring, _weights, _there, walk = shared
     x = by_row(slot)
     value = dropped(acc + per_column(bias, first, HALF), dropout, walk, tile, first, ACROSS)
     before = read(x)
     group_barrier()
     x.store((before + value).to(gl.bfloat16))
-    send_at(out, corner(walk, tile, 0, first, ACROSS), slot)
+    _send(outs, walk, half, tile, first, slot, ACROSS)
 
 
 @gluon.jit
@@ -207,7 +240,7 @@ def _close_wide(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
     The loop over halves is not unrolled: the places of all blocks of the weight would be kept, and spilled. These are
     waited for in the first tile alone.
     """
-    _bias, _dropout, _out, ring, weights, there, walk = shared
+    _bias, _dropout, _outs, _half, ring, weights, there, walk = shared
     n = 0
     for tile in range(begin(walk, SIDE), walk.tiles, pace(walk)):
         if n > 0:
@@ -238,16 +271,16 @@ def _close_wide(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
 
 
 @program
-@gluon.jit(do_not_specialize=["tiles"])
-def hopper_wide_gated_output(x, o, gate, weight, out, bias, dropout, dims, tiles, ACROSS: gl.constexpr):
-    """The same for C = 2 HALF: x, o, gate and out in blocks of HALF channels, weight in blocks of COLUMNS."""
+@gluon.jit(do_not_specialize=["tiles", "half"])
+def hopper_wide_gated_output(x, o, gate, weight, out, second, bias, dropout, dims, tiles, half, ACROSS: gl.constexpr):
+    """The same for C = 2 HALF: x, o, gate and outs in blocks of HALF channels, weight in blocks of COLUMNS."""
     wait_for_predecessors()
     walk = new_walk(dims, tiles)
     ring = new_ring(x, SLOTS)
     weights = tiles_for(weight, 2 * HALF // COLUMNS)
     there = one_arrival(2 * HALF // COLUMNS)
     publish()
-    shared = (bias, dropout, out, ring, weights, there, walk)
+    shared = (bias, dropout, (out, second), half, ring, weights, there, walk)
     gl.warp_specialize(
         [
             (_close_wide, (shared, 0, ACROSS)),
