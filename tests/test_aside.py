@@ -139,6 +139,20 @@ def test_what_unfinished_work_reads_is_kept_until_the_chain_has_waited_for_it(sa
     assert said[-1] == "chain waits for event 2"
 
 
+def test_what_reads_gradients_follows_them_aside_and_keeps_them(said, monkeypatch):
+    monkeypatch.setattr(aside, "MOST_HELD", 100)
+    aside.follow([], lambda: said.append("on the chain"))
+    with aside.Side(torch.device("cpu")).used():
+        aside.gradients([parameter()], [], worked(said))
+        said.clear()
+        aside.follow([torch.zeros(20)], lambda: said.append("collected"))
+        assert said[:4] == ["side waits for chain", "on side", "collected", "off side"]
+        assert said[5:] == [], "80 bytes are held"
+        aside.follow([torch.zeros(20)], lambda: said.append("collected"))
+        assert said[-1] == "chain waits for event 0", "the older half is let go"
+    assert said[-1] == "chain waits for event 1"
+
+
 def test_a_gradient_that_autograd_adds_to_another_one_is_found(said):
     """One of an operation here, one of an operation of PyTorch: their sum is made before the first one is there."""
     with cases.on_device("cpu"):

@@ -194,6 +194,10 @@ class FlatParameters(FlatLayout):
             else:
                 torch._foreach_copy_(targets, sources)
 
+    def gradients_from(self, start: int, stop: int) -> list[Tensor]:
+        """Gradients of the parameters that begin in [start, stop) and have one."""
+        return [p.grad for _, p in self._members(start, stop) if p.grad is not None]
+
     def _pieces(self, x: Tensor) -> Sequence[Tensor]:
         """A dense tensor in views of at most ``piece`` elements."""
         return (x,) if x.numel() <= self.piece else x.reshape(-1).split(self.piece)

@@ -1,5 +1,7 @@
 """Data-parallel gradients: flat buckets summed over all training ranks while backward still runs."""
 
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -91,7 +93,9 @@ class GradientReducer:
     def _launch(self) -> None:
         bucket = self.buckets[self._next]
         self._next += 1
-        aside.join()
+        aside.follow(self.flat.gradients_from(bucket.start, bucket.stop), partial(self._reduce, bucket))
+
+    def _reduce(self, bucket: Bucket) -> None:
         self.flat.collect_range(bucket.segment, bucket.flat, bucket.start, bucket.stop, self._accumulate)
         self.own.add_(bucket.values.sum(dtype=torch.float32))
         work = dist.all_reduce(bucket.values, group=self.group, async_op=True)

@@ -64,6 +64,12 @@ class Side:
         self._hold([tensor for tensor in read if tensor is not None])
         return found
 
+    def follow(self, read: Sequence[Tensor], compute: Callable[[], None]) -> None:
+        """``compute()`` on the side, behind all that has been launched there and on the chain; see ``follow``."""
+        with self._branch():
+            compute()
+        self._hold(list(read))
+
     def _taken_in(self, parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
         """The gradient if it is its parameter's first one; None if it has been added to that."""
         if parameter is None or gradient is None:
@@ -111,6 +117,17 @@ def gradients(
     until the end of the backward.
     """
     return _sides[-1].run(parameters, read, compute) if _sides else compute()
+
+
+def follow(read: Sequence[Tensor], compute: Callable[[], None]) -> None:
+    """``compute()``, which does something with gradients of this backward, aside behind them if a ``Side`` is in use.
+
+    read: gradients that it reads.
+    """
+    if _sides:
+        _sides[-1].follow(read, compute)
+    else:
+        compute()
 
 
 def join() -> None:
