@@ -74,7 +74,7 @@ def launch_all(config: Config) -> None:
     from scalefold.kernels.choice import operations
     from scalefold.kernels.table import use_operations
     from scalefold.parallel.dap.collectives import Group
-    from scalefold.parallel.dap.direct import unconnected
+    from scalefold.parallel.dap.connect import unconnected
     from scalefold.parallel.dap.points import apply_dap
     from scalefold.step.build import build_model, build_optimizer, build_step, launches_early
 

@@ -26,7 +26,7 @@ from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.dap import peer_memory
 from scalefold.parallel.dap.arrivals import ALIGNMENT, PASSING_TURNS, Arrivals
 from scalefold.parallel.dap.collectives import Group, Lasts
-from scalefold.parallel.dap.direct import DirectExchanges
+from scalefold.parallel.dap.direct import DirectExchanges, _Beside
 from scalefold.parallel.dap.peer_memory import meeting
 from scalefold.parallel.dap.points import apply_dap
 
@@ -193,7 +193,7 @@ def test_where_there_is_no_room_results_go_by_stages():
 def test_an_operand_may_be_written_to_where_it_belongs_or_be_sent_there(lasts, size):
     """By all-to-all and by all-gather; no other result of the time has its place."""
     shape = (1, 8, 4, 16)
-    xs, ranks, met = tensors(size, shape, torch.float32), group_of(size), []
+    xs, ranks = tensors(size, shape, torch.float32), group_of(size)
     wholes = [(1, 8 // size, 4 * size, 16), (1, 8, 4 * size, 16)]
     for split, whole in zip((1, None), wholes, strict=True):
         ahead = [rank.destination(x, whole, 2, lasts) for rank, x in zip(ranks, xs, strict=True)]
@@ -202,20 +202,32 @@ def test_an_operand_may_be_written_to_where_it_belongs_or_be_sent_there(lasts, s
             parts = [x] * size if split is None else x.chunk(size, split)
             for to, part in zip(own.parts, parts, strict=True):
                 to.copy_(part)
-        outs = []
-        for rank, x, own in zip(ranks, xs, sent, strict=True):
-            if split is None:
-                outs.append(rank.begin_all_gather(x, 2, lasts, own.place)[0])
-            else:
-                outs.append(rank.all_to_all([x], split, 2, lasts, own.place)[0])
+        given = [(rank, x, own.place) for rank, x, own in zip(ranks, xs, sent, strict=True)]
+        if split is None:
+            outs = [rank.begin_all_gather(x, 2, lasts, place)[0] for rank, x, place in given]
+        else:
+            outs = [rank.all_to_all([x], split, 2, lasts, place)[0] for rank, x, place in given]
         for n, (rank, own, out) in enumerate(zip(ranks, ahead, outs, strict=True)):
             expected = torch.cat([x if split is None else x.chunk(size, split)[n] for x in xs], 2)
-            rank.arrivals.barrier = lambda: met.append("barrier")
-            assert torch.equal(rank.arrived(own), expected)
-            assert torch.equal(out, expected)
-            assert torch.equal(sent[n].received, expected)
-            rank.arrivals.barrier = lambda: None
-    assert met == ["barrier"] * 2 * size
+            assert all(torch.equal(found, expected) for found in (rank.arrived(own), out, sent[n].received))
+
+
+@pytest.mark.parametrize("meets", [True, False])
+def test_what_goes_on_beside_need_not_end_before_what_its_maker_wrote_is_read(monkeypatch, meets):
+    """Unless it has a barrier of its own, which all ranks must come to first; else a later barrier serves it."""
+    rank, told = group_of(2)[0], []
+    assert rank.arrivals is not None
+    rank.arrivals.barrier = lambda: told.append("barrier")
+    monkeypatch.setattr(rank, "_join", lambda: told.append("join"))
+    x = torch.ones(1, 8, 4, 16, device=DEVICE)
+    destination = rank.destination(x, (1, 16, 4, 16), 1, Lasts.SHORT)
+    assert destination is not None
+    rank._beside.append(_Beside(None, [], meets))
+    assert rank.arrived(destination, alone=True) is destination.received
+    assert (told, rank._met) == ((["join", "barrier"], 1) if meets else (["barrier"], 0))
+    rank.arrived(destination)
+    assert told[-2:] == ["join", "barrier"]
+    rank._beside.clear()
 
 
 def test_where_there_is_no_room_nothing_can_be_written_ahead():
@@ -246,9 +258,9 @@ class Counted(DirectExchanges):
         self.count += 1
         return super()._sent(xs, *how)
 
-    def arrived(self, destination: Destination) -> Tensor:
+    def arrived(self, destination: Destination, alone: bool = False) -> Tensor:
         self.ahead += 1
-        return super().arrived(destination)
+        return super().arrived(destination, alone)
 
 
 def gated_output_ahead(x: Tensor, *given: Any) -> Tensor:

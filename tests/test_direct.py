@@ -17,7 +17,7 @@ from processes import run_ranks
 from rank_tensors import tensors
 from scalefold.config import TrainingConfig
 from scalefold.kernels import triton_ops
-from scalefold.parallel.dap import collectives, direct
+from scalefold.parallel.dap import collectives, connect
 from scalefold.parallel.dap.collectives import Lasts
 from scalefold.parallel.dap.direct import STAGES, DirectExchanges
 from scalefold.parallel.dap.peer_memory import meet
@@ -247,11 +247,11 @@ def connected_where_one_rank_cannot(rank: int) -> tuple[bool, bool]:
             raise OSError("pidfd_getfd: Operation not permitted\nand a long trace")
         return OneProcess(2).ranks[0]
 
-    direct.mapped = mapped
+    connect.mapped = mapped
     processes = dist.group.WORLD
     assert processes is not None
     group = collectives.Group(processes)
-    connected = direct.connect(group, processes, torch.device(DEVICE))
+    connected = connect.connect(group, processes, torch.device(DEVICE))
     return connected, group.direct is not None
 
 

@@ -61,6 +61,7 @@ def test_only_the_kernels_and_their_tuning_need_triton(python) -> None:
     done = python("-c", code)
     assert done.returncode == 0, done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines()} <= {
+        "scalefold.parallel.dap.connect",
         "scalefold.parallel.dap.direct",
         "scalefold.parallel.dap.peer_memory",
     }  # GPUs only

@@ -20,7 +20,8 @@ from torch import Tensor
 from common import FOLDER, facts
 from multi_gpu import EXCHANGE_MIB, MIB, Host, time_exchange, together
 from scalefold.parallel.dap.collectives import Lasts
-from scalefold.parallel.dap.direct import DirectExchanges, mapped
+from scalefold.parallel.dap.connect import mapped
+from scalefold.parallel.dap.direct import DirectExchanges
 from scalefold.parallel.dap.peer_memory import LANE
 
 

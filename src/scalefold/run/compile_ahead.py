@@ -96,7 +96,7 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     from scalefold.kernels.choice import operations
     from scalefold.kernels.table import use_operations
     from scalefold.parallel.dap.collectives import Group
-    from scalefold.parallel.dap.direct import unconnected
+    from scalefold.parallel.dap.connect import unconnected
     from scalefold.parallel.dap.points import apply_dap
     from scalefold.step.build import build_model, build_optimizer, build_step, launches_early
 

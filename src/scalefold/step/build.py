@@ -53,7 +53,7 @@ def connect_replica(config: Config, ranks: Ranks) -> Group | None:
     if ranks.device.type != "cuda" or config.execution.dap_exchange == "library":
         return group
     try:
-        from scalefold.parallel.dap.direct import connect
+        from scalefold.parallel.dap.connect import connect
     except ImportError:  # no Triton: the operations have said so
         return group
     assert ranks.dap_control_group is not None

@@ -5,13 +5,15 @@ Two ways, both without multicast and without the host in between, so that a CUDA
 * **Arrivals.** Every rank writes its parts straight to where they belong in its peers' results, and all ranks meet at a
   barrier on the device: one kernel and one barrier. Results lie in memory that all ranks of the group map, at the same
   place on each: either until the next step begins (what the backward pass needs), or until some exchanges later.
+  Whoever makes an operand may write it there itself (``destination``): then the barrier is all that is left.
   Where other work comes before the result is read, the exchange goes on beside it, on a stream of its own, and of an
   all-to-all any barrier in between serves (``begin_all_to_all``).
 * **Stages.** Every rank stages what it sends, meets the others at the barrier, and reads its parts of each peer's
   stage: for sums, for results that somebody holds longer, and where there is no room for a result any more.
 
 Why nobody writes what a peer still reads: every exchange is a barrier (but for those that another one's barrier
-serves), and a rank reaches one only after all that stands before it in its stream and after the exchange beside that.
+serves), and a rank reaches one only after all that stands before it in its stream and after the exchange beside that
+(but for one that ``arrived`` lets go on; the next barrier comes after it).
 Two stages take turns: who writes to a stage again has passed the barrier of the other one, which its peers reach only
 after reading the first. The place of a passing result is given away again after at least ``PASSING_TURNS`` exchanges;
 kept results are given away when a step begins, with a barrier of its own.
@@ -24,17 +26,15 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from scalefold.kernels.destination import Destination
 from scalefold.parallel.dap.arrivals import Arrivals
-from scalefold.parallel.dap.collectives import Group, Lasts
-from scalefold.parallel.dap.peer_memory import LANE, copy_parts, meeting, send_parts, sum_parts
+from scalefold.parallel.dap.collectives import Lasts
+from scalefold.parallel.dap.peer_memory import LANE, copy_parts, send_parts, sum_parts
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,14 @@ STAGES = 2
 KEPT_BYTES = 12 * 2**30  # of all ranks together: what the benchmark's model exchanges with gradients, and some room
 PASSING_BYTES = 2 * 2**30
 DTYPES = (torch.bfloat16, torch.float32)
+
+
+class _Beside(NamedTuple):
+    """An exchange beside other work: the event at its end, what it still reads, whether it has a barrier."""
+
+    end: Any
+    reads: Sequence[Tensor]
+    meets: bool
 
 
 class DirectExchanges:
@@ -70,7 +78,7 @@ class DirectExchanges:
         self.rank, self.size, self.stages, self.views, self.barrier = rank, size, stages, views, barrier
         self.arrivals, self.mapping = arrivals, mapping
         self._stream: torch.cuda.Stream | None = None  # of what goes on beside other work
-        self._beside: list[tuple[Any, Sequence[Tensor]]] = []  # of each the event at its end, and what it still reads
+        self._beside: list[_Beside] = []
         self._turn = 0
         self._met = 0  # barriers of exchanges so far
 
@@ -99,10 +107,18 @@ class DirectExchanges:
         results = [peer[place:].view(x.dtype)[: received.numel()].view(*shape) for peer in self.arrivals.peers]
         return Destination(place, received, self._own_parts(results, dim, count))
 
-    def arrived(self, destination: Destination) -> Tensor:
-        """The result whose operands all ranks have written to their destinations."""
-        self._join()
-        self._meet()
+    def arrived(self, destination: Destination, alone: bool = False) -> Tensor:
+        """The result whose operands all ranks have written to their destinations.
+
+        alone: what goes on beside other work, and has no barrier of its own, need not end before; nor does this barrier
+        serve it.
+        """
+        assert self.arrivals is not None
+        if alone and self._beside and not any(entry.meets for entry in self._beside):
+            self.arrivals.barrier()
+        else:
+            self._join()
+            self._meet()
         return destination.received
 
     def all_to_all(
@@ -122,7 +138,7 @@ class DirectExchanges:
         """The same beside other work, and what to call before anybody reads it: it meets a barrier, unless another
         exchange has met one since.
         """
-        return self._all_to_all(xs, split_dim, concat_dim, lasts, self._aside(xs))
+        return self._all_to_all(xs, split_dim, concat_dim, lasts, self._aside(xs, meets=False))
 
     def _all_to_all(
         self,
@@ -214,7 +230,7 @@ class DirectExchanges:
         yield False
 
     @contextmanager
-    def _aside(self, xs: Sequence[Tensor]) -> Iterator[bool]:
+    def _aside(self, xs: Sequence[Tensor], meets: bool = True) -> Iterator[bool]:
         """Launch an exchange of xs on a stream beside the current one, where they follow each other."""
         if not xs[0].is_cuda:
             yield True
@@ -223,20 +239,20 @@ class DirectExchanges:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield True
-        self._beside.append((self._stream.record_event(), xs))
+        self._beside.append(_Beside(self._stream.record_event(), xs, meets))
 
     def _join(self) -> None:
         """The current stream waits for the exchanges beside it."""
         if self._beside:
-            torch.cuda.current_stream().wait_event(self._beside[-1][0])
+            torch.cuda.current_stream().wait_event(self._beside[-1].end)
             self._beside.clear()
 
     def _waiting(self) -> Callable[[], None]:
         """What waits for the exchange that was just launched, not for those that follow it beside other work."""
         if not self._beside:
             return lambda: None
-        event, _ = self._beside[-1]
-        return lambda: torch.cuda.current_stream().wait_event(event)
+        end = self._beside[-1].end
+        return lambda: torch.cuda.current_stream().wait_event(end)
 
     def _place(self, xs: Sequence[Tensor], shape: Sequence[int], lasts: Lasts) -> int | None:
         """Where results of ``shape`` arrive; None where they last longer or there is no room for them."""
@@ -302,64 +318,3 @@ def _order(x: Tensor, dim: int, parts: int = 1) -> list[int]:
 def _in_place(out: Tensor, order: list[int]) -> Tensor:
     """View of a tensor whose dimensions come in ``order`` with each of them in its own place."""
     return out.permute([order.index(n) for n in range(out.dim())])
-
-
-def connect(group: Group, control: dist.ProcessGroup, device: torch.device) -> bool:
-    """Let the GPUs of ``group``, all of one host, exchange directly from now on, if all of them can.
-
-    Every rank of ``control`` (the same ranks or more, on the CPU) takes part; they go one way together. Where a rank
-    cannot map its peers' memory, the library goes on exchanging, and the first rank logs the driver's reason.
-    """
-    exchanges, reason = None, ""
-    try:
-        exchanges = mapped(group.processes, device)
-    except Exception as error:  # whatever driver, container or another version of PyTorch says: the library goes on
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    reasons = [""] * dist.get_world_size(control)
-    dist.all_gather_object(reasons, reason, group=control)
-    failed = next((f"rank {rank} of the group: {text}" for rank, text in enumerate(reasons) if text), None)
-    if failed is not None:
-        exchanges = None
-        if group.rank == 0:
-            log.warning("exchanges by NCCL, because GPUs cannot read each other's memory: %s", failed)
-    group.direct = exchanges
-    return exchanges is not None
-
-
-def mapped(group: dist.ProcessGroup, device: torch.device) -> DirectExchanges:
-    """Exchanges over new memory that all ranks of ``group`` map, taking part; RuntimeError where one cannot."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    mapping: list[Any] = []
-
-    def shared(count: int) -> tuple[Tensor, list[Tensor]]:
-        """This rank's memory and every rank's as this rank sees it, all zeros before any rank goes on."""
-        memory = symmetric_memory.empty(count, dtype=torch.uint8, device=device).zero_()
-        torch.cuda.synchronize(device)
-        mapping.append(symmetric_memory.rendezvous(memory, group))
-        return memory, [mapping[-1].get_buffer(peer, (count,), torch.uint8) for peer in range(size)]
-
-    return _over(shared, rank, size, mapping)
-
-
-def unconnected(rank: int, size: int, device: torch.device) -> DirectExchanges:
-    """Exchanges that launch what those of a group launch, and reach nobody: to compile it ahead, on "meta"."""
-
-    def shared(count: int) -> tuple[Tensor, list[Tensor]]:
-        own = torch.empty(count, dtype=torch.uint8, device=device)
-        return own, [own] * size
-
-    return _over(shared, rank, size)
-
-
-def _over(
-    shared: Callable[[int], tuple[Tensor, list[Tensor]]], rank: int, size: int, mapping: Sequence[object] = ()
-) -> DirectExchanges:
-    """Exchanges over what ``shared`` gives for so many bytes: this rank's memory, zeros, and every rank's."""
-    stages, staged = zip(*(shared(STAGE_BYTES) for _ in range(STAGES)), strict=True)
-    views = {dtype: [[peer.view(dtype) for peer in peers] for peers in staged] for dtype in DTYPES}
-    kept, passing = KEPT_BYTES // size, PASSING_BYTES // size
-    memory, peers = shared(kept + passing)
-    numbers, at_peers = shared(size * torch.int32.itemsize)
-    addresses = [peer.view(torch.int32)[rank:].data_ptr() for peer in at_peers]
-    barrier = meeting(numbers.view(torch.int32), addresses)
-    return DirectExchanges(rank, size, stages, views, barrier, Arrivals(memory, peers, kept, barrier), mapping)

@@ -61,7 +61,7 @@ class _Halves:
         """x y^T for this rank's x and both ranks' rows of y, all [C, I / 2, J]; and these rows [C, I, J]."""
         if destination is not None and destination.written:
             assert self.group.direct is not None
-            both = self.group.direct.arrived(destination).flatten(0, 1)
+            both = self.group.direct.arrived(destination, alone=True).flatten(0, 1)
             return x @ _across(both), both
         flight, out = begin_all_gather(y, 1, self.group, lasts, destination), torch.empty_like(x)
         torch.bmm(x, _across(y), out=out[..., self.mine])
