@@ -239,7 +239,7 @@ def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namesp
         values, norms = first_values(step, batch, roundings)
         if not truth:
             truth, truth_norms = values, norms
-            exact_norms = norms_in_fp32(host, roundings) if arguments.fp32 else []
+            exact_norms = norms_in_fp32(host, roundings, config) if arguments.fp32 else []
         let_go(host)  # the eager step's memory is not the graphs'
         good &= agrees(host, values, truth, gpus, dap)
         if gpus > 1 and norms:
@@ -329,11 +329,13 @@ def set_dropout(step: TrainStep, on: bool) -> None:
             module.dropout = rates.get(type(module).__name__, 0.25) if on else 0.0
 
 
-def norms_in_fp32(host: Host, roundings: Sequence[Weights]) -> list[Norms]:
-    """Norms by module of plain operations on one GPU in fp32."""
+def norms_in_fp32(host: Host, roundings: Sequence[Weights], config: Config) -> list[Norms]:
+    """Norms by module of plain operations on one GPU in fp32; the process is as ``config`` has it afterwards."""
     plain = ["precision=fp32", "kernels=reference", "activation_checkpointing=true"]
     step, batch, _ = build(host, 1, 1, [f"execution.{setting}" for setting in plain])
-    return first_values(step, batch, roundings)[1]
+    norms = first_values(step, batch, roundings)[1]
+    prepare_process(config)
+    return norms
 
 
 def keep_norms(host: Host, layout: Layout, rows: list[dict[str, object]]) -> None:

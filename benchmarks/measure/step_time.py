@@ -75,6 +75,7 @@ def build(config: Config, ops: Operations | None = None) -> tuple[AlphaFold, Tra
 
     ``ops``: instead of those that the configuration chooses.
     """
+    prepare_process(config)
     ranks = single_rank()
     ops = ops or choose_operations(config, ranks)
     model = build_model(config, 0, ranks)
@@ -144,7 +145,6 @@ def without_dropout(model: AlphaFold) -> None:
 def gradients(variant: str, passes: int) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Loss terms and all gradients (fp32, on the CPU) of one step without graphs and dropout."""
     config = configuration(variant, ["execution.cuda_graphs=false"])
-    torch.backends.cuda.matmul.allow_tf32 = config.execution.precision != "fp32"
     model, step = build(config)
     without_dropout(model)
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device="cuda")
