@@ -84,7 +84,13 @@ def test_gpus_of_a_sample_are_set_against_one_of_the_same_commit_and_passes(
     tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [("aaa", 1, 1, 1, 100), ("aaa", 2, 2, 1, 50), ("bbb", 1, 1, 1, 90), ("bbb", 1, 1, 2, 120)]
-    rows += [("bbb", 2, 2, 1, 60), ("bbb", 2, 1, 1, 95), ("ccc", 1, 1, 1, 10), ("aaa", 4, 4, 1, 40)]
+    rows += [
+        ("bbb", 2, 2, 1, 60),
+        ("bbb", 2, 1, 1, 95),
+        ("ccc", 1, 1, 1, 10),
+        ("aaa", 4, 4, 1, 40),
+        ("ddd", 2, 2, 1, 1),
+    ]
     lines = [f"NVIDIA H200,{commit},{gpus},{dap},{r},{ms}" for commit, gpus, dap, r, ms in rows]
     (tmp_path / "step_breakdown.csv").write_text("\n".join(["device,commit,gpus,dap,passes,wall_ms", *lines]) + "\n")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
