@@ -30,8 +30,8 @@ point (attribute name)    tensors                                         layout
 ========================  ==============================================  =====================================
 
 Among two ranks a, b and x stay rows, and the product of a triangle multiplication itself is another one
-(``parallel/dap/halves.py``). A point may have a ``destination`` (``layers``) for its operand, which the module before it
-hands to the operation that makes it.
+(``parallel/dap/halves.py``). A point may have a ``destination`` (``layers``) for its operand, which is handed to
+the operation that makes it.
 
 The outer product needs no exchange of its own result: its operand a is this rank's columns of m, which are its rows
 of z. Dropout masks are shared along the sharded dimension by construction ([B, 1, N, c] on row shards; the transpose

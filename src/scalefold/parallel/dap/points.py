@@ -5,8 +5,8 @@ multiplications are sharded by channel (all-to-all of the projected operands, wh
 all-to-all of the result) instead of gathering an operand; between two ranks they stay rows (``halves``), which moves a
 third less. Every gather whose result feeds different work has a reduce-scatter as backward instead of an all-reduce and
 a slice. Three exchanges of a block run beside other work, in both directions: that of the MSA at its end, the gather of
-row attention's bias, and the pairs' way to rows. Between two ranks a point may have a ``Destination``: whoever makes its
-operand writes it there, and the point only waits for all.
+row attention's bias, and the pairs' way to rows. Between two ranks a point may have a ``Destination``: whoever makes
+its operand writes it there, and the point only waits for all.
 
 Lengths that P does not divide are padded at a stack's entry: masks with zeros, so padding never reaches real
 positions, and cut off at its exit.
