@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.backends.cuda import matmul
 
 from processes import run_ranks
 from scalefold.config import load_config
@@ -95,27 +94,6 @@ def test_two_real_ranks_call_what_was_counted(script, repository):
 
     for calls in run_ranks(count, 2):
         assert (calls["all_to_all_single"], calls["all_gather_into_tensor"]) == tuple(expected.values())
-
-
-@pytest.fixture
-def rounded_products():
-    """How products of fp32 tensors are rounded, a setting of the process, is put back."""
-    before = matmul.allow_tf32
-    yield
-    matmul.allow_tf32 = before
-
-
-def test_what_is_timed_after_a_step_in_fp32_computes_as_if_there_had_been_none(
-    script, monkeypatch, repository, rounded_products
-):
-    module, seen = script("multi_gpu"), []
-    config = load_config(repository / "configs" / "base.yaml").config
-    tiny = repository / "configs" / "tiny.yaml"
-    monkeypatch.setattr(module, "load_config", lambda _, overrides: load_config(tiny, overrides))
-    monkeypatch.setattr(module, "first_values", lambda *_: (seen.append(matmul.allow_tf32), ({}, ["norms"]))[1])
-    host = module.Host(0, 1, module.torch.device("cpu"), None, None)
-    assert module.norms_in_fp32(host, [], config) == ["norms"]
-    assert (seen, matmul.allow_tf32) == ([False], True)
 
 
 def test_layouts_begin_with_one_gpu_and_end_with_data_parallelism(script):

@@ -162,8 +162,7 @@ def shared_rows(device: str) -> list[list[object]]:
     for row in (row for row in read("step_breakdown") if row["device"] == device and row["gpus"] == row["dap"]):
         times.setdefault((row["dap"], row["commit"]), {})[row["passes"]] = float(row["wall_ms"])
     found: list[list[object]] = []
-    both = {dap: commit for dap, commit in times if dap != "1" and ("1", commit) in times}
-    for dap, commit in sorted(both.items()):
+    for dap, commit in sorted({d: c for d, c in times if d != "1" and ("1", c) in times}.items()):
         one, shared = times["1", commit], times[dap, commit]
         passes = sorted(one.keys() & shared.keys())
         what = f"step of {dap} GPUs that share a sample (DAP {dap}), mean over {' and '.join(passes)} passes"
