@@ -11,6 +11,8 @@ its gradients       d_b_jk = sum_i d_ij a_ik         the other's d_b       d_a, 
 incoming            x_ij = sum_k a_ki b_kj           the other's x         this rank's part of its own x
 its gradients       d_a_ki = sum_j b_kj d_ij         d                     d_a for this rank's i
 ==================  ===============================  ====================  =========================================
+
+Where whoever makes b has written it to both ranks, the first row is one product behind a barrier.
 """
 
 from typing import Any
