@@ -9,6 +9,8 @@ from scalefold.kernels.around import aside
 from scalefold.kernels.table import use_operations
 from scalefold.kernels.triton_ops import TRITON
 from scalefold.model.evoformer import EvoformerStack
+from scalefold.step import reducer
+from scalefold.step.parameters import FlatParameters
 from scalefold.tune import operation_cases as cases
 from test_kernels_block import SMALL
 
@@ -151,6 +153,32 @@ def test_what_reads_gradients_follows_them_aside_and_keeps_them(said, monkeypatc
         aside.follow([torch.zeros(20)], lambda: said.append("collected"))
         assert said[-1] == "chain waits for event 0", "the older half is let go"
     assert said[-1] == "chain waits for event 1"
+
+
+def test_gradients_are_collected_and_summed_over_ranks_aside_while_the_backward_goes_on(said, monkeypatch):
+    module = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    flat, x = FlatParameters(module, torch.device("cpu")), torch.randn(4, 8)
+    expected = torch.autograd.grad(module(x).sum(), list(module.parameters()))
+
+    def all_reduce(values, group, async_op):
+        said.append(f"sum of {values.numel()}")
+
+    monkeypatch.setattr(reducer.dist, "all_reduce", all_reduce)
+    buckets = reducer.GradientReducer(flat, object(), bucket_mib=2**-12)  # type: ignore[arg-type]
+    buckets.begin()
+    with aside.Side(torch.device("cpu")).used():
+        module(x).sum().backward()
+        sums = [n for n, text in enumerate(said) if text.startswith("sum")]
+        assert len(sums) == len(buckets.buckets) > 1
+        assert all((said[n - 1], said[n + 1]) == ("on side", "off side") for n in sums)
+        assert not any(text.startswith("chain waits") for text in said)
+    buckets.finish()
+    assert said[-1].startswith("chain waits for event")
+    (collected,) = flat.gradients.values()
+    found = dict(flat.named_views(collected))
+    for (name, parameter), gradient in zip(module.named_parameters(), expected, strict=True):
+        assert parameter.grad is None
+        assert torch.equal(found[name], gradient)
 
 
 def test_a_gradient_that_autograd_adds_to_another_one_is_found(said):
