@@ -74,7 +74,7 @@ def unconnected(rank: int, size: int, device: torch.device) -> DirectExchanges:
 def _over(
     shared: Callable[[int], tuple[Tensor, list[Tensor]]], rank: int, size: int, mapping: Sequence[object] = ()
 ) -> DirectExchanges:
-    """Exchanges over what ``shared`` gives for so many bytes: this rank's memory, zeros, and every rank's."""
+    """Exchanges over what ``shared`` gives for so many bytes: this rank's memory, and every rank's."""
     stages, staged = zip(*(shared(STAGE_BYTES) for _ in range(STAGES)), strict=True)
     views = {dtype: [[peer.view(dtype) for peer in peers] for peers in staged] for dtype in DTYPES}
     kept, passing = KEPT_BYTES // size, PASSING_BYTES // size

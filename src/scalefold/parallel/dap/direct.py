@@ -22,7 +22,6 @@ with the stage that the one before ended with: the barrier of the step's beginni
 Measured beside NCCL by ``benchmarks/measure/symmetric_exchange.py``.
 """
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -35,8 +34,6 @@ from scalefold.kernels.destination import Destination
 from scalefold.parallel.dap.arrivals import Arrivals
 from scalefold.parallel.dap.collectives import Lasts
 from scalefold.parallel.dap.peer_memory import LANE, copy_parts, send_parts, sum_parts
-
-log = logging.getLogger(__name__)
 
 STAGE_BYTES = 32 * 2**20  # the largest exchange of the benchmark's shapes has 16 MiB per rank
 STAGES = 2
