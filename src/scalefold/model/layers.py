@@ -142,10 +142,10 @@ def _classes(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
 
 
-def destination(point: nn.Module, like: Tensor) -> Destination | None:
-    """Where ``point``, which comes next, has a tensor like this one written by whoever makes it; None: nowhere yet."""
+def destination(point: nn.Module, x: Tensor) -> Destination | None:
+    """Where ``point``, which comes next, has its operand written by whoever makes it from x; None: nowhere yet."""
     wanted = getattr(point, "destination", None)
-    return None if wanted is None else wanted(like)
+    return None if wanted is None else wanted(x)
 
 
 def run_block(block: nn.Module, recompute: bool, *args):

@@ -65,7 +65,7 @@ class TriangleMultiplication(nn.Module):
             self.linear_b_p.bias,
             self.linear_b_g.weight,
             self.linear_b_g.bias,
-            destination(self.product, z.new_empty(len(z), self.linear_b_p.out_features, *z.shape[1:3], device="meta")),
+            destination(self.product, z),
         )
         if dropout is None:
             dropout = shared_row_dropout(self.ops, z, self.dropout, self.training)

@@ -30,14 +30,16 @@ TWO = 2  # ranks
 class ProductOfTwo(nn.Module):
     """In the place of a ``model.triangle.TriangleProduct``."""
 
-    def __init__(self, group: Group, outgoing: bool) -> None:
+    def __init__(self, group: Group, outgoing: bool, width: int) -> None:
         super().__init__()
-        self.group, self.outgoing = group, outgoing
+        self.group, self.outgoing, self.width = group, outgoing, width
         self._destination: Destination | None = None
 
-    def destination(self, b: Tensor) -> Destination | None:
-        """Where whoever makes a tensor like this b may write it; the product follows."""
-        self._destination = gather_destination(b, 2, self.group) if self.outgoing else None
+    def destination(self, z: Tensor) -> Destination | None:
+        """Where whoever makes b of z [B, I / 2, J, c_z], ``width`` channels, may write it; the product follows."""
+        if self.outgoing:
+            b = z.new_empty(len(z), self.width, *z.shape[1:3], device="meta")
+            self._destination = gather_destination(b, 2, self.group)
         return self._destination
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

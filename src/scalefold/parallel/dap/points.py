@@ -182,7 +182,8 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
                 setattr(module, name, point)
         product = getattr(module, "product", None)
         if group.size == TWO and isinstance(product, nn.Module):
-            module.product = ProductOfTwo(group, bool(product.outgoing))
+            width = len(module.get_parameter("linear_b_p.weight"))
+            module.product = ProductOfTwo(group, bool(product.outgoing), width)
 
 
 def _points(group: Group) -> dict[str, nn.Module]:

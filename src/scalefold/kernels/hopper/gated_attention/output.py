@@ -84,19 +84,19 @@ def _send(outs, walk, half, tile, column, slot, ACROSS: gl.constexpr):
 
     half: of them the first that the second one has.
     """
+    at = corner(walk, tile, 0, column, ACROSS)
     if outs[1] is None:
-        send_at(outs[0], corner(walk, tile, 0, column, ACROSS), slot)
+        send_at(outs[0], at, slot)
     else:
         fence_async_shared()
         group_barrier()
         if ACROSS:
-            middle, inner = tile // walk.per_line * SECTOR, tile % walk.per_line * LINES
-            if inner < half:
-                tma.async_copy_shared_to_global(outs[0], (inner, middle, column), slot)
+            if at[0] < half:
+                tma.async_copy_shared_to_global(outs[0], at, slot)
             else:
-                tma.async_copy_shared_to_global(outs[1], (inner - half, middle, column), slot)
+                tma.async_copy_shared_to_global(outs[1], (at[0] - half, at[1], column), slot)
         else:
-            middle, inner = tile * ROWS // (2 * half), tile * ROWS % (2 * half)
+            middle, inner = at[0] // (2 * half), at[0] % (2 * half)
             if inner < half:
                 tma.async_copy_shared_to_global(outs[0], (middle * half + inner, column), slot)
             else:
