@@ -66,7 +66,7 @@ bench-gpu: setup  ## measure a step on this machine's GPUs, side by side, and ju
 rings: setup  ## the long ring: compiled kernels (faults at every share, keys, machine code) and scripts (no GPU, minutes)
 	$(NO_GPU) $(BIN)/python -m pytest -q $(SPREAD) -m "long and not gpu"
 	$(NO_GPU) PYTHONPATH=tests TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(SPREAD) -p separate_programs \
-		-m "not (gpu or multi_gpu or distributed or long)" tests/test_kernels_*.py tests/test_direct.py tests/test_dap_arrivals.py
+		-m "not (gpu or multi_gpu or distributed or long)" tests/test_kernels_*.py tests/test_direct.py tests/test_dap_arriv*.py
 	$(BIN)/python benchmarks/measure/compile_targets.py --faults --dap 1 2 4 8 --evaluation 320 704
 	$(BIN)/python benchmarks/measure/compile_targets.py --faults --targets 100
 

@@ -1,39 +1,26 @@
 """Results that peers write straight to where they belong: places, how long they last, and a whole model's bits."""
 
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernel_accuracy import DEVICE
 from processes import run_ranks
-from rank_tensors import tensors
-from scalefold.config import load_config
-from scalefold.data.configured import feature_settings
-from scalefold.data.made.synthetic import synthetic_batch
-from scalefold.kernels import reference, triton_ops
+from rank_tensors import KEPT, barrier_of, group_of, memory, tensors
+from scalefold.kernels import triton_ops
 from scalefold.kernels.around import aside
-from scalefold.kernels.destination import Destination
-from scalefold.kernels.table import REFERENCE, Operations, use_operations
-from scalefold.model.alphafold import AlphaFold
 from scalefold.parallel.dap import peer_memory
 from scalefold.parallel.dap.arrivals import ALIGNMENT, PASSING_TURNS, Arrivals
-from scalefold.parallel.dap.collectives import Group, Lasts
+from scalefold.parallel.dap.collectives import Lasts
 from scalefold.parallel.dap.direct import DirectExchanges, _Beside
-from scalefold.parallel.dap.peer_memory import meeting
-from scalefold.parallel.dap.points import apply_dap
 
 pytestmark = pytest.mark.skipif(
     not (torch.cuda.is_available() or triton_ops.INTERPRETED), reason="needs a GPU or Triton's interpreter"
 )
-KEPT, PASSING = 1 << 18, 1 << 21
 
 
 class Recorded:
@@ -45,19 +32,6 @@ class Recorded:
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         self.grids.append(grid)
         return self.kernel[grid]
-
-
-def memory(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.uint8, device=DEVICE)
-
-
-def group_of(size: int) -> list[DirectExchanges]:
-    """All ranks in one process; their results may be read once all of them have written."""
-    arrived = [memory(KEPT + PASSING) for _ in range(size)]
-    return [
-        DirectExchanges(rank, size, [], {torch.float32: [], torch.bfloat16: []}, lambda: None, arrivals)
-        for rank, arrivals in enumerate(Arrivals(own, arrived, KEPT, lambda: None) for own in arrived)
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -196,8 +170,8 @@ def test_an_operand_may_be_written_to_where_it_belongs_or_be_sent_there(lasts, s
     xs, ranks = tensors(size, shape, torch.float32), group_of(size)
     wholes = [(1, 8 // size, 4 * size, 16), (1, 8, 4 * size, 16)]
     for split, whole in zip((1, None), wholes, strict=True):
-        ahead = [rank.destination(x, whole, 2, lasts) for rank, x in zip(ranks, xs, strict=True)]
-        sent = [rank.destination(x, whole, 2, lasts) for rank, x in zip(ranks, xs, strict=True)]
+        ahead = [rank.destinations(x, whole, 2, lasts)[0] for rank, x in zip(ranks, xs, strict=True)]
+        sent = [rank.destinations(x, whole, 2, lasts)[0] for rank, x in zip(ranks, xs, strict=True)]
         for x, own in zip(xs, ahead, strict=True):
             parts = [x] * size if split is None else x.chunk(size, split)
             for to, part in zip(own.parts, parts, strict=True):
@@ -220,8 +194,7 @@ def test_what_goes_on_beside_need_not_end_before_what_its_maker_wrote_is_read(mo
     rank.arrivals.barrier = lambda: told.append("barrier")
     monkeypatch.setattr(rank, "_join", lambda: told.append("join"))
     x = torch.ones(1, 8, 4, 16, device=DEVICE)
-    destination = rank.destination(x, (1, 16, 4, 16), 1, Lasts.SHORT)
-    assert destination is not None
+    (destination,) = rank.destinations(x, (1, 16, 4, 16), 1, Lasts.SHORT)
     rank._beside.append(_Beside(None, [], meets))
     assert rank.arrived(destination, alone=True) is destination.received
     assert (told, rank._met) == ((["join", "barrier"], 1) if meets else (["barrier"], 0))
@@ -233,83 +206,12 @@ def test_what_goes_on_beside_need_not_end_before_what_its_maker_wrote_is_read(mo
 def test_where_there_is_no_room_nothing_can_be_written_ahead():
     rank = group_of(1)[0]
     large = torch.ones(KEPT // 4 + 8, 8, device=DEVICE)
-    assert rank.destination(large, large.shape, 0, Lasts.STEP) is None
+    assert rank.destinations(large, large.shape, 0, Lasts.STEP) == []
 
 
 def storage_of(rank: DirectExchanges) -> int:
     assert rank.arrivals is not None
     return rank.arrivals.own.untyped_storage().data_ptr()
-
-
-# --- a whole model on two ranks -------------------------------------------------------------------------------------
-
-OVERRIDES = (
-    *("model.evoformer.num_blocks=2", "model.structure.num_blocks=1", "data.train_sequence_crop_size=16"),
-    *("data.max_msa_clusters=8", "data.max_extra_msa=8"),
-)
-
-
-class Counted(DirectExchanges):
-    """Counts what arrives directly, and of it what its maker has written."""
-
-    count, ahead = 0, 0
-
-    def _sent(self, xs: Sequence[Tensor], *how: Any) -> list[Tensor]:
-        self.count += 1
-        return super()._sent(xs, *how)
-
-    def arrived(self, destination: Destination, alone: bool = False) -> Tensor:
-        self.ahead += 1
-        return super().arrived(destination, alone)
-
-
-def gated_output_ahead(x: Tensor, *given: Any) -> Tensor:
-    """As a program that writes to where its result belongs, by halves of columns."""
-    out, destination = reference.gated_output(x, *given[:5]), given[5] if len(given) > 5 else None
-    return out if destination is None else _Written.apply(out, destination, out.chunk(2, 2))
-
-
-def triangle_project_ahead(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *arguments, destination = given
-    z, a, b = reference.triangle_project(*arguments)
-    return z, a, b if destination is None else _Written.apply(b, destination, [b, b])
-
-
-class _Written(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, destination: Destination, parts: list[Tensor]) -> Tensor:
-        for to, part in zip(destination.parts, parts, strict=True):
-            to.copy_(part)
-        destination.written = True
-        return torch.full_like(x, torch.nan)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0], None, None
-
-
-AHEAD = Operations("ahead", gated_output=gated_output_ahead, triangle_project=triangle_project_ahead)
-
-
-def steps(model: AlphaFold, batch: dict[str, Tensor]) -> list[np.ndarray]:
-    """Outputs and gradients of three steps with 1, 2 and 1 passes: places are given away again in and between them.
-
-    In the last one blocks run again in the backward, which begins exchanges that nothing ends.
-    """
-    found = []
-    for passes, model.checkpoint_blocks in ((1, False), (2, False), (1, True)):
-        model.zero_grad()
-        torch.manual_seed(passes)
-        outputs = model(batch, passes)
-        sum(out.float().sin().mean() for out in outputs.values() if out.is_floating_point()).backward()  # type: ignore
-        found += [out.detach().numpy().copy() for out in outputs.values()]
-        found += [p.grad.numpy().copy() for p in model.parameters() if p.grad is not None]
-    return found
-
-
-def barrier_of(rank: int, numbers: Tensor) -> Callable[[], None]:
-    """That of ranks whose processes share numbers: [P, P] int32, a row of each rank's memory."""
-    return meeting(numbers[rank], [own[rank:].data_ptr() for own in numbers])
 
 
 def turns_seen(rank: int, numbers: Tensor, written: Tensor, turns: int) -> list[list[int]]:
@@ -331,56 +233,6 @@ def test_behind_a_barrier_stands_what_all_ranks_have_done_before_it(size):
     numbers, written = (torch.zeros(shape, dtype=torch.int32).share_memory_() for shape in ((size, size), (size,)))
     for seen in run_ranks(turns_seen, size, numbers, written, 20):
         assert seen == [[turn] * size for turn in range(20)]
-
-
-def compared(
-    rank: int, memories: list[list[Tensor]], arrived: list[Tensor], kept: int, numbers: Tensor, ops: Operations
-) -> tuple[float, int, int, int]:
-    """Largest relative difference between direct exchanges and the library, of how many values; those that arrived,
-    and of them those written ahead.
-    """
-    config = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", OVERRIDES).config
-    batch = dict(synthetic_batch(feature_settings(config), 1, num_passes=2, seed=3).features)
-    assert dist.group.WORLD is not None
-    group = Group(dist.group.WORLD)
-    model = AlphaFold(config.model, seed=1).train()
-    torch.manual_seed(4)
-    for parameter in model.parameters():  # some begin as zeros, and gradients behind them would be none
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    apply_dap(model, group)
-    expected = steps(model, batch)
-    barrier = barrier_of(rank, numbers)
-    views = {torch.float32: [[own.view(torch.float32) for own in stage] for stage in memories]}
-    arrivals = Arrivals(arrived[rank], arrived, kept, barrier)
-    own = [stage[rank] for stage in memories]
-    group.direct = direct = Counted(rank, group.size, own, views, barrier, arrivals)
-    use_operations(model, ops)
-    with mock.patch.object(dist, "all_to_all_single", side_effect=AssertionError("by the library")):
-        found = steps(model, batch)
-    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if not np.array_equal(a, b)]
-    largest = max((float(np.linalg.norm(b - a) / np.linalg.norm(a)) for a, b in pairs), default=0.0)
-    return largest, len(expected), direct.count, direct.ahead
-
-
-@pytest.mark.distributed
-@pytest.mark.skipif(DEVICE != "cpu", reason="memory of CPU processes")
-@pytest.mark.parametrize(
-    ("size", "rounding", "ops"),
-    [(2, 0.0, REFERENCE), (2, 1e-5, AHEAD), pytest.param(4, 1e-5, REFERENCE, marks=pytest.mark.long)],
-)
-def test_a_model_computes_the_same_where_results_arrive_directly(size, rounding, ops):
-    """Of two ranks to the bit; more are summed in another order by the library, and a triangle's product is another one
-    where its operand is written ahead.
-    """
-    largest = 2 * 8 * 16 * 16 * 4  # operands of a triangle multiplication: two, fp32
-    kept, passing = 1 << 25, largest * PASSING_TURNS
-    memories = [[memory(1 << 20).share_memory_() for _ in range(size)] for _ in range(2)]
-    arrived = [memory(kept + passing).share_memory_() for _ in range(size)]
-    numbers = torch.zeros(size, size, dtype=torch.int32).share_memory_()
-    for difference, count, direct, ahead in run_ranks(compared, size, memories, arrived, kept, numbers, ops):
-        assert difference <= rounding
-        assert (ahead > 20) == (ops is AHEAD)
-        assert min(count, direct) > 100
 
 
 def test_work_aside_is_waited_for_twice_in_a_turn_of_passing_results(monkeypatch):

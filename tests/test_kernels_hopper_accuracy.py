@@ -214,7 +214,7 @@ def test_an_operand_of_a_triangle_arrives_with_its_bits_in_two_places(scripts):
     with every_program(1):
         ahead = Destination(0, torch.empty(0), parts)
         _, a, b = TRITON.triangle_project(z, mask, *norm, *linears)
-        _, own, _ = TRITON.triangle_project(z, mask, *norm, *linears, ahead)
+        _, own, _ = TRITON.triangle_project(z, mask, *norm, *linears, (None, ahead))
     assert ahead.written
     assert torch.equal(own, a)
     assert all(torch.equal(part, b) for part in parts)

@@ -202,7 +202,7 @@ def test_projections_lie_across_where_their_bias_does(compiled, monkeypatch, x, 
     given, named, _ = launched(
         monkeypatch,
         "hopper_projections",
-        lambda: gated_attention.project(x, Norm(empty(C), empty(C)), linear, empty(4, C), out, narrow_out),
+        lambda: gated_attention.project(x, Norm(empty(C), empty(C)), linear, empty(4, C), out, (narrow_out,)),
     )
     assert named["ACROSS"] == across
     assert [len(descriptor.shape) for descriptor in (given[0], given[3])] == [3 if across else 2] * 2

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernel_accuracy import DEVICE, Draw
 from scalefold.kernels import reference
-from scalefold.kernels.ops import point_errors
+from scalefold.kernels.around import point_errors
 from scalefold.model.rigid import quaternion_to_rotation
 
 CLAMP = 2.0

@@ -7,7 +7,7 @@ import torch
 
 from kernel_accuracy import DTYPES, Draw, assert_as_accurate_as_pytorch
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.ops import triangle
+from scalefold.kernels.ops import triangle, triangle_product
 
 SMALL = [(1, 9, 32, 16), (2, 7, 16, 32)]  # batch, residues, pair channels, product channels
 SMALL_TILES = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}
@@ -88,12 +88,12 @@ def test_product_is_as_accurate_as_pytorch_and_hands_dense_gradients_over(dtype,
     draw = Draw(3)
     a, b = draw(2, 4, rows, 7), draw(2, 4, 7, 7)
     assert_as_accurate_as_pytorch(
-        lambda a, b: triangle.triangle_product(a, b, outgoing),
+        lambda a, b: triangle_product.triangle_product(a, b, outgoing),
         lambda a, b: reference.triangle_product(a, b, outgoing),
         [a, b],
         dtype,
     )
-    x = triangle.triangle_product(a.requires_grad_(), b.requires_grad_(), outgoing)
+    x = triangle_product.triangle_product(a.requires_grad_(), b.requires_grad_(), outgoing)
     assert all(gradient.is_contiguous() for gradient in torch.autograd.grad(x.square().sum(), (a, b)))
 
 

@@ -17,6 +17,7 @@ from scalefold.kernels.ops import (
     outer_product,
     transition,
     triangle,
+    triangle_product,
 )
 
 META = torch.device("meta")
@@ -39,20 +40,31 @@ def run_backward(outputs: Tensor | Sequence[Tensor]) -> None:
     torch.autograd.backward(outputs, [torch.empty_like(output) for output in outputs])
 
 
-def projections(shape: tuple[int, int, int], c: int, widths: Sequence[int], transposed: bool = False) -> None:
+def written(x: Tensor, part: Sequence[int], ranks: int) -> Destination | None:
+    """Where each of so many ranks gets its part of an operand of x, or all of it; None for one rank."""
+    parts = [torch.empty(part, dtype=x.dtype, device=META) for _ in range(ranks)]
+    return Destination(0, parts[0], parts) if ranks > 1 else None
+
+
+def projections(
+    shape: tuple[int, int, int], c: int, widths: Sequence[int], transposed: bool = False, ranks: int = 1
+) -> None:
+    """``ranks``: so many get the last one, an attention bias."""
     biases = [leaf(width) if n == 3 else None for n, width in enumerate(widths)]
     x, weights = leaf(*shape, c, transposed=transposed), [leaf(width, c) for width in widths]
-    run_backward(linear.layer_norm_linear(x, *norm(c), weights, biases))
+    ahead = written(x, (shape[0], widths[-1], *shape[1:]), ranks)
+    for place in [] if ahead is None else ahead.parts:
+        place.transpose_(1, 2).transpose_(2, 3)
+    run_backward(linear.layer_norm_linear(x, *norm(c), weights, biases, ahead))
 
 
 def gated(
-    shape: tuple[int, int, int], c: int, heads: int, width: int, transposed: bool = False, halves: bool = False
+    shape: tuple[int, int, int], c: int, heads: int, width: int, transposed: bool = False, ranks: int = 1
 ) -> None:
-    """``halves``: of columns, each to a place of its own; else the result as x lies."""
+    """``ranks``: each gets its columns of the result."""
     dropout = torch.empty(shape[0], 1, shape[2], c, device=META)
     x, o, gate = (leaf(*shape, *size, transposed=transposed) for size in ((c,), (heads, width), (heads * width,)))
-    parts = [torch.empty(*shape[:2], shape[2] // 2, c, dtype=x.dtype, device=META) for _ in range(2)]
-    ahead = Destination(0, torch.empty_like(x), parts) if halves else None
+    ahead = written(x, (*shape[:2], shape[2] // ranks, c), ranks)
     run_backward(gated_output.gated_output(x, o, gate, leaf(c, heads * width), leaf(c), dropout, ahead))
 
 
@@ -70,13 +82,14 @@ def transitions(shape: tuple[int, int, int], c: int, factor: int) -> None:
     run_backward(transition.transition(leaf(*shape, c), *norm(c), *weights))
 
 
-def triangle_project(shape: tuple[int, int, int], c: int, gathered: bool = False) -> None:
-    """``gathered``: b goes to two places."""
+def triangle_project(shape: tuple[int, int, int], c: int, ranks: int = 1) -> None:
+    """``ranks``: each of two gets all of b, of more its channels of both operands."""
     parameters = [parameter for _ in range(4) for parameter in (leaf(c, c), leaf(c))]
     mask = torch.empty(shape, dtype=torch.bfloat16, device=META)
-    both = torch.empty(shape[0], c, 2 * shape[1], shape[2], dtype=torch.bfloat16, device=META)
-    ahead = Destination(0, both, both.chunk(2, 2)) if gathered else None
-    run_backward(triangle.triangle_project(leaf(*shape, c), mask, *norm(c), *parameters, destination=ahead))
+    z, channels = leaf(*shape, c), c if ranks == 2 else c // ranks
+    for_a, for_b = (written(z, (shape[0], channels, *shape[1:]), ranks) for _ in range(2))
+    ahead = (None, for_b) if ranks == 2 else (for_a, for_b)
+    run_backward(triangle.triangle_project(z, mask, *norm(c), *parameters, destinations=ahead))
 
 
 def triangle_output(shape: tuple[int, int, int], c: int) -> None:
@@ -86,14 +99,16 @@ def triangle_output(shape: tuple[int, int, int], c: int) -> None:
     run_backward(triangle.triangle_output(leaf(*shape, c), x, *norm(c), *norm(c), *linears, dropout))
 
 
-def triangle_product(channels: int, outgoing: bool) -> None:
-    run_backward(triangle.triangle_product(leaf(1, channels, 256, 256), leaf(1, channels, 256, 256), outgoing))
+def triangle_products(channels: int, outgoing: bool) -> None:
+    run_backward(triangle_product.triangle_product(leaf(1, channels, 256, 256), leaf(1, channels, 256, 256), outgoing))
 
 
-def outer_product_project(shape: tuple[int, int, int], c: int) -> None:
-    mask = torch.empty(shape, dtype=torch.bfloat16, device=META)
+def outer_product_project(shape: tuple[int, int, int], c: int, ranks: int = 1) -> None:
+    """``ranks``: so many get b."""
+    mask, m = torch.empty(shape, dtype=torch.bfloat16, device=META), leaf(*shape, c)
     linears = (leaf(32, c), leaf(32), leaf(32, c), leaf(32))
-    run_backward(outer_product.outer_product_project(leaf(*shape, c), mask, *norm(c), *linears))
+    ahead = written(m, (*shape, 32), ranks)
+    run_backward(outer_product.outer_product_project(m, mask, *norm(c), *linears, ahead))
 
 
 def outer_product_update(num_sequences: int, n: int) -> None:
@@ -125,11 +140,15 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("project_template", lambda: projections(template, 64, [64] * 4 + [4])),
         ("project_ending_attention", lambda: projections(pair, 128, [128] * 4 + [4], transposed=True)),
         ("project_pair_bias", lambda: projections(pair, 128, [8])),
+        ("project_to_ranks", lambda: projections(pairs, 128, [128] * 4 + [4], ranks=8)),
+        ("project_ending_to_ranks", lambda: projections(pairs, 128, [128] * 4 + [4], transposed=True, ranks=8)),
+        ("project_pair_bias_to_ranks", lambda: projections(pairs, 128, [8], ranks=8)),
         ("gated_msa", lambda: gated(msa, 256, 8, 32)),
         ("gated_pair", lambda: gated(pair, 128, 4, 32)),
         ("gated_ending", lambda: gated(pair, 128, 4, 32, transposed=True)),
-        ("msa_gated_by_halves", lambda: gated((1, 64, 256), 256, 8, 32, halves=True)),
-        ("pair_gated_by_halves", lambda: gated((1, 128, 256), 128, 4, 32, halves=True)),
+        ("msa_gated_by_halves", lambda: gated((1, 64, 256), 256, 8, 32, ranks=2)),
+        ("pair_gated_by_halves", lambda: gated((1, 128, 256), 128, 4, 32, ranks=2)),
+        ("gated_to_ranks", lambda: gated(pairs, 128, 4, 32, ranks=8)),
         ("gated_extra", lambda: gated(extra, 64, 8, 8)),
         ("project_parts", lambda: in_parts(4, (128, 128, 8, 2), lambda: projections(few, 256, [256] * 4))),
         ("project_bias_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: projections(few, 256, [128] * 4 + [8]))),
@@ -141,14 +160,16 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("transition_extra", lambda: transitions(extra, 64, 4)),
         ("transition_template", lambda: transitions(template, 64, 2)),
         ("triangle_project_pair", lambda: triangle_project(pair, 128)),
-        ("triangle_project_gathered", lambda: triangle_project((1, 128, 256), 128, gathered=True)),
+        ("triangle_project_gathered", lambda: triangle_project((1, 128, 256), 128, ranks=2)),
+        ("triangle_project_to_ranks", lambda: triangle_project(pairs, 128, ranks=8)),
         ("triangle_project_template", lambda: triangle_project(template, 64)),
-        ("triangle_product_outgoing", lambda: triangle_product(128, True)),
-        ("triangle_product_incoming", lambda: triangle_product(128, False)),
-        ("triangle_product_half", lambda: triangle_product(64, True)),
+        ("triangle_product_outgoing", lambda: triangle_products(128, True)),
+        ("triangle_product_incoming", lambda: triangle_products(128, False)),
+        ("triangle_product_half", lambda: triangle_products(64, True)),
         ("triangle_output_pair", lambda: triangle_output(pair, 128)),
         ("triangle_output_template", lambda: triangle_output(template, 64)),
         ("outer_product_project_msa", lambda: outer_product_project(msa, 256)),
+        ("outer_product_project_to_ranks", lambda: outer_product_project((1, 128, 32), 256, ranks=8)),
         ("outer_product_project_extra", lambda: outer_product_project(extra, 64)),
         ("outer_product_update_msa", lambda: outer_product_update(128, 256)),
         ("layer_norm_msa", lambda: run_backward(layer_norm.layer_norm(leaf(*msa, 256), *norm(256)))),

@@ -24,3 +24,6 @@ class Destination:
     received: Tensor
     parts: Sequence[Tensor]
     written: bool = False
+
+
+OfOperands = tuple[Destination | None, Destination | None]  # of a and b of a triangle multiplication

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalefold.kernels.destination import Destination
+from scalefold.kernels.destination import Destination, OfOperands
 
 LAYER_NORM_EPS = 1e-5
 POINT_ERROR_EPS = 1e-4  # under the root of a distance
@@ -30,11 +30,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def layer_norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    destination: Destination | None = None,
 ) -> tuple[Tensor, ...]:
     """Several projections of one layer norm. x: [*, c]; weights: [c_i, c] each -> x itself, then [*, c_i] each.
 
-    A residual connection takes x from the result: the two gradients of x then meet in one operation.
+    destination: where the last one may be written instead. A residual connection takes x from the result: the two
+    gradients of x then meet in one operation.
     """
     normed = layer_norm(x, norm_weight, norm_bias)
     return x, *(F.linear(normed, weight, bias) for weight, bias in zip(weights, biases, strict=True))
@@ -102,10 +108,12 @@ def outer_product_project(
     bias_1: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
+    destination: Destination | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Masked projections a, b of Supplement Algorithm 10.
 
     m: [B, S, N, c_m]; mask: [B, S, N] -> m itself (see ``layer_norm_linear``), a, b: [B, S, N, c].
+    destination: where b may be written instead.
     """
     normed = layer_norm(m, norm_weight, norm_bias)
     keep = mask[..., None].to(m.dtype)
@@ -136,12 +144,12 @@ def triangle_project(
     bias_b: Tensor,
     weight_b_gate: Tensor,
     bias_b_gate: Tensor,
-    destination: Destination | None = None,
+    destinations: OfOperands = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gated, masked operands of the triangle multiplication, channels first (Supplement Algorithms 11, 12, lines 1-2).
 
     z: [B, I, J, c_z]; mask: [B, I, J]; weights: [c, c_z] -> z itself (see ``layer_norm_linear``), a, b: [B, c, I, J].
-    destination: where b may be written instead.
+    destinations: where a and b may be written instead.
     """
     normed = layer_norm(z, norm_weight, norm_bias)
     keep = mask[..., None].to(z.dtype)

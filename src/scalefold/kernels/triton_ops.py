@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.runtime import jit
 
 from scalefold.kernels import reference, tuning
-from scalefold.kernels.around import embedding, heads, losses, naming, templates
+from scalefold.kernels.around import embedding, heads, losses, naming, point_errors, templates
 from scalefold.kernels.choice import explain
 from scalefold.kernels.instructions import INTERPRETED
 from scalefold.kernels.ops import (
@@ -26,9 +26,9 @@ from scalefold.kernels.ops import (
     linear,
     outer_product,
     point_attention,
-    point_errors,
     transition,
     triangle,
+    triangle_product,
 )
 from scalefold.kernels.structure import iterations, placement
 from scalefold.kernels.table import Operations
@@ -127,7 +127,7 @@ TRITON = Operations(
     triangle_project=guarded(
         triangle.triangle_project, reference.triangle_project, matrix_obstacle, triangle.project_obstacle
     ),
-    triangle_product=guarded(triangle.triangle_product, reference.triangle_product, matrix_obstacle),
+    triangle_product=guarded(triangle_product.triangle_product, reference.triangle_product, matrix_obstacle),
     triangle_output=guarded(
         triangle.triangle_output, reference.triangle_output, matrix_obstacle, triangle.output_obstacle
     ),

@@ -105,7 +105,7 @@ class EvoformerBlockCore(nn.Module):
         m = self.begin_columns_to_rows(m)
         z = self.tri_mul_out(z, masks.pair_rows, dropout.tri_mul_out)
         z = self.tri_mul_in(z, masks.pair_rows, dropout.tri_mul_in)
-        ahead = destination(self.rows_to_columns, z)
+        ahead = destination(self.rows_to_columns, z, z.shape[-1])
         z = self.tri_att_start(z, masks.pair_rows, dropout.tri_att_start, ahead)
         z = self.rows_to_columns(z)
         z = around_ending_node(self.tri_att_end, z, masks.pair_down, dropout.tri_att_end)
@@ -128,7 +128,7 @@ class EvoformerBlock(nn.Module):
 
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], rows; z: [B, N, N, c_z], columns -> the same."""
-        ahead = destination(self.rows_to_columns, m)
+        ahead = destination(self.rows_to_columns, m, m.shape[-1])
         m, z = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row, ahead)
         m = self.rows_to_columns(m)
         m = self.msa_att_col(m, masks.msa_down)

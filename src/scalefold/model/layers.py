@@ -1,6 +1,7 @@
 """Layers that every part of the model is built from."""
 
 import math
+from collections.abc import Iterable
 from functools import cache
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scalefold.kernels.destination import Destination
+from scalefold.kernels.destination import Destination, OfOperands
 from scalefold.kernels.table import REFERENCE, Operations
 
 Init = Literal["default", "relu", "glorot", "gating", "normal", "final"]
@@ -142,10 +143,19 @@ def _classes(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, device=device)
 
 
-def destination(point: nn.Module, x: Tensor) -> Destination | None:
-    """Where ``point``, which comes next, has its operand written by whoever makes it from x; None: nowhere yet."""
+def destination(point: nn.Module, x: Tensor, channels: int) -> Destination | None:
+    """Where ``point``, which comes next, has its operand, of so many channels, written by whoever makes it from x.
+
+    None: nowhere yet.
+    """
     wanted = getattr(point, "destination", None)
-    return None if wanted is None else wanted(x)
+    return None if wanted is None else wanted(x, channels)
+
+
+def destinations(points: Iterable[nn.Module], z: Tensor, channels: int) -> OfOperands:
+    """The same for both operands of a triangle multiplication, made from z; the first of ``points`` that has some."""
+    wanted = (getattr(point, "destinations", None) for point in points)
+    return next((own(z, channels) for own in wanted if own is not None), (None, None))
 
 
 def run_block(block: nn.Module, recompute: bool, *args):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from scalefold.kernels.destination import Destination
 from scalefold.kernels.table import REFERENCE, Operations
-from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, shared_row_dropout
+from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, destination, shared_row_dropout
 
 MASK_INF = 1e9
 GLOBAL_ATTENTION_EPS = 1e-8
@@ -39,8 +39,9 @@ class MSARowAttentionWithPairBias(nn.Module):
         ``dropout``: a mask drawn ahead, or None to draw it here. ``ahead``: where m may be written instead.
         """
         ops, mha, norm = self.ops, self.mha, self.layer_norm_m
+        bias_ahead = destination(self.begin_gather_bias, z, mha.num_heads)
         z, bias = ops.layer_norm_linear(
-            z, self.layer_norm_z.weight, self.layer_norm_z.bias, (self.linear_z.weight,), (None,)
+            z, self.layer_norm_z.weight, self.layer_norm_z.bias, (self.linear_z.weight,), (None,), bias_ahead
         )
         bias, z = self.begin_gather_bias(bias), self.begin_pair_to_rows(z)
         m, q, k, v, gate = ops.layer_norm_linear(
@@ -147,7 +148,8 @@ class OuterProductMean(nn.Module):
         the sequences that cover both residues, plus a small constant; the output's bias is divided by it too.
         """
         norm, one, two, out = self.layer_norm, self.linear_1, self.linear_2, self.linear_out
+        ahead = destination(self.gather_columns, m, two.out_features)
         m, a, b = self.ops.outer_product_project(
-            m, mask, norm.weight, norm.bias, one.weight, one.bias, two.weight, two.bias
+            m, mask, norm.weight, norm.bias, one.weight, one.bias, two.weight, two.bias, ahead
         )
         return self.ops.outer_product_update(z, a, self.gather_columns(b), num_rows, out.weight, out.bias), m

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 from scalefold.kernels.destination import Destination
 from scalefold.kernels.table import REFERENCE, Operations
-from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, destination, shared_row_dropout
+from scalefold.model.layers import (
+    AttentionProjections,
+    LayerNorm,
+    Linear,
+    destination,
+    destinations,
+    shared_row_dropout,
+)
 
 MASK_INF = 1e9
 
@@ -65,7 +72,7 @@ class TriangleMultiplication(nn.Module):
             self.linear_b_p.bias,
             self.linear_b_g.weight,
             self.linear_b_g.bias,
-            destination(self.product, z),
+            destinations((self.rows_to_channels, self.product), z, self.linear_a_p.out_features),
         )
         if dropout is None:
             dropout = shared_row_dropout(self.ops, z, self.dropout, self.training)
@@ -110,6 +117,7 @@ class TriangleAttention(nn.Module):
         ``dropout``: a mask drawn ahead, or None to draw it here. ``ahead``: where the result may be written instead.
         """
         ops, mha, norm = self.ops, self.mha, self.layer_norm
+        bias_ahead = destination(self.gather_bias, z, mha.num_heads)
         z, q, k, v, gate, bias = ops.layer_norm_linear(
             z,
             norm.weight,
@@ -122,6 +130,7 @@ class TriangleAttention(nn.Module):
                 self.linear.weight,
             ),
             (None, None, None, mha.linear_g.bias, None),
+            bias_ahead,
         )
         bias = self.gather_bias(bias).permute(0, 3, 1, 2)
         o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)

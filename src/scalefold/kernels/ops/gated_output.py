@@ -7,6 +7,8 @@ a sum. The gradient of x is the incoming gradient itself. Saved: o, gate, dropou
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,10 @@ from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import program, sigmoid, to_fp32, wait_for_predecessors
+from scalefold.kernels.owners import by_columns_of, owned_columns, owned_part, store_tile_by_rows
 from scalefold.kernels.rows import (
     Affine,
+    Rows,
     dot,
     launch,
     launch_with_sums,
@@ -58,12 +62,13 @@ def _load_update_gradient(d, dropout, rows, columns, extent):
 @program
 @triton.jit
 def _forward_kernel(
-    x, o, gate, linear, dropout, out, extent,
+    x, o, gate, linear, dropout, outs, extent,
     C: tl.constexpr, HD: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows, part of the output columns: the gated output by blocks into the product, bias, dropout, residual.
 
-    Each of PARTS programs gates the whole tile again, all of them from the cache.
+    Each of PARTS programs gates the whole tile again, all of them from the cache. Each of several outs gets the rows
+    that its rank owns.
     """
     wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -80,7 +85,10 @@ def _forward_kernel(
     if dropout is not None:
         acc *= load_tile(dropout, rows, c, extent).to(tl.float32)
     acc += load_tile(x, rows, c, extent).to(tl.float32)
-    store_tile(out, acc, rows, c, extent)
+    if len(outs) > 1:
+        store_tile_by_rows(outs, acc, rows, c, extent)
+    else:
+        store_tile(outs[0], acc, rows, c, extent)
 
 
 @program
@@ -116,22 +124,15 @@ class _GatedOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, o, gate, weight, bias, dropout, destination):
         ctx.save_for_backward(o, gate, weight, bias, dropout)
-        c, hd = weight.shape
-        if chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout)):
-            if destination is not None and hopper.fits_halves(x, dropout, destination.parts):
-                hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), destination.parts)
-                destination.written = True
-                return x.new_empty(()).expand(x.shape)
-            out = torch.empty_like(x)
-            hopper.gated_output(x, o, gate, dropout, Affine(weight, bias), [out])
-            return out
-        out = torch.empty_like(x)
-        config = tuning.chosen_parts(
-            "gated_output_columns", "gated_output_forward", x, min(c, hd), hd, max(c, hd), columns=c, blocked=False
-        )
-        tensors = {"x": x, "o": o, "gate": gate, "dropout": dropout, "out": out}
-        launch(_forward_kernel, config, tensors, linear=Affine(weight.contiguous(), bias), C=c, HD=hd)
-        return out
+        by_gluon = chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout))
+        outs = () if destination is None else destination.parts
+        if destination is None or not (hopper.fits_halves(x, dropout, outs) if by_gluon else by_columns_of(x, outs)):
+            outs, destination = [torch.empty_like(x)], None
+        (hopper.gated_output if by_gluon else _forward)(x, o, gate, dropout, Affine(weight, bias), outs)
+        if destination is None:
+            return outs[0]
+        destination.written = True
+        return x.new_empty(()).expand(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -149,6 +150,22 @@ class _GatedOutput(torch.autograd.Function):
             return d_weight.view_as(weight), d_bias.to(bias.dtype)
 
         return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None, None
+
+
+def _forward(
+    x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, outs: Sequence[Tensor]
+) -> None:
+    """``hopper.gated_output`` in Triton; outs: one like x, or those of ``by_columns_of``."""
+    assert linear.weight is not None
+    (c, hd), ranks = linear.weight.shape, len(outs)
+    config = tuning.chosen_parts(
+        "gated_output_columns", "gated_output_forward", x, min(c, hd), hd, max(c, hd), columns=c, blocked=False
+    )
+    tensors: dict[str, Rows] = {"x": x, "o": o, "gate": gate, "dropout": dropout, "outs": tuple(outs)}
+    if ranks > 1:
+        given = {name: t if t is None else owned_columns(t, ranks) for name, t in tensors.items() if name != "outs"}
+        tensors = given | {"outs": tuple(owned_part(part, ranks) for part in outs)}
+    launch(_forward_kernel, config, tensors, linear=Affine(linear.weight.contiguous(), linear.bias), C=c, HD=hd)
 
 
 def _gradients(

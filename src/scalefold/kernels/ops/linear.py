@@ -17,12 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.gradients.input_gradient import NARROW_WIDTH, input_gradient, inside_narrow
 from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import program, wait_for_predecessors
 from scalefold.kernels.ops.elementwise import dense, in_order, in_rows_of
+from scalefold.kernels.owners import store_tile_everywhere
 from scalefold.kernels.rows import (
     SECTOR,
     Affine,
@@ -53,7 +55,7 @@ tuning.register_parts("norm_linear_columns")
 @program
 @triton.jit
 def _forward_kernel(
-    x, norm, blocks, linear, out, segment_stride, narrow, narrow_out, row_mask, extent, bias_start,
+    x, norm, blocks, linear, out, segment_stride, last_outs, narrow, narrow_outs, row_mask, extent, bias_start,
     N: tl.constexpr, WIDTH: tl.constexpr, NARROW: tl.constexpr, C: tl.constexpr,
     PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +63,7 @@ def _forward_kernel(
 
     Each of PARTS programs makes the norm again, all of them from the cache; the last one has the narrow output.
     ``blocks``: the weight for the copy engine, instead of ``linear.weight``. ACROSS: tiles lie so, and the narrow
-    output is stored in whole sectors.
+    output is stored in whole sectors. Of the narrow output, and of the last wide one unless None, all views get it.
     """
     wait_for_predecessors()
     rows = tile_rows(extent, BLOCK_M, ACROSS)
@@ -85,22 +87,31 @@ def _forward_kernel(
             if row_mask is not None:
                 acc *= keep[:, None]
             segment = first // WIDTH
-            start = out.pointer + segment * tl.cast(segment_stride, tl.int64)
-            store_tile(View(start, out.strides), acc, rows, n - segment * WIDTH, extent)
+            if last_outs is None or segment < N // WIDTH - 1:
+                start = out.pointer + segment * tl.cast(segment_stride, tl.int64)
+                store_tile(View(start, out.strides), acc, rows, n - segment * WIDTH, extent)
+            else:
+                store_tile_everywhere(last_outs, acc, rows, n - segment * WIDTH, extent)
     if NARROW > 0 and (PARTS == 1 or tl.program_id(1) == PARTS - 1):
         n = tl.arange(0, 16)
         block = tl.load(narrow.weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
         acc = dot(normed, tl.trans(block), tl.zeros([BLOCK_M, 16], tl.float32))
         if narrow.bias is not None:
             acc += tl.load(narrow.bias + n, mask=n < NARROW, other=0.0).to(tl.float32)[None, :]
-        value = acc.to(narrow_out.pointer.dtype.element_ty)
-        if ACROSS:
-            offsets = n[:, None] * narrow_out.strides[3] + row_offsets(narrow_out, rows, extent)[None, :]
-            offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, SECTOR)), (1, SECTOR))
-            tl.store(narrow_out.pointer + offsets, tl.trans(value), mask=(n < NARROW)[:, None])
-        else:
-            pointers = narrow_out.pointer + tile_offsets(narrow_out, rows, n, extent)
-            tl.store(pointers, value, mask=inside_narrow(rows, extent, n, NARROW))
+        for place in tl.static_range(len(narrow_outs)):
+            _store_narrow(narrow_outs[place], acc, rows, n, extent, NARROW, ACROSS)
+
+
+@triton.jit
+def _store_narrow(out, acc, rows, n, extent, NARROW: tl.constexpr, ACROSS: tl.constexpr):
+    value = acc.to(out.pointer.dtype.element_ty)
+    if ACROSS:
+        offsets = n[:, None] * out.strides[3] + row_offsets(out, rows, extent)[None, :]
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, SECTOR)), (1, SECTOR))
+        tl.store(out.pointer + offsets, tl.trans(value), mask=(n < NARROW)[:, None])
+    else:
+        pointers = out.pointer + tile_offsets(out, rows, n, extent)
+        tl.store(pointers, value, mask=inside_narrow(rows, extent, n, NARROW))
 
 
 def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | None, int]:
@@ -112,19 +123,21 @@ def _fused_bias(biases: Sequence[Tensor | None], width: int) -> tuple[Tensor | N
 
 
 class _NormLinear(torch.autograd.Function):
-    """Arguments: x, norm weight and bias, row mask, number of wide weights, weights, biases.
+    """Arguments: x, norm weight and bias, row mask, number of wide weights, destination of the last projection,
+    weights, biases.
 
     Wide weights come first, and of these the ones without a bias.
     """
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, row_mask, num_wide, *parameters):
+    def forward(ctx, x, norm_weight, norm_bias, row_mask, num_wide, destination, *parameters):
         num = len(parameters) // 2
         weights, biases = parameters[:num], parameters[num:]
         ctx.save_for_backward(x, norm_weight, norm_bias, row_mask, *parameters)
         ctx.num_wide, ctx.has_bias = num_wide, [bias is not None for bias in biases]
         ctx.set_materialize_grads(False)  # without a residual connection x gets no gradient but the projections' own
-        return x.view_as(x), *_forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases)
+        norm = Norm(norm_weight, norm_bias)
+        return x.view_as(x), *_forward(x, norm, row_mask, num_wide, weights, biases, destination)
 
     @staticmethod
     @once_differentiable
@@ -148,30 +161,35 @@ class _NormLinear(torch.autograd.Function):
 
         given = [norm_weight, norm_bias, *parameters]
         d_norm_weight, d_norm_bias, *own = aside.gradients(given, [*sums, normed, *ds], gradients)
-        return dx, d_norm_weight, d_norm_bias, None, None, *own
+        return dx, d_norm_weight, d_norm_bias, None, None, None, *own
 
 
-def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> tuple[Tensor, ...]:
+def _forward(x, norm, row_mask, num_wide, weights, biases, destination) -> tuple[Tensor, ...]:
     c, count = x.shape[-1], x.shape[:-1].numel()
     wide, narrow = weights[:num_wide], weights[num_wide:]
     width = wide[0].shape[0] if wide else NARROW_WIDTH
-    order, norm = memory_order(x), Norm(norm_weight, norm_bias)
-    out = x.new_empty(num_wide, count, width)
-    outs = [in_order(order, part, x.shape) for part in out.unbind(0)]
-    narrow_out = None
-    if narrow:
-        narrow_out = x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1)
-    results = tuple(outs if narrow_out is None else [*outs, narrow_out])
+    order, ahead = memory_order(x), None if destination is None else tuple(destination.parts)
+    of_wide = ahead is not None and not narrow  # its destination
+    out = x.new_empty(num_wide - int(of_wide), count, width)
+    results = [in_order(order, part, x.shape) for part in out.unbind(0)]
+    narrow_outs = ahead if narrow else None
+    if narrow and narrow_outs is None:
+        narrow_outs = (x.new_empty(x.shape[0], narrow[0].shape[0], *x.shape[1:-1]).movedim(1, -1),)
+        results += narrow_outs
+    if destination is not None:
+        destination.written = True
+        results.append(x.new_empty(()).expand(*x.shape[:-1], weights[-1].shape[0]))
     bias, bias_start = _fused_bias(biases[:num_wide], width)
     weight, blocks = fused_view(wide) if wide else None, None
-    if chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
-        hopper.project(x, norm, Affine(weight, bias), narrow[0] if narrow else None, out, narrow_out)
-        return results
+    if not of_wide and chosen("projections", hopper.projections_obstacle(x, row_mask, weights, biases)):
+        hopper.project(x, norm, Affine(weight, bias), narrow[0] if narrow else None, out, narrow_outs)
+        return tuple(results)
     config = tuning.chosen_parts("norm_linear_columns", "norm_linear_forward", x, num_wide * width, width)
     tensors = {
         "x": x,
-        "out": outs[0] if wide else None,
-        "narrow_out": narrow_out,
+        "out": results[0] if wide else None,
+        "last_outs": None if narrow else ahead,
+        "narrow_outs": narrow_outs,
         "row_mask": None if row_mask is None else row_mask[..., None],
     }
     if weight is not None and c > WIDEST_BY_POINTER:
@@ -180,13 +198,18 @@ def _forward(x, norm_weight, norm_bias, row_mask, num_wide, weights, biases) -> 
         _forward_kernel, config, tensors, norm=norm, linear=Affine(weight, bias),
         blocks=blocks, narrow=Affine(narrow[0], biases[num_wide]) if narrow else None, segment_stride=count * width,
         bias_start=bias_start, N=num_wide * width, WIDTH=width, NARROW=narrow[0].shape[0] if narrow else 0, C=c,
-        ACROSS=narrow_out is not None and lies_across(x, narrow_out, config["BLOCK_M"]),
+        ACROSS=narrow_outs is not None and lies_across(x, narrow_outs[0], config["BLOCK_M"]),
     )  # fmt: skip
-    return results
+    return tuple(results)
 
 
 def obstacle(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *_: object,
 ) -> str | None:
     """Why ``layer_norm_linear`` does not take these arguments, or None."""
     wide = [weight.shape[0] for weight in weights if weight.shape[0] >= NARROW_WIDTH]
@@ -198,14 +221,19 @@ def obstacle(
 
 
 def layer_norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    destination: Destination | None = None,
 ) -> tuple[Tensor, ...]:
     """``reference.layer_norm_linear`` for equally wide weights and at most one narrower than 16.
 
     Each wide output is dense in the memory order of x; the narrow one is stored channels first in the order of its
     dimensions, as attention reads its bias: for a transposed x, along memory. x comes back as a view.
     """
-    return _ordered_projections(x, norm_weight, norm_bias, None, weights, biases)
+    return _ordered_projections(x, norm_weight, norm_bias, None, weights, biases, destination)
 
 
 def masked_projections(
@@ -215,14 +243,16 @@ def masked_projections(
     norm_bias: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
+    destination: Destination | None = None,
 ) -> tuple[Tensor, ...]:
     """``layer_norm_linear`` whose projections' rows are multiplied by row_mask: [*]."""
-    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases)
+    return _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases, destination)
 
 
-def _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases) -> tuple[Tensor, ...]:
+def _ordered_projections(x, norm_weight, norm_bias, row_mask, weights, biases, destination) -> tuple[Tensor, ...]:
     order = sorted(range(len(weights)), key=lambda n: (weights[n].shape[0] < NARROW_WIDTH, biases[n] is not None))
     num_wide = sum(weight.shape[0] >= NARROW_WIDTH for weight in weights)
     ordered = [weights[n] for n in order] + [biases[n] for n in order]
-    through, *outs = _NormLinear.apply(x, norm_weight, norm_bias, row_mask, num_wide, *ordered)
+    ahead = destination if order[-1] == len(weights) - 1 else None  # only the last one is written elsewhere
+    through, *outs = _NormLinear.apply(x, norm_weight, norm_bias, row_mask, num_wide, ahead, *ordered)
     return through, *(outs[order.index(n)] for n in range(len(weights)))

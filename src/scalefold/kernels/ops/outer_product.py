@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
+from scalefold.kernels.destination import Destination
 from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, row_ranges
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
@@ -234,10 +235,11 @@ def outer_product_project(
     bias_1: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
+    destination: Destination | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.outer_product_project``: one kernel forward, two and library products backward."""
     weights, biases = (weight_1, weight_2), (bias_1, bias_2)
-    return masked_projections(m, mask, norm_weight, norm_bias, weights, biases)  # type: ignore[return-value]
+    return masked_projections(m, mask, norm_weight, norm_bias, weights, biases, destination)  # type: ignore[return-value]
 
 
 def update_obstacle(z: Tensor, a: Tensor, b: Tensor, norm: Tensor, weight: Tensor, *_: object) -> str | None:

@@ -1,4 +1,4 @@
-"""Triangle multiplication in Triton, forward and backward: project, product, output (Supplement Algorithms 11, 12).
+"""Triangle multiplication in Triton, forward and backward: project and output (Supplement Algorithms 11, 12).
 
 Layer norms, gates, masks, dropout and the residual stay in registers; operands of the product are written channels
 first by the projecting kernel, so nothing is ever transposed in memory. Saved for the backward: z, a, b and x. On
@@ -7,6 +7,7 @@ compute capability 9.0 programs of ``kernels.hopper`` take the place of these wh
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
-from scalefold.kernels.destination import Destination
+from scalefold.kernels.destination import Destination, OfOperands
 from scalefold.kernels.gradients.input_gradient import input_gradient
 from scalefold.kernels.gradients.weight_gradient import Product, projected_partials, weight_partials
 from scalefold.kernels.hopper import rows as hopper
-from scalefold.kernels.hopper import triangle_product as products
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, program, sigmoid, wait_for_predecessors
+from scalefold.kernels.owners import store_tile_by_columns, store_tile_everywhere
 from scalefold.kernels.rows import (
     Affine,
     Norm,
@@ -62,17 +63,20 @@ def _projected(normed, linear, n, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_
 @program
 @triton.jit
 def _project_forward_kernel(
-    z, mask, norm, linears, outs, extent,
-    WIDTH: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    z, mask, norm, linears, outs_a, outs_b, extent,
+    WIDTH: tl.constexpr, OWNED: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of pairs: norm once, then sigmoid(gate) * value * mask for a and b, stored along the pairs.
 
     Each of PARTS programs makes the norm again: of two the first has a and the second b, of more each a part of one.
+    Views of an operand: OWNED channels of it each, or, if that is none, all.
     """
     wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     normed = load_normed(z, norm, rows, extent, C, IN_REGISTERS=True)
     keep = load_per_row(mask, rows, extent)
+    outs = (outs_a, outs_b)
     shares: tl.constexpr = PARTS // 2 if PARTS > 2 else 1  # of one operand
     for side in tl.static_range(2):
         if PARTS == 1 or tl.program_id(1) // shares == side:
@@ -83,7 +87,10 @@ def _project_forward_kernel(
                 gate, _ = _projected(normed, linears[2 * side + 1], n, C, BLOCK_M, BLOCK_N)
                 value, _ = _projected(normed, linears[2 * side], n, C, BLOCK_M, BLOCK_N)
                 product = sigmoid(gate) * value * keep[:, None]
-                store_tile(outs[side], product, rows, n, extent)
+                if OWNED > 0:
+                    store_tile_by_columns(outs[side], product, rows, n, extent, OWNED)
+                else:
+                    store_tile_everywhere(outs[side], product, rows, n, extent)
 
 
 @program
@@ -179,28 +186,23 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 class _Project(torch.autograd.Function):
-    """Arguments: destination, z, mask, norm weight, norm bias, four weights, four biases (a, a gate, b, b gate)."""
+    """Arguments: destinations, z, mask, norm weight, norm bias, four weights, four biases (a, a gate, b, b gate)."""
 
     @staticmethod
-    def forward(ctx, destination, z, mask, norm_weight, norm_bias, *parameters):
+    def forward(ctx, destinations, z, mask, norm_weight, norm_bias, *parameters):
         weights, biases = parameters[:4], parameters[4:]
         ctx.save_for_backward(z, mask, norm_weight, norm_bias, *parameters)
-        (batch, i, j, c), width = z.shape, weights[0].shape[0]
-        a = z.new_empty(batch, width, i, j)
         norm, linears = Norm(norm_weight, norm_bias), tuple(map(Affine, weights, biases))
-        if chosen("operands of a triangle's product", hopper.operands_obstacle(z, weights)):
-            if destination is not None:
-                hopper.operands(z, mask, norm, linears, a, destination.parts)
-                destination.written, b = True, a.new_empty(()).expand(a.shape)
-            else:
-                b = torch.empty_like(a)
-                hopper.operands(z, mask, norm, linears, a, [b])
+        by_gluon = chosen("operands of a triangle's product", hopper.operands_obstacle(z, weights))
+        if by_gluon and destinations[0] is not None:
+            destinations = (None, None)  # Gluon writes a where it lies alone
+        shape = (len(z), weights[0].shape[0], *z.shape[1:3])
+        outs_a, outs_b = ([z.new_empty(shape)] if d is None else d.parts for d in destinations)
+        if by_gluon:
+            hopper.operands(z, mask, norm, linears, outs_a[0], outs_b)
         else:
-            b = torch.empty_like(a)
-            names = "triangle_project_columns", "triangle_project_forward"
-            config = tuning.chosen_parts(*names, z, width, width, columns=2 * width)
-            tensors = {"z": z, "mask": mask[..., None], "outs": tuple(map(_channels_last, (a, b)))}
-            launch(_project_forward_kernel, config, tensors, norm=norm, linears=linears, WIDTH=width, C=c)
+            _project(z, mask, norm, linears, outs_a, outs_b)
+        a, b = (_operand(d, outs, shape) for d, outs in zip(destinations, (outs_a, outs_b), strict=True))
         ctx.set_materialize_grads(False)  # without a residual connection z gets no gradient but the operands' own
         return z.view_as(z), a, b
 
@@ -237,32 +239,39 @@ class _Project(torch.autograd.Function):
         return None, dz, None, *aside.gradients(given, [partials, normed, projected, mask, *ds], gradients)
 
 
+def _project(
+    z: Tensor,
+    mask: Tensor,
+    norm: Norm,
+    linears: Sequence[Affine],
+    outs_a: Sequence[Tensor],
+    outs_b: Sequence[Tensor],
+) -> None:
+    """``hopper.operands`` in Triton; outs of an operand: all of it each, or a part of its channels each."""
+    assert linears[0].weight is not None
+    width, own = len(linears[0].weight), outs_a[0].shape[1]
+    names = "triangle_project_columns", "triangle_project_forward"
+    config = tuning.chosen_parts(*names, z, width, width, columns=2 * width)
+    tensors = {"z": z, "mask": mask[..., None]}
+    tensors |= {name: tuple(map(_channels_last, outs)) for name, outs in (("outs_a", outs_a), ("outs_b", outs_b))}
+    launch(
+        _project_forward_kernel, config, tensors, norm=norm, linears=tuple(linears), WIDTH=width,
+        OWNED=own if own < width else 0, C=z.shape[-1],
+    )  # fmt: skip
+
+
+def _operand(destination: Destination | None, outs: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """What was written to ``outs``, or for a destination what stands for it."""
+    if destination is None:
+        return outs[0]
+    destination.written = True
+    return outs[0].new_empty(()).expand(shape)
+
+
 def _are_matrices(z: Tensor, *ds: Tensor) -> bool:
     """Whether the copy engine reads pairs z: [1, I, J, c] and channels first [1, c, I, J] as matrices."""
     dense = all(x.shape[0] == 1 and hopper.is_dense(x) for x in (z, *ds))
     return dense and z.shape[1] * z.shape[2] % 8 == 0
-
-
-class _Product(torch.autograd.Function):
-    """Without a Gluon program products of views; autograd's own backward would hand over transposed gradients."""
-
-    @staticmethod
-    def forward(ctx, a, b, outgoing):
-        ctx.save_for_backward(a, b)
-        ctx.outgoing = outgoing
-        if chosen("product of a triangle", products.product_obstacle(a, b)):
-            return products.product(a, b, outgoing)
-        return a @ b.transpose(-1, -2) if outgoing else a.transpose(-1, -2) @ b
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d):
-        a, b = ctx.saved_tensors
-        if chosen("gradients of a triangle's product", products.product_obstacle(a, b, d)):
-            return *products.gradients(a, b, d, ctx.outgoing), None
-        if ctx.outgoing:
-            return d @ b, d.transpose(-1, -2) @ a, None
-        return b @ d.transpose(-1, -2), a @ d, None
 
 
 class _Output(torch.autograd.Function):
@@ -358,17 +367,12 @@ def triangle_project(
     bias_b: Tensor,
     weight_b_gate: Tensor,
     bias_b_gate: Tensor,
-    destination: Destination | None = None,
+    destinations: OfOperands = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``reference.triangle_project``: one kernel forward, two and library products backward."""
     weights = (weight_a, weight_a_gate, weight_b, weight_b_gate)
     biases = (bias_a, bias_a_gate, bias_b, bias_b_gate)
-    return _Project.apply(destination, z, mask, norm_weight, norm_bias, *weights, *biases)  # type: ignore[return-value]
-
-
-def triangle_product(a: Tensor, b: Tensor, outgoing: bool) -> Tensor:
-    """``reference.triangle_product``: batched products of the library or in Gluon, forward and backward, no copies."""
-    return _Product.apply(a, b, outgoing)  # type: ignore[return-value]
+    return _Project.apply(destinations, z, mask, norm_weight, norm_bias, *weights, *biases)  # type: ignore[return-value]
 
 
 def output_obstacle(z: Tensor, x: Tensor, *_: object) -> str | None:

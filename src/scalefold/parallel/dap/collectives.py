@@ -36,9 +36,13 @@ class Direct(Protocol):
 
     def takes(self, xs: Sequence[Tensor], dim: int, other: int | None = None) -> bool: ...
 
-    def destination(self, x: Tensor, shape: Sequence[int], dim: int, lasts: Lasts) -> Destination | None: ...
+    def destinations(
+        self, x: Tensor, shape: Sequence[int], dim: int, lasts: Lasts, number: int = 1
+    ) -> list[Destination]: ...
 
     def arrived(self, destination: Destination, alone: bool = False) -> Tensor: ...
+
+    def begin_arrived(self, destination: Destination) -> tuple[Tensor, Callable[[], None]]: ...
 
     def all_to_all(
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
@@ -48,7 +52,7 @@ class Direct(Protocol):
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
     ) -> tuple[list[Tensor], Callable[[], None]]: ...
 
-    def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor: ...
+    def all_gather(self, x: Tensor, dim: int, lasts: Lasts, place: int | None = None) -> Tensor: ...
 
     def begin_all_gather(
         self, x: Tensor, dim: int, lasts: Lasts, place: int | None = None
@@ -92,9 +96,15 @@ def local_part(x: Tensor, dim: int, group: Group) -> Tensor:
     return x.narrow(dim, group.rank * width, width).contiguous()
 
 
-def all_gather(x: Tensor, dim: int, group: Group, lasts: Lasts = Lasts.LONG) -> Tensor:
-    """Concatenate the ranks' slices along ``dim``."""
+def all_gather(
+    x: Tensor, dim: int, group: Group, lasts: Lasts = Lasts.LONG, destination: Destination | None = None
+) -> Tensor:
+    """Concatenate the ranks' slices along ``dim``. destination: what ``gather_destination`` set aside."""
     dim, mapped = dim % x.dim(), group.direct
+    if destination is not None and mapped is not None:
+        return (
+            mapped.arrived(destination) if destination.written else mapped.all_gather(x, dim, lasts, destination.place)
+        )
     if mapped is not None and mapped.takes([x], dim):
         return mapped.all_gather(x, dim, lasts)
     size = group.size
@@ -127,17 +137,18 @@ def all_to_all(
     concat_dim: int,
     group: Group,
     lasts: Lasts = Lasts.LONG,
-    destination: Destination | None = None,
+    destinations: Sequence[Destination] = (),
 ) -> list[Tensor]:
     """Split along one dimension, concatenate along another: the slices change axis. One exchange for all of ``xs``.
 
     xs: equally shaped, [.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each.
-    destination: what ``exchange_destination`` set aside for the only one.
+    destinations: what ``exchange_destinations`` set aside for them; all of them are written, or none.
     """
-    if destination is not None and group.direct is not None:
-        if destination.written:
-            return [group.direct.arrived(destination)]
-        return group.direct.all_to_all(xs, split_dim, concat_dim, lasts, destination.place)
+    if destinations and group.direct is not None:
+        first, *others = destinations
+        if first.written:
+            return [group.direct.arrived(first), *(other.received for other in others)]
+        return group.direct.all_to_all(xs, split_dim, concat_dim, lasts, first.place)
     dims, shape = xs[0].dim(), xs[0].shape
     split_dim, concat_dim, mapped = split_dim % dims, concat_dim % dims, group.direct
     size = group.size
@@ -187,7 +198,10 @@ def begin_all_gather(
     """
     dim, mapped = dim % x.dim(), group.direct
     if destination is not None and mapped is not None:
-        out, wait = mapped.begin_all_gather(x, dim, lasts, destination.place)
+        if destination.written:
+            out, wait = mapped.begin_arrived(destination)
+        else:
+            out, wait = mapped.begin_all_gather(x, dim, lasts, destination.place)
         return Flight(out, wait=wait)
     if mapped is not None and mapped.takes([x], dim):
         out, wait = mapped.begin_all_gather(x, dim, lasts)
@@ -210,25 +224,28 @@ def end_all_to_all(flight: Flight, concat_dim: int) -> Tensor:
     return flight.received if flight.sent is None else _joined(flight.received, concat_dim)
 
 
-def exchange_destination(x: Tensor, split_dim: int, concat_dim: int, group: Group) -> Destination | None:
-    """Where ``exchange`` of a tensor of this shape and type will have its result, dimensions >= 0; None: nowhere yet.
+def exchange_destinations(
+    x: Tensor, split_dim: int, concat_dim: int, group: Group, number: int = 1
+) -> list[Destination]:
+    """Where ``all_to_all`` of so many tensors like x will have its results, dimensions >= 0; empty: nowhere yet.
 
-    That exchange follows, whether its operand is written there or not.
+    That exchange follows, whether its operands are written there or not.
     """
     mapped = group.direct
-    if mapped is None or not mapped.takes([x], split_dim, concat_dim):
-        return None
+    if mapped is None or not mapped.takes([x] * number, split_dim, concat_dim):
+        return []
     shape = list(x.shape)
     shape[split_dim], shape[concat_dim] = _share(shape[split_dim], group.size), shape[concat_dim] * group.size
-    return mapped.destination(x, shape, concat_dim, _by_mode())
+    return mapped.destinations(x, shape, concat_dim, _by_mode(), number)
 
 
 def gather_destination(x: Tensor, dim: int, group: Group) -> Destination | None:
-    """The same for ``begin_all_gather``."""
+    """The same for ``all_gather`` and ``begin_all_gather`` of one tensor."""
     mapped = group.direct
     if mapped is None or not mapped.takes([x], dim):
         return None
-    return mapped.destination(x, [n * group.size if d == dim else n for d, n in enumerate(x.shape)], dim, _by_mode())
+    shape = [n * group.size if d == dim else n for d, n in enumerate(x.shape)]
+    return next(iter(mapped.destinations(x, shape, dim, _by_mode())), None)
 
 
 def _by_mode() -> Lasts:

@@ -92,17 +92,24 @@ class DirectExchanges:
         fit = len(xs) * shape.numel() * dtype.itemsize <= self.stages[0].numel()
         return dtype in self.views and fit and inner % LANE == 0
 
-    def destination(self, x: Tensor, shape: Sequence[int], dim: int, lasts: Lasts) -> Destination | None:
-        """Where a result of this shape, with all ranks' parts behind each other along ``dim``, will arrive; None
-        without room. x: an operand, whose type is the result's.
+    def destinations(
+        self, x: Tensor, shape: Sequence[int], dim: int, lasts: Lasts, number: int = 1
+    ) -> list[Destination]:
+        """Where so many results of this shape, each with all ranks' parts behind each other along ``dim``, will arrive
+        in one exchange; none without room. x: an operand, as whose the results' type is, and their order in memory.
         """
-        place = self._place([x], shape, lasts)
+        place, order, found = self._place([x] * number, shape, lasts), _order(x, dim), []
         if place is None:
-            return None
+            return found
         assert self.arrivals is not None
-        (received,), count = self.arrivals.at(place, shape, x.dtype, 1), shape[dim] // self.size
-        results = [peer[place:].view(x.dtype)[: received.numel()].view(*shape) for peer in self.arrivals.peers]
-        return Destination(place, received, self._own_parts(results, dim, count))
+        inner, dim = [shape[n] for n in order], order.index(dim)
+        for received in self.arrivals.at(place, inner, x.dtype, number):
+            results = [peer[place:].view(x.dtype)[: received.numel()].view(*inner) for peer in self.arrivals.peers]
+            parts = self._own_parts(results, dim, inner[dim] // self.size)
+            parts = [_in_place(part, order) for part in parts]
+            found.append(Destination(place, _in_place(received, order), parts))
+            place += received.numel() * received.element_size()
+        return found
 
     def arrived(self, destination: Destination, alone: bool = False) -> Tensor:
         """The result whose operands all ranks have written to their destinations.
@@ -118,12 +125,18 @@ class DirectExchanges:
             self._meet()
         return destination.received
 
+    def begin_arrived(self, destination: Destination) -> tuple[Tensor, Callable[[], None]]:
+        """The same, all ranks meeting beside other work, and what to call before anybody reads it."""
+        with self._aside([destination.received]):
+            self._meet()
+        return destination.received, self._waiting()
+
     def all_to_all(
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
     ) -> list[Tensor]:
         """[.., n P at split_dim, .., k at concat_dim, ..] -> [.., n, .., k P, ..] each, dense.
 
-        place: of the results, where a ``destination`` has set one aside.
+        place: of the results, where ``destinations`` have set one aside.
         """
         outs, wait = self._all_to_all(xs, split_dim, concat_dim, lasts, self._in_line(), place)
         wait()
@@ -169,9 +182,12 @@ class DirectExchanges:
                 copy_parts(staged, out, self.rank, split_block, concat_block)
         return outs, lambda: None
 
-    def all_gather(self, x: Tensor, dim: int, lasts: Lasts) -> Tensor:
-        """The ranks' tensors behind each other along ``dim``; dense, where it can be in the memory order of x."""
-        return self._all_gather(x, dim, lasts, self._in_line())
+    def all_gather(self, x: Tensor, dim: int, lasts: Lasts, place: int | None = None) -> Tensor:
+        """The ranks' tensors behind each other along ``dim``; dense, where it can be in the memory order of x.
+
+        place: as for ``all_to_all``.
+        """
+        return self._all_gather(x, dim, lasts, self._in_line(), place)
 
     def begin_all_gather(
         self, x: Tensor, dim: int, lasts: Lasts, place: int | None = None

@@ -5,6 +5,7 @@ ranks use for different work needs its gradients summed (reduce-scatter), one th
 the same gradient everywhere (slice).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,17 +44,17 @@ class _GatherSame(torch.autograd.Function):
         return local_part(grads[0], ctx.dim, ctx.group), None, None
 
 
-class _GatherShared(_GatherSame):
+class _GatherShared(torch.autograd.Function):
     """All-gather forward, reduce-scatter backward: every rank does different work with the result, in its block."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Tensor, dim: int, group: Group, destination: Destination | None) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return collectives.all_gather(x, dim, group, Lasts.by(ctx))
+        return collectives.all_gather(x, dim, group, Lasts.by(ctx), destination)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return collectives.reduce_scatter(grads[0], ctx.dim, ctx.group), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return collectives.reduce_scatter(grads[0], ctx.dim, ctx.group), None, None, None
 
 
 class _Exchange(torch.autograd.Function):
@@ -61,10 +62,10 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, split_dim: int, concat_dim: int, group: Group, destination: Destination | None, *xs: Tensor
+        ctx: Any, split_dim: int, concat_dim: int, group: Group, destinations: Sequence[Destination], *xs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.dims, ctx.group = (split_dim, concat_dim), group
-        return tuple(collectives.all_to_all(xs, split_dim, concat_dim, group, Lasts.by(ctx), destination))
+        return tuple(collectives.all_to_all(xs, split_dim, concat_dim, group, Lasts.by(ctx), destinations))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,22 +107,24 @@ class _OverlappedGather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, begins: bool, dim: int, group: Group, flights: Flights) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, begins: bool, dim: int, group: Group, flights: Flights, destination: Destination | None
+    ) -> Tensor:
         ctx.begins, ctx.dim, ctx.group, ctx.flights = begins, dim, group, flights
         if begins:
-            flights["forward"] = collectives.begin_all_gather(x, dim, group, Lasts.by(ctx))
+            flights["forward"] = collectives.begin_all_gather(x, dim, group, Lasts.by(ctx), destination)
             return flights["forward"].received
         flights.pop("forward").wait()
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         if ctx.begins:
             flight = ctx.flights.pop("backward")
             flight.wait()
-            return flight.received, None, None, None, None
+            return flight.received, None, None, None, None, None
         ctx.flights["backward"] = collectives.begin_reduce_scatter(grads[0], ctx.dim, ctx.group)
-        return grads[0], None, None, None, None  # shaped as what was gathered; the other end looks at the flight
+        return grads[0], None, None, None, None, None  # shaped as what was gathered; the other end looks at the flight
 
 
 def scatter(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -134,34 +137,39 @@ def gather_same(x: Tensor, dim: int, group: Group) -> Tensor:
     return _GatherSame.apply(x, dim, group)
 
 
-def gather_shared(x: Tensor, dim: int, group: Group) -> Tensor:
-    """Slices -> full, for work that the ranks share; gradients are summed and sliced."""
-    return _GatherShared.apply(x, dim, group)
+def gather_shared(x: Tensor, dim: int, group: Group, destination: Destination | None = None) -> Tensor:
+    """Slices -> full, for work that the ranks share; gradients are summed and sliced.
+
+    destination: that of ``gather_destination``.
+    """
+    return _GatherShared.apply(x, dim, group, destination)
 
 
-def begin_gather(x: Tensor, dim: int, group: Group, flights: Flights) -> Tensor:
+def begin_gather(x: Tensor, dim: int, group: Group, flights: Flights, destination: Destination | None = None) -> Tensor:
     """First half of ``gather_shared``: a tensor that only ``end_gather`` may read.
 
     In between no exchange comes but such as go on beside other work too.
     """
-    return _OverlappedGather.apply(x, True, dim, group, flights)
+    return _OverlappedGather.apply(x, True, dim, group, flights, destination)
 
 
 def end_gather(x: Tensor, dim: int, group: Group, flights: Flights) -> Tensor:
     """Second half of ``gather_shared``."""
-    return _OverlappedGather.apply(x, False, dim, group, flights)
+    return _OverlappedGather.apply(x, False, dim, group, flights, None)
 
 
 def exchange(
-    x: Tensor, split_dim: int, concat_dim: int, group: Group, destination: Destination | None = None
+    x: Tensor, split_dim: int, concat_dim: int, group: Group, destinations: Sequence[Destination] = ()
 ) -> Tensor:
-    """Move the shards from ``concat_dim`` to ``split_dim``; ``destination``: that of ``exchange_destination``."""
-    return _Exchange.apply(split_dim, concat_dim, group, destination, x)[0]
+    """Move the shards from ``concat_dim`` to ``split_dim``; ``destinations``: that of ``exchange_destinations``."""
+    return exchange_all((x,), split_dim, concat_dim, group, destinations)[0]
 
 
-def exchange_all(xs: tuple[Tensor, ...], split_dim: int, concat_dim: int, group: Group) -> tuple[Tensor, ...]:
+def exchange_all(
+    xs: tuple[Tensor, ...], split_dim: int, concat_dim: int, group: Group, destinations: Sequence[Destination] = ()
+) -> tuple[Tensor, ...]:
     """``exchange`` of equally shaped tensors in one go."""
-    return _Exchange.apply(split_dim, concat_dim, group, None, *xs)
+    return _Exchange.apply(split_dim, concat_dim, group, destinations, *xs)
 
 
 def begin_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:

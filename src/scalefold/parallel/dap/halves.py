@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from scalefold.kernels.destination import Destination
+from scalefold.kernels.destination import Destination, OfOperands
 from scalefold.parallel.dap.collectives import Flight, Group, Lasts, begin_all_gather, gather_destination
 
 TWO = 2  # ranks
@@ -30,17 +30,17 @@ TWO = 2  # ranks
 class ProductOfTwo(nn.Module):
     """In the place of a ``model.triangle.TriangleProduct``."""
 
-    def __init__(self, group: Group, outgoing: bool, width: int) -> None:
+    def __init__(self, group: Group, outgoing: bool) -> None:
         super().__init__()
-        self.group, self.outgoing, self.width = group, outgoing, width
+        self.group, self.outgoing = group, outgoing
         self._destination: Destination | None = None
 
-    def destination(self, z: Tensor) -> Destination | None:
-        """Where whoever makes b of z [B, I / 2, J, c_z], ``width`` channels, may write it; the product follows."""
+    def destinations(self, z: Tensor, channels: int) -> OfOperands:
+        """Where whoever makes b of z [B, I / 2, J, c_z] may write it, so many channels; the product follows."""
         if self.outgoing:
-            b = z.new_empty(len(z), self.width, *z.shape[1:3], device="meta")
+            b = z.new_empty(len(z), channels, *z.shape[1:3], device="meta")
             self._destination = gather_destination(b, 2, self.group)
-        return self._destination
+        return None, self._destination
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """a, b: [B, c, I / 2, J], this rank's rows -> those of the product, likewise."""

@@ -5,20 +5,22 @@ multiplications are sharded by channel (all-to-all of the projected operands, wh
 all-to-all of the result) instead of gathering an operand; between two ranks they stay rows (``halves``), which moves a
 third less. Every gather whose result feeds different work has a reduce-scatter as backward instead of an all-reduce and
 a slice. Three exchanges of a block run beside other work, in both directions: that of the MSA at its end, the gather of
-row attention's bias, and the pairs' way to rows. Between two ranks a point may have a ``Destination``: whoever makes
-its operand writes it there, and the point only waits for all.
+row attention's bias, and the pairs' way to rows. A point may have a ``Destination``: whoever makes its operand writes
+it there, and the point only waits for all.
 
 Lengths that P does not divide are padded at a stack's entry: masks with zeros, so padding never reaches real
 positions, and cut off at its exit.
 """
+
+from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalefold.config import ModelConfig
 from scalefold.errors import ConfigError
-from scalefold.kernels.destination import Destination
-from scalefold.parallel.dap.collectives import Group, exchange_destination
+from scalefold.kernels.destination import Destination, OfOperands
+from scalefold.parallel.dap.collectives import Group, exchange_destinations, gather_destination
 from scalefold.parallel.dap.exchanges import (
     Flights,
     begin_exchange,
@@ -82,27 +84,47 @@ class GatherSame(Shard):
 
 
 class GatherShared(nn.Module):
-    """Slices along ``dim`` -> full, for work that the ranks share."""
+    """Slices along ``dim`` -> full, for work that the ranks share.
 
-    def __init__(self, group: Group, dim: int) -> None:
+    Whoever makes the operand may write it to all ranks. channels_first: that is how it lies then; else as what it is
+    made from.
+    """
+
+    def __init__(self, group: Group, dim: int, channels_first: bool = False) -> None:
         super().__init__()
-        self.group, self.dim = group, dim
+        self.group, self.dim, self.channels_first = group, dim, channels_first
+        self._destination: Destination | None = None
+
+    def destination(self, x: Tensor, channels: int) -> Destination | None:
+        """Where an operand made from x [B, .., c], with so many channels, goes; that gather comes next here."""
+        shape, (first, *rows, last) = [*x.shape[:-1], channels], range(x.dim())
+        order = [first, *sorted(rows, key=lambda n: -x.stride(n)), last]
+        if self.channels_first:
+            order = [first, last, *rows]
+        operand = x.new_empty([shape[n] for n in order], device="meta")
+        operand = operand.permute([order.index(n) for n in range(x.dim())])
+        self._destination = gather_destination(operand, self.dim, self.group)
+        return self._destination
 
     def forward(self, x: Tensor) -> Tensor:
         """The whole tensor on every rank."""
-        return gather_shared(x, self.dim, self.group)
+        return gather_shared(x, self.dim, self.group, self._taken())
+
+    def _taken(self) -> Destination | None:
+        destination, self._destination = self._destination, None
+        return destination
 
 
 class BeginGather(GatherShared):
     """The first half of a ``GatherShared`` whose second half comes later: other work goes on in between."""
 
-    def __init__(self, group: Group, dim: int, flights: Flights) -> None:
-        super().__init__(group, dim)
+    def __init__(self, group: Group, dim: int, flights: Flights, channels_first: bool = False) -> None:
+        super().__init__(group, dim, channels_first)
         self.flights = flights
 
     def forward(self, x: Tensor) -> Tensor:
         """What the second half takes; nothing else may read it."""
-        return begin_gather(x, self.dim, self.group, self.flights)
+        return begin_gather(x, self.dim, self.group, self.flights, self._taken())
 
 
 class EndGather(BeginGather):
@@ -128,26 +150,34 @@ class Exchange(nn.Module):
 class ExchangeAhead(Exchange):
     """An ``Exchange`` whose operand may be written to where it belongs by whoever makes it."""
 
-    _destination: Destination | None = None
+    _destinations: Sequence[Destination] = ()
 
-    def destination(self, x: Tensor) -> Destination | None:
-        """Where an operand like x goes between two ranks; that exchange comes next here."""
-        ahead = self.group.size == TWO
-        self._destination = exchange_destination(x, self.split_dim, self.concat_dim, self.group) if ahead else None
-        return self._destination
+    def destination(self, x: Tensor, channels: int) -> Destination | None:
+        """Where an operand like x, with its ``channels``, goes; that exchange comes next here."""
+        self._destinations = exchange_destinations(x, self.split_dim, self.concat_dim, self.group)
+        return self._destinations[0] if self._destinations else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Same tensor, other axis sharded."""
-        destination, self._destination = self._destination, None
-        return exchange(x, self.split_dim, self.concat_dim, self.group, destination)
+        ahead, self._destinations = self._destinations, ()
+        return exchange(x, self.split_dim, self.concat_dim, self.group, ahead)
 
 
-class ExchangeAll(Exchange):
-    """An ``Exchange`` of several equally shaped tensors in one go."""
+class ExchangeOperands(Exchange):
+    """An ``Exchange`` of both operands of a triangle multiplication in one go, which may be written likewise."""
+
+    _destinations: Sequence[Destination] = ()
+
+    def destinations(self, z: Tensor, channels: int) -> OfOperands:
+        """Where a and b [B, channels, I, J], made from z [B, I, J, c_z], go; that exchange comes next here."""
+        operand = z.new_empty(len(z), channels, *z.shape[1:3], device="meta")
+        self._destinations = exchange_destinations(operand, self.split_dim, self.concat_dim, self.group, number=2)
+        return (self._destinations[0], self._destinations[1]) if self._destinations else (None, None)
 
     def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Same tensors, other axis sharded."""
-        return exchange_all(xs, self.split_dim, self.concat_dim, self.group)
+        ahead, self._destinations = self._destinations, ()
+        return exchange_all(xs, self.split_dim, self.concat_dim, self.group, ahead)
 
 
 class BeginExchange(Exchange):
@@ -182,8 +212,7 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
                 setattr(module, name, point)
         product = getattr(module, "product", None)
         if group.size == TWO and isinstance(product, nn.Module):
-            width = len(module.get_parameter("linear_b_p.weight"))
-            module.product = ProductOfTwo(group, bool(product.outgoing), width)
+            module.product = ProductOfTwo(group, bool(product.outgoing))
 
 
 def _points(group: Group) -> dict[str, nn.Module]:
@@ -194,8 +223,8 @@ def _points(group: Group) -> dict[str, nn.Module]:
         "shard_columns": Shard(group, 2, paddings),
         "gather_rows": GatherSame(group, 1, paddings),
         "gather_all_columns": GatherSame(group, 2, paddings),
-        "gather_bias": GatherShared(group, 1),
-        "begin_gather_bias": BeginGather(group, 2, of_bias),
+        "gather_bias": GatherShared(group, 1, channels_first=True),
+        "begin_gather_bias": BeginGather(group, 2, of_bias, channels_first=True),
         "end_gather_bias": EndGather(group, 2, of_bias),
         "gather_columns": GatherShared(group, 2),
         "rows_to_columns": ExchangeAhead(group, split_dim=2, concat_dim=1),
@@ -206,7 +235,7 @@ def _points(group: Group) -> dict[str, nn.Module]:
         "end_pair_to_rows": EndExchange(group, 1, 2, of_pairs),
     }
     if group.size > TWO:
-        points["rows_to_channels"] = ExchangeAll(group, split_dim=1, concat_dim=2)
+        points["rows_to_channels"] = ExchangeOperands(group, split_dim=1, concat_dim=2)
         points["channels_to_rows"] = Exchange(group, split_dim=2, concat_dim=1)
     return points
 

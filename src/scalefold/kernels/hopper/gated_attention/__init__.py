@@ -78,12 +78,12 @@ def _wide_obstacle(x: Tensor, row_mask: Tensor | None, weights: Sequence[Tensor]
 
 
 def project(
-    x: Tensor, norm: Norm, linear: Affine, narrow: Tensor | None, out: Tensor, narrow_out: Tensor | None
+    x: Tensor, norm: Norm, linear: Affine, narrow: Tensor | None, out: Tensor, narrow_outs: tuple[Tensor, ...] | None
 ) -> None:
     """Layer norm of x: [*, c] and its projections.
 
     linear: weight [4 c, c], bias [c] of the last c; narrow: [h, c]. out: [4, rows, c], rows in the memory order of x;
-    narrow_out: [*, h], of any strides. Wide projections, of any number, have no narrow one.
+    narrow_outs: where the narrow one goes, [*, h] each, of any strides. Wide projections, of any number, have none.
     """
     if narrow is None:
         tiles, per_weight = x.shape[:-1].numel() // PART, MSA_CHANNELS // PART
@@ -93,12 +93,12 @@ def project(
             out.shape[0] * per_weight, tiles, num_warps=4,
         )  # fmt: skip
         return
-    assert narrow_out is not None
-    views, dims, count = row_views({"x": x, "narrow_out": narrow_out})
-    inner = dims[1] if lies_across(x, narrow_out, PART) else None
+    assert narrow_outs is not None
+    views, dims, count = row_views({"x": x, "narrow_outs": narrow_outs})
+    inner = dims[1] if lies_across(x, narrow_outs[0], PART) else None
     hopper_projections[programs(x, 1)](
         _row_tiles(x, memory_order(x), inner), weight_tiles(linear.weight), weight_tiles(narrow, BIAS_ROWS),
-        tiles_of_rows(out.flatten(0, 1), CHANNELS, inner), norm, linear.bias, views["narrow_out"], dims, count // PART,
+        tiles_of_rows(out.flatten(0, 1), CHANNELS, inner), norm, linear.bias, views["narrow_outs"], dims, count // PART,
         COUNT=out.shape[0], NARROW=narrow.shape[0], ACROSS=inner is not None, num_warps=4,
     )  # fmt: skip
 

@@ -80,7 +80,7 @@ def _project(shared, SIDE: gl.constexpr, NARROW: gl.constexpr, ACROSS: gl.conste
     The loop over these is not unrolled: the places of all weights would be kept, and spilled. The weights are waited
     for in the first tile alone: a wait costs a barrier of the group.
     """
-    norm, bias, out, narrow_out, ring, weights, narrow_weight, staged, there, walk = shared
+    norm, bias, out, narrow_outs, ring, weights, narrow_weight, staged, there, walk = shared
     COUNT: gl.constexpr = weights.shape[0]
     C: gl.constexpr = weights.shape[1]
     gl.static_assert(COUNT % STAGED == 0, "the first result of a tile would meet the last one's buffer")
@@ -100,7 +100,7 @@ def _project(shared, SIDE: gl.constexpr, NARROW: gl.constexpr, ACROSS: gl.conste
             send_at(out, corner(walk, tile, i, 0, ACROSS), own)
         if n == 0:
             mbarrier.wait(there.index(COUNT), 0)
-        _project_narrow(narrow_out, left, narrow_weight, walk, tile, NARROW, ACROSS)
+        _project_narrow(narrow_outs, left, narrow_weight, walk, tile, NARROW, ACROSS)
         n += 1  # noqa: SIM113
     tma.store_wait(0)
 
@@ -138,26 +138,27 @@ def _multiplied(left, weight):
 
 
 @gluon.jit
-def _project_narrow(out, left, weight, walk, tile, NARROW: gl.constexpr, ACROSS: gl.constexpr):
-    """The attention bias of a tile, [ROWS, NARROW], by ordinary stores: its channels lie anywhere."""
+def _project_narrow(outs, left, weight, walk, tile, NARROW: gl.constexpr, ACROSS: gl.constexpr):
+    """The attention bias of a tile, [ROWS, NARROW], by ordinary stores to all outs: its channels lie anywhere."""
     WIDTH: gl.constexpr = weight.shape[0]
     LAYOUT: gl.constexpr = product_layout(WIDTH)
     acc = _multiplied(left, weight)
     n = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     rows = row_numbers(walk, tile, gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT)), ACROSS)
-    offsets = offsets_of(out, rows, walk.dims)[:, None] + n[None, :] * out.strides[3]
-    gl.store(out.pointer + offsets, acc.to(gl.bfloat16), mask=(n < NARROW)[None, :])
+    for place in gl.static_range(len(outs)):
+        offsets = offsets_of(outs[place], rows, walk.dims)[:, None] + n[None, :] * outs[place].strides[3]
+        gl.store(outs[place].pointer + offsets, acc.to(gl.bfloat16), mask=(n < NARROW)[None, :])
 
 
 @program
 @gluon.jit(do_not_specialize=["tiles"])
 def hopper_projections(
-    x, weight, narrow_weight, out, norm, bias, narrow_out, dims, tiles,
+    x, weight, narrow_weight, out, norm, bias, narrow_outs, dims, tiles,
     COUNT: gl.constexpr, NARROW: gl.constexpr, ACROSS: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of x [64 tiles, C], weight [COUNT * C, C], narrow weight [NARROW, C] and out [COUNT * 64 tiles, C].
 
-    bias: [C], of the last projection. narrow_out: a view [64 tiles, NARROW]. ACROSS: tiles of x and out lie so.
+    bias: [C], of the last projection. narrow_outs: views [64 tiles, NARROW]. ACROSS: tiles of x and out lie so.
     """
     wait_for_predecessors()
     walk = new_walk(dims, tiles)
@@ -167,7 +168,7 @@ def hopper_projections(
     staged = tiles_for(out, CONSUMERS * STAGED)
     there = one_arrival(COUNT + 1)
     publish()
-    shared = (norm, bias, out, narrow_out, ring, weights, narrow, staged, there, walk)
+    shared = (norm, bias, out, narrow_outs, ring, weights, narrow, staged, there, walk)
     gl.warp_specialize(
         [
             (_project, (shared, 0, NARROW, ACROSS)),
