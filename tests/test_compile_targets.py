@@ -1,11 +1,12 @@
 """Kernels compile for all three GPU generations on a machine without a GPU."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
-from processes import compiling_environment
+from processes import compiling_environment, script_environment
 
 pytest.importorskip("triton")
 
@@ -68,3 +69,34 @@ def test_lanes_that_add_up_scores_of_the_global_attention_hold_equal_copies(repo
     finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert sorted(finished.stdout.splitlines()) == ["attend_columns 0", "attend_columns_backward 0"]
+
+
+STORED = """
+import re
+from compile_targets import all_cases, compile_launch, different_launches, identity
+from hopper_programs import every_program
+
+cases = [case for case in all_cases(None) if case[0].endswith("to_ranks")]
+with every_program(0):
+    launches = list(different_launches(cases, 90, lambda launch: identity(launch, 90)))
+for case, own in launches:
+    for launch in own:
+        if launch.kernel.__name__.endswith("forward_kernel"):
+            stores = re.findall(r"st[.]global[.](\\S+)", compile_launch(launch, 90).asm["ptx"])
+            print(case, launch.kernel.__name__, *sorted(set(stores)))
+"""
+
+
+def test_what_is_written_to_several_ranks_goes_by_sixteen_bytes(repository, tmp_path):
+    """A wire takes single values an order of magnitude more slowly."""
+    environment = script_environment(repository, tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([str(repository / "tests"), environment["PYTHONPATH"]])
+    command = [sys.executable, "-c", STORED]
+    finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    found = [line.split() for line in finished.stdout.splitlines()]
+    assert {case for case, *_ in found} == {
+        *("gated_to_ranks", "project_to_ranks", "project_ending_to_ranks", "project_pair_bias_to_ranks"),
+        *("triangle_project_to_ranks", "outer_product_project_to_ranks"),
+    }
+    assert all(stores == ["v4.b32"] for _, _, *stores in found)

@@ -116,7 +116,7 @@ def test_two_ranks_compute_the_product_of_a_triangle_and_its_gradients_in_halves
     def share(rank: int) -> list[np.ndarray]:
         a, b, d = (x[:, :, 4 * rank : 4 * rank + 4] for x in operands())
         a, b = (x.clone().requires_grad_() for x in (a, b))
-        x = ProductOfTwo(Group(dist.group.WORLD), outgoing, a.shape[1])(a, b)
+        x = ProductOfTwo(Group(dist.group.WORLD), outgoing)(a, b)
         x.backward(d)
         return [t.numpy() for t in (x.detach(), a.grad, b.grad)]
 

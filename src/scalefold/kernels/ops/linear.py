@@ -87,11 +87,12 @@ def _forward_kernel(
             if row_mask is not None:
                 acc *= keep[:, None]
             segment = first // WIDTH
-            if last_outs is None or segment < N // WIDTH - 1:
+            if last_outs is None or first < N - WIDTH:
                 start = out.pointer + segment * tl.cast(segment_stride, tl.int64)
                 store_tile(View(start, out.strides), acc, rows, n - segment * WIDTH, extent)
-            else:
-                store_tile_everywhere(last_outs, acc, rows, n - segment * WIDTH, extent)
+            else:  # columns anew: the compiler forgets in this branch that those from before are neighbours
+                columns = first - (N - WIDTH) + tl.arange(0, BLOCK_N)
+                store_tile_everywhere(last_outs, acc, rows, columns, extent)
     if NARROW > 0 and (PARTS == 1 or tl.program_id(1) == PARTS - 1):
         n = tl.arange(0, 16)
         block = tl.load(narrow.weight + n[:, None] * C + c[None, :], mask=(n < NARROW)[:, None], other=0.0)
