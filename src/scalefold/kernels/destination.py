@@ -11,7 +11,8 @@ class Destination:
     """Memory of all ranks that share a sample, set aside for one result of an exchange.
 
     Operations may be given one. Whoever writes the operand there says so and returns in its place a tensor of its
-    shape whose values nobody may read; whoever cannot returns the operand.
+    shape whose values nobody may read; whoever cannot returns the operand. A transition, whose result is read here as
+    well, returns it in any case.
 
     Args:
         place: of the result, in what each rank set aside.

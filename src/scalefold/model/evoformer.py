@@ -100,7 +100,7 @@ class EvoformerBlockCore(nn.Module):
 
     def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
         """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, rows, and z, columns."""
-        m = self.msa_transition(m)
+        m = self.msa_transition(m, destination(self.begin_columns_to_rows, m, m.shape[-1]))
         z, m = self.outer_product_mean(z, m, masks.msa_columns, masks.num_rows)
         m = self.begin_columns_to_rows(m)
         z = self.tri_mul_out(z, masks.pair_rows, dropout.tri_mul_out)

@@ -100,10 +100,33 @@ def leave_block(weights, slot):
     mbarrier.arrive(weights.empty.index(slot), count=1)
 
 
+class Halves(NamedTuple):
+    """Where halves of rows [2, lines, row] go: two descriptors, or None; lines, rows of a line, and by how many rows
+    lines are apart there.
+    """
+
+    first: Any
+    second: Any
+    lines: Any
+    line: Any
+    apart: Any
+
+
+@gluon.jit
+def _send_to_owner(halves, row, slot):
+    """Store a tile that has just been stored, from ``row`` on, in the half that has its line."""
+    line = row // halves.line
+    at = (line % halves.lines * halves.apart + row % halves.line, 0)
+    if line < halves.lines:
+        tma.async_copy_shared_to_global(halves.first, at, slot)
+    else:
+        tma.async_copy_shared_to_global(halves.second, at, slot)
+
+
 @gluon.jit
 def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
     """A consumer. The last pair of tiles may be one: then the second consumer only lets blocks pass."""
-    x, out, norm, biases, ring, weights, again, blocks, tiles = shared
+    x, out, halves, norm, biases, ring, weights, again, blocks, tiles = shared
     C: gl.constexpr = weights.first.shape[2]
     STAGES: gl.constexpr = weights.first.shape[0]
     n = 0
@@ -148,6 +171,8 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
             group_barrier()
             slot_x.store((before + acc + per_column(biases[1], 0, C)).to(gl.bfloat16))
             send(out, tile * ROWS, 0, slot_x)
+            if halves.first is not None:
+                _send_to_owner(halves, tile * ROWS, slot_x)
         else:
             for _ in range(blocks):
                 slot = step % STAGES
@@ -159,14 +184,14 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
 
 
 @program
-@gluon.jit(do_not_specialize=["blocks", "tiles"])
+@gluon.jit(do_not_specialize=["blocks", "tiles", "lines", "line", "apart"])
 def hopper_transition(
-    x, weight_1, weight_2, out, norm, biases, blocks, tiles,
+    x, weight_1, weight_2, out, first, second, norm, biases, blocks, tiles, lines, line, apart,
     KEPT: gl.constexpr, X_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of x and out [64 tiles, C] and weights [hidden, C] and [C, hidden] in ``blocks``.
 
-    biases: of both linears. At least STAGES blocks.
+    biases: of both linears. At least STAGES blocks. Others: ``Halves``.
     """
     wait_for_predecessors()
     ring = new_ring(x, X_STAGES)
@@ -175,7 +200,8 @@ def hopper_transition(
     )
     again = one_arrival(CONSUMERS)
     publish()
-    shared = (x, out, norm, biases, ring, weights, again, blocks, tiles)
+    halves = Halves(first, second, lines, line, apart)
+    shared = (x, out, halves, norm, biases, ring, weights, again, blocks, tiles)
     gl.warp_specialize(
         [
             (_transform, (shared, 0, KEPT)),

@@ -131,6 +131,19 @@ class DirectExchanges:
             self._meet()
         return destination.received, self._waiting()
 
+    def met_later(self) -> Callable[[], None]:
+        """What to call before anybody reads what has been written by now: it meets a barrier, unless another exchange
+        has met one since.
+        """
+        met = self._met
+
+        def wait() -> None:
+            self._join()
+            if self._met == met:
+                self._meet()
+
+        return wait
+
     def all_to_all(
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
     ) -> list[Tensor]:
@@ -143,12 +156,10 @@ class DirectExchanges:
         return outs
 
     def begin_all_to_all(
-        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
     ) -> tuple[list[Tensor], Callable[[], None]]:
-        """The same beside other work, and what to call before anybody reads it: it meets a barrier, unless another
-        exchange has met one since.
-        """
-        return self._all_to_all(xs, split_dim, concat_dim, lasts, self._aside(xs, meets=False))
+        """The same beside other work, and what to call before anybody reads it: ``met_later``."""
+        return self._all_to_all(xs, split_dim, concat_dim, lasts, self._aside(xs, meets=False), place)
 
     def _all_to_all(
         self,
@@ -168,14 +179,7 @@ class DirectExchanges:
         if place is not None:
             with launching as beside:
                 arrived = self._sent(xs, shape, place, False, split_block, concat_block, beside)
-            met = self._met
-
-            def wait() -> None:
-                self._join()
-                if self._met == met:
-                    self._meet()
-
-            return arrived, wait
+            return arrived, self.met_later()
         outs = [x.new_empty(shape) for x in xs]
         with self._in_line():
             for staged, out in zip(self._staged(xs), outs, strict=True):

@@ -159,14 +159,15 @@ class ExchangeAhead(Exchange):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same tensor, other axis sharded."""
-        ahead, self._destinations = self._destinations, ()
-        return exchange(x, self.split_dim, self.concat_dim, self.group, ahead)
+        return exchange(x, self.split_dim, self.concat_dim, self.group, self._taken())
+
+    def _taken(self) -> Sequence[Destination]:
+        destinations, self._destinations = self._destinations, ()
+        return destinations
 
 
-class ExchangeOperands(Exchange):
-    """An ``Exchange`` of both operands of a triangle multiplication in one go, which may be written likewise."""
-
-    _destinations: Sequence[Destination] = ()
+class ExchangeOperands(ExchangeAhead):
+    """The same of both operands of a triangle multiplication in one go."""
 
     def destinations(self, z: Tensor, channels: int) -> OfOperands:
         """Where a and b [B, channels, I, J], made from z [B, I, J, c_z], go; that exchange comes next here."""
@@ -176,11 +177,10 @@ class ExchangeOperands(Exchange):
 
     def forward(self, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Same tensors, other axis sharded."""
-        ahead, self._destinations = self._destinations, ()
-        return exchange_all(xs, self.split_dim, self.concat_dim, self.group, ahead)
+        return exchange_all(xs, self.split_dim, self.concat_dim, self.group, self._taken())
 
 
-class BeginExchange(Exchange):
+class BeginExchange(ExchangeAhead):
     """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
 
     def __init__(self, group: Group, split_dim: int, concat_dim: int, flights: Flights) -> None:
@@ -189,7 +189,7 @@ class BeginExchange(Exchange):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the second half takes; nothing else may read it."""
-        return begin_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights)
+        return begin_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights, self._taken())
 
 
 class EndExchange(BeginExchange):
