@@ -26,7 +26,7 @@ from scalefold.kernels.table import Operations
 from scalefold.parallel.dap.collectives import Group, Lasts, all_gather, gather_destination
 from scalefold.parallel.dap.connect import mapped
 from scalefold.parallel.dap.halves import TWO
-from scalefold.parallel.dap.points import BeginGather, EndGather, ExchangeAhead, ExchangeOperands, GatherShared
+from scalefold.parallel.dap.points import ExchangeAhead, ExchangeOperands, GatherShared
 from scalefold.tune.operation_cases import MSA, Draw, N
 
 C_M, C_Z, HEADS_M, HEADS_Z, C_OUTER = 256, 128, 8, 4, 32
@@ -69,14 +69,12 @@ def patterns(ops: Operations, group: Group) -> Iterator[Pattern]:
     yield gated(ops, group, "gated output of the MSA", m, draw)
     yield operands(ops, group, z, draw)
     weights = [draw.weight(C_Z, C_Z) for _ in range(4)] + [draw.weight(HEADS_Z, C_Z)]
-    point = GatherShared(group, 1, channels_first=True)
-    yield projections(ops, "bias of a triangle's attention", z, weights, draw, point, lambda x: point(x))
-    begin, end = (kind(group, 2, {}, channels_first=True) for kind in (BeginGather, EndGather))
-    end.flights = begin.flights
-    columns = draw(1, N, N // size, C_Z)
-    weights = [draw.weight(HEADS_M, C_Z)]
-    yield projections(ops, "bias of row attention", columns, weights, draw, begin, lambda x: end(begin(x)))
-    yield outer_operand(ops, group, draw(1, N // size, MSA, C_M).transpose(1, 2), draw)
+    yield projections(ops, "bias of a triangle's attention", z, weights, draw, GatherShared(group, 1, True))
+    columns, weights = draw(1, N, N // size, C_Z), [draw.weight(HEADS_M, C_Z)]
+    yield projections(ops, "bias of row attention", columns, weights, draw, GatherShared(group, 2, True))
+    yield outer_operand(ops, group, draw(1, MSA, N // size, C_M), draw)
+    yield transition(ops, group, "transition of the MSA", draw(1, MSA, N // size, C_M), draw)
+    yield transition(ops, group, "transition of pairs", columns, draw)
 
 
 def gated(ops: Operations, group: Group, name: str, x: Tensor, draw: Draw) -> Pattern:
@@ -119,13 +117,7 @@ def operands(ops: Operations, group: Group, z: Tensor, draw: Draw) -> Pattern:
 
 
 def projections(
-    ops: Operations,
-    name: str,
-    x: Tensor,
-    weights: Sequence[Tensor],
-    draw: Draw,
-    point: GatherShared,
-    gather: Callable[[Tensor], Tensor],
+    ops: Operations, name: str, x: Tensor, weights: Sequence[Tensor], draw: Draw, point: GatherShared
 ) -> Pattern:
     """All ranks get the last one."""
     norm, width = draw.norm(x.shape[-1]), len(weights[-1])
@@ -134,7 +126,7 @@ def projections(
         name,
         lambda to: ops.layer_norm_linear(x, *norm, weights, biases, to[0])[-1:],
         lambda: (point.destination(x, width), None),
-        lambda made: [gather(made[0])],
+        lambda made: [point(made[0])],
     )
 
 
@@ -147,6 +139,18 @@ def outer_operand(ops: Operations, group: Group, m: Tensor, draw: Draw) -> Patte
         "operand of the outer product",
         lambda to: ops.outer_product_project(m, *given, to[0])[2:],
         lambda: (point.destination(m, C_OUTER), None),
+        lambda made: [point(made[0])],
+    )
+
+
+def transition(ops: Operations, group: Group, name: str, x: Tensor, draw: Draw) -> Pattern:
+    """Each rank gets its rows, while the result stays here too."""
+    c, point = x.shape[-1], ExchangeAhead(group, split_dim=1, concat_dim=2)
+    given = [*draw.norm(c), draw.weight(4 * c, c), draw(4 * c), draw.weight(c, 4 * c), draw(c)]
+    return Pattern(
+        name,
+        lambda to: [ops.transition(x, *given, to[0])],
+        lambda: (point.destination(x, c), None),
         lambda made: [point(made[0])],
     )
 
