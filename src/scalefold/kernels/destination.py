@@ -18,12 +18,14 @@ class Destination:
         place: of the result, in what each rank set aside.
         received: the result of this rank, whole once all ranks have met.
         parts: by rank, where in its result this rank's operand belongs: the part of that rank, or all of it.
+        rank: this one.
         written: what has been launched writes all parts.
     """
 
     place: int
     received: Tensor
     parts: Sequence[Tensor]
+    rank: int = 0
     written: bool = False
 
 

@@ -31,7 +31,7 @@ point (attribute name)    tensors                                         layout
 
 Among two ranks a, b and x stay rows, and the product of a triangle multiplication itself is another one
 (``parallel/dap/halves.py``). A point may have a ``destination`` (``layers``) for its operand, which is handed to
-the operation that makes it: of ``begin_pair_to_rows`` to the transition that ends the block before.
+the operation that makes it.
 
 The outer product needs no exchange of its own result: its operand a is this rank's columns of m, which are its rows
 of z. Dropout masks are shared along the sharded dimension by construction ([B, 1, N, c] on row shards; the transpose
@@ -97,15 +97,9 @@ class EvoformerBlockCore(nn.Module):
         self.rows_to_columns = nn.Identity()
         self.begin_columns_to_rows = nn.Identity()
         self.end_columns_to_rows = nn.Identity()
-        self.begin_pair_to_rows = nn.Identity()  # of the next block
 
-    def forward(
-        self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout, followed: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, rows, and z, columns.
-
-        ``followed``: by another block, right away.
-        """
+    def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
+        """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, rows, and z, columns."""
         m = self.msa_transition(m, destination(self.begin_columns_to_rows, m, m.shape[-1]))
         z, m = self.outer_product_mean(z, m, masks.msa_columns, masks.num_rows)
         m = self.begin_columns_to_rows(m)
@@ -115,8 +109,7 @@ class EvoformerBlockCore(nn.Module):
         z = self.tri_att_start(z, masks.pair_rows, dropout.tri_att_start, ahead)
         z = self.rows_to_columns(z)
         z = around_ending_node(self.tri_att_end, z, masks.pair_down, dropout.tri_att_end)
-        ahead = destination(self.begin_pair_to_rows, z, z.shape[-1]) if followed else None
-        z = self.pair_transition(z, ahead)
+        z = self.pair_transition(z)
         return self.end_columns_to_rows(m), z
 
 
@@ -133,16 +126,14 @@ class EvoformerBlock(nn.Module):
         self.rows_to_columns = nn.Identity()
         self.end_pair_to_rows = nn.Identity()
 
-    def forward(
-        self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout, followed: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """m: [B, S, N, c_m], rows; z: [B, N, N, c_z], columns -> the same. ``followed``: by another one, right away."""
+    def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
+        """m: [B, S, N, c_m], rows; z: [B, N, N, c_z], columns -> the same."""
         ahead = destination(self.rows_to_columns, m, m.shape[-1])
         m, z = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row, ahead)
         m = self.rows_to_columns(m)
         m = self.msa_att_col(m, masks.msa_down)
         z = self.end_pair_to_rows(z)
-        return self.core(m, z, masks, dropout, followed)
+        return self.core(m, z, masks, dropout)
 
 
 class BlockStack(nn.Module):
@@ -161,9 +152,8 @@ class BlockStack(nn.Module):
         """Full tensors and masks in; out come shards, of m rows, of z columns."""
         masks = self.prepare_masks(msa_mask, pair_mask)
         m, z = self.shard_rows(m), self.shard_columns(z)
-        again, last = self.checkpoint_blocks, len(self.blocks) - 1  # a block that runs again is followed by no other
-        for n, dropout in enumerate(self.draw_dropout(m, z.transpose(1, 2))):
-            m, z = run_block(self.blocks[n], again, m, z, masks, dropout, n < last and not again)
+        for block, dropout in zip(self.blocks, self.draw_dropout(m, z.transpose(1, 2)), strict=True):
+            m, z = run_block(block, self.checkpoint_blocks, m, z, masks, dropout)
         return m, z
 
     def draw_dropout(self, m: Tensor, z: Tensor) -> list[BlockDropout]:

@@ -152,9 +152,11 @@ def fits_halves(parts: Sequence[Tensor]) -> bool:
 
 
 def transition(
-    x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor, also: Sequence[Tensor] = ()
+    x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor, also: Sequence[Tensor] = (), rank: int = 0
 ) -> None:
-    """``reference.transition``; out: [*, c] lies as x does. also: nothing, or the two of ``fits_halves``."""
+    """``reference.transition``; out: [*, c] lies as x does. also: nothing, or the two of ``fits_halves``, of which that
+    of ``rank`` is near.
+    """
     assert linear_1.weight is not None
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
     kept, x_stages, stages = HIDDEN_TILES[c]
@@ -167,7 +169,7 @@ def transition(
         matrix(by_rows(x, order), PART, c), weight_tiles(linear_1.weight, HIDDEN_BLOCK, c),
         weight_tiles(linear_2.weight, c, HIDDEN_BLOCK), matrix(by_rows(out, order), PART, c), *halves, norm,
         (linear_1.bias, linear_2.bias), hidden // HIDDEN_BLOCK, x.shape[:-1].numel() // PART, *lines,
-        KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
+        1 - rank, KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
     )  # fmt: skip
 
 

@@ -128,7 +128,8 @@ class _GatedOutput(torch.autograd.Function):
         outs = () if destination is None else destination.parts
         if destination is None or not (hopper.fits_halves(x, dropout, outs) if by_gluon else are_parts(x, outs, 2)):
             outs, destination = [torch.empty_like(x)], None
-        (hopper.gated_output if by_gluon else _forward)(x, o, gate, dropout, Affine(weight, bias), outs)
+        rank = 0 if destination is None else destination.rank
+        (hopper.gated_output if by_gluon else _forward)(x, o, gate, dropout, Affine(weight, bias), outs, rank)
         if destination is None:
             return outs[0]
         destination.written = True
@@ -153,9 +154,9 @@ class _GatedOutput(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, outs: Sequence[Tensor]
+    x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, outs: Sequence[Tensor], rank: int
 ) -> None:
-    """``hopper.gated_output`` in Triton; outs: one like x, or parts of its columns."""
+    """``hopper.gated_output`` in Triton; outs: one like x, or parts of its columns, by rank."""
     assert linear.weight is not None
     (c, hd), ranks = linear.weight.shape, len(outs)
     config = tuning.chosen_parts(

@@ -107,7 +107,7 @@ class DirectExchanges:
             results = [peer[place:].view(x.dtype)[: received.numel()].view(*inner) for peer in self.arrivals.peers]
             parts = self._own_parts(results, dim, inner[dim] // self.size)
             parts = [_in_place(part, order) for part in parts]
-            found.append(Destination(place, _in_place(received, order), parts))
+            found.append(Destination(place, _in_place(received, order), parts, self.rank))
             place += received.numel() * received.element_size()
         return found
 
