@@ -221,9 +221,9 @@ class _Transition(torch.autograd.Function):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
         out, (hidden, c), norm = torch.empty_like(x), weight_1.shape, Norm(norm_weight, norm_bias)
         by_gluon, also, rank = chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))), (), 0
-        if destination is not None and are_parts(x, destination.parts, 1):
-            if not by_gluon or hopper.fits_halves(destination.parts):
-                also, rank, destination.written = destination.parts, destination.rank, True
+        parts = () if destination is None else destination.parts
+        if destination and are_parts(x, parts, 1) and (not by_gluon or hopper.fits_halves(parts)):
+            also, rank, destination.written = parts, destination.rank, True
         if by_gluon:
             hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out, also, rank)
             return out

@@ -81,17 +81,6 @@ def dropped(value, dropout, walk, tile, first, ACROSS: gl.constexpr, BY_ROW: gl.
 
 
 @gluon.jit
-def _order(walk, half, first, second, ACROSS: gl.constexpr):
-    """That of all tiles, whose lines are halved if there is a second out."""
-    if second is None:
-        return Order(None, None)
-    elif ACROSS:  # noqa: RET505  (the compiler looks at what follows an untaken return)
-        return Order(walk.per_line, first)
-    else:
-        return Order(2 * half // ROWS, first)
-
-
-@gluon.jit
 def _send(outs, walk, half, tile, column, slot, ACROSS: gl.constexpr):
     """Store a tile that all threads have just written; of two outs in that which has its lines along level 2.
 
@@ -190,7 +179,9 @@ def hopper_gated_output(
     there = one_arrival(1).index(0)
     publish()
     rings = (x_ring, o_ring, gates)
-    order = _order(walk, half, first, second, ACROSS)
+    order = Order(None, None)
+    if second is not None:
+        order = Order(walk.per_line if ACROSS else 2 * half // ROWS, first)
     shared = (bias, dropout, (out, second), half, rings, weight_slot, there, walk, order)
     gl.warp_specialize(
         [
@@ -302,7 +293,9 @@ def hopper_wide_gated_output(
     weights = tiles_for(weight, 2 * HALF // COLUMNS)
     there = one_arrival(2 * HALF // COLUMNS)
     publish()
-    order = _order(walk, half, first, second, ACROSS)
+    order = Order(None, None)
+    if second is not None:
+        order = Order(walk.per_line if ACROSS else 2 * half // ROWS, first)
     shared = (bias, dropout, (out, second), half, ring, weights, there, walk, order)
     gl.warp_specialize(
         [
