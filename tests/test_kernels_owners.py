@@ -183,6 +183,6 @@ def test_each_rank_gets_its_channels_of_both_operands_of_a_triangle_or_all_of_on
                 own,
                 inputs,
                 call,
-                lambda group, z: ProductOfTwo(group, outgoing=True).destinations(z, width),
+                lambda group, z: ProductOfTwo(group, True, {}).destinations(z, width),
                 lambda outs, rank: torch.cat(outs, 2),
             )

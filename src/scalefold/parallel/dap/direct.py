@@ -77,7 +77,8 @@ class DirectExchanges:
         self._stream: torch.cuda.Stream | None = None  # of what goes on beside other work
         self._beside: list[_Beside] = []
         self._turn = 0
-        self._met = 0  # barriers of exchanges so far
+        self._met = self._met_in_line = 0  # barriers of exchanges so far, and of them those that all others wait for
+        self._is_aside = False
 
     def begin(self) -> None:
         """A step begins on all ranks of the group."""
@@ -135,12 +136,13 @@ class DirectExchanges:
         """What to call before anybody reads what has been written by now: it meets a barrier, unless another exchange
         has met one since.
         """
-        met = self._met
+        met, in_line = self._met, self._met_in_line
 
         def wait() -> None:
-            self._join()
-            if self._met == met:
-                self._meet()
+            if self._met_in_line == in_line:
+                self._join()
+                if self._met == met:
+                    self._meet()
 
         return wait
 
@@ -255,7 +257,9 @@ class DirectExchanges:
         self._stream = self._stream or torch.cuda.Stream(xs[0].device)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
+            self._is_aside = True
             yield True
+            self._is_aside = False
         self._beside.append(_Beside(self._stream.record_event(), xs, meets))
 
     def _join(self) -> None:
@@ -298,8 +302,12 @@ class DirectExchanges:
     def _meet(self) -> None:
         """The barrier behind which all that was sent so far has arrived."""
         assert self.arrivals is not None
-        self._met += 1
+        self._count_barrier()
         self.arrivals.barrier()
+
+    def _count_barrier(self) -> None:
+        self._met += 1
+        self._met_in_line += not self._is_aside
 
     def _targets(self, arrivals: Arrivals, place: int, dtype: torch.dtype, concat_block: int) -> list[Tensor]:
         """Of each peer the results at ``place``, in which this rank's parts are runs of ``concat_block`` elements."""
@@ -316,7 +324,7 @@ class DirectExchanges:
         places = [slice(n * count, (n + 1) * count) for n in range(len(xs))]
         for x, place in zip(xs, places, strict=True):
             self.stages[turn].view(dtype)[place].view(x.shape).copy_(x)
-        self._met += 1
+        self._count_barrier()
         self.barrier()
         return [[peer[place] for peer in self.views[dtype][turn]] for place in places]
 

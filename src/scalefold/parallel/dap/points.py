@@ -33,7 +33,7 @@ from scalefold.parallel.dap.exchanges import (
     gather_shared,
     scatter,
 )
-from scalefold.parallel.dap.halves import TWO, ProductOfTwo
+from scalefold.parallel.dap.halves import TWO, EndProduct, ProductOfTwo
 
 SHARDED_PARAMETERS = "_stack.blocks."
 
@@ -205,14 +205,16 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
     if group is None:
         return
     model.register_forward_pre_hook(lambda *_: group.begin())
-    points = _points(group)
+    points, of_product = _points(group), Flights()
     for module in list(model.modules()):
         for name, point in points.items():
             if isinstance(getattr(module, name, None), nn.Identity):
                 setattr(module, name, point)
         product = getattr(module, "product", None)
         if group.size == TWO and isinstance(product, nn.Module):
-            module.product = ProductOfTwo(group, bool(product.outgoing))
+            module.product = ProductOfTwo(group, bool(product.outgoing), of_product)
+            if not product.outgoing:
+                module.end_product = EndProduct(of_product)
 
 
 def _points(group: Group) -> dict[str, nn.Module]:
