@@ -13,8 +13,7 @@ from scalefold.model.evoformer import EvoformerStack, ExtraMSAStack
 from scalefold.model.templates import TemplatePairStack
 from scalefold.model.triangle import TriangleProduct
 from scalefold.parallel.dap.collectives import Group
-from scalefold.parallel.dap.exchanges import Flights
-from scalefold.parallel.dap.halves import EndProduct, ProductOfTwo
+from scalefold.parallel.dap.halves import ProductOfTwo
 from scalefold.parallel.dap.points import apply_dap, check_shares, gradient_scale
 
 STACK = EvoformerConfig(
@@ -117,9 +116,7 @@ def test_two_ranks_compute_the_product_of_a_triangle_and_its_gradients_in_halves
     def share(rank: int) -> list[np.ndarray]:
         a, b, d = (x[:, :, 4 * rank : 4 * rank + 4] for x in operands())
         a, b = (x.clone().requires_grad_() for x in (a, b))
-        flights = Flights()
-        x = ProductOfTwo(Group(dist.group.WORLD), outgoing, flights)(a, b)
-        x = x if outgoing else EndProduct(flights)(x)
+        x = ProductOfTwo(Group(dist.group.WORLD), outgoing)(a, b)
         x.backward(d)
         return [t.numpy() for t in (x.detach(), a.grad, b.grad)]
 

@@ -70,12 +70,6 @@ def outer_product_project_ahead(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     return m, a, _Written.apply(b, destination)
 
 
-def transition_ahead(x: Tensor, *given: Any) -> Tensor:
-    out, destination = reference.transition(x, *given[:6]), given[6] if len(given) > 6 else None
-    _Written.apply(out, destination)
-    return out
-
-
 def triangle_project_ahead(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
     *arguments, (for_a, for_b) = given
     z, a, b = reference.triangle_project(*arguments)
@@ -105,7 +99,6 @@ AHEAD = Operations(
     gated_output=gated_output_ahead,
     layer_norm_linear=layer_norm_linear_ahead,
     outer_product_project=outer_product_project_ahead,
-    transition=transition_ahead,
     triangle_project=triangle_project_ahead,
 )
 

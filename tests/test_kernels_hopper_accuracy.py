@@ -201,26 +201,6 @@ def test_a_gated_output_arrives_with_its_bits_in_both_places(scripts, c, dropped
 
 @pytest.mark.gpu
 @on_hopper
-@pytest.mark.parametrize("c", [C, 256])
-def test_a_transition_writes_its_bits_to_the_owners_of_its_rows_too(scripts, c):
-    from scalefold.kernels.triton_ops import TRITON
-    from scalefold.tune import operation_cases as cases
-
-    draw, shape = cases.Draw(False, torch.bfloat16), (1, 128, 128, c)
-    x, norm = draw(*shape), draw.norm(c)
-    linears = [draw.weight(4 * c, c), draw(4 * c), draw.weight(c, 4 * c), draw(c)]
-    wholes = [torch.full((1, 64, 256, c), torch.nan, dtype=torch.bfloat16, device="cuda") for _ in range(2)]
-    with every_program(1):
-        ahead = Destination(0, torch.empty(0), [whole[:, :, 128:] for whole in wholes])
-        expected, found = TRITON.transition(x, *norm, *linears), TRITON.transition(x, *norm, *linears, ahead)
-    assert ahead.written
-    assert torch.equal(found, expected)
-    assert all(torch.equal(part, own) for part, own in zip(ahead.parts, expected.chunk(2, 1), strict=True))
-    assert all(bool(whole[:, :, :128].isnan().all()) for whole in wholes)
-
-
-@pytest.mark.gpu
-@on_hopper
 def test_an_operand_of_a_triangle_arrives_with_its_bits_in_two_places(scripts):
     from scalefold.kernels.triton_ops import TRITON
     from scalefold.tune import operation_cases as cases

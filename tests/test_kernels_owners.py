@@ -13,9 +13,9 @@ from kernel_accuracy import DTYPES, TILE, Draw
 from rank_tensors import group_of, memory
 from scalefold.kernels import triton_ops, tuning
 from scalefold.kernels.destination import Destination
-from scalefold.kernels.ops import gated_output, linear, outer_product, transition, triangle
+from scalefold.kernels.ops import gated_output, linear, outer_product, triangle
 from scalefold.parallel.dap.halves import ProductOfTwo
-from scalefold.parallel.dap.points import BeginExchange, BeginGather, ExchangeAhead, ExchangeOperands, GatherShared
+from scalefold.parallel.dap.points import BeginGather, ExchangeAhead, ExchangeOperands, GatherShared
 
 pytestmark = [
     pytest.mark.skipif(
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.parametrize("size", [2, 4]),
 ]
 ROWS, COLUMNS, C = 3, 16, 16
-FORWARD = ("norm_linear_forward", "gated_output_forward", "triangle_project_forward", "transition_forward")
+FORWARD = ("norm_linear_forward", "gated_output_forward", "triangle_project_forward")
 
 
 @pytest.fixture(params=[16, 32])
@@ -91,26 +91,6 @@ def test_each_rank_gets_its_columns_of_a_gated_output(tiles, size, dtype, droppe
         lambda group, x: [ExchangeAhead(group, split_dim=2, concat_dim=1).destination(x, C)],
         lambda outs, rank: torch.cat([out.chunk(size, 2)[rank] for out in outs], 1),
     )
-
-
-@pytest.mark.parametrize("parts", [1, 2])
-def test_each_rank_gets_its_rows_of_a_transition_whose_result_stays_here_too(tiles, size, dtype, parts):
-    draw, own = Draw(size), groups(size)
-    norm = [x.to(dtype) for x in draw.norm(C)]
-    linears = [x.to(dtype) for x in (draw.weight(64, C), draw(64), draw.weight(C, 64), draw(C))]
-
-    def call(x, destination):
-        out = transition.transition(x, *norm, *linears, destination)
-        return [out, out]
-
-    with tuning.override("transition_columns", TILE | {"PARTS": parts}):
-        compare(
-            own,
-            [[draw(1, COLUMNS, ROWS, C).to(dtype)] for _ in own],
-            call,
-            lambda group, x: [BeginExchange(group, 1, 2, {}).destination(x, C)],
-            lambda outs, rank: torch.cat([out.chunk(size, 1)[rank] for out in outs], 2),
-        )
 
 
 @pytest.mark.parametrize("widths", [(16, 16, 8), (8,)])
@@ -183,6 +163,6 @@ def test_each_rank_gets_its_channels_of_both_operands_of_a_triangle_or_all_of_on
                 own,
                 inputs,
                 call,
-                lambda group, z: ProductOfTwo(group, True, {}).destinations(z, width),
+                lambda group, z: ProductOfTwo(group, outgoing=True).destinations(z, width),
                 lambda outs, rank: torch.cat(outs, 2),
             )

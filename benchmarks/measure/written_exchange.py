@@ -73,8 +73,6 @@ def patterns(ops: Operations, group: Group) -> Iterator[Pattern]:
     columns, weights = draw(1, N, N // size, C_Z), [draw.weight(HEADS_M, C_Z)]
     yield projections(ops, "bias of row attention", columns, weights, draw, GatherShared(group, 2, True))
     yield outer_operand(ops, group, draw(1, MSA, N // size, C_M), draw)
-    yield transition(ops, group, "transition of the MSA", draw(1, MSA, N // size, C_M), draw)
-    yield transition(ops, group, "transition of pairs", columns, draw)
 
 
 def gated(ops: Operations, group: Group, name: str, x: Tensor, draw: Draw) -> Pattern:
@@ -139,18 +137,6 @@ def outer_operand(ops: Operations, group: Group, m: Tensor, draw: Draw) -> Patte
         "operand of the outer product",
         lambda to: ops.outer_product_project(m, *given, to[0])[2:],
         lambda: (point.destination(m, C_OUTER), None),
-        lambda made: [point(made[0])],
-    )
-
-
-def transition(ops: Operations, group: Group, name: str, x: Tensor, draw: Draw) -> Pattern:
-    """Each rank gets its rows, while the result stays here too."""
-    c, point = x.shape[-1], ExchangeAhead(group, split_dim=1, concat_dim=2)
-    given = [*draw.norm(c), draw.weight(4 * c, c), draw(4 * c), draw.weight(c, 4 * c), draw(c)]
-    return Pattern(
-        name,
-        lambda to: [ops.transition(x, *given, to[0])],
-        lambda: (point.destination(x, c), None),
         lambda made: [point(made[0])],
     )
 

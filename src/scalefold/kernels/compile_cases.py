@@ -77,13 +77,9 @@ def in_parts(parts: int, tile: Sequence[int], call: Callable[[], None]) -> None:
         call()
 
 
-def transitions(shape: tuple[int, int, int], c: int, factor: int, ranks: int = 1) -> None:
-    """``ranks``: each gets its rows of the result, too."""
-    weights, x = (leaf(factor * c, c), leaf(factor * c), leaf(c, factor * c), leaf(c)), leaf(*shape, c)
-    ahead = written(x, (shape[0], shape[1] // ranks, shape[2] * ranks, c), ranks)
-    if ahead is not None:
-        ahead.parts = [part[:, :, : shape[2]] for part in ahead.parts]
-    run_backward(transition.transition(x, *norm(c), *weights, ahead))
+def transitions(shape: tuple[int, int, int], c: int, factor: int) -> None:
+    weights = (leaf(factor * c, c), leaf(factor * c), leaf(c, factor * c), leaf(c))
+    run_backward(transition.transition(leaf(*shape, c), *norm(c), *weights))
 
 
 def triangle_project(shape: tuple[int, int, int], c: int, ranks: int = 1) -> None:
@@ -159,12 +155,6 @@ def compile_cases() -> list[tuple[str, Callable[[], None]]]:
         ("gated_parts", lambda: in_parts(2, (64, 64, 4, 3), lambda: gated(few, 256, 8, 32))),
         ("triangle_project_parts", lambda: in_parts(4, (64, 64, 4, 2), lambda: triangle_project(pairs, 128))),
         ("transition_parts", lambda: in_parts(4, (64, 128, 4, 2), lambda: transitions(few, 256, 4))),
-        ("msa_transition_by_halves", lambda: transitions((1, 128, 128), 256, 4, ranks=2)),
-        ("transition_to_ranks", lambda: transitions((1, 1024, 32), 64, 4, ranks=8)),
-        (
-            "transition_parts_to_ranks",
-            lambda: in_parts(4, (64, 128, 4, 2), lambda: transitions((1, 128, 32), 256, 4, ranks=8)),
-        ),
         ("transition_msa", lambda: transitions(msa, 256, 4)),
         ("transition_pair", lambda: transitions(pair, 128, 4)),
         ("transition_extra", lambda: transitions(extra, 64, 4)),

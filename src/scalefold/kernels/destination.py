@@ -11,21 +11,18 @@ class Destination:
     """Memory of all ranks that share a sample, set aside for one result of an exchange.
 
     Operations may be given one. Whoever writes the operand there says so and returns in its place a tensor of its
-    shape whose values nobody may read; whoever cannot returns the operand. A transition, whose result is read here as
-    well, returns it in any case.
+    shape whose values nobody may read; whoever cannot returns the operand.
 
     Args:
         place: of the result, in what each rank set aside.
         received: the result of this rank, whole once all ranks have met.
         parts: by rank, where in its result this rank's operand belongs: the part of that rank, or all of it.
-        rank: this one.
         written: what has been launched writes all parts.
     """
 
     place: int
     received: Tensor
     parts: Sequence[Tensor]
-    rank: int = 0
     written: bool = False
 
 

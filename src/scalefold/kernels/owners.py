@@ -33,11 +33,9 @@ def _store(view, pointers, value, rows, extent):
 
 
 @triton.jit
-def store_tile_by_rows(views, value, rows, columns, extent, LEVEL: tl.constexpr):
-    """``rows.store_tile`` where LEVEL of the rows, 0 or 1, says who owns one."""
-    owner = rows // extent.dims[1] // extent.dims[0]
-    if LEVEL == 1:
-        owner = rows // extent.dims[1] % extent.dims[0]
+def store_tile_by_rows(views, value, rows, columns, extent):
+    """``rows.store_tile`` where level 1 of the rows says who owns one."""
+    owner = rows // extent.dims[1] % extent.dims[0]
     pointers = (_pointers(views, owner) + row_offsets(views[0], rows, extent))[:, None]
     _store(views[0], pointers + columns[None, :] * views[0].strides[3], value, rows, extent)
 
@@ -56,23 +54,22 @@ def store_tile_everywhere(views, value, rows, columns, extent):
         store_tile(views[place], value, rows, columns, extent)
 
 
-def are_parts(x: Tensor, parts: Sequence[Tensor], dim: int) -> bool:
-    """Whether ``parts`` are those of a tensor like x: [1, I, J, c], dense, each with as many of its I or, dim 2, J.
+def by_columns_of(x: Tensor, parts: Sequence[Tensor]) -> bool:
+    """Whether ``parts`` are those of a tensor like x: [1, I, J, c], dense, each with as many of its J.
 
-    With that dimension split in owner and what is the owner's, they and x have rows of three levels.
+    With J split in two, they and x have rows of three levels: I, owner, the owner's J.
     """
-    if x.dim() != 4 or len(x) != 1 or not x.is_contiguous() or x.shape[dim] % len(parts):
+    if x.dim() != 4 or len(x) != 1 or not x.is_contiguous() or x.shape[2] % len(parts):
         return False
-    own = [n // len(parts) if d == dim else n for d, n in enumerate(x.shape)]
-    alike = all(list(p.shape) == own and p.stride(3) == 1 and p.stride() == parts[0].stride() for p in parts)
-    return alike and min(own[1:3]) > 1
+    own = (*x.shape[:2], x.shape[2] // len(parts), x.shape[3])
+    return own[2] > 1 and all(p.shape == own and p.stride(3) == 1 and p.stride() == parts[0].stride() for p in parts)
 
 
-def by_owner(x: Tensor, count: int, dim: int) -> Tensor:
-    """x: [1, I, J, c] with I or, dim 2, J as [owner, of an owner]."""
-    return x.unflatten(dim, (count, -1))
+def owned_columns(x: Tensor, count: int) -> Tensor:
+    """x: [1, I, J, c] as [1, I, owner, J of an owner, c]."""
+    return x.unflatten(2, (count, -1))
 
 
-def owned_part(part: Tensor, count: int, dim: int) -> Tensor:
-    """An owner's part in the same form, as if it were every owner's."""
-    return part.unsqueeze(dim).expand(*part.shape[:dim], count, *part.shape[dim:])
+def owned_part(part: Tensor, count: int) -> Tensor:
+    """An owner's part [1, I, J of an owner, c] in the same form, as if it were every owner's."""
+    return part.unsqueeze(2).expand(-1, -1, count, -1, -1)

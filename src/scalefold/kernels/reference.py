@@ -93,12 +93,8 @@ def transition(
     bias_1: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
-    destination: Destination | None = None,
 ) -> Tensor:
-    """x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15). x: [*, c]; weight_1: [n c, c] -> [*, c].
-
-    destination: where the result may be written, too.
-    """
+    """x + W2 relu(W1 LN(x) + b1) + b2 (Supplement Algorithms 9, 15). x: [*, c]; weight_1: [n c, c] -> [*, c]."""
     hidden = F.relu(F.linear(layer_norm(x, norm_weight, norm_bias), weight_1, bias_1))
     return x + F.linear(hidden, weight_2, bias_2)
 

@@ -22,17 +22,16 @@ point (attribute name)    tensors                                         layout
                           ending node
 ``begin_pair_to_rows``    z once row attention of the MSA has its bias,   columns -> rows, while the MSA
 ``end_pair_to_rows``      to the outer product, which adds to it          is attended to
-``begin_columns_to_rows`` m after the outer product, to the second        columns -> rows, while the
-``end_columns_to_rows``   triangle multiplication: the next block's rows  first one goes on
+``begin_columns_to_rows`` m after the outer product, to the end of a      columns -> rows, while the
+``end_columns_to_rows``   block, where the next one takes it              pair updates go on
 ``rows_to_channels``      operands (a, b), [B, c, I, J] each, of a        rows (dimension 2) -> channels
                           triangle multiplication                         (dimension 1)
 ``channels_to_rows``      its product x [B, c, I, J]                      channels -> rows (dimension 2)
 ========================  ==============================================  =====================================
 
 Among two ranks a, b and x stay rows, and the product of a triangle multiplication itself is another one
-(``parallel/dap/halves.py``), which ends at ``end_product``: the next block's row attention is projected while partial
-sums cross the wire. A point may have a ``destination`` (``layers``) for its operand, which is handed to the operation
-that makes it.
+(``parallel/dap/halves.py``). A point may have a ``destination`` (``layers``) for its operand, which is handed to
+the operation that makes it.
 
 The outer product needs no exchange of its own result: its operand a is this rank's columns of m, which are its rows
 of z. Dropout masks are shared along the sharded dimension by construction ([B, 1, N, c] on row shards; the transpose
@@ -48,7 +47,6 @@ from torch import Tensor, nn
 from scalefold.config import EvoformerConfig
 from scalefold.model.layers import Linear, Transition, destination, run_block, shared_row_dropout
 from scalefold.model.msa import (
-    Heads,
     MSAColumnAttention,
     MSAColumnGlobalAttention,
     MSARowAttentionWithPairBias,
@@ -100,32 +98,19 @@ class EvoformerBlockCore(nn.Module):
         self.begin_columns_to_rows = nn.Identity()
         self.end_columns_to_rows = nn.Identity()
 
-    def forward(
-        self,
-        m: Tensor,
-        z: Tensor,
-        masks: StackMasks,
-        dropout: BlockDropout,
-        following: MSARowAttentionWithPairBias | None = None,
-    ) -> tuple[Tensor | Heads, Tensor]:
-        """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, rows, and z, columns.
-
-        ``following``: the next block's row attention, for which m comes projected then.
-        """
-        m = self.msa_transition(m, destination(self.begin_columns_to_rows, m, m.shape[-1]))
+    def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
+        """m: [B, S, N, c_m], columns; z: [B, N, N, c_z], rows -> m, rows, and z, columns."""
+        m = self.msa_transition(m)
         z, m = self.outer_product_mean(z, m, masks.msa_columns, masks.num_rows)
         m = self.begin_columns_to_rows(m)
         z = self.tri_mul_out(z, masks.pair_rows, dropout.tri_mul_out)
-        z, x = self.tri_mul_in.multiply(z, masks.pair_rows)
-        m = self.end_columns_to_rows(m)
-        rows = m if following is None else following.project(m)
-        z = self.tri_mul_in.update(z, x, dropout.tri_mul_in)
+        z = self.tri_mul_in(z, masks.pair_rows, dropout.tri_mul_in)
         ahead = destination(self.rows_to_columns, z, z.shape[-1])
         z = self.tri_att_start(z, masks.pair_rows, dropout.tri_att_start, ahead)
         z = self.rows_to_columns(z)
         z = around_ending_node(self.tri_att_end, z, masks.pair_down, dropout.tri_att_end)
         z = self.pair_transition(z)
-        return rows, z
+        return self.end_columns_to_rows(m), z
 
 
 class EvoformerBlock(nn.Module):
@@ -141,25 +126,14 @@ class EvoformerBlock(nn.Module):
         self.rows_to_columns = nn.Identity()
         self.end_pair_to_rows = nn.Identity()
 
-    def forward(
-        self,
-        m: Tensor | Heads,
-        z: Tensor,
-        masks: StackMasks,
-        dropout: BlockDropout,
-        following: MSARowAttentionWithPairBias | None = None,
-    ) -> tuple[Tensor | Heads, Tensor]:
-        """m: [B, S, N, c_m], rows, which may come projected; z: [B, N, N, c_z], columns -> the same.
-
-        ``following``: the next block's row attention, for which m leaves projected.
-        """
-        rows = m.m if isinstance(m, Heads) else m
-        ahead = destination(self.rows_to_columns, rows, rows.shape[-1])
+    def forward(self, m: Tensor, z: Tensor, masks: StackMasks, dropout: BlockDropout) -> tuple[Tensor, Tensor]:
+        """m: [B, S, N, c_m], rows; z: [B, N, N, c_z], columns -> the same."""
+        ahead = destination(self.rows_to_columns, m, m.shape[-1])
         m, z = self.msa_att_row(m, z, masks.msa_rows, dropout.msa_row, ahead)
         m = self.rows_to_columns(m)
         m = self.msa_att_col(m, masks.msa_down)
         z = self.end_pair_to_rows(z)
-        return self.core(m, z, masks, dropout, following)
+        return self.core(m, z, masks, dropout)
 
 
 class BlockStack(nn.Module):
@@ -178,12 +152,8 @@ class BlockStack(nn.Module):
         """Full tensors and masks in; out come shards, of m rows, of z columns."""
         masks = self.prepare_masks(msa_mask, pair_mask)
         m, z = self.shard_rows(m), self.shard_columns(z)
-        again = self.checkpoint_blocks  # then a block keeps nothing of the next one
-        following = [None if again else block.msa_att_row for block in self.blocks[1:]] + [None]
-        for block, dropout, next_one in zip(
-            self.blocks, self.draw_dropout(m, z.transpose(1, 2)), following, strict=True
-        ):
-            m, z = run_block(block, again, m, z, masks, dropout, next_one)
+        for block, dropout in zip(self.blocks, self.draw_dropout(m, z.transpose(1, 2)), strict=True):
+            m, z = run_block(block, self.checkpoint_blocks, m, z, masks, dropout)
         return m, z
 
     def draw_dropout(self, m: Tensor, z: Tensor) -> list[BlockDropout]:

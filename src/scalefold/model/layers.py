@@ -90,10 +90,10 @@ class Transition(nn.Module):
         self.linear_1 = Linear(c, n * c, init="relu")
         self.linear_2 = Linear(n * c, c, init="final")
 
-    def forward(self, x: Tensor, ahead: Destination | None = None) -> Tensor:
-        """x + transition(x). ``ahead``: where it may be written, too."""
+    def forward(self, x: Tensor) -> Tensor:
+        """x + transition(x)."""
         norm, one, two = self.layer_norm, self.linear_1, self.linear_2
-        return self.ops.transition(x, norm.weight, norm.bias, one.weight, one.bias, two.weight, two.bias, ahead)
+        return self.ops.transition(x, norm.weight, norm.bias, one.weight, one.bias, two.weight, two.bias)
 
 
 class AttentionProjections(nn.Module):

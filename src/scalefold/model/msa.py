@@ -3,8 +3,6 @@
 Shapes are those of one process: with axial parallelism S or N is this rank's share, see ``model.evoformer``.
 """
 
-from typing import NamedTuple
-
 from torch import Tensor, nn
 
 from scalefold.kernels.destination import Destination
@@ -13,16 +11,6 @@ from scalefold.model.layers import AttentionProjections, LayerNorm, Linear, dest
 
 MASK_INF = 1e9
 GLOBAL_ATTENTION_EPS = 1e-8
-
-
-class Heads(NamedTuple):
-    """Rows m [B, S, N, c_m], and what row attention makes of them alone: [B, S, N, heads * width] each."""
-
-    m: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gate: Tensor
 
 
 class MSARowAttentionWithPairBias(nn.Module):
@@ -41,40 +29,28 @@ class MSARowAttentionWithPairBias(nn.Module):
         self.end_gather_bias = nn.Identity()
         self.begin_pair_to_rows = nn.Identity()
 
-    def project(self, m: Tensor) -> Heads:
-        """What needs no bias. m: [B, S, N, c_m]."""
-        mha, norm = self.mha, self.layer_norm_m
-        return Heads(
-            *self.ops.layer_norm_linear(
-                m,
-                norm.weight,
-                norm.bias,
-                (mha.linear_q.weight, mha.linear_k.weight, mha.linear_v.weight, mha.linear_g.weight),
-                (None, None, None, mha.linear_g.bias),
-            )
-        )
-
     def forward(
-        self,
-        m: Tensor | Heads,
-        z: Tensor,
-        mask: Tensor,
-        dropout: Tensor | None = None,
-        ahead: Destination | None = None,
+        self, m: Tensor, z: Tensor, mask: Tensor, dropout: Tensor | None = None, ahead: Destination | None = None
     ) -> tuple[Tensor, Tensor]:
         """m + dropout(update), and z as it is. m: [B, S, N, c_m]; z: [B, I, J, c_z]; mask: [B, S, N] -> m, z.
 
-        m may come projected. Whoever needs z afterwards takes the returned one, behind ``end_pair_to_rows``: its
-        gradients then meet in one operation.
+        Whoever needs z afterwards takes the returned one, behind ``end_pair_to_rows``: its gradients then meet in one
+        operation.
         ``dropout``: a mask drawn ahead, or None to draw it here. ``ahead``: where m may be written instead.
         """
-        ops, mha = self.ops, self.mha
+        ops, mha, norm = self.ops, self.mha, self.layer_norm_m
         bias_ahead = destination(self.begin_gather_bias, z, mha.num_heads)
         z, bias = ops.layer_norm_linear(
             z, self.layer_norm_z.weight, self.layer_norm_z.bias, (self.linear_z.weight,), (None,), bias_ahead
         )
         bias, z = self.begin_gather_bias(bias), self.begin_pair_to_rows(z)
-        m, q, k, v, gate = m if isinstance(m, Heads) else self.project(m)
+        m, q, k, v, gate = ops.layer_norm_linear(
+            m,
+            norm.weight,
+            norm.bias,
+            (mha.linear_q.weight, mha.linear_k.weight, mha.linear_v.weight, mha.linear_g.weight),
+            (None, None, None, mha.linear_g.bias),
+        )
         bias = self.end_gather_bias(bias).permute(0, 3, 1, 2)
         o = ops.attention(*map(mha.split_heads, (q, k, v)), mask, bias, MASK_INF)
         if dropout is None:

@@ -51,7 +51,6 @@ class TriangleMultiplication(nn.Module):
         self.layer_norm_out = LayerNorm(c_hidden)
         self.rows_to_channels = nn.Identity()
         self.product = TriangleProduct(outgoing)
-        self.end_product = nn.Identity()
         self.channels_to_rows = nn.Identity()
 
     def forward(self, z: Tensor, mask: Tensor, dropout: Tensor | None = None) -> Tensor:
@@ -59,10 +58,6 @@ class TriangleMultiplication(nn.Module):
 
         ``dropout``: a mask drawn ahead, or None to draw it here.
         """
-        return self.update(*self.multiply(z, mask), dropout)
-
-    def multiply(self, z: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """z as it is, and the product [B, c, I, J], which only ``update`` may read: it may be under way."""
         norm = self.layer_norm_in
         z, a, b = self.ops.triangle_project(
             z,
@@ -79,14 +74,10 @@ class TriangleMultiplication(nn.Module):
             self.linear_b_g.bias,
             destinations((self.rows_to_channels, self.product), z, self.linear_a_p.out_features),
         )
-        return z, self.product(*self.rows_to_channels((a, b)))
-
-    def update(self, z: Tensor, x: Tensor, dropout: Tensor | None = None) -> Tensor:
-        """The second half of ``forward``."""
-        norm = self.layer_norm_in
         if dropout is None:
             dropout = shared_row_dropout(self.ops, z, self.dropout, self.training)
-        x = self.channels_to_rows(self.end_product(x))
+        a, b = self.rows_to_channels((a, b))
+        x = self.channels_to_rows(self.product(a, b))
         return self.ops.triangle_output(
             z,
             x,

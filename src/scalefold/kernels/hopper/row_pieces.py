@@ -277,26 +277,6 @@ def pace(walk):
     return CONSUMERS * walk.step
 
 
-class Order(NamedTuple):
-    """How tiles follow each other: as they come (None), or those of the ``first`` half, 0 or 1, of every line before
-    all others. A line has ``per_line`` tiles.
-    """
-
-    per_line: Any
-    first: Any
-
-
-@gluon.jit
-def in_turn(order, turn, tiles):
-    """The tile whose turn it is."""
-    if order.per_line is None:
-        return turn
-    else:  # noqa: RET505
-        half, count = order.per_line // 2, tiles // 2
-        line, within = turn % count // half, turn % count % half
-        return line * order.per_line + (order.first ^ (turn // count)) * half + within
-
-
 @gluon.jit
 def corner(walk, tile, segment, column, ACROSS: gl.constexpr):
     """Where a tile begins, for the copy engine. Tiles of a segment follow those of all segments before it."""

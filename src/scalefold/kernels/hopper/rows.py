@@ -145,31 +145,16 @@ def transition_obstacle(x: Tensor, weights: Sequence[Tensor], d_out: Tensor | No
     return rows_obstacle(x) or preference(name, x, n=hidden)
 
 
-def fits_halves(parts: Sequence[Tensor]) -> bool:
-    """Whether ``transition`` can write its result to these parts of it, too: two [1, I / 2, J, c]."""
-    first = parts[0]
-    return len(parts) == 2 and first.shape[2] % PART == 0 and first.stride(1) % first.stride(2) == 0
-
-
-def transition(
-    x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor, also: Sequence[Tensor] = (), rank: int = 0
-) -> None:
-    """``reference.transition``; out: [*, c] lies as x does. also: nothing, or the two of ``fits_halves``, of which that
-    of ``rank`` is near.
-    """
+def transition(x: Tensor, norm: Norm, linear_1: Affine, linear_2: Affine, out: Tensor) -> None:
+    """``reference.transition``; out: [*, c] lies as x does."""
     assert linear_1.weight is not None
     order, (hidden, c) = memory_order(x), linear_1.weight.shape
     kept, x_stages, stages = HIDDEN_TILES[c]
-    halves, lines = [None, None], (1, 1, 1)
-    if also:
-        _, i, j, _ = also[0].shape
-        lines = (i, j, also[0].stride(1) // also[0].stride(2))
-        halves = [matrix(part.as_strided(((i - 1) * lines[2] + j, c), part.stride()[2:]), PART, c) for part in also]
     hopper_transition[programs(x)](
         matrix(by_rows(x, order), PART, c), weight_tiles(linear_1.weight, HIDDEN_BLOCK, c),
-        weight_tiles(linear_2.weight, c, HIDDEN_BLOCK), matrix(by_rows(out, order), PART, c), *halves, norm,
-        (linear_1.bias, linear_2.bias), hidden // HIDDEN_BLOCK, x.shape[:-1].numel() // PART, *lines,
-        1 - rank, KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
+        weight_tiles(linear_2.weight, c, HIDDEN_BLOCK), matrix(by_rows(out, order), PART, c), norm,
+        (linear_1.bias, linear_2.bias), hidden // HIDDEN_BLOCK, x.shape[:-1].numel() // PART,
+        KEPT=kept, X_STAGES=x_stages, STAGES=stages, num_warps=4,
     )  # fmt: skip
 
 

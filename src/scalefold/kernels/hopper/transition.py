@@ -29,9 +29,7 @@ from scalefold.kernels import hopper
 from scalefold.kernels.hopper.pieces import CONSUMERS, group_barrier, initialised, publish, tiles_for
 from scalefold.kernels.hopper.row_pieces import (
     ROWS,
-    Order,
     fetch,
-    in_turn,
     leave,
     new_ring,
     normalised,
@@ -66,7 +64,7 @@ def _fetch_blocks(descriptors, ring, weights, blocks, tiles):
 
     Where x has one slot, which the tile before leaves late, it comes with the last block that needs no leave before.
     """
-    x, weight_1, weight_2, order = descriptors
+    x, weight_1, weight_2 = descriptors
     STAGES: gl.constexpr = weights.first.shape[0]
     WITH_X: gl.constexpr = 0 if ring.slots.shape[0] > CONSUMERS else STAGES - 1
     n = 0
@@ -81,9 +79,9 @@ def _fetch_blocks(descriptors, ring, weights, blocks, tiles):
             tma.async_copy_global_to_shared(weight_2, [0, block * HIDDEN], full, weights.second.index(slot))
             step += 1
             if block == WITH_X:
-                fetch(ring, x, in_turn(order, tile, tiles) * ROWS, 0, 0, n)
+                fetch(ring, x, tile * ROWS, 0, 0, n)
                 if tile + 1 < tiles:
-                    fetch(ring, x, in_turn(order, tile + 1, tiles) * ROWS, 0, 1, n)
+                    fetch(ring, x, (tile + 1) * ROWS, 0, 1, n)
         n += 1  # noqa: SIM113
 
 
@@ -102,41 +100,17 @@ def leave_block(weights, slot):
     mbarrier.arrive(weights.empty.index(slot), count=1)
 
 
-class Halves(NamedTuple):
-    """Where halves of rows [2, lines, row] go: two descriptors, or None; lines, rows of a line, and by how many rows
-    lines are apart there.
-    """
-
-    first: Any
-    second: Any
-    lines: Any
-    line: Any
-    apart: Any
-
-
-@gluon.jit
-def _send_to_owner(halves, row, slot):
-    """Store a tile that has just been stored, from ``row`` on, in the half that has its line."""
-    line = row // halves.line
-    at = (line % halves.lines * halves.apart + row % halves.line, 0)
-    if line < halves.lines:
-        tma.async_copy_shared_to_global(halves.first, at, slot)
-    else:
-        tma.async_copy_shared_to_global(halves.second, at, slot)
-
-
 @gluon.jit
 def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
     """A consumer. The last pair of tiles may be one: then the second consumer only lets blocks pass."""
-    x, out, halves, norm, biases, ring, weights, again, blocks, tiles, order = shared
+    x, out, norm, biases, ring, weights, again, blocks, tiles = shared
     C: gl.constexpr = weights.first.shape[2]
     STAGES: gl.constexpr = weights.first.shape[0]
     n = 0
     step = 0
     for pair in range(gl.program_id(0) * CONSUMERS, tiles, gl.num_programs(0) * CONSUMERS):
-        turn = pair + SIDE
-        if turn < tiles:
-            tile = in_turn(order, turn, tiles)
+        tile = pair + SIDE
+        if tile < tiles:
             if not KEPT:  # noqa: SIM102  (known when it is compiled, unlike n)
                 if n > 0:
                     wait_until_sent(0)
@@ -174,8 +148,6 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
             group_barrier()
             slot_x.store((before + acc + per_column(biases[1], 0, C)).to(gl.bfloat16))
             send(out, tile * ROWS, 0, slot_x)
-            if halves.first is not None:
-                _send_to_owner(halves, tile * ROWS, slot_x)
         else:
             for _ in range(blocks):
                 slot = step % STAGES
@@ -187,15 +159,14 @@ def _transform(shared, SIDE: gl.constexpr, KEPT: gl.constexpr):
 
 
 @program
-@gluon.jit(do_not_specialize=["blocks", "tiles", "lines", "line", "apart", "first"])
+@gluon.jit(do_not_specialize=["blocks", "tiles"])
 def hopper_transition(
-    x, weight_1, weight_2, out, half, other_half, norm, biases, blocks, tiles, lines, line, apart, first,
+    x, weight_1, weight_2, out, norm, biases, blocks, tiles,
     KEPT: gl.constexpr, X_STAGES: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Descriptors of x and out [64 tiles, C] and weights [hidden, C] and [C, hidden] in ``blocks``.
 
-    biases: of both linears. At least STAGES blocks. Others: ``Halves``, of which the ``first``, 0 or 1, is made before
-    the other.
+    biases: of both linears. At least STAGES blocks.
     """
     wait_for_predecessors()
     ring = new_ring(x, X_STAGES)
@@ -204,16 +175,12 @@ def hopper_transition(
     )
     again = one_arrival(CONSUMERS)
     publish()
-    halves = Halves(half, other_half, lines, line, apart)
-    order = Order(None, None)
-    if half is not None:
-        order = Order(tiles, first)
-    shared = (x, out, halves, norm, biases, ring, weights, again, blocks, tiles, order)
+    shared = (x, out, norm, biases, ring, weights, again, blocks, tiles)
     gl.warp_specialize(
         [
             (_transform, (shared, 0, KEPT)),
             (_transform, (shared, 1, KEPT)),
-            (_fetch_blocks, ((x, weight_1, weight_2, order), ring, weights, blocks, tiles)),
+            (_fetch_blocks, ((x, weight_1, weight_2), ring, weights, blocks, tiles)),
         ],
         [4, 4],
         [240, 24],

@@ -22,7 +22,7 @@ from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import program, sigmoid, to_fp32, wait_for_predecessors
-from scalefold.kernels.owners import are_parts, by_owner, owned_part, store_tile_by_rows
+from scalefold.kernels.owners import by_columns_of, owned_columns, owned_part, store_tile_by_rows
 from scalefold.kernels.rows import (
     Affine,
     Rows,
@@ -86,7 +86,7 @@ def _forward_kernel(
         acc *= load_tile(dropout, rows, c, extent).to(tl.float32)
     acc += load_tile(x, rows, c, extent).to(tl.float32)
     if len(outs) > 1:
-        store_tile_by_rows(outs, acc, rows, c, extent, 1)
+        store_tile_by_rows(outs, acc, rows, c, extent)
     else:
         store_tile(outs[0], acc, rows, c, extent)
 
@@ -126,10 +126,9 @@ class _GatedOutput(torch.autograd.Function):
         ctx.save_for_backward(o, gate, weight, bias, dropout)
         by_gluon = chosen("gated output", hopper.gated_output_obstacle(x, o, gate, weight, dropout))
         outs = () if destination is None else destination.parts
-        if destination is None or not (hopper.fits_halves(x, dropout, outs) if by_gluon else are_parts(x, outs, 2)):
+        if destination is None or not (hopper.fits_halves(x, dropout, outs) if by_gluon else by_columns_of(x, outs)):
             outs, destination = [torch.empty_like(x)], None
-        rank = 0 if destination is None else destination.rank
-        (hopper.gated_output if by_gluon else _forward)(x, o, gate, dropout, Affine(weight, bias), outs, rank)
+        (hopper.gated_output if by_gluon else _forward)(x, o, gate, dropout, Affine(weight, bias), outs)
         if destination is None:
             return outs[0]
         destination.written = True
@@ -154,9 +153,9 @@ class _GatedOutput(torch.autograd.Function):
 
 
 def _forward(
-    x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, outs: Sequence[Tensor], rank: int
+    x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, outs: Sequence[Tensor]
 ) -> None:
-    """``hopper.gated_output`` in Triton; outs: one like x, or parts of its columns, by rank."""
+    """``hopper.gated_output`` in Triton; outs: one like x, or those of ``by_columns_of``."""
     assert linear.weight is not None
     (c, hd), ranks = linear.weight.shape, len(outs)
     config = tuning.chosen_parts(
@@ -164,8 +163,8 @@ def _forward(
     )
     tensors: dict[str, Rows] = {"x": x, "o": o, "gate": gate, "dropout": dropout, "outs": tuple(outs)}
     if ranks > 1:
-        given = {name: t if t is None else by_owner(t, ranks, 2) for name, t in tensors.items() if name != "outs"}
-        tensors = given | {"outs": tuple(owned_part(part, ranks, 2) for part in outs)}
+        given = {name: t if t is None else owned_columns(t, ranks) for name, t in tensors.items() if name != "outs"}
+        tensors = given | {"outs": tuple(owned_part(part, ranks) for part in outs)}
     launch(_forward_kernel, config, tensors, linear=Affine(linear.weight.contiguous(), linear.bias), C=c, HD=hd)
 
 

@@ -25,24 +25,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.around.aside import Gradients
-from scalefold.kernels.destination import Destination
-from scalefold.kernels.gradients.transition_weights import hidden_blocks, recomputed_partials
-from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
+from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, Product, row_ranges, weight_partials
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
-from scalefold.kernels.instructions import program, wait_for_predecessors
+from scalefold.kernels.instructions import program, to_fp32, wait_for_predecessors
 from scalefold.kernels.ops.elementwise import in_order
 from scalefold.kernels.ops.layer_norm import norm_gradient, normed_rows
-from scalefold.kernels.owners import are_parts, by_owner, owned_part, store_tile_by_rows
 from scalefold.kernels.rows import (
     Affine,
     Norm,
-    Rows,
     View,
     dot,
     launch,
@@ -65,19 +62,17 @@ Two = tuple[Tensor, Tensor]
 tuning.register_tiles("transition_forward", {64: (64, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)})
 tuning.register_parts("transition_columns")
 tuning.register("transition_update", lambda fields, capability: {"PARTS": 2, **tuning.tile_config((64, 64, 4, 3))})
+tuning.register_tiles("transition_weights", {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2)})
 tuning.register_tiles("transition_backward", {64: (64, 64, 4, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)})
 
 
 @program
 @triton.jit
 def _forward_kernel(
-    x, norm, weight_1, bias_1, weight_2, bias_2, out, also, extent,
+    x, norm, weight_1, bias_1, weight_2, bias_2, out, extent,
     HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Tile of rows: norm, both linears block by block of the hidden layer, residual. The weights come as blocks.
-
-    ``also``, unless None: views of which each gets the rows that its rank owns.
-    """
+    """Tile of rows: norm, both linears block by block of the hidden layer, residual. The weights come as blocks."""
     wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, C)
@@ -91,8 +86,6 @@ def _forward_kernel(
     acc += load_vector(bias_2, C)[None, :]
     acc += load_tile(x, rows, c, extent).to(tl.float32)
     store_tile(out, acc, rows, c, extent)
-    if also is not None:
-        store_tile_by_rows(also, acc, rows, c, extent, 0)
 
 
 @program
@@ -116,12 +109,12 @@ def _hidden_kernel(
 @program
 @triton.jit
 def _update_kernel(
-    x, hidden, weight, bias, out, also, extent,
+    x, hidden, weight, bias, out, extent,
     HIDDEN: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tile of rows, part of the channels: x + W2 hidden + b2, by blocks of BLOCK_N hidden channels.
 
-    The weight comes as blocks [C / PARTS, BLOCK_N]. ``also``: as in ``_forward_kernel``.
+    The weight comes as blocks [C / PARTS, BLOCK_N].
     """
     wait_for_predecessors()
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -134,8 +127,6 @@ def _update_kernel(
     acc += tl.load(bias + c).to(tl.float32)[None, :]
     acc += load_tile(x, rows, c, extent).to(tl.float32)
     store_tile(out, acc, rows, c, extent)
-    if also is not None:
-        store_tile_by_rows(also, acc, rows, c, extent, 0)
 
 
 @program
@@ -185,18 +176,47 @@ def _backward_kernel(
         store_tile(dx, gradient, rows, c, extent)
 
 
-def _tensors(x: Tensor, out: Tensor, also: Sequence[Tensor], **others: Tensor) -> dict[str, Rows]:
-    """What a program that makes ``out``, and writes parts of its dimension 1 ``also`` where they are owned, reads."""
-    given, ranks = {"x": x, "out": out, **others}, len(also)
-    if not ranks:
-        return {**given, "also": None}
-    given = {name: by_owner(tensor, ranks, 1) for name, tensor in given.items()}
-    return {**given, "also": tuple(owned_part(part, ranks, 1) for part in also)}
+@program
+@triton.jit
+def _weights_kernel(
+    normed, d_out, weight_1, bias_1, weight_2, partials, num_rows, rows_per_split,
+    HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (block of the hidden layer, range of rows) -> partials[range]: gradients of weight 1, weight 2, bias 1.
+
+    The hidden layer and its gradient come as [BLOCK_N, rows], the left operands of the products. Everything is read by
+    descriptors, as zeros past the rows.
+    """
+    wait_for_predecessors()
+    first = tl.program_id(0) * BLOCK_N
+    n, c = first + tl.arange(0, BLOCK_N), tl.arange(0, C)
+    start = tl.program_id(1) * rows_per_split
+    partials += tl.program_id(1).to(tl.int64) * (2 * HIDDEN * C + HIDDEN)
+    block_1, block_2 = weight_1.load([first, 0]), tl.trans(weight_2.load([0, first]))
+    bias = tl.load(bias_1 + n).to(tl.float32)
+    acc_1, acc_2 = tl.zeros([BLOCK_N, C], tl.float32), tl.zeros([BLOCK_N, C], tl.float32)
+    sums = tl.zeros([BLOCK_N], tl.float32)
+    for row in range(start, tl.minimum(start + rows_per_split, num_rows), BLOCK_M):
+        x, d = normed.load([row, 0]), d_out.load([row, 0])
+        hidden = dot(block_1, tl.trans(x), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        hidden = tl.maximum(hidden + bias[:, None], 0.0)
+        d_hidden = dot(block_2, tl.trans(d), tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+        d_hidden = tl.where(hidden > 0.0, d_hidden, 0.0).to(d.dtype)
+        sums += tl.sum(to_fp32(d_hidden), 1)
+        acc_1 = dot(d_hidden, x, acc_1)
+        acc_2 = dot(hidden.to(d.dtype), d, acc_2)
+    tl.store(partials + n[:, None] * C + c[None, :], acc_1)
+    tl.store(partials + HIDDEN * C + n[:, None] + c[None, :] * HIDDEN, acc_2)
+    tl.store(partials + 2 * HIDDEN * C + n, sums)
 
 
-def _in_layers(
-    x: Tensor, norm: Norm, parameters: Sequence[Tensor], out: Tensor, also: Sequence[Tensor], config: tuning.Config
-) -> None:
+def _blocks(weight_1: Tensor, weight_2: Tensor, config: tuning.Config) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Both weights in blocks of BLOCK_N hidden channels."""
+    c, block = weight_1.shape[1], config["BLOCK_N"]
+    return weight_blocks(weight_1, (block, c)), weight_blocks(weight_2, (c, block))
+
+
+def _in_layers(x: Tensor, norm: Norm, parameters: Sequence[Tensor], out: Tensor, config: tuning.Config) -> None:
     """Transition of x: [*, c] to ``out``, in its memory order, by both linears; config: of the first launch."""
     weight_1, bias_1, weight_2, bias_2 = parameters
     (hidden, c), count = weight_1.shape, x.shape[:-1].numel()
@@ -208,7 +228,7 @@ def _in_layers(
     own = tuning.lookup("transition_update", **tuning.row_fields(count, x.dtype, c=c, n=hidden))
     parts, block = max(1, min(own["PARTS"], c // tuning.NARROWEST_PART)), min(own["BLOCK_N"], hidden)
     launch(
-        _update_kernel, {**own, "PARTS": parts, "BLOCK_N": block}, _tensors(x, out, also, hidden=between), bias=bias_2,
+        _update_kernel, {**own, "PARTS": parts, "BLOCK_N": block}, {"x": x, "hidden": between, "out": out}, bias=bias_2,
         weight=weight_blocks(weight_2, (c // parts, block)), HIDDEN=hidden, C=c,
     )  # fmt: skip
 
@@ -217,24 +237,20 @@ class _Transition(torch.autograd.Function):
     """Arguments: those of ``transition``."""
 
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2, destination):
+    def forward(ctx, x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2):
         ctx.save_for_backward(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
         out, (hidden, c), norm = torch.empty_like(x), weight_1.shape, Norm(norm_weight, norm_bias)
-        by_gluon, also, rank = chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))), (), 0
-        parts = () if destination is None else destination.parts
-        if destination and are_parts(x, parts, 1) and (not by_gluon or hopper.fits_halves(parts)):
-            also, rank, destination.written = parts, destination.rank, True
-        if by_gluon:
-            hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out, also, rank)
+        if chosen("transition", hopper.transition_obstacle(x, (weight_1, weight_2))):
+            hopper.transition(x, norm, Affine(weight_1, bias_1), Affine(weight_2, bias_2), out)
             return out
         config = tuning.chosen_parts("transition_columns", "transition_forward", x, hidden, hidden)
         if config["PARTS"] > 1:
-            _in_layers(x, norm, (weight_1, bias_1, weight_2, bias_2), out, also, config)
+            _in_layers(x, norm, (weight_1, bias_1, weight_2, bias_2), out, config)
             return out
         del config["PARTS"]
-        blocks = hidden_blocks(weight_1, weight_2, config)
+        blocks = _blocks(weight_1, weight_2, config)
         launch(
-            _forward_kernel, config, _tensors(x, out, also), norm=norm, weight_1=blocks[0], bias_1=bias_1,
+            _forward_kernel, config, {"x": x, "out": out}, norm=norm, weight_1=blocks[0], bias_1=bias_1,
             weight_2=blocks[1], bias_2=bias_2, HIDDEN=hidden, C=c,
         )  # fmt: skip
         return out
@@ -251,10 +267,10 @@ class _Transition(torch.autograd.Function):
         x, d_out = (tensor.movedim(order, places) for tensor in (x, d_out))  # what is made from here on: rows like x
         if chosen("transition's gradient", hopper.transition_obstacle(x, (weight_1, weight_2), d_out)):
             dx, gradients = _by_gluon(x, d_out, parameters)
-            return dx.movedim(places, order), *gradients, None
+            return dx.movedim(places, order), *gradients
         if recomputed and hopper.is_dense(d_out):
             dx, gradients = _recomputed(x, d_out, parameters, config)
-            return dx.movedim(places, order), *gradients, None
+            return dx.movedim(places, order), *gradients
         if by_library:
             normed = normed_rows(x, norm_weight, norm_bias)
             hidden = torch._addmm_activation(bias_1, normed.reshape(-1, c), weight_1.t())  # bias and relu inside
@@ -263,7 +279,7 @@ class _Transition(torch.autograd.Function):
         else:
             dx, normed, hidden = torch.empty_like(x), torch.empty_like(x), x.new_empty(*x.shape[:-1], width)
         d_hidden = torch.empty_like(hidden)
-        blocks = hidden_blocks(weight_1, weight_2, config)
+        blocks = _blocks(weight_1, weight_2, config)
         tensors = {"x": x, "d_out": d_out, "hidden_rows": hidden, "normed_out": normed, "dx": dx}
         partials = launch_with_sums(
             _backward_kernel, config, tensors, 3 * c + width, norm=Norm(norm_weight, norm_bias), weight_1=blocks[0],
@@ -275,7 +291,7 @@ class _Transition(torch.autograd.Function):
             d_normed = (d_hidden.view(-1, width) @ weight_1).view(x.shape)
             dx, norm_sums = norm_gradient(d_normed, x, norm_weight, through=d_out)
         gradients = _stored_gradients((norm_sums, bias_sums), (normed, d_out), (hidden, d_hidden), parameters)
-        return dx.movedim(places, order), *gradients, None
+        return dx.movedim(places, order), *gradients
 
 
 def _stored_gradients(sums: Two, rows: Two, hidden_rows: Two, parameters: Sequence[Tensor]) -> Gradients:
@@ -324,7 +340,7 @@ def _recomputed(
         if chosen("weight gradients of a transition", obstacle):
             partials = gluon.transition_weights(normed, d_out, linear, weight_2)
         else:
-            partials = recomputed_partials(normed.view(-1, c), d_out.view(-1, c), linear, weight_2)
+            partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), linear, weight_2)
         d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([*sums.split([2 * c, c], 1), *partials], dtype)
         return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
 
@@ -336,13 +352,27 @@ def _recomputed_input(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of x: [*, c], its layer norm, and partial sums [tiles, 3 c]; see ``_recomputed``."""
     (weight_1, bias_1), (c, width) = linear, weight_2.shape
-    dx, normed, blocks = torch.empty_like(x), x.new_empty(x.shape), hidden_blocks(weight_1, weight_2, config)
+    dx, normed, blocks = torch.empty_like(x), x.new_empty(x.shape), _blocks(weight_1, weight_2, config)
     tensors = {"x": x, "d_out": d_out, "hidden_rows": normed, "normed_out": normed, "dx": dx}
     sums = launch_with_sums(
         _backward_kernel, config, tensors, 3 * c, norm=norm, weight_1=blocks[0], bias_1=bias_1, weight_2=blocks[1],
         d_hidden_out=normed, FUSED=True, STORED=False, HIDDEN=width, C=c,
     )  # fmt: skip
     return dx, normed, sums
+
+
+def _weight_partials(normed: Tensor, d_out: Tensor, linear: Affine, weight_2: Tensor) -> tuple[Tensor, ...]:
+    """Partial gradients [ranges, *] of weight 1, weight 2 and bias 1 from rows [rows, c] of norm and gradient."""
+    (num_rows, c), (weight_1, bias_1), width = normed.shape, linear, weight_2.shape[1]
+    config = tuning.chosen_tiles("transition_weights", normed, width, width)
+    rows = [TensorDescriptor.from_tensor(matrix, [config["BLOCK_M"], c]) for matrix in (normed, d_out)]
+    blocks, num_blocks = _blocks(weight_1, weight_2, config), width // config["BLOCK_N"]
+    per_range, num_ranges = row_ranges(num_rows, config["BLOCK_M"], num_blocks, NUM_PROGRAMS)
+    partials = torch.empty(num_ranges, 2 * width * c + width, dtype=torch.float32, device=normed.device)
+    _weights_kernel[(num_blocks, num_ranges)](
+        *rows, blocks[0], bias_1, blocks[1], partials, num_rows, per_range, HIDDEN=width, C=c, **config
+    )
+    return partials.split([width * c, width * c, width], 1)
 
 
 def obstacle(
@@ -365,8 +395,6 @@ def transition(
     bias_1: Tensor,
     weight_2: Tensor,
     bias_2: Tensor,
-    destination: Destination | None = None,
 ) -> Tensor:
     """``reference.transition``; the result lies in the memory order of x."""
-    parameters = (norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)
-    return _Transition.apply(x, *parameters, destination)  # type: ignore[return-value]
+    return _Transition.apply(x, norm_weight, norm_bias, weight_1, bias_1, weight_2, bias_2)  # type: ignore[return-value]

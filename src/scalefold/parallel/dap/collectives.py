@@ -48,10 +48,8 @@ class Direct(Protocol):
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
     ) -> list[Tensor]: ...
 
-    def met_later(self) -> Callable[[], None]: ...
-
     def begin_all_to_all(
-        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
     ) -> tuple[list[Tensor], Callable[[], None]]: ...
 
     def all_gather(self, x: Tensor, dim: int, lasts: Lasts, place: int | None = None) -> Tensor: ...
@@ -179,22 +177,9 @@ class Flight:
     wait: Callable[[], object] = lambda: None
 
 
-def begin_all_to_all(
-    x: Tensor,
-    split_dim: int,
-    concat_dim: int,
-    group: Group,
-    lasts: Lasts = Lasts.LONG,
-    destinations: Sequence[Destination] = (),
-) -> Flight:
+def begin_all_to_all(x: Tensor, split_dim: int, concat_dim: int, group: Group, lasts: Lasts = Lasts.LONG) -> Flight:
     """``all_to_all`` of x, dimensions >= 0; other work goes on until ``end_all_to_all``."""
     mapped = group.direct
-    if destinations and mapped is not None:
-        (own,) = destinations
-        if own.written:
-            return Flight(own.received, wait=mapped.met_later())
-        (received,), wait = mapped.begin_all_to_all([x], split_dim, concat_dim, lasts, own.place)
-        return Flight(received, wait=wait)
     if mapped is not None and mapped.takes([x], split_dim, concat_dim):
         (received,), wait = mapped.begin_all_to_all([x], split_dim, concat_dim, lasts)
         return Flight(received, wait=wait)

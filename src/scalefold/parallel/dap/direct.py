@@ -77,8 +77,7 @@ class DirectExchanges:
         self._stream: torch.cuda.Stream | None = None  # of what goes on beside other work
         self._beside: list[_Beside] = []
         self._turn = 0
-        self._met = self._met_in_line = 0  # barriers of exchanges so far, and of them those that all others wait for
-        self._is_aside = False
+        self._met = 0  # barriers of exchanges so far
 
     def begin(self) -> None:
         """A step begins on all ranks of the group."""
@@ -108,7 +107,7 @@ class DirectExchanges:
             results = [peer[place:].view(x.dtype)[: received.numel()].view(*inner) for peer in self.arrivals.peers]
             parts = self._own_parts(results, dim, inner[dim] // self.size)
             parts = [_in_place(part, order) for part in parts]
-            found.append(Destination(place, _in_place(received, order), parts, self.rank))
+            found.append(Destination(place, _in_place(received, order), parts))
             place += received.numel() * received.element_size()
         return found
 
@@ -132,20 +131,6 @@ class DirectExchanges:
             self._meet()
         return destination.received, self._waiting()
 
-    def met_later(self) -> Callable[[], None]:
-        """What to call before anybody reads what has been written by now: it meets a barrier, unless another exchange
-        has met one since.
-        """
-        met, in_line = self._met, self._met_in_line
-
-        def wait() -> None:
-            if self._met_in_line == in_line:
-                self._join()
-                if self._met == met:
-                    self._meet()
-
-        return wait
-
     def all_to_all(
         self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
     ) -> list[Tensor]:
@@ -158,10 +143,12 @@ class DirectExchanges:
         return outs
 
     def begin_all_to_all(
-        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts, place: int | None = None
+        self, xs: Sequence[Tensor], split_dim: int, concat_dim: int, lasts: Lasts
     ) -> tuple[list[Tensor], Callable[[], None]]:
-        """The same beside other work, and what to call before anybody reads it: ``met_later``."""
-        return self._all_to_all(xs, split_dim, concat_dim, lasts, self._aside(xs, meets=False), place)
+        """The same beside other work, and what to call before anybody reads it: it meets a barrier, unless another
+        exchange has met one since.
+        """
+        return self._all_to_all(xs, split_dim, concat_dim, lasts, self._aside(xs, meets=False))
 
     def _all_to_all(
         self,
@@ -181,7 +168,14 @@ class DirectExchanges:
         if place is not None:
             with launching as beside:
                 arrived = self._sent(xs, shape, place, False, split_block, concat_block, beside)
-            return arrived, self.met_later()
+            met = self._met
+
+            def wait() -> None:
+                self._join()
+                if self._met == met:
+                    self._meet()
+
+            return arrived, wait
         outs = [x.new_empty(shape) for x in xs]
         with self._in_line():
             for staged, out in zip(self._staged(xs), outs, strict=True):
@@ -257,9 +251,7 @@ class DirectExchanges:
         self._stream = self._stream or torch.cuda.Stream(xs[0].device)
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._is_aside = True
             yield True
-            self._is_aside = False
         self._beside.append(_Beside(self._stream.record_event(), xs, meets))
 
     def _join(self) -> None:
@@ -302,12 +294,8 @@ class DirectExchanges:
     def _meet(self) -> None:
         """The barrier behind which all that was sent so far has arrived."""
         assert self.arrivals is not None
-        self._count_barrier()
-        self.arrivals.barrier()
-
-    def _count_barrier(self) -> None:
         self._met += 1
-        self._met_in_line += not self._is_aside
+        self.arrivals.barrier()
 
     def _targets(self, arrivals: Arrivals, place: int, dtype: torch.dtype, concat_block: int) -> list[Tensor]:
         """Of each peer the results at ``place``, in which this rank's parts are runs of ``concat_block`` elements."""
@@ -324,7 +312,7 @@ class DirectExchanges:
         places = [slice(n * count, (n + 1) * count) for n in range(len(xs))]
         for x, place in zip(xs, places, strict=True):
             self.stages[turn].view(dtype)[place].view(x.shape).copy_(x)
-        self._count_barrier()
+        self._met += 1
         self.barrier()
         return [[peer[place] for peer in self.views[dtype][turn]] for place in places]
 

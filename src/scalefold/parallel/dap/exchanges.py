@@ -82,30 +82,22 @@ class _Overlapped(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        begins: bool,
-        dims: tuple[int, int],
-        group: Group,
-        flights: Flights,
-        destinations: Sequence[Destination] = (),
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, begins: bool, dims: tuple[int, int], group: Group, flights: Flights) -> Tensor:
         ctx.begins, ctx.dims, ctx.group, ctx.flights, ctx.shape = begins, dims, group, flights, x.shape
         if begins:
-            flights["forward"] = collectives.begin_all_to_all(x, *dims, group, Lasts.by(ctx), destinations)
+            flights["forward"] = collectives.begin_all_to_all(x, *dims, group, Lasts.by(ctx))
             return flights["forward"].received
         out = collectives.end_all_to_all(flights.pop("forward"), dims[1])
         return out.view_as(out)  # what arrived by itself is x
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         split_dim, concat_dim = ctx.dims
         if ctx.begins:
-            return collectives.end_all_to_all(ctx.flights.pop("backward"), split_dim), None, None, None, None, None
+            return collectives.end_all_to_all(ctx.flights.pop("backward"), split_dim), None, None, None, None
         flight = collectives.begin_all_to_all(grads[0], concat_dim, split_dim, ctx.group, Lasts.SHORT)
         ctx.flights["backward"] = flight
-        return flight.received.view(ctx.shape), None, None, None, None, None
+        return flight.received.view(ctx.shape), None, None, None, None
 
 
 class _OverlappedGather(torch.autograd.Function):
@@ -180,19 +172,12 @@ def exchange_all(
     return _Exchange.apply(split_dim, concat_dim, group, destinations, *xs)
 
 
-def begin_exchange(
-    x: Tensor,
-    split_dim: int,
-    concat_dim: int,
-    group: Group,
-    flights: Flights,
-    destinations: Sequence[Destination] = (),
-) -> Tensor:
+def begin_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:
     """First half of ``exchange``: a tensor that only ``end_exchange`` may read, after whatever else can be done.
 
     split_dim, concat_dim >= 0.
     """
-    return _Overlapped.apply(x, True, (split_dim, concat_dim), group, flights, destinations)
+    return _Overlapped.apply(x, True, (split_dim, concat_dim), group, flights)
 
 
 def end_exchange(x: Tensor, split_dim: int, concat_dim: int, group: Group, flights: Flights) -> Tensor:

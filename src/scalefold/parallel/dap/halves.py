@@ -23,17 +23,16 @@ from torch.autograd.function import once_differentiable
 
 from scalefold.kernels.destination import Destination, OfOperands
 from scalefold.parallel.dap.collectives import Flight, Group, Lasts, begin_all_gather, gather_destination
-from scalefold.parallel.dap.exchanges import Flights
 
 TWO = 2  # ranks
 
 
 class ProductOfTwo(nn.Module):
-    """In the place of a ``model.triangle.TriangleProduct``; incoming, it is there after ``EndProduct``."""
+    """In the place of a ``model.triangle.TriangleProduct``."""
 
-    def __init__(self, group: Group, outgoing: bool, flights: Flights) -> None:
+    def __init__(self, group: Group, outgoing: bool) -> None:
         super().__init__()
-        self.group, self.outgoing, self.flights = group, outgoing, flights
+        self.group, self.outgoing = group, outgoing
         self._destination: Destination | None = None
 
     def destinations(self, z: Tensor, channels: int) -> OfOperands:
@@ -48,19 +47,7 @@ class ProductOfTwo(nn.Module):
         destination, self._destination = self._destination, None
         if self.outgoing:
             return _Outgoing.apply(a, b, self.group, destination)
-        return _Incoming.apply(a, b, self.group, self.flights)
-
-
-class EndProduct(nn.Module):
-    """The second half of an incoming product, with the same ``flights``: other work goes on in between."""
-
-    def __init__(self, flights: Flights) -> None:
-        super().__init__()
-        self.flights = flights
-
-    def forward(self, x: Tensor) -> Tensor:
-        """This rank's part [B, c, I / 2, J] of the sum -> the sum."""
-        return _EndIncoming.apply(x, self.flights)
+        return _Incoming.apply(a, b, self.group)
 
 
 class _Halves:
@@ -88,17 +75,16 @@ class _Halves:
         return out, both
 
     def begin_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Flight]:
-        """This rank's part of its own rows of the sum of both ranks' x^T y, and the other's on its way."""
+        """This rank's part of its own rows of the sum of both ranks' x^T y, and what ``end_sum`` waits for."""
         part = _across(x[..., self.others]) @ y
         flight = begin_all_gather(part, 0, self.group, Lasts.SHORT)
-        own = _across(x[..., self.mine]) @ y
-        return own, Flight(flight.received.chunk(TWO)[self.other], wait=flight.wait)
+        return _across(x[..., self.mine]) @ y, flight
 
-
-def _sum(own: Tensor, flight: Flight) -> Tensor:
-    """That of ``begin_sum``."""
-    flight.wait()
-    return own + flight.received.view_as(own)
+    def end_sum(self, own: Tensor, flight: Flight) -> Tensor:
+        """With the other rank's part."""
+        flight.wait()
+        own += flight.received.chunk(TWO)[self.other]
+        return own
 
 
 def _across(x: Tensor) -> Tensor:
@@ -120,34 +106,20 @@ class _Outgoing(torch.autograd.Function):
         (a, both), shape, d = ctx.saved_tensors, grads[0].shape, grads[0].flatten(0, 1)
         own, flight = ctx.halves.begin_sum(d, a)
         d_a = d @ both
-        return d_a.view(shape), _sum(own, flight).view(shape), None, None
+        return d_a.view(shape), ctx.halves.end_sum(own, flight).view(shape), None, None
 
 
 class _Incoming(torch.autograd.Function):
-    """Begins it: this rank's part of its own rows, while the other's are sent there."""
-
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, group: Group, flights: Flights) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, group: Group) -> Tensor:
         shape, (a, b) = a.shape, (x.flatten(0, 1) for x in (a, b))
         ctx.halves = _Halves(group, a.shape[2])
         ctx.save_for_backward(a, b)
-        own, flights["product"] = ctx.halves.begin_sum(a, b)
-        return own.view(shape)
+        return ctx.halves.end_sum(*ctx.halves.begin_sum(a, b)).view(shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (a, b), shape, d = ctx.saved_tensors, grads[0].shape, grads[0].flatten(0, 1)
         d_a, both = ctx.halves.with_rows_of_both(b, d, Lasts.SHORT)
-        return d_a.view(shape), (a @ both).view(shape), None, None
-
-
-class _EndIncoming(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, flights: Flights) -> Tensor:
-        return _sum(own, flights.pop("product"))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0], None
+        return d_a.view(shape), (a @ both).view(shape), None

@@ -33,7 +33,7 @@ from scalefold.parallel.dap.exchanges import (
     gather_shared,
     scatter,
 )
-from scalefold.parallel.dap.halves import TWO, EndProduct, ProductOfTwo
+from scalefold.parallel.dap.halves import TWO, ProductOfTwo
 
 SHARDED_PARAMETERS = "_stack.blocks."
 
@@ -180,7 +180,7 @@ class ExchangeOperands(ExchangeAhead):
         return exchange_all(xs, self.split_dim, self.concat_dim, self.group, self._taken())
 
 
-class BeginExchange(ExchangeAhead):
+class BeginExchange(Exchange):
     """The first half of an ``Exchange`` whose second half comes later: other work goes on in between."""
 
     def __init__(self, group: Group, split_dim: int, concat_dim: int, flights: Flights) -> None:
@@ -189,7 +189,7 @@ class BeginExchange(ExchangeAhead):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the second half takes; nothing else may read it."""
-        return begin_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights, self._taken())
+        return begin_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights)
 
 
 class EndExchange(BeginExchange):
@@ -205,16 +205,14 @@ def apply_dap(model: nn.Module, group: Group | None) -> None:
     if group is None:
         return
     model.register_forward_pre_hook(lambda *_: group.begin())
-    points, of_product = _points(group), Flights()
+    points = _points(group)
     for module in list(model.modules()):
         for name, point in points.items():
             if isinstance(getattr(module, name, None), nn.Identity):
                 setattr(module, name, point)
         product = getattr(module, "product", None)
         if group.size == TWO and isinstance(product, nn.Module):
-            module.product = ProductOfTwo(group, bool(product.outgoing), of_product)
-            if not product.outgoing:
-                module.end_product = EndProduct(of_product)
+            module.product = ProductOfTwo(group, bool(product.outgoing))
 
 
 def _points(group: Group) -> dict[str, nn.Module]:

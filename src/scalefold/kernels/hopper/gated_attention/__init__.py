@@ -132,11 +132,11 @@ def fits_halves(x: Tensor, dropout: Tensor | None, outs: Sequence[Tensor]) -> bo
 
 
 def gated_output(
-    x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, outs: Sequence[Tensor], rank: int = 0
+    x: Tensor, o: Tensor, gate: Tensor, dropout: Tensor | None, linear: Affine, outs: Sequence[Tensor]
 ) -> None:
     """``reference.gated_output`` of o: [*, c], before its heads are split.
 
-    outs: one [*, c] that lies as x does, or the two of ``fits_halves``, of which that of ``rank`` is near.
+    outs: one [*, c] that lies as x does, or the two of ``fits_halves``.
     """
     order, half = memory_order(x), 0
     views, dims, count = row_views({"x": x, "dropout": dropout})
@@ -152,7 +152,7 @@ def gated_output(
     program[programs(x, 1)](
         *(_row_tiles(tensor, order, inner) for tensor in (x, o, gate)), weight_tiles(linear.weight, *block),
         first, second, linear.bias, views["dropout"], dims, count // PART, half,
-        1 - rank, ACROSS=inner is not None, num_warps=4,
+        ACROSS=inner is not None, num_warps=4,
     )  # fmt: skip
 
 

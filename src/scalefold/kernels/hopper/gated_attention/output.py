@@ -25,13 +25,11 @@ from scalefold.kernels.hopper.row_pieces import (
     COLUMNS,
     LINES,
     ROWS,
-    Order,
     begin,
     by_row,
     corner,
     fetch_at,
     free_slot,
-    in_turn,
     leave,
     new_ring,
     new_walk,
@@ -106,7 +104,7 @@ def _send(outs, walk, half, tile, column, slot, ACROSS: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(inputs, rings, weight_slot, there, walk, order, ACROSS: gl.constexpr):
+def _fetch(inputs, rings, weight_slot, there, walk, ACROSS: gl.constexpr):
     """The loader: the weight, then for both consumers in turn o and gate of a tile, and its x."""
     x, o, gate, weight = inputs
     x_ring, o_ring, gates = rings
@@ -117,27 +115,26 @@ def _fetch(inputs, rings, weight_slot, there, walk, order, ACROSS: gl.constexpr)
         for side in gl.static_range(CONSUMERS):
             tile = first + side * walk.step
             if tile < walk.tiles:
-                at = corner(walk, in_turn(order, tile, walk.tiles), 0, 0, ACROSS)
+                at = corner(walk, tile, 0, 0, ACROSS)
                 slot = free_slot(o_ring, 2 * o.block_type.nbytes, side, n)
                 tma.async_copy_global_to_shared(o, at, o_ring.full.index(slot), o_ring.slots.index(slot))
                 tma.async_copy_global_to_shared(gate, at, o_ring.full.index(slot), gates.index(slot))
         for side in gl.static_range(CONSUMERS):
             tile = first + side * walk.step
             if tile < walk.tiles:
-                fetch_at(x_ring, x, corner(walk, in_turn(order, tile, walk.tiles), 0, 0, ACROSS), side, n)
+                fetch_at(x_ring, x, corner(walk, tile, 0, 0, ACROSS), side, n)
         n += 1  # noqa: SIM113
 
 
 @gluon.jit
 def _close(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
     """A consumer. A slot of x goes back to the loader when the result in it has been sent, in the next tile."""
-    bias, dropout, outs, half, rings, weight, there, walk, order = shared
+    bias, dropout, outs, half, rings, weight, there, walk = shared
     x_ring, o_ring, gates = rings
     C: gl.constexpr = weight.shape[0]
     mbarrier.wait(there, 0)
     n = 0
-    for turn in range(begin(walk, SIDE), walk.tiles, pace(walk)):
-        tile = in_turn(order, turn, walk.tiles)
+    for tile in range(begin(walk, SIDE), walk.tiles, pace(walk)):
         slot = slot_of(x_ring, SIDE, n)
         gated = read(by_row(receive(o_ring, SIDE, n))) * sigmoid(read(by_row(gates.index(slot))))
         left = gl.convert_layout(gated.to(gl.bfloat16), operand_layout(C))
@@ -159,15 +156,12 @@ def _close(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
 
 
 @program
-@gluon.jit(do_not_specialize=["tiles", "half", "first"])
-def hopper_gated_output(
-    x, o, gate, weight, out, second, bias, dropout, dims, tiles, half, first, ACROSS: gl.constexpr
-):  # fmt: skip
+@gluon.jit(do_not_specialize=["tiles", "half"])
+def hopper_gated_output(x, o, gate, weight, out, second, bias, dropout, dims, tiles, half, ACROSS: gl.constexpr):
     """Descriptors of x, o, gate and out [64 tiles, C] and weight [C, C]; bias: [C].
 
     ``second`` None: out has all rows. Else rows are [1, I, J], and out has those whose j is less than ``half``, J / 2,
-    [1, I, half], second the others; of these halves the ``first``, 0 or 1, is made before the other: its wire takes
-    longer.
+    [1, I, half], second the others.
     dropout: a view [64 tiles, C] of fp32 scales, the same along level 1 if tiles lie ACROSS, else along level 2, or
     None.
     """
@@ -179,15 +173,12 @@ def hopper_gated_output(
     there = one_arrival(1).index(0)
     publish()
     rings = (x_ring, o_ring, gates)
-    order = Order(None, None)
-    if second is not None:
-        order = Order(walk.per_line if ACROSS else 2 * half // ROWS, first)
-    shared = (bias, dropout, (out, second), half, rings, weight_slot, there, walk, order)
+    shared = (bias, dropout, (out, second), half, rings, weight_slot, there, walk)
     gl.warp_specialize(
         [
             (_close, (shared, 0, ACROSS)),
             (_close, (shared, 1, ACROSS)),
-            (_fetch, ((x, o, gate, weight), rings, weight_slot, there, walk, order, ACROSS)),
+            (_fetch, ((x, o, gate, weight), rings, weight_slot, there, walk, ACROSS)),
         ],
         [4, 4],
         [232, 40],
@@ -201,7 +192,7 @@ SLOTS = gl.constexpr(3)  # per consumer; a tile takes six: o and gate by halves,
 
 
 @gluon.jit
-def _fetch_wide(inputs, ring, weights, there, walk, order, ACROSS: gl.constexpr):
+def _fetch_wide(inputs, ring, weights, there, walk, ACROSS: gl.constexpr):
     """The loader: the weight, then for both consumers in turn o and gate of a tile, half by half, and x."""
     x, o, gate, weight = inputs
     BLOCKS: gl.constexpr = weights.shape[0]
@@ -214,7 +205,6 @@ def _fetch_wide(inputs, ring, weights, there, walk, order, ACROSS: gl.constexpr)
             for side in gl.static_range(CONSUMERS):
                 tile = first + side * walk.step
                 if tile < walk.tiles:
-                    tile = in_turn(order, tile, walk.tiles)
                     if use >= 4:
                         fetch_at(ring, x, corner(walk, tile, 0, (use - 4) * HALF, ACROSS), side, n + use)
                     elif use % 2 == 1:
@@ -234,7 +224,7 @@ def _gated(o, gate, first: gl.constexpr):
 @gluon.jit
 def _finish_half(acc, slot, shared, tile, first: gl.constexpr, ACROSS: gl.constexpr):
     """x + dropout * (acc + bias) for HALF channels from ``first`` on, written over x and sent."""
-    bias, dropout, outs, half, _ring, _weights, _there, walk, _ = shared
+    bias, dropout, outs, half, _ring, _weights, _there, walk = shared
     x = by_row(slot)
     value = dropped(acc + per_column(bias, first, HALF), dropout, walk, tile, first, ACROSS)
     before = read(x)
@@ -250,10 +240,9 @@ def _close_wide(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
     The loop over halves is not unrolled: the places of all blocks of the weight would be kept, and spilled. These are
     waited for in the first tile alone.
     """
-    _bias, _dropout, _outs, _half, ring, weights, there, walk, order = shared
+    _bias, _dropout, _outs, _half, ring, weights, there, walk = shared
     n = 0
-    for turn in range(begin(walk, SIDE), walk.tiles, pace(walk)):
-        tile = in_turn(order, turn, walk.tiles)
+    for tile in range(begin(walk, SIDE), walk.tiles, pace(walk)):
         if n > 0:
             wait_until_sent(0)
             leave(ring, SIDE, n - 2)
@@ -282,10 +271,8 @@ def _close_wide(shared, SIDE: gl.constexpr, ACROSS: gl.constexpr):
 
 
 @program
-@gluon.jit(do_not_specialize=["tiles", "half", "first"])
-def hopper_wide_gated_output(
-    x, o, gate, weight, out, second, bias, dropout, dims, tiles, half, first, ACROSS: gl.constexpr
-):  # fmt: skip
+@gluon.jit(do_not_specialize=["tiles", "half"])
+def hopper_wide_gated_output(x, o, gate, weight, out, second, bias, dropout, dims, tiles, half, ACROSS: gl.constexpr):
     """The same for C = 2 HALF: x, o, gate and outs in blocks of HALF channels, weight in blocks of COLUMNS."""
     wait_for_predecessors()
     walk = new_walk(dims, tiles)
@@ -293,15 +280,12 @@ def hopper_wide_gated_output(
     weights = tiles_for(weight, 2 * HALF // COLUMNS)
     there = one_arrival(2 * HALF // COLUMNS)
     publish()
-    order = Order(None, None)
-    if second is not None:
-        order = Order(walk.per_line if ACROSS else 2 * half // ROWS, first)
-    shared = (bias, dropout, (out, second), half, ring, weights, there, walk, order)
+    shared = (bias, dropout, (out, second), half, ring, weights, there, walk)
     gl.warp_specialize(
         [
             (_close_wide, (shared, 0, ACROSS)),
             (_close_wide, (shared, 1, ACROSS)),
-            (_fetch_wide, ((x, o, gate, weight), ring, weights, there, walk, order, ACROSS)),
+            (_fetch_wide, ((x, o, gate, weight), ring, weights, there, walk, ACROSS)),
         ],
         [4, 4],
         [232, 40],
