@@ -172,12 +172,11 @@ def test_parts_are_marked_in_the_order_of_the_step(script):
     embed = ["embedders", "stacks"] * 3 + ["embedders", "structure"]
     forward = [*embed, *embed, "embedders", "heads", "losses"]
     assert seen[: len(forward)] == forward
-    backward = [part for part in seen[len(forward) :] if part != "collecting"]
-    order = [part for n, part in enumerate(backward) if not n or part != backward[n - 1]]
+    order = seen[len(forward) :]
     assert order[:4] == ["heads", "structure", "embedders", "stacks"]
     assert order[-3:] == ["embedders", "optimizer", "embedders"]
     assert order.count("stacks") == 3
-    assert "collecting" in seen
+    assert "collecting" not in seen  # of a group's gradients: aside, where a mark would come late
 
 
 @pytest.mark.parametrize("passes", [1, 2])

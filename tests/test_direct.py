@@ -265,6 +265,7 @@ def test_all_ranks_stay_with_the_library_where_one_cannot_map_its_peers():
     ("script", "table", "rows"),
     [
         (["benchmarks/measure/symmetric_exchange.py"], "exchange_symmetric.csv", 6),  # all bits
+        (["benchmarks/measure/written_exchange.py"], "exchange_written.csv", 6),  # likewise
         (["benchmarks/measure/multi_gpu.py", "--skip-exchanges", "--dap", "2", "--passes", "1"], "step_time.csv", 2),
     ],  # the second: loss and gradient norm of a step at full size equal to one GPU's
 )

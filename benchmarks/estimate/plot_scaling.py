@@ -239,6 +239,17 @@ def direct_table() -> str:
     return markdown(["MiB per rank", *(name.replace("_", "-") for name in names)], rows)
 
 
+def written_table() -> str:
+    """Exchanges that are written by the program before them, beside direct ones behind it, µs; newest rows of each."""
+    known = {(int(r["gpus"]), r["pattern"]): r for r in read("exchange_written.csv")}
+    names = ("gpus", "pattern", "mib", "maker_us", "direct_us", "written_us")
+    rows = [
+        [*(r[name] for name in names), f"{float(r['written_us']) / float(r['direct_us']):.2f}", card(r), r["commit"]]
+        for r in known.values()
+    ]
+    return markdown(["GPUs", "what is made", "MiB", "maker", "direct", "written", "ratio", "card", "commit"], rows)
+
+
 def breakdown_table() -> str:
     """Measured steps of one and of two GPUs, the newest of every card, layout and number of passes, ms."""
     known = [r for r in read("step_breakdown.csv") if int(r["gpus"]) <= 2]
@@ -345,6 +356,7 @@ def main() -> int:
         "step": step_table,
         "exchange": exchange_table,
         "direct": direct_table,
+        "written": written_table,
         "breakdown": breakdown_table,
         "counts": count_table,
         "parts": parts_table,

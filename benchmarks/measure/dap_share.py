@@ -64,7 +64,7 @@ from scalefold.parallel.dap.points import apply_dap
 from scalefold.parallel.ranks import Ranks, prepare_process
 from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
 from scalefold.step.graphs import TrainStep, preserved
-from spans import Span, against_two_gpus, breakdown, summed_ms
+from spans import Span, against_two_gpus, breakdown, covered_ms
 from step_time import enliven
 
 SEED = 11
@@ -219,14 +219,17 @@ def spans_of(call: Callable[[], object]) -> list[Span]:
 
 
 def profile_row(spans: list[Span], wall_ms: float) -> dict[str, Any]:
-    """Remaining columns: what the device did, and by part of the model."""
+    """Remaining columns: what the device did, and by part of the model.
+
+    A program that is launched early is there while the one before it ends: no time counts twice.
+    """
     kernels = [span for span in spans if not is_mark(span)]
     found = breakdown(kernels, wall_ms)
     parts = by_part(spans)
     repeated = [span for part, own in parts.items() if part != SHARED for span in own]
     row = {name: found[name] for name in OF_BREAKDOWN}
-    row |= {f"{part}_ms": round(summed_ms(parts.get(part, [])), 2) for part in PARTS}
-    return row | {"repeated_ms": round(summed_ms(repeated), 2), "repeated_kernels": len(repeated)}
+    row |= {f"{part}_ms": round(covered_ms(parts.get(part, [])), 2) for part in PARTS}
+    return row | {"repeated_ms": round(covered_ms(repeated), 2), "repeated_kernels": len(repeated)}
 
 
 def keep(csv: Path | None, name: str, rows: list[dict[str, Any]]) -> None:

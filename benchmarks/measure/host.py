@@ -89,6 +89,7 @@ JOBS = (  # the most wanted first
     Job("bits of two GPUs", 150, script("reproducibility.py", "--steps", "--dap", "2", "1"), gpus=2, ranks=2),
     Job("operations", 240, script("kernels.py", "--minutes", "3.5")),
     Job("exchanges", 40, script("symmetric_exchange.py"), gpus=2, ranks=2),
+    Job("written exchanges", 40, script("written_exchange.py"), gpus=2, ranks=2),
     Job("evaluation", 150, script("evaluation_time.py")),
     Job("parts", 180, script("small_kernels.py", "--passes", "--repeats", "10", "--minutes", "2.5")),
     Job("shares", 300, script("step_time.py", "--dap-share", "1", "2", "4", "8", "--minutes", "4.5")),

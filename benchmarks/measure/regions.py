@@ -95,14 +95,17 @@ def marked(values: Any, marks: Marks, ahead: str, back: str) -> Any:
 
 
 def mark_parts(model: nn.Module, step: TrainStep) -> Marks:
-    """Hooks around the parts of a model and its update; nothing is launched until ``on`` is set."""
+    """Hooks around the parts of a model and its update; nothing is launched until ``on`` is set.
+
+    What is collected aside, before the backward ends, counts to the part that goes on meanwhile: a mark there would
+    come late, and be taken for one of the chain.
+    """
     marks = Marks(step.optimizer.flat.master.device)
     for path, (inside, after) in MODULES.items():
         module = model.get_submodule(path)
         module.register_forward_pre_hook(_entry(marks, inside, before(after)))
         module.register_forward_hook(_exit(marks, after, inside))
     flat, optimizer = step.optimizer.flat, step.optimizer
-    flat.collect_range = marks.around(flat.collect_range, "collecting")
     flat.collect_gradients = marks.around(flat.collect_gradients, "collecting")
     optimizer.apply = marks.around(optimizer.apply, "optimizer")
     forward = step.objective
