@@ -309,8 +309,8 @@ from scalefold.kernels.hopper import gradients
 pair = (1, 256, 256)
 with tuning.assume_capability(90), recorded_launches() as launches:
     cases.triangle_project(pair, 128)
-    cases.triangle_product(128, False)
-    cases.triangle_product(128, True)
+    cases.triangle_products(128, False)
+    cases.triangle_products(128, True)
     cases.triangle_output(pair, 128)
     with ExitStack() as stack:
         names = ("outer_product_hopper", "transition_hopper", "transition_hopper_gradient", "gated_output_hopper")
