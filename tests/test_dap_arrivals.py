@@ -1,4 +1,4 @@
-"""Results that peers write straight to where they belong: places, how long they last, and a whole model's bits."""
+"""Results that peers write straight to where they belong: places, and how long they last."""
 
 import time
 from collections.abc import Callable

@@ -100,10 +100,10 @@ def operands(ops: Operations, group: Group, z: Tensor, draw: Draw) -> Pattern:
             lambda: point.destinations(z, C_Z),
             lambda made: point(tuple(made)),
         )
-    b, ahead = z.new_empty(1, C_Z, *z.shape[1:3], device="meta"), list[Destination]()
+    b, ahead = z.new_empty(1, C_Z, *z.shape[1:3], device="meta"), list[Destination | None]()
 
     def destinations() -> OfOperands:
-        ahead.extend(filter(None, [gather_destination(b, 2, group)]))
+        ahead.append(gather_destination(b, 2, group))
         return None, ahead[-1]
 
     return Pattern(

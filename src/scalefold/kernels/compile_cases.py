@@ -53,8 +53,8 @@ def projections(
     biases = [leaf(width) if n == 3 else None for n, width in enumerate(widths)]
     x, weights = leaf(*shape, c, transposed=transposed), [leaf(width, c) for width in widths]
     ahead = written(x, (shape[0], widths[-1], *shape[1:]), ranks)
-    for place in [] if ahead is None else ahead.parts:
-        place.transpose_(1, 2).transpose_(2, 3)
+    if ahead is not None:
+        ahead.parts = [part.movedim(1, -1) for part in ahead.parts]
     run_backward(linear.layer_norm_linear(x, *norm(c), weights, biases, ahead))
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scalefold.kernels.rows import row_offsets, store_tile
+from scalefold.kernels.rows import View, store_tile
 
 
 @triton.jit
@@ -24,27 +24,17 @@ def _pointers(views, owner):
 
 
 @triton.jit
-def _store(view, pointers, value, rows, extent):
-    value = value.to(view.pointer.dtype.element_ty)
-    if extent.limit is None:
-        tl.store(pointers, value)
-    else:
-        tl.store(pointers, value, mask=(rows < extent.limit)[:, None])
-
-
-@triton.jit
 def store_tile_by_rows(views, value, rows, columns, extent):
     """``rows.store_tile`` where level 1 of the rows says who owns one."""
     owner = rows // extent.dims[1] % extent.dims[0]
-    pointers = (_pointers(views, owner) + row_offsets(views[0], rows, extent))[:, None]
-    _store(views[0], pointers + columns[None, :] * views[0].strides[3], value, rows, extent)
+    store_tile(View(_pointers(views, owner)[:, None], views[0].strides), value, rows, columns, extent)
 
 
 @triton.jit
 def store_tile_by_columns(views, value, rows, columns, extent, OWNED: tl.constexpr):
     """``rows.store_tile`` where every rank owns so many columns."""
-    pointers = (_pointers(views, columns // OWNED) + columns % OWNED * views[0].strides[3])[None, :]
-    _store(views[0], pointers + row_offsets(views[0], rows, extent)[:, None], value, rows, extent)
+    pointers = _pointers(views, columns // OWNED)[None, :]
+    store_tile(View(pointers, views[0].strides), value, rows, columns % OWNED, extent)
 
 
 @triton.jit

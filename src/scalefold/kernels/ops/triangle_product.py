@@ -1,4 +1,4 @@
-"""Product of a triangle multiplication, forward and backward, by the library or in Gluon (Supplement Algorithm 11)."""
+"""Product of a triangle multiplication (Supplement Algorithms 11, 12), both directions: the library's or Gluon's."""
 
 import torch
 from torch import Tensor
