@@ -221,16 +221,17 @@ def norm_input_gradient(d, x, norm, keep, normed, partials, rows, extent, C: tl.
 
 
 @triton.jit
-def sum_block(partials, out, block, num_partials, stride, size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Columns of ``block`` of the partial sums, [num_partials, size], in fp32 and in fixed order -> out [size]."""
+def _sum_block(
+    partials, out, block, num_partials, stride, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
     columns = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, num_partials, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        keep = (rows < num_partials)[:, None] & (columns < size)[None, :]
+        keep = (rows < num_partials)[:, None] & (columns < N)[None, :]
         tile = tl.load(partials + rows[:, None].to(tl.int64) * stride + columns[None, :], mask=keep, other=0.0)
         total += tl.sum(to_fp32(tile), 0)
-    tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < size)
+    tl.store(out + columns, total.to(out.dtype.element_ty), mask=columns < N)
 
 
 @program
@@ -245,7 +246,7 @@ def _sum_kernel(
     for i in tl.static_range(COUNT):
         if (block >= FIRST_BLOCKS[i]) & (block < FIRST_BLOCKS[i + 1]):
             own = block - FIRST_BLOCKS[i]
-            sum_block(partials[i], outs[i], own, nums[i], strides[i], SIZES[i], BLOCK_M[i], BLOCK_N[i])
+            _sum_block(partials[i], outs[i], own, nums[i], strides[i], SIZES[i], BLOCK_M[i], BLOCK_N[i])
 
 
 SUM_TILE = 8192  # elements in flight per program; 8 columns (a sector of 32 bytes) where there are many partial sums

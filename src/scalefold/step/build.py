@@ -140,20 +140,8 @@ def build_step(
         config.micro_batch_size,
         config.training.gradient_accumulation_steps,
         group,
-        _side(ranks.device, shares_finely(config) and optimizer.ops is not REFERENCE),
+        Side(ranks.device) if ranks.device.type == "cuda" else None,
     )
-
-
-def _side(device: torch.device, grouped: bool) -> Side | None:
-    """Where gradients of parameters are computed: beside the chain of a GPU, ``grouped``: those of many operations
-    together."""
-    if device.type == "cpu":
-        return None
-    if not grouped:
-        return Side(device)
-    from scalefold.kernels.gradients.grouped import Group
-
-    return Side(device, Group())
 
 
 @dataclass

@@ -9,14 +9,12 @@ Nothing on the chain may touch such a gradient before ``join``. Autograd does no
 parameter: it becomes ``.grad`` as it is. So of a parameter with several gradients in a backward the first one takes in
 the others, aside, and autograd never sees them. Where there is a ``.grad`` to add to, gradients are computed on the
 chain, after all work aside.
-
-What operations of a ``Side`` with a ``Group`` leave to that is computed together, once it is enough.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,31 +25,15 @@ Gradients = Iterable[Tensor | None]  # None: a parameter that is not there, or w
 _sides: list["Side"] = []
 
 
-class Group(Protocol):
-    """Gradients of several operations that are computed together: ``gradients.grouped``."""
-
-    @property
-    def is_full(self) -> bool: ...
-
-    def add(self, partials: Sequence[Tensor], products: Sequence[Any], dtype: torch.dtype) -> list[Tensor]: ...
-
-    def run(self) -> None: ...
-
-    def clear(self) -> None: ...
-
-
 class Side:
     """A stream for gradients of parameters, and the tensors of the chain that its unfinished work reads.
 
     Those are kept until the chain has waited for the work: the allocator knows of one stream only and would give their
-    memory away. ``group``: computes what operations leave to it, unless None. Device "meta" has no stream.
+    memory away.
     """
 
-    def __init__(self, device: torch.device, group: Group | None = None) -> None:
-        self._stream = None if device.type == "meta" else torch.cuda.Stream(device)
-        self._group = group
-        self._waiting: list[Tensor] | None = None  # what is read by work since the last event, some of it to come
-        self._taking = False  # whether operations may leave something to the group
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
         self._held: deque[tuple[Any, list[Tensor], int]] = deque()  # event after the work, what it reads, bytes
         self._first: dict[int, tuple[Tensor, Tensor]] = {}  # by address: parameter, gradient of this backward
 
@@ -64,11 +46,9 @@ class Side:
         _sides.append(self)
         try:
             yield
-            self._flush()
             self._check()
         finally:
             _sides.remove(self)
-            self._forget()
             self.join()
             self._first.clear()
 
@@ -80,51 +60,19 @@ class Side:
             self.join()
             return compute()
         with self._branch():
-            self._taking = self._group is not None
-            try:
-                results = list(compute())
-            finally:
-                self._taking = False
-            if self._group is not None and any(p is not None and p.data_ptr() in self._first for p in parameters):
-                self._group.run()  # it may have both gradients of a parameter
-            found = [self._taken_in(p, gradient) for p, gradient in zip(parameters, results, strict=True)]
-        self._waiting = [*(self._waiting or ()), *(tensor for tensor in read if tensor is not None)]
-        if self._group is None or self._group.is_full:
-            self._flush()
+            found = [self._taken_in(p, gradient) for p, gradient in zip(parameters, compute(), strict=True)]
+        self._hold([tensor for tensor in read if tensor is not None])
         return found
 
     def follow(self, read: Sequence[Tensor], compute: Callable[[], None]) -> None:
         """``compute()`` on the side, behind all that has been launched there and on the chain; see ``follow``."""
         with self._branch():
-            if self._group is not None:
-                self._group.run()
             compute()
-        self._waiting = [*(self._waiting or ()), *read]
-        self._flush()
-
-    @property
-    def group(self) -> Group | None:
-        """What may be left to be computed later, now."""
-        return self._group if self._taking else None
-
-    def _flush(self) -> None:
-        """Compute what is waiting, and keep what all work since the last event reads."""
-        if self._waiting is None:
-            return
-        read, self._waiting = self._waiting, None
-        if self._group is not None:
-            with self._branch():
-                self._group.run()
-        self._hold(read)
-
-    def _forget(self) -> None:
-        """What has not been computed, of a backward that failed."""
-        if self._group is not None:
-            self._group.clear()
+        self._hold(list(read))
 
     def _taken_in(self, parameter: Tensor | None, gradient: Tensor | None) -> Tensor | None:
         """The gradient if it is its parameter's first one; None if it has been added to that."""
-        if parameter is None or gradient is None or parameter.is_meta:  # that has no address
+        if parameter is None or gradient is None:
             return gradient
         if parameter.data_ptr() in self._first:
             self._first[parameter.data_ptr()][1].add_(gradient)
@@ -139,27 +87,24 @@ class Side:
 
     def join(self) -> None:
         """The current stream waits for everything aside."""
-        self._flush()
         if self._held:
             self._wait(len(self._held))
 
-    def _branch(self) -> AbstractContextManager[Any]:
-        if self._stream is None:
-            return nullcontext()
+    def _branch(self) -> torch.cuda.StreamContext:
         self._stream.wait_stream(torch.cuda.current_stream())
         return torch.cuda.stream(self._stream)
 
     def _hold(self, read: list[Tensor]) -> None:
         """Keep what unfinished work reads; wait for the older half of it where that is too much."""
         size = sum(tensor.numel() * tensor.element_size() for tensor in read)
-        self._held.append((None if self._stream is None else self._stream.record_event(), read, size))
+        self._held.append((self._stream.record_event(), read, size))
         if sum(size for *_, size in self._held) > MOST_HELD:
             self._wait(len(self._held) // 2)
 
     def _wait(self, count: int) -> None:
         """For the oldest ``count``, whose tensors may go then."""
         done = [self._held.popleft() for _ in range(count)]
-        if done and self._stream is not None:
+        if done:
             torch.cuda.current_stream().wait_event(done[-1][0])
 
 
@@ -172,11 +117,6 @@ def gradients(
     until the end of the backward.
     """
     return _sides[-1].run(parameters, read, compute) if _sides else compute()
-
-
-def group() -> Group | None:
-    """What takes gradients to compute them later, if they are computed aside and together now."""
-    return _sides[-1].group if _sides else None
 
 
 def follow(read: Sequence[Tensor], compute: Callable[[], None]) -> None:

@@ -225,7 +225,7 @@ def _copied_products(products: Sequence[Product], num_products: int) -> list[Ten
     config = _chosen(wide[0], num_products) if wide else {}
     if not config.pop("COPY_ENGINE", 0) or not _fit_one_launch(products, len(wide), config):
         return None
-    matrices = product_matrices(products, len(wide))
+    matrices = _matrices(products, len(wide))
     if matrices is None:
         return None
     a, d = matrices[: len(products)], matrices[len(products) :]
@@ -259,7 +259,7 @@ def _fit_one_launch(products: Sequence[Product], num_wide: int, config: tuning.C
     )
 
 
-def product_matrices(products: Sequence[Product], num_wide: int) -> list[Tensor] | None:
+def _matrices(products: Sequence[Product], num_wide: int) -> list[Tensor] | None:
     """Operands a, then d, as matrices [rows, n], a narrow d as [n, rows]; None if the copy engine cannot read one."""
     tensors = [*(p.a for p in products), *(p.d for p in products)]
     dims, num_rows, strides = common_rows(*tensors)

@@ -18,8 +18,7 @@ from torch.autograd.function import once_differentiable
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.destination import Destination
-from scalefold.kernels.gradients.grouped import total_gradients
-from scalefold.kernels.gradients.weight_gradient import Product
+from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import program, sigmoid, to_fp32, wait_for_predecessors
@@ -33,6 +32,7 @@ from scalefold.kernels.rows import (
     layout_obstacle,
     load_tile,
     store_tile,
+    sum_all,
     width_obstacle,
 )
 
@@ -146,8 +146,8 @@ class _GatedOutput(torch.autograd.Function):
         product = Product(update, gated)
 
         def gradients() -> tuple[Tensor, Tensor]:
-            d_bias, d_weight = total_gradients([partials], [product], weight.dtype)
-            return d_weight.view_as(weight), d_bias
+            d_bias, d_weight = sum_all([partials, *weight_partials([product])], weight.dtype)
+            return d_weight.view_as(weight), d_bias.to(bias.dtype)
 
         return d, d_o, d_gate, *aside.gradients([weight, bias], [partials, product.d, gated], gradients), None, None
 

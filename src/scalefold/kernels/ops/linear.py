@@ -18,9 +18,8 @@ from torch.autograd.function import once_differentiable
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.destination import Destination
-from scalefold.kernels.gradients.grouped import total_gradients
 from scalefold.kernels.gradients.input_gradient import NARROW_WIDTH, input_gradient, inside_narrow
-from scalefold.kernels.gradients.weight_gradient import Product
+from scalefold.kernels.gradients.weight_gradient import Product, weight_partials
 from scalefold.kernels.hopper import gated_attention as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import program, wait_for_predecessors
@@ -41,6 +40,7 @@ from scalefold.kernels.rows import (
     memory_order,
     row_offsets,
     store_tile,
+    sum_all,
     tile_offsets,
     tile_rows,
     weight_blocks,
@@ -153,8 +153,8 @@ class _NormLinear(torch.autograd.Function):
         widths = [weight.shape[0] if has else 0 for weight, has in zip(weights, ctx.has_bias, strict=True)]
 
         def gradients() -> list[Tensor | None]:
-            products = [] if normed is None else [Product(d, normed) for d in ds]
-            d_norm, d_own, *flat = total_gradients(sums, products, dtype)
+            products = [] if normed is None else weight_partials([Product(d, normed) for d in ds])
+            d_norm, d_own, *flat = sum_all([*sums, *products], dtype)
             d_biases, d_narrow = d_own.tensor_split([sum(widths)])
             d_weights = [part.view_as(weight) for part, weight in zip(flat or [d_narrow], weights, strict=True)]
             biases = [total if has else None for total, has in zip(d_biases.split(widths), ctx.has_bias, strict=True)]

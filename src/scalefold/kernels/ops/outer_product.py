@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.destination import Destination
-from scalefold.kernels.gradients.grouped import total_gradients
 from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, row_ranges
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
@@ -161,8 +160,8 @@ class _Update(torch.autograd.Function):
                 partials = gluon.weight_partials(scaled, a, b)
             else:
                 partials = _weight_partials(scaled, _outer(a, b) if outer is None else outer)
-            d_weight, d_bias = total_gradients([partials, sums], [], weight.dtype)
-            return d_weight.view_as(weight), d_bias
+            d_weight, d_bias = sum_all([partials, sums], weight.dtype)
+            return d_weight.view_as(weight), d_bias.to(bias.dtype)
 
         own = aside.gradients([weight, bias], [scaled, sums, a, b, outer], gradients)
         return d, *_operand_gradients(scaled, a, b, weight), None, *own

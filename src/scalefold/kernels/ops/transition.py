@@ -30,8 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.around.aside import Gradients
-from scalefold.kernels.gradients.grouped import total_gradients
-from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, Product, row_ranges
+from scalefold.kernels.gradients.weight_gradient import NUM_PROGRAMS, Product, row_ranges, weight_partials
 from scalefold.kernels.hopper import gradients as gluon
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
@@ -53,6 +52,7 @@ from scalefold.kernels.rows import (
     norm_input_gradient,
     store_column_sums,
     store_tile,
+    sum_all,
     weight_blocks,
     width_obstacle,
 )
@@ -299,8 +299,8 @@ def _stored_gradients(sums: Two, rows: Two, hidden_rows: Two, parameters: Sequen
     (normed, d_out), (hidden, d_hidden), (_, _, weight_1, _, weight_2, _) = rows, hidden_rows, parameters
 
     def gradients() -> tuple[Tensor, ...]:
-        products = [Product(d_hidden, normed), Product(hidden, d_out, transposed=True)]
-        d_norm, d_bias, d_weight_1, d_weight_2 = total_gradients(sums, products, weight_1.dtype)
+        weight_sums = weight_partials([Product(d_hidden, normed), Product(hidden, d_out, transposed=True)])
+        d_norm, d_bias, d_weight_1, d_weight_2 = sum_all([*sums, *weight_sums], weight_1.dtype)
         d_bias_2, d_bias_1 = d_bias.split(weight_1.shape[::-1])
         return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
 
@@ -341,8 +341,7 @@ def _recomputed(
             partials = gluon.transition_weights(normed, d_out, linear, weight_2)
         else:
             partials = _weight_partials(normed.view(-1, c), d_out.view(-1, c), linear, weight_2)
-        total = total_gradients([*sums.split([2 * c, c], 1), *partials], [], dtype)
-        d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = total
+        d_norm, d_bias_2, d_weight_1, d_weight_2, d_bias_1 = sum_all([*sums.split([2 * c, c], 1), *partials], dtype)
         return *d_norm.chunk(2), d_weight_1.view_as(weight_1), d_bias_1, d_weight_2.view_as(weight_2), d_bias_2
 
     return dx, aside.gradients(parameters, [sums, normed, d_out], gradients)

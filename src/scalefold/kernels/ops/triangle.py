@@ -19,9 +19,8 @@ from torch.autograd.function import once_differentiable
 from scalefold.kernels import tuning
 from scalefold.kernels.around import aside
 from scalefold.kernels.destination import Destination, OfOperands
-from scalefold.kernels.gradients.grouped import total_gradients
 from scalefold.kernels.gradients.input_gradient import input_gradient
-from scalefold.kernels.gradients.weight_gradient import Product, projected_partials
+from scalefold.kernels.gradients.weight_gradient import Product, projected_partials, weight_partials
 from scalefold.kernels.hopper import rows as hopper
 from scalefold.kernels.hopper.choice import chosen
 from scalefold.kernels.instructions import complete, program, sigmoid, wait_for_predecessors
@@ -39,6 +38,7 @@ from scalefold.kernels.rows import (
     norm_input_gradient,
     store_column_sums,
     store_tile,
+    sum_all,
     width_obstacle,
 )
 
@@ -229,10 +229,9 @@ class _Project(torch.autograd.Function):
 
         def gradients() -> tuple[Tensor, ...]:
             if projected is None:
-                sums = [partials, *projected_partials(normed, mask, linears, ds)]
-                norm, weight, bias = total_gradients(sums, [], dtype)
+                norm, weight, bias = sum_all([partials, *projected_partials(normed, mask, linears, ds)], dtype)
             else:
-                sums, weight = total_gradients([partials], [Product(projected, normed)], dtype)
+                sums, weight = sum_all([partials, *weight_partials([Product(projected, normed)])], dtype)
                 norm, bias = sums.split([2 * c, 4 * width])
             return *norm.chunk(2), *weight.view(4, width, c).unbind(0), *bias.chunk(4)
 
@@ -310,8 +309,8 @@ class _Output(torch.autograd.Function):
         dz, normed_z, z_sums = input_gradient(z, *norm_in, [weight_g], [d_logits], [True], d_out)
 
         def gradients() -> tuple[Tensor, ...]:
-            products = [Product(d_value, normed_x), Product(d_logits, normed_z)]
-            sums = total_gradients([*z_sums, *x_sums], products, weight_z.dtype)
+            weight_sums = _output_weights(Product(d_value, normed_x), Product(d_logits, normed_z))
+            sums = sum_all([*z_sums, *x_sums, *weight_sums], weight_z.dtype)
             d_norm_in, d_bias_g, d_norm_out, d_bias_z, d_weight_z, d_weight_g = sums
             d_norms = *d_norm_in.chunk(2), *d_norm_out.chunk(2)
             return *d_norms, d_weight_z.view(c, cx), d_bias_z, d_weight_g.view(c, c), d_bias_g
@@ -339,6 +338,13 @@ def _launch_output(name: str, program: Any, tensors: dict[str, Tensor], paramete
     """Run one of the output's programs, whose launch parameters have a name of their own."""
     c, cx = tensors["z"].shape[-1], tensors["x"].shape[-1]
     launch(program, tuning.chosen_tiles(name, tensors["z"], cx, c), tensors, **parameters, C=c, CX=cx)
+
+
+def _output_weights(value: Product, gate: Product) -> list[Tensor]:
+    """Partial gradients of the two linears: together if x and z are equally wide."""
+    if value.a.shape[-1] == gate.a.shape[-1]:
+        return weight_partials([value, gate])
+    return [*weight_partials([value]), *weight_partials([gate])]
 
 
 def project_obstacle(
