@@ -43,6 +43,8 @@ def test_a_sum_in_front_of_its_operand_is_named():
         (("ULDC.64 UR4, c[0x0][0x208]", "UIADD3 UR6, UR4, UR5, URZ", "EXIT"), []),  # both of a pair
         (("ULDC UR4, c[0x0][0x208]", "UIADD3 UR6, UR4, UR5, URZ", "EXIT"), [5]),
         (("R2UR UR8, R3", "FMUL R86, R86, UR8", "EXIT"), []),
+        (("R2UR.OR P1, UR6, R4", "UMOV UR5, UR6", "EXIT"), []),  # a predicate and a register
+        (("ULOP3.LUT UP0, UR4, UR5, 0x1, URZ, 0xc0, !UPT", "UMOV UR6, UR4", "EXIT"), [5]),
         (("FMUL R86, R86, UR8", "EXIT"), [8]),
         (("LDG.E R2, desc[UR4][R6.64]", "EXIT"), [4, 5]),
         (("UISETP.NE.AND UP0, UPT, UR5, URZ, UPT", "EXIT"), [5]),
