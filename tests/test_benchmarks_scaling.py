@@ -125,6 +125,11 @@ def test_efficiency_is_against_one_gpu(script):
     assert lines[0] == "gpus 1 dap 1: mean over R = 1, 4: 200.0 ms"
     assert "2.67 times faster than on one GPU, efficiency 66.7 %" in lines[1]
     assert "data parallel efficiency 98.0 %" in lines[2]
+    del means[1, 1]  # compared with, not timed
+    assert script("multi_gpu").summary(means) == [
+        "gpus 4 dap 4: mean over R = 1, 4: 75.0 ms",
+        "gpus 4 dap 1: mean over R = 1, 4: 204.0 ms",
+    ]
 
 
 def flat_of_a_bf16_and_an_fp32_layer():
@@ -173,9 +178,10 @@ def test_norms_are_those_of_mean_gradients_and_are_judged_by_the_noise(script):
 
 @pytest.mark.long
 @pytest.mark.distributed
-def test_the_multi_gpu_script_runs_on_the_cpu(repository, tmp_path):
+@pytest.mark.parametrize("untimed", [[], ["--untimed-one"]], ids=["all", "one untimed"])
+def test_the_multi_gpu_script_runs_on_the_cpu(repository, tmp_path, untimed):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--small", "--repeats", "1", "--passes", "1", "--out", str(tmp_path)]
+    options = ["--small", "--repeats", "1", "--passes", "1", "--out", str(tmp_path), *untimed]
     done = subprocess.run(
         [*torchrun, "benchmarks/measure/multi_gpu.py", *options],
         cwd=repository,
@@ -185,13 +191,10 @@ def test_the_multi_gpu_script_runs_on_the_cpu(repository, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "step_time.csv").open()))
-    assert [(row["gpus"], row["dap"], row["passes"]) for row in rows] == [
-        ("1", "1", "1"),
-        ("2", "2", "1"),
-        ("2", "1", "1"),
-    ]
+    timed = [(row["gpus"], row["dap"], row["passes"]) for row in rows]
+    assert timed == [("1", "1", "1"), ("2", "2", "1"), ("2", "1", "1")][len(untimed) :]
     assert done.stdout.count("  ok\n") == 3
-    assert "data parallel efficiency" in done.stdout
+    assert ("data parallel efficiency" in done.stdout) is not bool(untimed)
 
 
 def metrics_of_two_cycles(folder):

@@ -2,6 +2,7 @@
 
     torchrun --nproc-per-node 4 benchmarks/measure/multi_gpu.py                 # every DAP size that the GPUs allow
     torchrun --nproc-per-node 2 benchmarks/measure/multi_gpu.py --skip-exchanges --passes 1 4 --minutes 5
+    torchrun --nproc-per-node 4 benchmarks/measure/multi_gpu.py --skip-exchanges --dap 4 --untimed-one  # in less time
     torchrun --nproc-per-node 2 benchmarks/measure/multi_gpu.py --small --out /tmp/small   # the same on CPU, tiny model
 
 Appends to benchmarks/results/step_time.csv (column ``dap``; ``gpus`` > ``dap`` is data parallel),
@@ -125,6 +126,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--skip-exchanges", action="store_true")
     parser.add_argument("--dap", type=int, nargs="*", help="axial sizes; default: all powers of two up to the GPUs")
+    parser.add_argument("--untimed-one", action="store_true", help="one GPU is only compared with, not timed")
     parser.add_argument("--minutes", type=float, default=8.5, help="begin no layout that would end later")
     parser.add_argument("--fp32", action="store_true", help="norms of modules against one GPU in fp32, too (a minute)")
     parser.add_argument("--small", action="store_true", help="tiny model on the CPU, to try the script")
@@ -244,13 +246,17 @@ def measure_layouts(host: Host, wanted: list[Layout], arguments: argparse.Namesp
         good &= agrees(host, values, truth, gpus, dap)
         if gpus > 1 and norms:
             keep_norms(host, (gpus, dap), norm_rows(norms, truth_norms, exact_norms))
-        means[gpus, dap] = measure_steps(host, step, batch, config, (gpus, dap), arguments)
+        compared_s = time.monotonic() - begin
+        if gpus > 1 or not arguments.untimed_one:
+            means[gpus, dap] = measure_steps(host, step, batch, config, (gpus, dap), arguments)
         del step, batch
         let_go(host)
         if not host.small:
             left_gib = torch.cuda.memory_reserved() / 2**30
             tell(host, f"gpus {gpus} dap {dap}: {left_gib:.2f} GiB stay reserved once it is gone")
-        longest_s = max(longest_s, time.monotonic() - begin)
+        taken_s = time.monotonic() - begin
+        tell(host, f"gpus {gpus} dap {dap}: built and compared in {compared_s:.0f} s, done after {taken_s:.0f} s")
+        longest_s = max(longest_s, taken_s)
     for line in summary(means):
         tell(host, line)
     return good

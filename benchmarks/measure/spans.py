@@ -96,15 +96,18 @@ def against_two_gpus(
 
 
 def summary(means: dict[tuple[int, int], dict[int, float]]) -> list[str]:
-    """Mean over passes of GPUs, DAP size; speed and efficiency against one GPU, which does one sample per step too."""
-    one = mean(means[1, 1])
+    """Mean over passes of GPUs, DAP size; speed and efficiency against one GPU, which does one sample per step too.
+
+    Where one GPU was not timed they are left out.
+    """
+    one = mean(means[1, 1]) if (1, 1) in means else None
     lines = []
     for (gpus, dap), times in means.items():
         now, samples = mean(times), gpus // dap
         text = f"gpus {gpus} dap {dap}: mean over R = {', '.join(map(str, times))}: {now:.1f} ms"
-        if gpus > 1 and dap == 1:
+        if one is not None and gpus > 1 and dap == 1:
             text += f", data parallel efficiency {100 * one / now:.1f} %"
-        elif gpus > 1:
+        elif one is not None and gpus > 1:
             rate = samples * one / now
             text += f", one sample {one / now:.2f} times faster than on one GPU, efficiency {100 * rate / gpus:.1f} %"
         lines.append(text)
