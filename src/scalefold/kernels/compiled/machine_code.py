@@ -40,14 +40,14 @@ class Instruction(NamedTuple):
         return [int(word, 16) for operand in self.operands for word in ADDRESS.findall(operand)]
 
     @property
-    def target(self) -> int:
+    def written(self) -> int:
         """Place among the operands of what it writes, behind a predicate if it writes that too."""
         both = len(self.operands) > 1 and PREDICATE.fullmatch(self.operands[0]) and not self.name.endswith("SETP")
         return 1 if both else 0
 
     def writes(self) -> set[int]:
         """Numbers of uniform registers."""
-        first = self.operands[self.target] if self.operands else ""
+        first = self.operands[self.written] if self.operands else ""
         if not self.name.startswith(WRITERS) or not (whole := REGISTER.fullmatch(first)):
             return set()
         count = 4 if ".128" in self.text else 2 if ".64" in self.text or ".WIDE" in self.text else 1
@@ -57,7 +57,7 @@ class Instruction(NamedTuple):
         """Numbers of uniform registers, of pairs and fours those that are certain."""
         found: set[int] = set()
         for place, operand in enumerate(self.operands):
-            if place == self.target and self.writes():
+            if place == self.written and self.writes():
                 continue
             for number in map(int, REGISTER.findall(operand)):
                 if operand.startswith("gdesc[") and self.name.endswith("GMMA"):  # of the left operand, then the right
