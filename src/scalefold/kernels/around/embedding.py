@@ -59,6 +59,7 @@ class Task(NamedTuple):
     features: Any  # a program of ``around.features``
     given: Any  # what that reads
     shape: tuple[int, ...]  # of the representation without channels: outer numbers, then inner ones
+    num_stages: int = 2  # of a backward
 
 
 @triton.jit
@@ -212,7 +213,7 @@ def _weight_partials(task: Task, parameters: Sequence[Tensor], d: Tensor) -> Ten
     partials = torch.empty(ranges, total, dtype=torch.float32, device=d.device)
     _backward_kernel[(ranges, blocks)](
         task.given, d, partials, num_tiles, per_program, tiles, width, TOTAL=total, FEATURES=task.features,
-        BLOCK_M=rows, BLOCK_N=block, num_warps=8, num_stages=2, **sizes,
+        BLOCK_M=rows, BLOCK_N=block, num_warps=8, num_stages=task.num_stages, **sizes,
     )  # fmt: skip
     return partials
 
@@ -315,7 +316,8 @@ def embed_letters(
     """
     sequences, n = letters.shape[1:3]
     given = Letters(letters.contiguous(), target.contiguous(), n, sequences)
-    task = Task(letter_features, given, tuple(letters.shape[:3]))
+    # Tiles of features that are loaded ahead go through shared memory, which a warp would access in one bank.
+    task = Task(letter_features, given, tuple(letters.shape[:3]), num_stages=1)
     return _embed(task, linears, Previous(previous.contiguous(), *norm, sequences))
 
 
