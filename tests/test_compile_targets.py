@@ -108,7 +108,8 @@ from compile_targets import compile_launch, different_launches, identity
 from scalefold.kernels.around import embedding
 
 layouts = re.compile(r"^#(\\w+) = .*order = \\[([\\d, ]+)\\]", re.MULTILINE)
-copies = re.compile(r"async_copy_global_to_local .*tensor<\\d+x\\d+x!tt.ptr<\\w+>, #(\\w+)> -> <\\d+x\\d+x\\w+, #(\\w+),")
+tile = r"<\\d+x\\d+x[^,]+, #(\\w+)"
+copies = re.compile(rf"async_copy_global_to_local .*tensor{tile}> -> {tile},")
 for case, launches in different_launches(embedding.compile_cases(), 90, lambda launch: identity(launch, 90)):
     for launch in launches:
         ttgir = compile_launch(launch, 90).asm["ttgir"]
