@@ -76,7 +76,7 @@ def launch_all(config: Config) -> None:
     from scalefold.parallel.dap.collectives import Group
     from scalefold.parallel.dap.connect import unconnected
     from scalefold.parallel.dap.points import apply_dap
-    from scalefold.step.build import build_model, build_optimizer, build_step, launches_early, templates_at_once
+    from scalefold.step.build import build_model, build_optimizer, build_step, launches_early
 
     driver.set_active(Driver())
     triton_ops.device_obstacle = lambda device: None
@@ -87,7 +87,7 @@ def launch_all(config: Config) -> None:
     if group is not None:
         group.direct = unconnected(group.rank, group.size, device)
     use_operations(model, ops)
-    apply_dap(model, group, templates_at_once(config))
+    apply_dap(model, group)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     batch = synthetic_batch(settings, config.local_batch_size, device=device)
     step.warm_up(batch, config.data.num_recycling_iters + 1, lambda text: None)

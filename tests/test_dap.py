@@ -12,7 +12,6 @@ from scalefold.errors import ConfigError
 from scalefold.model.evoformer import EvoformerStack, ExtraMSAStack
 from scalefold.model.templates import TemplatePairStack
 from scalefold.model.triangle import TriangleProduct
-from scalefold.parallel.dap import points
 from scalefold.parallel.dap.collectives import Group
 from scalefold.parallel.dap.halves import ProductOfTwo
 from scalefold.parallel.dap.points import apply_dap, check_shares, gradient_scale
@@ -44,12 +43,12 @@ def trunk() -> nn.ModuleDict:
     return model
 
 
-def run_trunk(model: nn.ModuleDict, num_rows: int, num_residues: int, num_templates: int = 2) -> Result:
+def run_trunk(model: nn.ModuleDict, num_rows: int, num_residues: int) -> Result:
     """Loss, gradient of the pair input and of all parameters; masked positions do not enter the loss."""
     torch.manual_seed(1)
     n, double = num_residues, torch.float64
     a, m = torch.randn(1, num_rows + 2, n, 8, dtype=double), torch.randn(1, num_rows, n, 12, dtype=double)
-    z, t = torch.randn(1, n, n, 10, dtype=double), torch.randn(1, num_templates, n, n, 6, dtype=double)
+    z, t = torch.randn(1, n, n, 10, dtype=double), torch.randn(1, 2, n, n, 6, dtype=double)
     residues = torch.ones(1, n, dtype=double)
     residues[:, -1] = 0
     pair_mask = residues[:, :, None] * residues[:, None, :]
@@ -67,15 +66,13 @@ def run_trunk(model: nn.ModuleDict, num_rows: int, num_residues: int, num_templa
     return loss.item(), z.grad.numpy(), gradients
 
 
-def run_sharded(
-    rank: int, num_rows: int, num_residues: int, training: bool, recompute: bool = False, num_templates: int = 2
-) -> Result:
+def run_sharded(rank: int, num_rows: int, num_residues: int, training: bool, recompute: bool = False) -> Result:
     assert dist.group.WORLD is not None
     model = trunk().train(training)
     for stack in model.values():
         stack.checkpoint_blocks = recompute
-    apply_dap(model, Group(dist.group.WORLD), num_templates)
-    loss, z_gradient, gradients = run_trunk(model, num_rows, num_residues, num_templates)
+    apply_dap(model, Group(dist.group.WORLD))
+    loss, z_gradient, gradients = run_trunk(model, num_rows, num_residues)
     for name, value in gradients.items():
         summed = torch.from_numpy(value.copy())
         dist.all_reduce(summed)
@@ -99,28 +96,6 @@ def test_all_sizes_equal_one_rank_with_the_same_dropout(dap_size: int) -> None:
     whole = run_trunk(trunk().train(), 8, 16)
     for sharded in run_ranks(run_sharded, dap_size, 8, 16, True):
         assert_equal(sharded, whole)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("num_templates", [4, 8, 3])
-def test_ranks_with_whole_templates_equal_one_rank_with_the_same_dropout(num_templates: int) -> None:
-    """Four ranks have one or two each; three templates they share by rows."""
-    whole = run_trunk(trunk().train(), 8, 16, num_templates)
-    for sharded in run_ranks(run_sharded, 4, 8, 16, True, False, num_templates):
-        assert_equal(sharded, whole)
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize(("num_templates", "apart"), [(4, True), (2, True), (3, False)])
-def test_ranks_that_divide_the_templates_exchange_nothing_inside_their_stack(num_templates: int, apart: bool) -> None:
-    def changed(rank: int) -> list[str]:
-        model = trunk()
-        apply_dap(model, Group(dist.group.WORLD), num_templates)
-        stack = model["template_pair_stack"]
-        return sorted(type(module).__name__ for module in stack.modules() if type(module).__module__ == points.__name__)
-
-    for names in run_ranks(changed, 2):
-        assert (names == ["GatherTemplates", "ShardTemplates"]) is apart
 
 
 @pytest.mark.distributed
@@ -164,7 +139,7 @@ def test_blocks_that_run_again_in_the_backward_give_the_same() -> None:
 def test_without_a_group_the_model_stays_as_it_is() -> None:
     model = trunk()
     before = [type(module) for module in model.modules()]
-    apply_dap(model, None, 2)
+    apply_dap(model, None)
     assert [type(module) for module in model.modules()] == before
 
 

@@ -133,7 +133,7 @@ def compared(
     torch.manual_seed(4)
     for parameter in model.parameters():  # some begin as zeros, and gradients behind them would be none
         parameter.data += 0.1 * torch.randn_like(parameter)
-    apply_dap(model, group, num_templates=config.data.max_templates)
+    apply_dap(model, group)
     expected = steps(model, batch)
     barrier = barrier_of(rank, numbers)
     views = {torch.float32: [[own.view(torch.float32) for own in stage] for stage in memories]}

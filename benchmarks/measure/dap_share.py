@@ -62,7 +62,7 @@ from scalefold.parallel.dap.direct import DirectExchanges
 from scalefold.parallel.dap.peer_memory import LANE
 from scalefold.parallel.dap.points import apply_dap
 from scalefold.parallel.ranks import Ranks, prepare_process
-from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, templates_at_once
+from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations
 from scalefold.step.graphs import TrainStep, preserved
 from spans import Span, against_two_gpus, breakdown, covered_ms
 from step_time import enliven
@@ -124,8 +124,7 @@ def build(config: Config, ranks: Ranks) -> Share:
     model = build_model(config, 0, ranks)
     enliven(model)
     use_operations(model, ops)
-    group = group_alone(ranks) if ranks.layout.dap_size > 1 else None
-    apply_dap(model, group, templates_at_once(config))
+    apply_dap(model, group_alone(ranks) if ranks.layout.dap_size > 1 else None)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     batch = synthetic_batch(feature_settings(config), 1, seed=1, device=ranks.device)
     return Share(ranks.layout.dap_size, config, step, batch, mark_parts(model, step))

@@ -137,8 +137,7 @@ def count(config: Config, size: int) -> list[dict[str, object]]:
     features = synthetic_batch(feature_settings(config), 1, seed=1).features
     batch = {key: value.to("meta") for key, value in features.items()}
     with counting(size) as tally:
-        group = collectives.Group(AbsentGroup(size))  # type: ignore[arg-type]
-        dap.apply_dap(model, group, config.data.max_templates)
+        dap.apply_dap(model, collectives.Group(AbsentGroup(size)))  # type: ignore[arg-type]
         outputs = model(batch, 1)
         loss, _ = total_of_terms(outputs, select_slice(batch, 0), loss_terms(config.loss))
         tally.direction = "backward"

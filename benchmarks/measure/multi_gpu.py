@@ -58,14 +58,7 @@ from scalefold.kernels.table import use_operations
 from scalefold.parallel.dap.points import apply_dap
 from scalefold.parallel.ending import Ending
 from scalefold.parallel.ranks import Ranks, prepare_process
-from scalefold.step.build import (
-    build_model,
-    build_optimizer,
-    build_step,
-    choose_operations,
-    connect_replica,
-    templates_at_once,
-)
+from scalefold.step.build import build_model, build_optimizer, build_step, choose_operations, connect_replica
 from scalefold.step.graphs import TrainStep
 from spans import Span, breakdown, summary
 from step_time import enliven, row, without_dropout
@@ -325,7 +318,7 @@ def build(host: Host, gpus: int, dap: int, overrides: list[str]) -> tuple[TrainS
     model = build_model(config, 0, ranks)
     enliven(model)
     use_operations(model, ops)
-    apply_dap(model, connect_replica(config, ranks), templates_at_once(config))
+    apply_dap(model, connect_replica(config, ranks))
     without_dropout(model)
     step = build_step(config, model, build_optimizer(config, model, ranks, ops), ranks)
     step.model = model  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 """Template embedding (Supplement 1.7.1, Algorithms 16 and 17, tables 1 and 10)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from scalefold.model.layers import (
     one_hot,
     relu_linear,
     run_block,
-    shared_row_dropout,
 )
 from scalefold.model.rigid import squared_distances
 from scalefold.model.triangle import TriangleAttention, TriangleMultiplication, around_ending_node
@@ -35,7 +34,6 @@ DISTOGRAM_EDGES = (
 NUM_CLASSES = 22
 BACKBONE_SLOTS = slice(0, 3)  # N, CA, C in atom37 order
 PSI = 2
-LAYERS_THAT_DROP = 4  # of a block
 
 
 def template_pair_features(features: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -126,53 +124,38 @@ class TemplatePairBlock(nn.Module):
         self.rows_to_columns = nn.Identity()
         self.columns_to_rows = nn.Identity()
 
-    def forward(self, t: Tensor, mask_rows: Tensor, mask_columns: Tensor, dropout: Sequence[Tensor | None]) -> Tensor:
-        """t: [B, N, N, c_t], rows; masks [B, N, N] in both layouts; dropout of four layers -> t, rows."""
-        t = self.tri_att_start(t, mask_rows, dropout[0])
+    def forward(self, t: Tensor, mask_rows: Tensor, mask_columns: Tensor) -> Tensor:
+        """t: [B, N, N, c_t], rows; masks [B, N, N] in both layouts -> t, rows."""
+        t = self.tri_att_start(t, mask_rows)
         t = self.rows_to_columns(t)
-        t = around_ending_node(self.tri_att_end, t, mask_columns, dropout[1])
+        t = around_ending_node(self.tri_att_end, t, mask_columns)
         t = self.columns_to_rows(t)
-        t = self.tri_mul_out(t, mask_rows, dropout[2])
-        t = self.tri_mul_in(t, mask_rows, dropout[3])
+        t = self.tri_mul_out(t, mask_rows)
+        t = self.tri_mul_in(t, mask_rows)
         return self.pair_transition(t)
 
 
 class TemplatePairStack(nn.Module):
-    """Template pair stack (Supplement Algorithm 16). Templates lie along the batch dimension: each is independent.
-
-    So ranks that share a sample take templates of their own where they divide them (``shard_templates``), and have
-    nothing to exchange before all of them meet; else they share every template by rows and columns, like pairs.
-    """
+    """Template pair stack (Supplement Algorithm 16). Templates lie along the batch dimension: each is independent."""
 
     def __init__(self, c_t: int, config: TemplateConfig) -> None:
         super().__init__()
         self.checkpoint_blocks = False
         self.blocks = nn.ModuleList(TemplatePairBlock(c_t, config) for _ in range(config.num_blocks))
         self.layer_norm = LayerNorm(c_t)
-        self.shard_templates = nn.Identity()
-        self.gather_templates = nn.Identity()
         self.shard_rows = nn.Identity()
         self.shard_columns = nn.Identity()
         self.gather_rows = nn.Identity()
 
     def forward(self, t: Tensor, pair_mask: Tensor) -> Tensor:
         """t: [B, T, N, N, c_t]; pair_mask: [B, N, N], fp32, the same for all templates -> [B, T, N, N, c_t]."""
-        shape, t = t.shape[:2], t.flatten(0, 1)
-        mask = self.shard_templates(pair_mask[:, None].expand(-1, shape[1], -1, -1).flatten(0, 1))
+        shape = t.shape[:2]
+        mask = pair_mask[:, None].expand(-1, shape[1], -1, -1).flatten(0, 1)
         mask_rows, mask_columns = self.shard_rows(mask), self.shard_columns(mask)
-        drawn = self.draw_dropout(t)
-        t = self.shard_rows(self.shard_templates(t))
-        for block, dropout in zip(self.blocks, drawn, strict=True):
-            t = run_block(block, self.checkpoint_blocks, t, mask_rows, mask_columns, dropout)
-        return self.layer_norm(self.gather_templates(self.gather_rows(t))).unflatten(0, shape)
-
-    def draw_dropout(self, t: Tensor) -> list[Sequence[Tensor | None]]:
-        """Masks of all blocks, which share their rate, in one draw; those of this rank's templates. t: of all."""
-        layer = self.blocks[0].tri_att_start
-        drawn = shared_row_dropout(layer.ops, t, layer.dropout, self.training, (len(self.blocks), LAYERS_THAT_DROP))
-        if drawn is None:
-            return [(None,) * LAYERS_THAT_DROP] * len(self.blocks)
-        return [[self.shard_templates(mask) for mask in masks.unbind(0)] for masks in drawn.unbind(0)]
+        t = self.shard_rows(t.flatten(0, 1))
+        for block in self.blocks:
+            t = run_block(block, self.checkpoint_blocks, t, mask_rows, mask_columns)
+        return self.layer_norm(self.gather_rows(t)).unflatten(0, shape)
 
 
 class TemplatePointwiseAttention(nn.Module):

@@ -98,7 +98,7 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     from scalefold.parallel.dap.collectives import Group
     from scalefold.parallel.dap.connect import unconnected
     from scalefold.parallel.dap.points import apply_dap
-    from scalefold.step.build import build_model, build_optimizer, build_step, launches_early, templates_at_once
+    from scalefold.step.build import build_model, build_optimizer, build_step, launches_early
 
     note("training step")
     ranks = _ranks(config)
@@ -107,7 +107,7 @@ def run_training_step(config: Config, note: Callable[[str], None]) -> None:
     group = None if ranks.dap_group is None else Group(ranks.dap_group)
     if group is not None and config.execution.dap_exchange != "library":
         group.direct = unconnected(group.rank, group.size, ranks.device)
-    apply_dap(model, group, templates_at_once(config))
+    apply_dap(model, group)
     optimizer = build_optimizer(config, model, ranks, ops)
     step = build_step(config, model, optimizer, ranks)
     parts = min(2, config.local_batch_size // config.micro_batch_size)

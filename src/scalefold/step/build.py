@@ -176,17 +176,12 @@ class Training:
             self.dap_group.disconnect()
 
 
-def templates_at_once(config: Config) -> int:
-    """Template slots of all samples that a replica computes at once."""
-    return config.data.max_templates * config.micro_batch_size
-
-
 def build_training(config: Config, ranks: Ranks, ops: Operations, seed: int, in_parts: bool) -> Training:
     """Model (its initial weights from ``seed``), optimizer and step of a training rank; see ``build_optimizer``."""
     model = build_model(config, seed, ranks)
     use_operations(model, ops)
     group = connect_replica(config, ranks)
-    apply_dap(model, group, templates_at_once(config))
+    apply_dap(model, group)
     optimizer = build_optimizer(config, model, ranks, ops, in_parts)
     return Training(model, optimizer, build_step(config, model, optimizer, ranks), group)
 

@@ -135,26 +135,6 @@ class EndGather(BeginGather):
         return end_gather(x, self.dim, self.group, self.flights)
 
 
-class ShardTemplates(nn.Module):
-    """All templates -> this rank's."""
-
-    def __init__(self, group: Group) -> None:
-        super().__init__()
-        self.group = group
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B * T, ...] -> a P-th of it."""
-        return scatter(x, 0, self.group)
-
-
-class GatherTemplates(ShardTemplates):
-    """Those of all ranks, for work that they repeat."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """A P-th -> [B * T, ...] on every rank."""
-        return gather_same(x, 0, self.group)
-
-
 class Exchange(nn.Module):
     """Shards move from ``concat_dim`` to ``split_dim``."""
 
@@ -220,20 +200,13 @@ class EndExchange(BeginExchange):
         return end_exchange(x, self.split_dim, self.concat_dim, self.group, self.flights)
 
 
-def apply_dap(model: nn.Module, group: Group | None, num_templates: int) -> None:
-    """Shard the trunk of ``model`` over the ranks of ``group``; None leaves it whole.
-
-    num_templates: of all samples that are computed at once; where the ranks divide them, each takes some as a whole.
-    """
+def apply_dap(model: nn.Module, group: Group | None) -> None:
+    """Shard the trunk of ``model`` over the ranks of ``group``; None leaves it whole."""
     if group is None:
         return
     model.register_forward_pre_hook(lambda *_: group.begin())
-    points, whole = _points(group), set[nn.Module]()
-    if num_templates % group.size == 0:
-        for stack in [module for module in model.modules() if hasattr(module, "shard_templates")]:
-            whole |= set(stack.modules())
-            stack.shard_templates, stack.gather_templates = ShardTemplates(group), GatherTemplates(group)
-    for module in [module for module in model.modules() if module not in whole]:
+    points = _points(group)
+    for module in list(model.modules()):
         for name, point in points.items():
             if isinstance(getattr(module, name, None), nn.Identity):
                 setattr(module, name, point)
