@@ -100,32 +100,3 @@ def test_what_is_written_to_several_ranks_goes_by_sixteen_bytes(repository, tmp_
         *("triangle_project_to_ranks", "outer_product_project_to_ranks"),
     }
     assert all(stores == ["v4.b32"] for _, _, *stores in found)
-
-
-AHEAD = """
-import re
-from compile_targets import compile_launch, different_launches, identity
-from scalefold.kernels.around import embedding
-
-layouts = re.compile(r"^#(\\w+) = .*order = \\[([\\d, ]+)\\]", re.MULTILINE)
-tile = r"<\\d+x\\d+x[^,]+, #(\\w+)"
-copies = re.compile(rf"async_copy_global_to_local .*tensor{tile}> -> {tile},")
-for case, launches in different_launches(embedding.compile_cases(), 90, lambda launch: identity(launch, 90)):
-    for launch in launches:
-        ttgir = compile_launch(launch, 90).asm["ttgir"]
-        order = dict(layouts.findall(ttgir))
-        across = [one for one in copies.findall(ttgir) if order.get(one[1], order[one[0]]) != order[one[0]]]
-        print(case, launch.kernel.__name__, len(across))
-"""
-
-
-def test_features_of_embedders_are_not_copied_across_the_banks_of_shared_memory(repository, tmp_path):
-    """A warp that loads a row would store it in one bank, 32 times one after another."""
-    environment = script_environment(repository, tmp_path)
-    command = [sys.executable, "-c", AHEAD]
-    finished = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    found = [line.split() for line in finished.stdout.splitlines()]
-    assert [(case, across) for case, kernel, across in found if kernel == "_backward_kernel"] == [
-        *(("embed_pairs", "0"), ("embed_letters", "0"), ("embed_extra", "0"), ("embed_template_pairs", "0")),
-    ]

@@ -59,7 +59,6 @@ class Task(NamedTuple):
     features: Any  # a program of ``around.features``
     given: Any  # what that reads
     shape: tuple[int, ...]  # of the representation without channels: outer numbers, then inner ones
-    num_stages: int = 2  # of a backward
 
 
 @triton.jit
@@ -213,7 +212,7 @@ def _weight_partials(task: Task, parameters: Sequence[Tensor], d: Tensor) -> Ten
     partials = torch.empty(ranges, total, dtype=torch.float32, device=d.device)
     _backward_kernel[(ranges, blocks)](
         task.given, d, partials, num_tiles, per_program, tiles, width, TOTAL=total, FEATURES=task.features,
-        BLOCK_M=rows, BLOCK_N=block, num_warps=8, num_stages=task.num_stages, **sizes,
+        BLOCK_M=rows, BLOCK_N=block, num_warps=8, num_stages=2, **sizes,
     )  # fmt: skip
     return partials
 
@@ -316,8 +315,7 @@ def embed_letters(
     """
     sequences, n = letters.shape[1:3]
     given = Letters(letters.contiguous(), target.contiguous(), n, sequences)
-    # Tiles of features that are loaded ahead go through shared memory, which a warp would access in one bank.
-    task = Task(letter_features, given, tuple(letters.shape[:3]), num_stages=1)
+    task = Task(letter_features, given, tuple(letters.shape[:3]))
     return _embed(task, linears, Previous(previous.contiguous(), *norm, sequences))
 
 
