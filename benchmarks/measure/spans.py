@@ -103,14 +103,15 @@ def summary(means: dict[tuple[int, int], dict[int, float]]) -> list[str]:
     one = mean(means[1, 1]) if (1, 1) in means else None
     lines = []
     for (gpus, dap), times in means.items():
-        now, samples = mean(times), gpus // dap
-        text = f"gpus {gpus} dap {dap}: mean over R = {', '.join(map(str, times))}: {now:.1f} ms"
-        if one is not None and gpus > 1 and dap == 1:
-            text += f", data parallel efficiency {100 * one / now:.1f} %"
-        elif one is not None and gpus > 1:
-            rate = samples * one / now
-            text += f", one sample {one / now:.2f} times faster than on one GPU, efficiency {100 * rate / gpus:.1f} %"
-        lines.append(text)
+        now = mean(times)
+        if one is None or gpus == 1:
+            against = ""
+        elif dap == 1:
+            against = f", data parallel efficiency {100 * one / now:.1f} %"
+        else:
+            efficiency = 100 * one / now / dap
+            against = f", one sample {one / now:.2f} times faster than on one GPU, efficiency {efficiency:.1f} %"
+        lines.append(f"gpus {gpus} dap {dap}: mean over R = {', '.join(map(str, times))}: {now:.1f} ms{against}")
     return lines
 
 
